@@ -1,0 +1,179 @@
+"""The table of backbones: where each architecture keeps what the submodules attach to.
+
+A row holds module paths, the attention implementations that were tested, and what the library's
+own sequence classifier of that architecture reads (the `native` pooling).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from torch import nn
+
+from unipelt_cli.errors import BackboneError, nearest
+
+Attention = Literal["eager", "sdpa"]
+
+
+@dataclass(frozen=True)
+class NativeHead:
+    """The head of the library's own sequence classifier, by the names it has there.
+
+    With `pooler` the backbone's own pooler is read and the head is one linear unit; otherwise
+    the head reads the first token through `dense` and `activation`.
+    """
+
+    out: str
+    dense: str | None = None
+    activation: Literal["tanh", "gelu", "relu"] = "tanh"
+
+    @property
+    def pooler(self) -> bool:
+        return self.dense is None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in one architecture; paths below `layers` are relative to one layer."""
+
+    model_type: str
+    classes: str
+    layers: str
+    query: str
+    key: str
+    value: str
+    attention: str
+    attention_output: str
+    attention_norm: str
+    intermediate: str
+    output: str
+    output_norm: str
+    embedding_norm: str
+    native: NativeHead
+    inside: str
+    """The name of the backbone inside the library's own sequence classifier."""
+    attentions: tuple[Attention, ...] = ("eager", "sdpa")
+    own_attention: tuple[Attention, ...] = ()
+    """Implementations where a lengthened mask does not work: see `methods.attention`."""
+    position_offset: int = 0
+    """Positions that the embedding table keeps for itself (RoBERTa counts from padding + 1)."""
+
+    def layer_list(self, backbone: nn.Module) -> nn.ModuleList:
+        """Return the layers of a backbone of this architecture."""
+        layers = backbone.get_submodule(self.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def biased(self) -> tuple[str, ...]:
+        """Return the paths of a layer's modules that have a bias: 4d + f + d + 2d numbers."""
+        return (
+            self.query,
+            self.key,
+            self.value,
+            self.attention_output,
+            self.attention_norm,
+            self.intermediate,
+            self.output,
+            self.output_norm,
+        )
+
+
+_BERT = Layout(
+    model_type="bert",
+    classes="Bert",
+    layers="encoder.layer",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    attention="attention.self",
+    attention_output="attention.output.dense",
+    attention_norm="attention.output.LayerNorm",
+    intermediate="intermediate.dense",
+    output="output.dense",
+    output_norm="output.LayerNorm",
+    embedding_norm="embeddings.LayerNorm",
+    native=NativeHead(out="classifier"),
+    inside="bert",
+)
+
+
+def _like_bert(model_type: str, classes: str, **changes: object) -> Layout:
+    values = vars(_BERT) | {"model_type": model_type, "classes": classes} | changes
+    return Layout(**values)
+
+
+_ROBERTA_HEAD = NativeHead(out="classifier.out_proj", dense="classifier.dense")
+_ROBERTA = {"native": _ROBERTA_HEAD, "inside": "roberta", "position_offset": 2}
+
+BACKBONES: Mapping[str, Layout] = MappingProxyType(
+    {
+        layout.model_type: layout
+        for layout in (
+            _BERT,
+            _like_bert("roberta", "Roberta", **_ROBERTA),
+            _like_bert("xlm-roberta", "XLMRoberta", **_ROBERTA),
+            _like_bert("camembert", "Camembert", **_ROBERTA),
+            _like_bert(
+                "electra",
+                "Electra",
+                native=NativeHead("classifier.out_proj", "classifier.dense", "gelu"),
+                inside="electra",
+                attentions=("eager",),
+            ),
+            Layout(
+                model_type="distilbert",
+                classes="DistilBert",
+                layers="transformer.layer",
+                query="attention.q_lin",
+                key="attention.k_lin",
+                value="attention.v_lin",
+                attention="attention",
+                attention_output="attention.out_lin",
+                attention_norm="sa_layer_norm",
+                intermediate="ffn.lin1",
+                output="ffn.lin2",
+                output_norm="output_layer_norm",
+                embedding_norm="embeddings.LayerNorm",
+                native=NativeHead("classifier", "pre_classifier", "relu"),
+                inside="distilbert",
+                own_attention=("eager",),
+            ),
+        )
+    }
+)
+
+
+def get_layout(model_type: str) -> Layout:
+    """Return the row for a `model_type`; raise BackboneError when the architecture is unknown."""
+    if model_type not in BACKBONES:
+        raise BackboneError(
+            f"backbone architecture {model_type!r} is not supported", nearest(model_type, BACKBONES)
+        )
+    return BACKBONES[model_type]
+
+
+_REFUSALS: tuple[tuple[str, Callable[[object], bool], str], ...] = (
+    (
+        "position_embedding_type",
+        lambda value: value not in (None, "absolute"),
+        "a prefix would be silently wrong under relative positions",
+    ),
+    (
+        "chunk_size_feed_forward",
+        lambda value: bool(value),
+        "a gate would see one chunk instead of the sentence",
+    ),
+    ("is_decoder", bool, "only encoders are supported"),
+    ("add_cross_attention", bool, "only encoders are supported"),
+)
+
+
+def refuse_unsound(config: Mapping[str, object]) -> None:
+    """Raise BackboneError for a config under which the submodules would be silently wrong."""
+    for key, is_unsound, reason in _REFUSALS:
+        if is_unsound(config.get(key)):
+            raise BackboneError(
+                f"the backbone's config has {key} = {config[key]!r}: {reason}",
+                "choose another backbone; `unipelt list backbones` shows the architectures",
+            )

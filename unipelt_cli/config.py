@@ -1,0 +1,349 @@
+"""The Experiment: the one frozen value that describes a run, and its way in and out of TOML.
+
+Layers of settings are merged in this order: defaults, a preset, then `--set` and flags.
+Checking reports every problem at once, each with `section.key`, the value and what is possible.
+"""
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unipelt_cli import methods
+from unipelt_cli.errors import ConfigError, nearest
+from unipelt_cli.methods import Method
+from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, get_task
+
+Settings = dict[str, dict[str, Any]]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+Pooling = Literal["auto", "native", "cls", "mean", "eos"]
+Metric = Literal["accuracy", "f1", "matthews", "spearman", "pearson", "mse"]
+
+
+class Section(BaseModel):
+    """One table of the experiment file: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class DataSettings(Section):
+    """Which rows: a task of the table, a hub data set, or files of the user's own."""
+
+    task: str | None = Field(None, description="a task of the table, or a name for your own data")
+    k: Annotated[int, Field(ge=1)] | None = Field(None, description="train rows; all without it")
+    data_seed: int = Field(111, ge=0, lt=2**63, description="draws the rows")
+    dev_size: int = Field(1000, ge=1, description="dev rows, drawn after the train rows")
+    source: str | None = Field(None, description="a directory in GLUE's layout, or 'hub'")
+    prepared: str | None = Field(None, description="a directory that `prepare` wrote")
+    dataset: str | None = Field(None, description="a hub data set, NAME or NAME:CONFIG")
+    train_file: str | None = Field(None, description="own rows: .csv, .tsv, .jsonl or .parquet")
+    dev_file: str | None = Field(None, description="own dev rows")
+    test_file: str | None = Field(None, description="own test rows")
+    text: str | None = Field(None, description="the text column")
+    text_pair: str | None = Field(None, description="the second text column of a pair")
+    label: str | None = Field(None, description="the label column")
+    kind: Literal["auto", "classification", "regression"] = Field(
+        "auto", description="what own labels are; auto: fractional numbers are regression"
+    )
+    metric: Metric | None = Field(None, description="what selects the best epoch of own data")
+
+
+class ModelSettings(Section):
+    """The frozen backbone and how a row's features are read from it."""
+
+    backbone: str = Field("minilm", min_length=1, description="a directory, a hub name, or minilm")
+    pooling: Pooling = Field("auto", description="what the head reads")
+    head_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the head")
+    max_length: int = Field(128, ge=8, le=512, description="tokens a row is cut to")
+    attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="implementation")
+
+
+class TrainSettings(Section):
+    """The loop: AdamW, linear schedule, early stopping on dev."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="peak rate; the method's own without it"
+    )
+    epochs: int = Field(50, ge=1, description="at most so many")
+    patience: int = Field(10, ge=1, description="epochs without a better dev score before the end")
+    batch_size: int = Field(16, ge=1, description="rows a step")
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of all steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, on matrices only")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    seed: int = Field(42, ge=0, lt=2**63, description="initialises, shuffles and drops out")
+    device: Device = Field("auto", description="where to compute")
+    precision: Precision = Field("auto", description="auto: bf16 where the hardware is fast at it")
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "train": TrainSettings,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a run's result depends on, save versions and hardware."""
+
+    data: DataSettings
+    model: ModelSettings
+    method_name: str
+    method: Method
+    train: TrainSettings
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak rate of this run; resolving has always filled it in."""
+        assert self.train.learning_rate is not None
+        return self.train.learning_rate
+
+    def replace(self, section: str, **changes: object) -> Self:
+        """Return the experiment with some keys of one section changed, checked again."""
+        settings = self.settings()
+        settings[section] |= {key: value for key, value in changes.items() if value is not None}
+        return dataclasses.replace(self, **vars(resolve([("", settings)])))
+
+    def settings(self) -> Settings:
+        """Return the nested dictionary that `resolve` reads; unset keys are left out."""
+        sections = {name: getattr(self, name).model_dump(exclude_none=True) for name in SECTIONS}
+        method = {"name": self.method_name} | {
+            key: value
+            for key, value in dataclasses.asdict(self.method).items()
+            if value is not None
+        }
+        return {
+            "data": sections["data"],
+            "model": sections["model"],
+            "method": method,
+            "train": sections["train"],
+        }
+
+
+def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
+    """Merge named layers of settings, later ones winning, into a checked Experiment.
+
+    Raises ConfigError with all problems: unknown sections and keys, wrong types, values out of
+    range, names that do not exist, settings that contradict each other.
+    """
+    problems: list[tuple[str, str]] = []
+    merged: Settings = {"data": {}, "model": {}, "method": {}, "train": {}}
+    for origin, layer in layers:
+        for section, values in layer.items():
+            if section not in merged:
+                problems.append((f"{section}: no such section", nearest(section, merged)))
+            elif not isinstance(values, Mapping):
+                problems.append(
+                    (f"{section} = {values!r}: not a section", f"write {section}.KEY = VALUE")
+                )
+            else:
+                known = merged["method"].get("name")
+                if section == "method" and known not in (None, values.get("name", known)):
+                    problems.append(
+                        (
+                            f"method.name = {values['name']!r}{origin}: "
+                            f"the preset is for {known!r}",
+                            "drop the preset or the method",
+                        )
+                    )
+                merged[section] |= values
+    sections = {
+        name: _validated(schema, merged[name], name, problems) for name, schema in SECTIONS.items()
+    }
+    name = str(merged["method"].pop("name", methods.DEFAULT))
+    method = _method(name, merged["method"], problems)
+    data = sections["data"]
+    if isinstance(data, DataSettings):
+        problems += _data_problems(data)
+    if problems:
+        raise _combined(problems)
+    train = sections["train"]
+    assert isinstance(train, TrainSettings) and method is not None
+    if train.learning_rate is None:
+        train = train.model_copy(update={"learning_rate": methods.get(name).learning_rate})
+    assert isinstance(data, DataSettings)
+    if "dev_size" not in merged["data"] and _is_table_task(data):
+        data = data.model_copy(update={"dev_size": get_task(str(data.task)).dev_size})
+    model = sections["model"]
+    assert isinstance(model, ModelSettings)
+    return Experiment(data, model, name, method, train)
+
+
+def _is_table_task(data: DataSettings) -> bool:
+    return not (data.train_file or data.dataset or data.prepared) and data.task is not None
+
+
+def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
+    """Yield what the data section's keys, each right by itself, get wrong together."""
+    own = data.train_file or data.dataset
+    if data.train_file and data.dataset:
+        yield "data.train_file and data.dataset are both set", "keep one of them"
+    if not own and not data.prepared:
+        if data.task is None:
+            yield (
+                "data.task is not set",
+                "give --task NAME, or --train-file FILE --text COLUMN --label COLUMN",
+            )
+        else:
+            try:
+                get_task(data.task)
+            except ConfigError as error:
+                yield error.message, error.hint
+    if own and not data.prepared:
+        for key in ("text", "label"):
+            if getattr(data, key) is None:
+                flag = "--" + key
+                yield f"data.{key} is not set", f"name the column with {flag} COLUMN"
+    for key in ("dev_file", "test_file"):
+        if getattr(data, key) and not data.train_file:
+            yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
+    metrics = {"classification": CLASSIFICATION_METRICS, "regression": REGRESSION_METRICS}
+    if data.metric and data.kind != "auto" and data.metric not in metrics[data.kind]:
+        yield (
+            f"data.metric = {data.metric!r}: not a metric of {data.kind}",
+            f"choose one of {', '.join(metrics[data.kind])}",
+        )
+
+
+def _method(
+    name: str, values: Mapping[str, Any], problems: list[tuple[str, str]]
+) -> Method | None:
+    try:
+        default = methods.get(name).method
+    except ConfigError as error:
+        problems.append((error.message, error.hint))
+        return None
+    complete = {**dataclasses.asdict(default), **values}
+    checked = _validated(type(default), complete, "method", problems)
+    if checked is None:
+        return None
+    assert isinstance(checked, Method)
+    problems += [(f"method.{text}", hint) for text, hint in checked.problems()]
+    return checked
+
+
+def _validated(
+    schema: type[Any], values: Mapping[str, Any], section: str, problems: list[tuple[str, str]]
+) -> Any:
+    """Check one section against its schema; collect its problems and return None if any."""
+    try:
+        return schema(**values)
+    except ValidationError as invalid:
+        keys = _keys(schema)
+        for error in invalid.errors(include_url=False):
+            key = str(error["loc"][0]) if error["loc"] else "?"
+            value = values.get(key)
+            if key not in keys:
+                problems.append((f"{section}.{key} = {value!r}: no such setting", _hint(key, keys)))
+            elif not any(text.startswith(f"{section}.{key} = ") for text, _ in problems):
+                said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+                problems.append((f"{section}.{key} = {value!r} is not allowed", f"give {said}"))
+        return None
+
+
+def _keys(schema: type[Any]) -> list[str]:
+    if issubclass(schema, BaseModel):
+        return list(schema.model_fields)
+    return [field.name for field in dataclasses.fields(schema)]
+
+
+def _hint(key: str, keys: Sequence[str]) -> str:
+    if not keys:
+        return "this method has no settings"
+    return nearest(key, keys)
+
+
+def _combined(problems: Sequence[tuple[str, str]]) -> ConfigError:
+    if len(problems) == 1:
+        return ConfigError(*problems[0])
+    lines = "; ".join(f"({n}) {text}" for n, (text, _) in enumerate(problems, 1))
+    hints = "; ".join(f"({n}) {hint}" for n, (_, hint) in enumerate(problems, 1))
+    return ConfigError(f"{len(problems)} settings are wrong: {lines}", hints)
+
+
+def parse_assignment(text: str) -> Settings:
+    """Read one `--set section.key=value`: the value is TOML, a bare word is a string."""
+    target, equals, value = text.partition("=")
+    section, dot, key = target.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise ConfigError(
+            f"--set {text!r} is not an assignment",
+            "write --set section.key=value, for example --set train.epochs=20",
+        )
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")
+    except tomllib.TOMLDecodeError:
+        parsed = {"value": value.strip()}
+    return {section: {key: parsed["value"]}}
+
+
+def merge(layers: Sequence[Settings]) -> Settings:
+    """Merge settings of one level; later ones win."""
+    merged: Settings = {}
+    for layer in layers:
+        for section, values in layer.items():
+            merged[section] = merged.get(section, {}) | values
+    return merged
+
+
+def presets() -> dict[str, Path]:
+    """Return the shipped presets by name: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    folder = package / "presets"
+    if not folder.is_dir():
+        folder = package.parent / "presets"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def read_preset(name: str) -> Settings:
+    """Read a preset by path or by name; raise ConfigError when it is absent or not TOML."""
+    path = Path(name)
+    if not path.is_file():
+        shipped = presets()
+        if name not in shipped:
+            raise ConfigError(f"preset {name!r}: no such file or preset", nearest(name, shipped))
+        path = shipped[name]
+    try:
+        if path.stat().st_size > 1_000_000:
+            raise ConfigError(f"{path}: larger than a settings file can be", "give a TOML preset")
+        settings: Settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML ({error})", "mend the line it names") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "check the path and its rights") from None
+    return settings
+
+
+def dump(experiment: Experiment) -> str:
+    """Write the experiment as TOML that `read_preset` and `resolve` give back unchanged."""
+    blocks = [
+        "\n".join([f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())])
+        for section, values in experiment.settings().items()
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _toml(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            # TOML's basic strings are JSON's, save that DEL must be escaped as well.
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case int():
+            return str(value)
+        case float() if math.isfinite(value):
+            return repr(value)
+        case tuple() | list():
+            return "[" + ", ".join(_toml(item) for item in value) + "]"
+    raise TypeError(f"no TOML for {value!r}")
+
+

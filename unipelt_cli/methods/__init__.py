@@ -1,0 +1,33 @@
+"""The table of methods, found by walking this package: each module's METHODS, merged."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
+
+from unipelt_cli.errors import ConfigError, nearest
+from unipelt_cli.methods.base import CannotMerge, Method, Recipe
+
+__all__ = ["DEFAULT", "CannotMerge", "Method", "Recipe", "get", "table"]
+
+DEFAULT = "unipelt-apl"
+
+
+@cache
+def table() -> Mapping[str, Recipe]:
+    """Return all methods by name; a name that two modules claim is a bug."""
+    merged: dict[str, Recipe] = {}
+    for module in pkgutil.iter_modules(__path__):
+        found = getattr(importlib.import_module(f"{__name__}.{module.name}"), "METHODS", {})
+        if twice := merged.keys() & found.keys():
+            raise RuntimeError(f"methods registered twice: {sorted(twice)}")
+        merged |= found
+    return MappingProxyType(merged)
+
+
+def get(name: str) -> Recipe:
+    """Return the recipe called `name`; raise ConfigError with the nearest name if absent."""
+    if name not in table():
+        raise ConfigError(f"method.name = {name!r}: no such method", nearest(name, table()))
+    return table()[name]

@@ -1,0 +1,62 @@
+"""Methods that train tensors which the backbone already has."""
+
+from collections.abc import Iterator
+from types import MappingProxyType
+
+from pydantic.dataclasses import dataclass
+from torch import Generator, nn
+
+from unipelt_cli.backbones import Layout
+from unipelt_cli.methods.base import CHECKS, Method, Recipe
+
+
+@dataclass(frozen=True, config=CHECKS)
+class Full(Method):
+    """Train every tensor of the backbone."""
+
+    def attach(
+        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
+    ) -> None:
+        backbone.requires_grad_(True)
+
+
+@dataclass(frozen=True, config=CHECKS)
+class Head(Method):
+    """Train nothing but the head: the floor that every method has to beat."""
+
+    def attach(
+        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
+    ) -> None:
+        pass
+
+
+@dataclass(frozen=True, config=CHECKS)
+class BitFit(Method):
+    """Train the biases: all layers', the embedding norm's and the pooler's, by a list of places.
+
+    A search for names with "bias" would also catch what other methods add.
+    """
+
+    def attach(
+        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
+    ) -> None:
+        for module in self._biased(backbone, layout):
+            assert isinstance(module.bias, nn.Parameter)
+            module.bias.requires_grad_(True)
+
+    @staticmethod
+    def _biased(backbone: nn.Module, layout: Layout) -> Iterator[nn.Module]:
+        yield backbone.get_submodule(layout.embedding_norm)
+        for layer in layout.layer_list(backbone):
+            yield from (layer.get_submodule(path) for path in layout.biased())
+        if getattr(backbone, "pooler", None) is not None:
+            yield backbone.get_submodule("pooler.dense")
+
+
+METHODS = MappingProxyType(
+    {
+        "full": Recipe(Full(), 2e-5, "every tensor of the backbone", "Mao et al. 2022"),
+        "head": Recipe(Head(), 1e-3, "nothing but the head", "Ben Zaken et al. 2022"),
+        "bitfit": Recipe(BitFit(), 1e-4, "the backbone's biases", "Ben Zaken et al. 2022"),
+    }
+)

@@ -1,0 +1,459 @@
+"""Adapter, prefix, LoRA and bias as submodules of every layer, each behind a learned gate.
+
+Mao et al. 2022 (arXiv 2110.07577). The backbone's own modules stay in place: submodules reach
+them through forward hooks, so the backbone's tensors keep their names and can be merged or freed.
+Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottleneck M.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from unipelt_cli.backbones import Layout
+from unipelt_cli.methods.attention import replace_attention
+from unipelt_cli.methods.base import CHECKS, CannotMerge, Method, Recipe
+
+Part = Literal["adapter", "prefix", "lora", "bias"]
+STD = 0.02
+
+
+class ForwardState:
+    """What the layers of one forward pass share; it belongs to no module and is not stored."""
+
+    def __init__(self, prefix_length: int) -> None:
+        self.prefix_length = prefix_length
+        self.pooling: Tensor | None = None  # (B, T) float32, sums to 1 over the pooled tokens
+        self.prefix: Tensor | None = None  # (N, 2, P, D)
+        self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
+
+
+class Prefix(nn.Module):
+    """Keys and values for every layer: a table through an MLP in training, plain rows once folded.
+
+    The MLP runs once a step, not once an example.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],  # (N, P, D)
+        width: int,
+        generator: Generator,
+        folded: bool,
+    ) -> None:
+        super().__init__()
+        layers, length, hidden = self.shape = shape
+        self.folded = folded
+        if folded:
+            self.rows = nn.Parameter(torch.zeros(layers, 2, length, hidden))
+        else:
+            self.table = nn.Parameter(_normal((length, hidden), generator))
+            self.down = _linear(hidden, width, generator)
+            self.up = _linear(width, layers * 2 * hidden, generator)
+
+    def forward(self) -> Tensor:  # (N, 2, P, D)
+        if self.folded:
+            return self.rows
+        layers, length, hidden = self.shape
+        generated = self.up(torch.tanh(self.down(self.table)))
+        return generated.view(length, layers, 2, hidden).permute(1, 2, 0, 3)
+
+
+class LowRank(nn.Module):
+    """A LoRA: x -> (x A^T) B^T, scaled; A kaiming-uniform, B zero, so it starts as nothing."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: Generator) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.a, a=5**0.5, generator=generator)
+
+    def forward(self, x: Tensor, scale: Tensor | float) -> Tensor:  # (B, T, D) -> (B, T, D)
+        low = functional.linear(x, self.a.to(x.dtype)) * scale
+        return functional.linear(low, self.b.to(x.dtype))
+
+
+class Adapter(nn.Module):
+    """A bottleneck: x -> up(relu(down(x))); every matrix N(0, 0.02), every bias 0."""
+
+    def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
+        super().__init__()
+        self.down = _linear(hidden, bottleneck, generator)
+        self.up = _linear(bottleneck, hidden, generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        low = functional.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
+        return functional.linear(
+            low.relu(), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype)
+        )
+
+
+class LayerSubmodules(nn.Module):
+    """The submodules and gates of one layer; its methods are the hooks on the layer's modules."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        layout: Layout,
+        method: "Submodules",
+        index: int,
+        state: ForwardState,
+        generator: Generator,
+    ) -> None:
+        super().__init__()
+        self.index, self.state, self.scale = index, state, method.lora_scale or 2.0
+        self.gate_values: dict[str, Tensor] = {}
+        self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
+        self.adapter: Adapter | None = None
+        query = layer.get_submodule(layout.query)
+        assert isinstance(query, nn.Linear)
+        hidden = query.in_features
+        if "adapter" in method.parts:
+            self.adapter = Adapter(hidden, max(1, hidden // method.reduction), generator)
+        if "lora" in method.parts:
+            for place in ("query", "value"):
+                self.lora[place] = LowRank(_projection(layer, layout, place), method.rank, generator)
+        if "bias" in method.parts:
+            for path in layout.biased():
+                bias = layer.get_submodule(path).bias
+                assert isinstance(bias, Tensor)
+                self.bias[path.replace(".", "-")] = nn.Parameter(torch.zeros_like(bias))
+        for name in method.gate_names():
+            self.gates[name] = _linear(hidden, 1, generator)
+
+    def hooks(self, layer: nn.Module, layout: Layout) -> list[torch.utils.hooks.RemovableHandle]:
+        """Register this layer's hooks; the order is LoRA, bias, prefix on one projection."""
+        handles = []
+        if len(self.gates):
+            handles.append(layer.register_forward_pre_hook(self._open_gates, with_kwargs=True))
+        for place in self.lora:
+            module = _projection(layer, layout, place)
+            handles.append(module.register_forward_hook(getattr(self, f"_lora_{place}")))
+        for path in layout.biased() if len(self.bias) else ():
+            shift = _Shift(self, path.replace(".", "-"))
+            handles.append(layer.get_submodule(path).register_forward_hook(shift))
+        if self.state.prefix_length:
+            for place in ("key", "value"):
+                module = _projection(layer, layout, place)
+                handles.append(module.register_forward_hook(getattr(self, f"_prefix_{place}")))
+        if self.adapter is not None:
+            norm = layer.get_submodule(layout.output_norm)
+            handles.append(norm.register_forward_pre_hook(self._adapt))
+        return handles
+
+    def gate(self, name: str) -> Tensor | None:
+        """Return a gate's value in this pass, (B, 1, 1), or None where nothing is gated."""
+        value = self.gate_values.get(name)
+        return None if value is None else value[:, None, None]
+
+    def _open_gates(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.gate_values = {}
+        self._compute([name for name in self.gates if name != "adapter"], hidden)
+
+    def _compute(self, names: list[str], x: Tensor) -> None:
+        """Pool sigmoid(w.x + b) over tokens: one scalar an example, always in float32."""
+        if not names:
+            return
+        pooling = self.state.pooling
+        assert pooling is not None, "a gate needs the attention mask"
+        weight = torch.cat([self.gates[name].weight for name in names])
+        bias = torch.cat([self.gates[name].bias for name in names])
+        with torch.autocast(x.device.type, enabled=False):
+            opened = functional.linear(x.float(), weight, bias).sigmoid()  # (B, T, gates)
+            values = (opened * pooling[:, :, None]).sum(1)
+        for name, value in zip(names, values.unbind(1), strict=True):
+            self.gate_values[name] = value
+            if self.state.recorded is not None:
+                self.state.recorded[self.index][name] = value.detach().cpu()
+
+    def _lora_query(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self._low_rank("query", args[0], output)
+
+    def _lora_value(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self._low_rank("value", args[0], output)
+
+    def _low_rank(self, place: str, x: Tensor, output: Tensor) -> Tensor:
+        gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}")
+        scale = self.scale if gate is None else gate.to(x.dtype)
+        added: Tensor = self.lora[place](x, scale)
+        return output + added
+
+    def _prefix_key(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self._prepend(0, output)
+
+    def _prefix_value(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return self._prepend(1, output)
+
+    def _prepend(self, place: int, output: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
+        assert self.state.prefix is not None
+        rows = self.state.prefix[self.index, place].expand(output.shape[0], -1, -1)
+        gate = self.gate("prefix")
+        if gate is not None:
+            rows = gate * rows
+        return torch.cat([rows.to(output.dtype), output], dim=1)
+
+    def _adapt(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (summed,) = args
+        normed = norm.forward(summed)  # the frozen norm itself, without hooks
+        self._compute([name for name in self.gates if name == "adapter"], normed)
+        assert self.adapter is not None
+        added = self.adapter(normed)
+        gate = self.gate("adapter")
+        return (summed + (added if gate is None else gate.to(added.dtype) * added),)
+
+
+    def merge_into(self, layer: nn.Module, layout: Layout) -> None:
+        """Add the LoRA products and bias deltas to the layer's own tensors (ungated only)."""
+        for place, low_rank in self.lora.items():
+            assert isinstance(low_rank, LowRank)
+            _projection(layer, layout, place).weight += self.scale * low_rank.b @ low_rank.a
+        for name, delta in self.bias.items():
+            bias = layer.get_submodule(name.replace("-", ".")).bias
+            assert isinstance(bias, Tensor)
+            bias += delta
+
+
+class _Shift:
+    """The hook that adds one bias delta to a module's output."""
+
+    def __init__(self, owner: LayerSubmodules, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        delta: Tensor = self.owner.bias[self.name]
+        gate = self.owner.gate("bias")
+        return output + (delta if gate is None else gate * delta).to(output.dtype)
+
+
+class Container(nn.Module):
+    """All submodules of a backbone: `backbone.submodules`."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layout: Layout,
+        method: "Submodules",
+        generator: Generator,
+        folded: bool,
+    ) -> None:
+        super().__init__()
+        self.layout = layout
+        layers = layout.layer_list(backbone)
+        has_prefix = "prefix" in method.parts
+        self.state = ForwardState(method.prefix_length if has_prefix else 0)
+        self.masked = method.gate_pooling == "masked"
+        implementation = str(getattr(backbone.config, "_attn_implementation", "eager"))
+        self.lengthens = has_prefix and implementation not in layout.own_attention
+        self.layers = nn.ModuleList(
+            LayerSubmodules(layer, layout, method, index, self.state, generator)
+            for index, layer in enumerate(layers)
+        )
+        self.prefix: Prefix | None = None
+        if has_prefix:
+            hidden = _projection(layers[0], layout, "key").out_features
+            shape = (len(layers), method.prefix_length, hidden)
+            self.prefix = Prefix(shape, method.prefix_width, generator, folded)
+            if not self.lengthens:
+                for layer in layers:
+                    module = layer.get_submodule(layout.attention)
+                    replace_attention(module, layout.model_type, implementation)
+        self.handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for layer, own in zip(layers, self.layers, strict=True):
+            assert isinstance(own, LayerSubmodules)
+            self.handles += own.hooks(layer, layout)
+
+    def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
+        mask = kwargs["attention_mask"]
+        pooled = mask.float() if self.masked else torch.ones_like(mask, dtype=torch.float32)
+        self.state.pooling = pooled / pooled.sum(1, keepdim=True)
+        if self.state.recorded is not None:
+            self.state.recorded[:] = [{} for _ in self.layers]
+        if self.prefix is not None:
+            self.state.prefix = self.prefix()
+        if self.lengthens:
+            lengthened = functional.pad(mask, (self.state.prefix_length, 0), value=1)
+            kwargs = {**kwargs, "attention_mask": lengthened}
+        return args, kwargs
+
+
+@dataclass(frozen=True, config=CHECKS)
+class Submodules(Method):
+    """Any union of adapter, prefix, LoRA and bias, with or without gates."""
+
+    parts: Annotated[
+        tuple[Part, ...],
+        BeforeValidator(lambda parts: tuple(parts.split(",")) if isinstance(parts, str) else parts),
+        Field(strict=False, min_length=1, description="adapter, prefix, lora, bias"),
+    ] = ("adapter", "prefix", "lora")
+    gated: Annotated[bool, Field(description="whether a gate decides how far each part opens")] = (
+        True
+    )
+    reduction: Annotated[int, Field(ge=1, description="adapter: hidden size over bottleneck")] = 16
+    prefix_length: Annotated[int, Field(ge=1, le=256, description="prefix rows a layer")] = 10
+    prefix_width: Annotated[int, Field(ge=1, description="prefix: width of its MLP")] = 512
+    rank: Annotated[int, Field(ge=1, le=1024, description="LoRA: rank")] = 8
+    lora_scale: Annotated[
+        float | None, Field(description="LoRA without a gate: alpha / rank (2 if unset)")
+    ] = field(default=None)
+    gate_pooling: Annotated[
+        Literal["masked", "all"],
+        Field(description="average gates over tokens, or over padding too (the authors' code)"),
+    ] = "masked"
+    lora_gates: Annotated[
+        Literal["shared", "separate"],
+        Field(description="one LoRA gate a layer (the paper), or one for query and one for value"),
+    ] = "shared"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if len(set(self.parts)) < len(self.parts):
+            yield f"parts = {list(self.parts)}: a part is named twice", "name each part once"
+        if self.gated and self.lora_scale is not None:
+            yield (
+                f"lora_scale = {self.lora_scale}: has no effect, the gate takes its place",
+                "leave it out, or set method.gated=false",
+            )
+        if not self.gated and self.gate_pooling == "all":
+            yield "gate_pooling = 'all': there is no gate", "leave it out, or set method.gated=true"
+
+    @property
+    def pads_to_max_length(self) -> bool:
+        return self.gated and self.gate_pooling == "all"
+
+    def gate_names(self) -> tuple[str, ...]:
+        """Return the names of a layer's gates."""
+        if not self.gated:
+            return ()
+        separate = self.lora_gates == "separate"
+        return tuple(
+            name
+            for part in self.parts
+            for name in (
+                ("lora_query", "lora_value") if part == "lora" and separate else (part,)
+            )
+        )
+
+    def attach(
+        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
+    ) -> None:
+        backbone.submodules = Container(backbone, layout, self, generator, folded)
+
+    def fold(self, backbone: nn.Module) -> dict[str, Tensor]:
+        """Return the trained tensors with the prefix MLP folded away, which is exact."""
+        container = _container(backbone)
+        stored = {
+            name: tensor
+            for name, tensor in super().fold(backbone).items()
+            if not name.startswith("submodules.prefix.")
+        }
+        if container.prefix is not None:
+            with torch.no_grad():
+                stored["submodules.prefix.rows"] = container.prefix().contiguous()
+        return stored
+
+    def merge(self, backbone: nn.Module) -> None:
+        """Add ungated LoRA and biases to the weights they stand beside, in float32."""
+        if self.gated:
+            raise CannotMerge("its gates depend on the input")
+        if kept := {"adapter", "prefix"} & set(self.parts):
+            raise CannotMerge(f"no plain weight computes what its {' and '.join(sorted(kept))} does")
+        container = _container(backbone)
+        with torch.no_grad():
+            layers = container.layout.layer_list(backbone)
+            for layer, own in zip(layers, container.layers, strict=True):
+                assert isinstance(own, LayerSubmodules)
+                own.merge_into(layer, container.layout)
+        for handle in container.handles:
+            handle.remove()
+        del backbone.submodules
+
+
+_MAO = "Mao et al. 2022"
+METHODS = MappingProxyType(
+    {
+        "unipelt-ap": Recipe(
+            Submodules(("adapter", "prefix")), 5e-4, "adapter + prefix, gated", _MAO
+        ),
+        "unipelt-apl": Recipe(Submodules(), 5e-4, "adapter + prefix + LoRA, gated", _MAO),
+        "unipelt-aplb": Recipe(
+            Submodules(("adapter", "prefix", "lora", "bias")),
+            5e-4,
+            "adapter + prefix + LoRA + bias, gated",
+            "ours, after Mao et al. 2022",
+        ),
+        "ap-ungated": Recipe(
+            Submodules(("adapter", "prefix"), gated=False), 5e-4, "the control of unipelt-ap", _MAO
+        ),
+        "apl-ungated": Recipe(
+            Submodules(gated=False), 5e-4, "the control of unipelt-apl", _MAO
+        ),
+        "adapter": Recipe(
+            Submodules(("adapter",), gated=False),
+            1e-4,
+            "one bottleneck a layer, after the feed-forward block",
+            "Pfeiffer et al. 2021",
+        ),
+        "prefix": Recipe(
+            Submodules(("prefix",), gated=False),
+            2e-4,
+            "learned keys and values in every layer",
+            "Li and Liang 2021",
+        ),
+        "lora": Recipe(
+            Submodules(("lora",), gated=False),
+            5e-4,
+            "low-rank updates of query and value",
+            "Hu et al. 2022",
+        ),
+    }
+)
+
+
+@contextmanager
+def record_gates(backbone: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
+    """Collect the gates of the latest forward pass: a list by layer of {gate: (batch,) values}.
+
+    The list stays empty when the backbone has no gates.
+    """
+    container = getattr(backbone, "submodules", None)
+    recorded: list[dict[str, Tensor]] = []
+    if not isinstance(container, Container):
+        yield recorded
+        return
+    container.state.recorded = recorded
+    try:
+        yield recorded
+    finally:
+        container.state.recorded = None
+
+
+def _container(backbone: nn.Module) -> Container:
+    container = backbone.submodules
+    assert isinstance(container, Container)
+    return container
+
+
+def _projection(layer: nn.Module, layout: Layout, place: str) -> nn.Linear:
+    linear = layer.get_submodule(getattr(layout, place))
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    return torch.empty(shape).normal_(0.0, STD, generator=generator)
+
+
+def _linear(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
+    """Make a linear unit N(0, 0.02) with zero bias, without drawing from the global generator."""
+    linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.normal_(linear.weight, 0.0, STD, generator=generator)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,231 @@
+"""The table of tasks: which columns hold text, what the labels are, what is scored.
+
+A task of the user's own is the same value, built by `data` from the files and columns given.
+Metrics are scikit-learn's and scipy's; scores are fractions.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unipelt_cli.errors import ConfigError, nearest
+
+Values = NDArray[np.float64] | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one kind of labelled rows looks like and how predictions on them are judged.
+
+    `labels` is empty for regression. `metric` selects checkpoints; `also` is reported beside it.
+    """
+
+    name: str
+    text: tuple[str, ...]
+    labels: tuple[str, ...]
+    metric: str
+    also: tuple[str, ...] = ()
+    dev_size: int = 1000
+    source: "Glue | Packaged | None" = None
+
+    @property
+    def is_regression(self) -> bool:
+        return not self.labels
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the head gives for one row."""
+        return len(self.labels) or 1
+
+    def score(self, predictions: Values, references: Values) -> dict[str, float]:
+        """Score label indices (or values, in regression): the task's metric first."""
+        return {
+            name: METRICS[name](predictions, references) for name in (self.metric, *self.also)
+        }
+
+
+@dataclass(frozen=True)
+class Glue:
+    """Where a task of GLUE lies: in GLUE's own directory layout, and on the hub.
+
+    `columns` are the text columns of the local file (indices where it has no header),
+    `values` its label values in the order of `Task.labels`.
+    """
+
+    folder: str
+    columns: tuple[str, ...] | tuple[int, ...]
+    label: str | int
+    values: tuple[str, ...]
+    hub_columns: tuple[str, ...]
+    dev: str = "dev"
+    hub_dev: str = "validation"
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A data set that is shipped inside the package: its folder."""
+
+    folder: str
+
+
+def _correlation(predictions: Values, references: Values, kind: str) -> float:
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        # A collapsed run predicts a constant: its correlation is undefined and counts as 0.
+        warnings.simplefilter("ignore")
+        value = float(getattr(stats, kind)(predictions, references).statistic)
+    return 0.0 if np.isnan(value) else value
+
+
+def _accuracy(predictions: Values, references: Values) -> float:
+    return float(np.mean(predictions == references))
+
+
+def _f1(predictions: Values, references: Values) -> float:
+    from sklearn.metrics import f1_score
+
+    binary = max(predictions.max(initial=0), references.max(initial=0)) <= 1
+    average = "binary" if binary else "macro"
+    return float(f1_score(references, predictions, average=average, zero_division=0.0))
+
+
+def _matthews(predictions: Values, references: Values) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(references, predictions))
+
+
+def _mse(predictions: Values, references: Values) -> float:
+    return float(np.mean((predictions - references) ** 2))
+
+
+METRICS: Mapping[str, Callable[[Values, Values], float]] = MappingProxyType(
+    {
+        "accuracy": _accuracy,
+        "f1": _f1,
+        "matthews": _matthews,
+        "spearman": lambda p, r: _correlation(p, r, "spearmanr"),
+        "pearson": lambda p, r: _correlation(p, r, "pearsonr"),
+        "mse": _mse,
+    }
+)
+CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
+REGRESSION_METRICS = ("spearman", "pearson", "mse")
+
+
+def is_better(metric: str, score: float, best: float) -> bool:
+    """Say whether `score` is strictly better than `best`."""
+    return score < best if metric == "mse" else score > best
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+TASKS: Mapping[str, Task] = MappingProxyType(
+    {
+        task.name: task
+        for task in (
+            Task(
+                "demo",
+                ("sentence",),
+                ("cancel", "change", "fault", "how_to", "refund", "status"),
+                "accuracy",
+                ("f1",),
+                dev_size=300,
+                source=Packaged("demo"),
+            ),
+            Task(
+                "cola",
+                ("sentence",),
+                ("unacceptable", "acceptable"),
+                "matthews",
+                ("accuracy",),
+                source=Glue("CoLA", (3,), 1, ("0", "1"), ("sentence",)),
+            ),
+            Task(
+                "sst2",
+                ("sentence",),
+                ("negative", "positive"),
+                "accuracy",
+                source=Glue("SST-2", ("sentence",), "label", ("0", "1"), ("sentence",)),
+            ),
+            Task(
+                "mrpc",
+                _PAIR,
+                ("not_equivalent", "equivalent"),
+                "f1",
+                ("accuracy",),
+                source=Glue("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), _PAIR),
+            ),
+            Task(
+                "stsb",
+                _PAIR,
+                (),
+                "spearman",
+                ("pearson", "mse"),
+                source=Glue("STS-B", _PAIR, "score", (), _PAIR),
+            ),
+            Task(
+                "qqp",
+                _PAIR,
+                ("not_duplicate", "duplicate"),
+                "f1",
+                ("accuracy",),
+                source=Glue(
+                    "QQP",
+                    ("question1", "question2"),
+                    "is_duplicate",
+                    ("0", "1"),
+                    ("question1", "question2"),
+                ),
+            ),
+            Task(
+                "mnli",
+                _PAIR,
+                ("entailment", "neutral", "contradiction"),
+                "accuracy",
+                source=Glue(
+                    "MNLI",
+                    _PAIR,
+                    "gold_label",
+                    ("entailment", "neutral", "contradiction"),
+                    ("premise", "hypothesis"),
+                    dev="dev_matched",
+                    hub_dev="validation_matched",
+                ),
+            ),
+            Task(
+                "qnli",
+                _PAIR,
+                _ENTAILMENT,
+                "accuracy",
+                source=Glue(
+                    "QNLI", ("question", "sentence"), "label", _ENTAILMENT, ("question", "sentence")
+                ),
+            ),
+            Task(
+                "rte",
+                _PAIR,
+                _ENTAILMENT,
+                "accuracy",
+                source=Glue("RTE", _PAIR, "label", _ENTAILMENT, _PAIR),
+            ),
+        )
+    }
+)
+
+
+def get_task(name: str) -> Task:
+    """Return the task called `name`; raise ConfigError with the nearest name if there is none."""
+    if name not in TASKS:
+        raise ConfigError(f"data.task = {name!r}: no such task", nearest(name, TASKS))
+    return TASKS[name]
+
+
+def own_metric(labels: Sequence[str]) -> str:
+    """Return the default metric of a task of the user's own."""
+    return "accuracy" if labels else "spearman"
