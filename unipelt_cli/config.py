@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from unipelt_cli import methods
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.methods import Method
-from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, get_task
+from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, Glue, get_task
 
 Settings = dict[str, dict[str, Any]]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -177,6 +177,11 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
 
 def _is_table_task(data: DataSettings) -> bool:
     return not (data.train_file or data.dataset or data.prepared) and data.task is not None
+
+
+def reads_source(data: DataSettings) -> bool:
+    """Say whether the rows come from `data.source`: a task of the table that is not packaged."""
+    return _is_table_task(data) and isinstance(get_task(str(data.task)).source, Glue)
 
 
 def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:

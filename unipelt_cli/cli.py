@@ -1,0 +1,668 @@
+"""The command line: parsing, exit codes and two-line errors; everything else is imported late."""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from unipelt_cli import __version__
+from unipelt_cli.errors import ConfigError, UnipeltError, nearest
+
+if TYPE_CHECKING:
+    from unipelt_cli.config import Experiment, Settings
+    from unipelt_cli.modeling import Tuned
+    from unipelt_cli.runs import Run
+
+INTERRUPTED = 130
+USAGE = 2
+# Typer carries its own Click, whose classes it does not export one by one.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class Commands(TyperGroup):
+    """The commands; every error of theirs is shown here, so that tests see what users see."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run the command line and exit with its code."""
+        debug = "--debug" in (sys.argv[1:] if not args or args[0] is None else args[0])
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except UsageError as error:
+            code = _fail(*_usage(error), USAGE)
+        except UnipeltError as error:
+            if debug:
+                raise
+            code = _fail(error.message, error.hint, error.exit_code)
+        except BrokenPipeError:
+            # The reader has what it wanted; what is left must not fail while Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 0
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        code = code if isinstance(code, int) else 0
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def _fail(message: str, hint: str, code: int) -> int:
+    from unipelt_cli import render
+
+    render.error(message, hint)
+    return code
+
+
+def _usage(error: Any) -> tuple[str, str]:
+    """Turn a parser's error into what is wrong and what to do."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message)
+    path = error.ctx.command_path if error.ctx is not None else "unipelt"
+    name = getattr(error, "option_name", None)
+    if name is not None and error.ctx is not None:
+        options = [o for p in error.ctx.command.params for o in p.opts if o.startswith("--")]
+        close = nearest(name, options).partition(" otherwise")[0]
+        return message, f"{close} see `{path} --help`" if "?" in close else f"see `{path} --help`"
+    unknown = re.match(r"No such command '(.*)'", message)
+    if unknown:
+        return message, nearest(unknown[1], error.ctx.command.commands)
+    return message[0].upper() + message[1:], f"see `{path} --help`"
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune a pretrained encoder on a few labelled examples with gated submodules, "
+    "and see which ones each layer used.",
+)
+
+WHERE, HOW, OUTPUT = "Data", "Method and training", "Output"
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=HOW)
+]
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="DIR|hub",
+        help="A directory in GLUE's layout, or hub. (default $UNIPELT_DATA, else hub)",
+        rich_help_panel=WHERE,
+    ),
+]
+
+
+def _data(name: str, help: str, **kwargs: Any) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=WHERE, **kwargs)
+
+
+TaskOption = Annotated[str | None, _data("--task", "A task: see `unipelt list tasks`.")]
+KOption = Annotated[int | None, _data("--k", "Train on so many rows. (default all)")]
+DataSeedOption = Annotated[
+    int | None, _data("--data-seed", "Draws the rows. (default 111)", show_default=False)
+]
+DevSizeOption = Annotated[
+    int | None, _data("--dev-size", "Dev rows. (default 1000)", show_default=False)
+]
+DatasetOption = Annotated[
+    str | None, _data("--dataset", "Any hub data set.", metavar="NAME[:CONFIG]")
+]
+TrainFileOption = Annotated[
+    str | None, _data("--train-file", "Your rows: .csv, .tsv, .jsonl, .parquet.", metavar="FILE")
+]
+DevFileOption = Annotated[str | None, _data("--dev-file", "Your dev rows.", metavar="FILE")]
+TestFileOption = Annotated[str | None, _data("--test-file", "Your test rows.", metavar="FILE")]
+TextOption = Annotated[str | None, _data("--text", "The text column.", metavar="COLUMN")]
+TextPairOption = Annotated[
+    str | None, _data("--text-pair", "The second text column, for pairs.", metavar="COLUMN")
+]
+LabelOption = Annotated[str | None, _data("--label", "The label column.", metavar="COLUMN")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Hold the options before a command."""
+    if version:
+        typer.echo(f"unipelt {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def prepare(
+    task: TaskOption = None,
+    k: KOption = None,
+    data_seed: DataSeedOption = None,
+    source: SourceOption = None,
+    dev_size: DevSizeOption = None,
+    dataset: DatasetOption = None,
+    train_file: TrainFileOption = None,
+    dev_file: DevFileOption = None,
+    test_file: TestFileOption = None,
+    text: TextOption = None,
+    text_pair: TextPairOption = None,
+    label: LabelOption = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="data.KEY=VALUE", help="Any other data setting."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to. (default prepared/TASK-kK-dSEED)"),
+    ] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Draw train, dev and test rows by the protocol and store them with a manifest.
+
+    Example: unipelt prepare --task mrpc --k 500 --source glue/
+    """
+    flags = _data_flags(locals())
+    experiment = _resolve([], settings, flags, offline=offline, data_only=True)
+    from unipelt_cli import data, render
+
+    prepared = data.prepare(experiment.data)
+    chosen = experiment.data
+    name = f"{prepared.task.name}-k{chosen.k or 'all'}-d{chosen.data_seed}"
+    target = out or Path("prepared") / name
+    data.save(prepared, target)
+    render.data_summary(prepared.manifest)
+    render.say("prepared: ", (str(target), "bold"))
+    if as_json:
+        _print_json({"path": str(target), **prepared.manifest})
+
+
+@app.command()
+def train(
+    task: TaskOption = None,
+    k: KOption = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="See `unipelt list methods`. (default unipelt-apl)", rich_help_panel=HOW),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="The backbone: a hub name, a directory, or minilm. (default minilm)",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    data_seed: DataSeedOption = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Initialises and shuffles. (default 42)", rich_help_panel=HOW),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="Settings to start from: a name or a TOML file.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="SECTION.KEY=VALUE", help="Any setting; may be repeated.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    source: SourceOption = None,
+    prepared: Annotated[
+        str | None, _data("--prepared", "A directory that `prepare` wrote.", metavar="DIR")
+    ] = None,
+    dev_size: DevSizeOption = None,
+    dataset: DatasetOption = None,
+    train_file: TrainFileOption = None,
+    dev_file: DevFileOption = None,
+    test_file: TestFileOption = None,
+    text: TextOption = None,
+    text_pair: TextPairOption = None,
+    label: LabelOption = None,
+    device: DeviceOption = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, fp32 or bf16; auto is bf16 where the hardware is fast at it.",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run directory. (default runs/TASK-kK-METHOD-BACKBONE-dSEED-sSEED)",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Start a run that is not there, go on with an interrupted one, return a finished one.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run there.", rich_help_panel=OUTPUT)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, write nothing.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Train a method on few rows, keep the best epoch by dev, score test once.
+
+    Example: unipelt train --task mrpc --k 500
+    """
+    flags = _data_flags(locals())
+    flags["data"]["prepared"] = _absolute(prepared)
+    flags |= {
+        "model": {"backbone": _absolute_backbone(model)},
+        "method": {"name": method},
+        "train": {"seed": seed, "device": device, "precision": precision},
+    }
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite contradict each other", "give one of them")
+    experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
+    if dry_run:
+        _dry_run(experiment, as_json)
+        return
+    directory = out or Path("runs") / _run_name(experiment)
+    mode = "resume" if resume else "overwrite" if overwrite else "new"
+    result = _train(experiment, directory, mode)
+    if as_json:
+        _print_json(result)
+
+
+@app.command("eval")
+def evaluate(
+    run: RunPath,
+    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Score other labelled rows instead.")
+    ] = None,
+    label: LabelOption = None,
+    source: SourceOption = None,
+    device: DeviceOption = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Score a finished run on one of its splits, or on a file.
+
+    Example: unipelt eval runs/mrpc-k500-unipelt-apl-minilm-d111-s42
+    """
+    found, tuned = _open_run(run, device, offline, source)
+    from unipelt_cli import data, evaluation, render
+
+    if file is None:
+        rows, name = found.rows(split, _absolute(source)), split
+    else:
+        column = label or found.experiment.data.label or "label"
+        rows, name = data.labelled_rows(file, found.task, column), str(file)
+    encoded = evaluation.encode_rows(
+        tuned, [rows[c] for c in found.task.text], found.experiment.model.max_length
+    )
+    predicted = evaluation.predictions(found.task, evaluation.compute_logits(tuned, encoded))
+    scores = found.task.score(predicted, evaluation.references(rows))
+    render.table(
+        ("split", "rows", *scores),
+        [[name, str(len(rows)), *(f"{value:.4f}" for value in scores.values())]],
+    )
+    if as_json:
+        _print_json({"split": name, "rows": len(rows), "scores": scores})
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    file: Annotated[str, typer.Argument(metavar="FILE|-", help="Rows to label; - reads stdin.")],
+    device: DeviceOption = None,
+    offline: Offline = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The output is always JSON, an object a line.")
+    ] = False,
+) -> None:
+    """Label new rows: one JSON object a line, in the order of the input.
+
+    A file holds the run's text columns. On stdin: JSON lines, or plain lines of text.
+
+    Example: echo "my parcel never came" | unipelt predict RUN -
+    """
+    found, tuned = _open_run(run, device, offline)
+    from unipelt_cli import data, evaluation
+
+    task = found.task
+    if file == "-":
+        columns = data.parse_lines(sys.stdin.buffer.read(), task.text)
+    else:
+        rows = data.read_rows(Path(file), task.text)
+        columns = [list(rows[column]) for column in task.text]
+    encoded = evaluation.encode_rows(tuned, columns, found.experiment.model.max_length)
+    logits = evaluation.compute_logits(tuned, encoded)
+    predicted = evaluation.predictions(task, logits)
+    if task.is_regression:
+        for value in predicted:
+            typer.echo(json.dumps({"value": float(value)}))
+        return
+    for index, shares in zip(predicted, evaluation.probabilities(logits), strict=True):
+        named = {name: float(share) for name, share in zip(task.labels, shares, strict=True)}
+        typer.echo(json.dumps({"label": task.labels[int(index)], "probabilities": named}))
+
+
+@app.command("inspect-gates")
+def inspect_gates(
+    run: RunPath,
+    by: Annotated[str, typer.Option(help="layer, class or example.")] = "layer",
+    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the layers as a picture too.")
+    ] = None,
+    source: SourceOption = None,
+    device: DeviceOption = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Show how far each submodule's gate opens, layer by layer.
+
+    Example: unipelt inspect-gates runs/mrpc-k500-unipelt-apl-minilm-d111-s42 --plot gates.png
+    """
+    if by not in ("layer", "class", "example"):
+        raise ConfigError(f"--by {by!r}: no such view", "choose one of layer, class, example")
+    found, tuned = _open_run(run, device, offline, source)
+    from unipelt_cli import inspection, render
+
+    report = inspection.inspect(found, tuned, found.rows(split, _absolute(source)))
+    layers = report.by_layer()
+    rows = len(report.rows)
+    title = f"gates of {run.name} over {rows} {split} rows (mean ± standard deviation)"
+    answer: dict[str, Any] = {"rows": rows, "layers": layers}
+    if by == "class":
+        answer["classes"] = report.by_class()
+        for group in answer["classes"]:
+            render.gate_table(group["layers"], f"{group['class']}: {group['rows']} {split} rows")
+    elif by == "example":
+        answer["examples"] = report.by_example()
+        if not as_json:
+            for example in answer["examples"]:
+                typer.echo(json.dumps(example))
+    else:
+        render.gate_table(layers, title)
+    if plot is not None:
+        render.plot_gates(layers, title, plot)
+        render.say("picture: ", (str(plot), "bold"))
+    if as_json:
+        _print_json(answer)
+
+
+@app.command()
+def export(
+    run: RunPath,
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="adapters or hf.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to. (default RUN-FORMAT)")
+    ] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run in another tool's format, and check that it computes the same there.
+
+    Example: unipelt export RUN --to adapters
+    """
+    from unipelt_cli.errors import CheckError
+
+    if to not in ("adapters", "hf"):
+        raise ConfigError(f"--to {to!r}: no such format", nearest(to, ("adapters", "hf")))
+    found, tuned = _open_run(run, "cpu", offline)
+    from unipelt_cli import export as exports
+    from unipelt_cli import render
+
+    report = exports.export(found, tuned, to, out or run.with_name(f"{run.name}-{to}"))
+    parity = report["parity"]
+    render.say(
+        f"{to}: ",
+        (report["path"], "bold"),
+        f", largest logit difference {parity['max_abs_logit_diff']:.1e} over {parity['rows']} rows",
+    )
+    for note in report["notes"]:
+        render.say(("note: ", "yellow"), note)
+    if as_json:
+        _print_json(report)
+    if not exports.holds(parity):
+        raise CheckError(
+            f"{report['path']}: logits differ by {parity['max_abs_logit_diff']:.2g}",
+            "do not use this export; please report it with the run's experiment.toml",
+        )
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="tasks, methods, presets, backbones or runs.")
+    ],
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")
+    ] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List what there is to choose from, or the runs in a directory.
+
+    Example: unipelt list methods
+    """
+    from unipelt_cli import listing, render
+
+    if what not in listing.LISTS:
+        raise ConfigError(f"list {what!r}: no such list", nearest(what, listing.LISTS))
+    entries = listing.entries(what, directory)
+    if as_json:
+        _print_json({what: entries})
+        return
+    columns = list(entries[0]) if entries else []
+    render.table(columns, [[_cell(entry[c]) for c in columns] for entry in entries])
+    if not entries:
+        render.say(f"no {what} in {directory}")
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def _data_flags(values: dict[str, Any]) -> "Settings":
+    plain = ("task", "k", "data_seed", "dev_size", "dataset", "text", "text_pair", "label")
+    data = {key: values[key] for key in plain}
+    for key in ("train_file", "dev_file", "test_file"):
+        data[key] = _absolute(values[key])
+    data["source"] = _absolute(values["source"])
+    return {"data": data}
+
+
+def _absolute(path: str | None) -> str | None:
+    """Keep a run's paths good from any directory; the word hub is not a path."""
+    return path if path in (None, "hub") else str(Path(path).expanduser().resolve())
+
+
+def _absolute_backbone(name: str | None) -> str | None:
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def _resolve(
+    presets: Sequence[str],
+    assignments: Sequence[str] | None,
+    flags: "Settings",
+    *,
+    offline: bool,
+    data_only: bool = False,
+) -> "Experiment":
+    """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
+    from unipelt_cli import config
+
+    given = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in flags.items()
+    }
+    sets = [config.parse_assignment(text) for text in assignments or ()]
+    layers = [(f" (from {name})", config.read_preset(name)) for name in presets]
+    experiment = config.resolve([*layers, ("", config.merge([*sets, given]))])
+    if config.reads_source(experiment.data) and experiment.data.source is None:
+        source = _absolute(os.environ.get("UNIPELT_DATA")) or "hub"
+        experiment = experiment.replace("data", source=source)
+    _settle_network(experiment, offline, data_only)
+    return experiment
+
+
+def _settle_network(experiment: "Experiment", offline: bool, data_only: bool = False) -> None:
+    """Decide about the network before any hub library is imported."""
+    from unipelt_cli import network
+
+    data, name = experiment.data, experiment.model.backbone
+    hub_data = data.dataset is not None or data.source == "hub"
+    hub_model = not data_only and network.names_hub(name)
+    network.settle(offline=offline, needed=hub_data or hub_model)
+
+
+def _open_run(
+    directory: Path, device: str | None, offline: bool, source: str | None = None
+) -> tuple["Run", "Tuned"]:
+    from unipelt_cli import config
+
+    path = directory / "experiment.toml"
+    if path.is_file():
+        experiment = config.resolve([("", config.read_preset(str(path)))])
+        if source is not None:
+            experiment = experiment.replace("data", source=source)
+        _settle_network(experiment, offline)
+    from unipelt_cli import runs
+
+    run = runs.read(directory)
+    return run, run.build(device)
+
+
+def _run_name(experiment: "Experiment") -> str:
+    data, train = experiment.data, experiment.train
+    own = data.train_file or data.dataset or data.prepared or "data"
+    task = data.task or Path(own).stem
+    backbone = Path(experiment.model.backbone).name
+    name = (
+        f"{task}-k{data.k or 'all'}-{experiment.method_name}-{backbone}"
+        f"-d{data.data_seed}-s{train.seed}"
+    )
+    return re.sub(r"[^\w.-]+", "-", name)
+
+
+def _dry_run(experiment: "Experiment", as_json: bool) -> None:
+    from unipelt_cli import execution, render
+
+    experiment, prepared, tuned = execution.plan(experiment)
+    counts = tuned.parameter_counts()
+    render.data_summary(prepared.manifest)
+    render.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
+    render.say(
+        f"{experiment.method_name} on {experiment.model.backbone}, {tuned.pooling} pooling, "
+        f"{tuned.precision} on {tuned.device.type}; nothing was written"
+    )
+    if as_json:
+        splits = prepared.manifest["splits"]
+        _print_json(
+            {
+                **counts,
+                "rows": {name: split["rows"] for name, split in splits.items()},
+                "labels": {name: split["labels"] for name, split in splits.items()},
+                "experiment": experiment.settings(),
+            }
+        )
+
+
+def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, Any]:
+    """Consume a run's events: progress on stderr, and a clean stop on Ctrl-C."""
+    from dataclasses import asdict
+
+    from unipelt_cli import execution, render
+
+    view: Any = None
+    result: dict[str, Any] = {}
+    events = execution.execute(experiment, directory, mode)
+    with _stop_requests() as is_stopped, render.live() as show:
+        for event in events:
+            match event:
+                case execution.Ready():
+                    view = show(event.task.metric, event.experiment.train.epochs)
+                    render.data_summary(event.manifest)
+                    _announce(event)
+                case execution.Step():
+                    view.step(event.epoch, event.step, event.steps)
+                case execution.Epoch():
+                    view.epoch(asdict(event))
+                case execution.Finished():
+                    result = event.result
+            if is_stopped() and not result:
+                events.close()
+                render.say(("interrupted", "yellow"), f": go on with --resume --out {directory}")
+                raise typer.Exit(INTERRUPTED)
+    render.result_summary(result, directory)
+    return result
+
+
+def _announce(event: Any) -> None:
+    from unipelt_cli import render
+
+    experiment, counts = event.experiment, event.parameters
+    render.say(
+        f"{experiment.method_name} on {experiment.model.backbone}: "
+        f"{counts['trainable_parameters']:,} numbers train, {counts['stored_parameters']:,} "
+        f"are stored, head {counts['head_parameters']:,} ({experiment.model.pooling} pooling), "
+        f"{experiment.train.precision}"
+    )
+    if event.resumed_epoch:
+        render.say(f"going on after epoch {event.resumed_epoch}")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one interrupts."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="unipelt")

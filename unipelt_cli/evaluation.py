@@ -1,0 +1,61 @@
+"""From rows to logits, and from logits to predictions and scores."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from unipelt_cli.batches import Encoded, by_length, encode
+from unipelt_cli.modeling import Tuned
+from unipelt_cli.tasks import Task, Values
+
+Logits = NDArray[np.float32]
+
+
+def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int) -> Encoded:
+    """Tokenize text columns for a model, padded as its method needs them."""
+    return encode(
+        columns,
+        tuned.tokenizer,
+        tuned.classifier.backbone.config,
+        max_length=max_length,
+        pad_to_max=tuned.method.pads_to_max_length,
+    )
+
+
+def compute_logits(tuned: Tuned, rows: Encoded) -> Logits:
+    """Return logits (rows, outputs) in the rows' own order; no dropout, no gradient."""
+    tuned.classifier.eval()
+    logits = np.zeros((len(rows), tuned.classifier.head.out.out_features), dtype=np.float32)
+    with torch.inference_mode():
+        for batch in by_length(rows.lengths, rows.pad_to):
+            output = tuned.classifier(**rows.batch(batch, tuned.device))
+            logits[batch] = output.float().cpu().numpy()
+    return logits
+
+
+def predictions(task: Task, logits: Logits) -> Values:
+    """Return label indices, or values in regression."""
+    if task.is_regression:
+        return logits[:, 0].astype(np.float64)
+    return logits.argmax(axis=1).astype(np.int64)
+
+
+def probabilities(logits: Logits) -> NDArray[np.float64]:
+    """Return the softmax over labels, computed in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(shifted)
+    normed: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return normed
+
+
+def references(rows: Any) -> Values:
+    """Return the labels of a split as an array."""
+    return np.asarray(rows["label"])
+
+
+def has_collapsed(predicted: Values) -> bool:
+    """Say whether a model predicts the same for every row (values: to six digits)."""
+    return len(predicted) > 1 and bool(np.ptp(predicted) <= 1e-6 * max(1.0, abs(predicted[0])))

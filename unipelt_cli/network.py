@@ -1,0 +1,62 @@
+"""Decide once, before the hub libraries are imported, whether they may use the network.
+
+Left alone they retry for up to a minute on a machine without one, and they read their offline
+switches only when they are imported.
+"""
+
+import os
+import socket
+import threading
+from pathlib import Path
+from urllib.parse import urlsplit
+
+SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+PROBE_SECONDS = 3.0
+
+
+def settle(*, offline: bool, needed: bool) -> None:
+    """Set the libraries' offline switches if asked to, or if a needed hub cannot be reached."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if offline or not needed or not _hub_answers():
+        for switch in SWITCHES:
+            os.environ[switch] = "1"
+
+
+def names_hub(backbone: str) -> bool:
+    """Say whether finding a backbone of this name would ask the hub."""
+    return backbone != "minilm" and not is_path(backbone) and not Path(backbone).is_dir()
+
+
+def is_path(backbone: str) -> bool:
+    """Say whether a name can only be a path: such a one never falls through to the hub."""
+    return backbone.startswith(("/", ".", "~")) or backbone.count("/") > 1 or backbone[-1:] == "/"
+
+
+def is_offline() -> bool:
+    """Say whether the switches are set."""
+    return os.environ.get(SWITCHES[0]) == "1"
+
+
+def _hub_answers() -> bool:
+    """Probe the hub's port; resolving names can hang, so it runs in a thread with a deadline."""
+    if is_offline():
+        return False
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
+    if proxy:
+        endpoint = urlsplit(proxy)
+    answered = threading.Event()
+
+    def probe() -> None:
+        try:
+            address = (endpoint.hostname or "", endpoint.port or 443)
+            socket.create_connection(address, PROBE_SECONDS).close()
+            answered.set()
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()

