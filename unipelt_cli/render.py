@@ -129,8 +129,8 @@ def data_summary(manifest: Mapping[str, Any]) -> None:
     for name, split in manifest["splits"].items():
         labels = split["labels"]
         shown = "  ".join(f"{label} {_short(count)}" for label, count in labels.items())
-        lengths = split["lengths"]
-        rows.append([name, str(split["rows"]), str(lengths["50"]), str(lengths["max"]), shown])
+        words = split["words"]
+        rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"]), shown])
     table(("split", "rows", "words", "max", "labels"), rows)
     for note in manifest["notes"]:
         say(("note: ", "yellow"), note)

@@ -285,7 +285,12 @@ def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 def probe(tuned: Tuned) -> Logits:
-    """Return the logits of 64 rows of seeded random tokens: a fingerprint without user text."""
+    """Return the logits of the probe rows: a fingerprint without user text."""
+    return compute_logits(tuned, probe_rows(tuned))
+
+
+def probe_rows(tuned: Tuned) -> Encoded:
+    """Draw 64 rows of seeded random tokens that a model's backbone can read."""
     config = tuned.classifier.backbone.config
     random = np.random.default_rng(0)
     pad_id = config.pad_token_id or 0
@@ -296,12 +301,11 @@ def probe(tuned: Tuned) -> Logits:
     ]
     limit = config.max_position_embeddings - tuned.pretrained.layout.position_offset
     has_types = getattr(config, "type_vocab_size", 0) > 1
-    rows = Encoded(
+    return Encoded(
         [row[:limit] for row in ids],
         [[0] * len(row[:limit]) for row in ids] if has_types else None,
         pad_id,
     )
-    return compute_logits(tuned, rows)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -1,0 +1,89 @@
+"""Tiny real backbones and small made-up data, made once: no network, no download."""
+
+import os
+
+for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[switch] = "1"
+os.environ.pop("UNIPELT_DATA", None)
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import BertTokenizerFast
+
+from unipelt_cli.backbones import BACKBONES
+
+WORDS = (
+    "good bad film plot fine poor great awful the a is was very not quite so but and cat dog "
+    "sat ran on under mat hill red blue one two three four five six seven eight nine ten"
+).split()
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 140,
+    "pad_token_id": 0,
+}
+DISTILBERT_SIZES = {
+    "vocab_size": 100,
+    "dim": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "hidden_dim": 64,
+    "max_position_embeddings": 140,
+    "pad_token_id": 0,
+}
+
+
+def save_backbone(directory: Path, model_type: str, **changes: object) -> Path:
+    """Save a tiny random backbone of one architecture, weights N(0, 0.3), with a tokenizer."""
+    layout = BACKBONES[model_type]
+    sizes = DISTILBERT_SIZES if model_type == "distilbert" else SIZES
+    extra = {"embedding_size": 32} if model_type == "electra" else {}
+    config = getattr(transformers, f"{layout.classes}Config")(**{**sizes, **extra, **changes})
+    generator = torch.Generator().manual_seed(7)
+    model = getattr(transformers, f"{layout.classes}Model")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "LayerNorm" not in name and "layer_norm" not in name:
+                parameter.normal_(0.0, 0.3, generator=generator)
+    model.save_pretrained(directory)
+    vocabulary = directory / "vocab.txt"
+    vocabulary.write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    BertTokenizerFast(str(vocabulary)).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the directory of a tiny backbone by model type, made on first use."""
+    root = tmp_path_factory.mktemp("backbones")
+
+    def find(model_type: str) -> Path:
+        directory = root / model_type
+        return directory if directory.exists() else save_backbone(directory, model_type)
+
+    return find
+
+
+def write_rows(path: Path, count: int = 60, start: int = 0) -> Path:
+    """Write made-up reviews of two classes that a tiny model can learn, as CSV."""
+    lines = ["text,label"]
+    for row in range(start, start + count):
+        word, label = (("good", "yes"), ("awful", "no"))[row % 2]
+        filler = " ".join(WORDS[(row * step) % len(WORDS)] for step in range(1, 3 + row % 5))
+        lines.append(f"the film {row} was {word} {filler},{label}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a CSV file of 60 made-up reviews, text and label."""
+    return write_rows(tmp_path_factory.mktemp("data") / "reviews.csv")

@@ -1,0 +1,168 @@
+"""The four laws of wrapping, for every backbone, part and attention implementation."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.errors import BackboneError
+from unipelt_cli.methods.submodules import Container, Submodules
+from unipelt_cli.pretrained import find
+
+PARTS = {
+    "lora": ("lora",),
+    "prefix": ("prefix",),
+    "adapter": ("adapter",),
+    "bias": ("bias",),
+    "all": ("adapter", "prefix", "lora", "bias"),
+}
+CASES = [
+    (model_type, attention)
+    for model_type, layout in BACKBONES.items()
+    for attention in layout.attentions
+]
+SENTENCE = torch.tensor([2, 7, 9, 11, 30, 8, 3])
+
+
+def attached(directory: Path, attention: str, parts: tuple[str, ...], **options: object) -> nn.Module:
+    """Load a backbone with gated submodules whose every weight is N(0, 0.3)."""
+    pretrained = find(str(directory))
+    backbone, _ = pretrained.load_backbone(attention, pooler=False)
+    backbone.requires_grad_(False)
+    generator = torch.Generator().manual_seed(3)
+    method = Submodules(parts=parts, prefix_length=4, reduction=4, **options)
+    method.attach(backbone, pretrained.layout, generator)
+    with torch.no_grad():
+        for parameter in backbone.submodules.parameters():
+            parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.3, generator=generator))
+    return backbone.eval()
+
+
+def states(backbone: nn.Module, rows: list[Tensor], length: int | None = None) -> list[Tensor]:
+    """Return the real tokens' hidden states of rows padded to one length."""
+    length = length or max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], mask[place, : len(row)] = row, 1
+    with torch.no_grad():
+        output = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    return [output[place, : len(row)] for place, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize(("model_type", "attention"), CASES)
+def test_padding_and_neighbours_change_nothing(
+    backbone_dir: Callable[[str], Path], model_type: str, attention: str, parts: tuple[str, ...]
+) -> None:
+    backbone = attached(backbone_dir(model_type), attention, parts)
+    (alone,) = states(backbone, [SENTENCE])
+    (padded,) = states(backbone, [SENTENCE], 128)
+    others = [torch.randint(5, 50, (length,)) for length in (16, 3, 11)]
+    mixed = states(backbone, [others[0], SENTENCE, *others[1:]])[1]
+    assert (alone - padded).abs().max() < 1e-5
+    assert (alone - mixed).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("model_type", [name for name, row in BACKBONES.items() if len(row.attentions) > 1])
+def test_attention_implementations_agree(
+    backbone_dir: Callable[[str], Path], model_type: str, parts: tuple[str, ...]
+) -> None:
+    rows = [SENTENCE, torch.arange(5, 17)]
+    eager, fused = (
+        states(attached(backbone_dir(model_type), attention, parts), rows)
+        for attention in ("eager", "sdpa")
+    )
+    assert max((a - b).abs().max() for a, b in zip(eager, fused, strict=True)) < 1e-5
+
+
+@pytest.mark.parametrize(("model_type", "attention"), CASES)
+def test_closed_prefix_is_no_prefix(
+    backbone_dir: Callable[[str], Path],
+    model_type: str,
+    attention: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masking the prefix columns out must give the plain backbone: catches shifted positions."""
+    from torch.nn import functional
+
+    plain, _ = find(str(backbone_dir(model_type))).load_backbone(attention, pooler=False)
+    expected = states(plain.eval(), [SENTENCE, torch.arange(5, 17)])
+    backbone = attached(backbone_dir(model_type), attention, ("prefix",), gated=False)
+    opened = states(backbone, [SENTENCE, torch.arange(5, 17)])
+    pad = functional.pad
+    monkeypatch.setattr(functional, "pad", lambda x, widths, value=0: pad(x, widths, value=0))
+    closed = states(backbone, [SENTENCE, torch.arange(5, 17)])
+    assert max((a - b).abs().max() for a, b in zip(expected, closed, strict=True)) < 1e-5
+    assert max((a - b).abs().max() for a, b in zip(expected, opened, strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize("model_type", BACKBONES)
+@pytest.mark.parametrize("part", ["adapter", "lora", "bias"])
+def test_submodules_that_add_nothing_change_nothing(
+    backbone_dir: Callable[[str], Path], model_type: str, part: str
+) -> None:
+    attention = BACKBONES[model_type].attentions[0]
+    plain, _ = find(str(backbone_dir(model_type))).load_backbone(attention, pooler=False)
+    backbone = attached(backbone_dir(model_type), attention, (part,))
+    changed = states(backbone, [SENTENCE])[0]
+    with torch.no_grad():
+        for name, parameter in backbone.submodules.named_parameters():
+            if ".up." in name or name.endswith(".b") or ".bias." in name:
+                parameter.zero_()
+    (expected,) = states(plain.eval(), [SENTENCE])
+    assert torch.allclose(states(backbone, [SENTENCE])[0], expected, atol=1e-6)
+    assert (changed - expected).abs().max() > 1e-3
+
+
+def test_camembert_is_xlm_roberta_class_by_class(backbone_dir: Callable[[str], Path]) -> None:
+    """`adapters` refuses camembert, so its parity is with the architecture it copies."""
+    parts = PARTS["all"]
+    camembert = attached(backbone_dir("camembert"), "eager", parts)
+    twin = attached(backbone_dir("xlm-roberta"), "eager", parts)
+    twin.load_state_dict(camembert.state_dict())
+    (ours,), (theirs,) = states(camembert, [SENTENCE]), states(twin, [SENTENCE])
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("length", [7, 128])
+def test_gate_pooling_all_averages_over_padding(
+    backbone_dir: Callable[[str], Path], length: int
+) -> None:
+    """The authors' code: a gate is the plain mean over all positions, padding included."""
+    backbone = attached(backbone_dir("bert"), "eager", ("lora",), gate_pooling="all")
+    container = backbone.submodules
+    assert isinstance(container, Container)
+    inputs: list[Tensor] = []
+    backbone.encoder.layer[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    states(backbone, [SENTENCE], length)
+    layer = container.layers[0]
+    by_hand = torch.sigmoid(layer.gates["lora"](inputs[0])).mean(1)[:, 0]
+    assert torch.allclose(layer.gate_values["lora"], by_hand, atol=1e-6)
+    masked = torch.sigmoid(layer.gates["lora"](inputs[0][:, :7])).mean(1)[:, 0]
+    assert torch.allclose(by_hand, masked, atol=1e-6) == (length == 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type = 'relative_key'"),
+        ({"chunk_size_feed_forward": 8}, "chunk_size_feed_forward = 8"),
+        ({"is_decoder": True}, "is_decoder = True"),
+    ],
+)
+def test_unsound_configs_are_refused(
+    backbone_dir: Callable[[str], Path], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    import json
+    import shutil
+
+    directory = shutil.copytree(backbone_dir("bert"), tmp_path / "unsound")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(BackboneError, match=message):
+        find(str(directory))

@@ -1,0 +1,220 @@
+"""A run's submodules as a folder that the `adapters` library loads: names, configs, files.
+
+The only module that imports `adapters`, and only inside functions: the import takes seconds.
+Written for 1.3.0, which merely logs what it misses or ignores in a folder; `load` checks that.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from unipelt_cli import runs
+from unipelt_cli.errors import CheckError
+from unipelt_cli.methods.submodules import LayerSubmodules, Submodules
+from unipelt_cli.modeling import Tuned
+from unipelt_cli.runs import Run
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter.safetensors"
+HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
+UNKNOWN = frozenset({"camembert"})
+"""Architectures of ours for which `adapters` has no model class."""
+
+LAYER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "lora.query.a": ("{query}.loras.{name}.lora_A",),
+    "lora.query.b": ("{query}.loras.{name}.lora_B",),
+    "lora.value.a": ("{value}.loras.{name}.lora_A",),
+    "lora.value.b": ("{value}.loras.{name}.lora_B",),
+    "gates.lora": ("{query}.loras.{name}.gate", "{value}.loras.{name}.gate"),
+    "gates.lora_query": ("{query}.loras.{name}.gate",),
+    "gates.lora_value": ("{value}.loras.{name}.gate",),
+    "gates.prefix": ("{attention}.prefix_tuning.prefix_gates.{name}",),
+    "gates.adapter": ("{adapters}.adapters.{name}.gate",),
+    "adapter.down": ("{adapters}.adapters.{name}.adapter_down.0",),
+    "adapter.up": ("{adapters}.adapters.{name}.adapter_up",),
+}
+"""The names of a layer's submodules here and there; `adapters` has no shared LoRA gate."""
+
+
+def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
+    """Return why no folder holds this model and what to train instead, or None."""
+    method, model_type = tuned.method, tuned.pretrained.layout.model_type
+    if not isinstance(method, Submodules):
+        native = "" if tuned.pooling == "native" else "train with --set model.pooling=native and "
+        return (
+            f"{run.directory}: method {run.experiment.method_name!r} adds no submodules, "
+            "and adapters stores nothing else",
+            f"{native}use --to hf",
+        )
+    if "bias" in method.parts:
+        others = [part for part in method.parts if part != "bias"] or Submodules().parts
+        return (
+            f"{run.directory}: has the part 'bias', and adapters has no such part",
+            f"train without it (--set method.parts={','.join(others)})",
+        )
+    if model_type in UNKNOWN:
+        return (
+            f"{run.directory}: its backbone is a {model_type}, an architecture that adapters "
+            "does not have",
+            "train on another backbone, such as an xlm-roberta",
+        )
+    if tuned.untrained:
+        return (
+            f"{run.directory}: the backbone came without a pooler, so the run trained one, "
+            "and an adapter folder has no place for it",
+            "train with --set model.pooling=cls",
+        )
+    return None
+
+
+def has_head(tuned: Tuned) -> bool:
+    """Say whether `adapters` has a classification head that reads what this model's head reads."""
+    return tuned.pooling in ("cls", "native")
+
+
+def write(run: Run, tuned: Tuned, directory: Path) -> None:
+    """Write the folder's files: the submodules, and the head where there is one for it."""
+    name = "unipelt_" + re.sub(r"[^A-Za-z0-9_-]", "_", run.task.name)
+    _write_config(directory / ADAPTER_CONFIG, _parts_config(tuned), tuned, name)
+    runs.write(directory / ADAPTER_WEIGHTS, save(dict(_renamed(tuned, name)), {"format": "pt"}))
+    if has_head(tuned):
+        _write_config(directory / HEAD_CONFIG, _head_config(run, tuned), tuned, name)
+        weights = dict(_head_tensors(tuned, name))
+        runs.write(directory / HEAD_WEIGHTS, save(weights, {"format": "pt"}))
+
+
+def load(tuned: Tuned, directory: Path) -> Any:
+    """Load the backbone and a written folder as a user of `adapters` does, in float32.
+
+    Raises CheckError unless every tensor of the adapter and the head came from the folder.
+    """
+    import adapters
+
+    pretrained = tuned.pretrained
+    config = getattr(transformers, f"{pretrained.layout.classes}Config")(**pretrained.config)
+    model = adapters.AutoAdapterModel.from_pretrained(
+        pretrained.directory,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    name = model.load_adapter(str(directory), use_safetensors=True, set_active=True)
+    written = {
+        key: tensor
+        for file in (ADAPTER_WEIGHTS, HEAD_WEIGHTS)
+        if (directory / file).is_file()
+        for key, tensor in load_file(directory / file).items()
+    }
+    if wrong := next(_unread(model, name, written), None):
+        raise CheckError(
+            f"adapters {adapters.__version__} and the export disagree about the tensor {wrong}",
+            "this is a bug in unipelt: please report it with the run's experiment.toml",
+        )
+    return model.eval()
+
+
+def _unread(model: Any, name: str, written: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield tensors of a loaded adapter that are not the written ones, and written ones unused.
+
+    The prefix has a second name in every layer there; the folder holds it under one of them.
+    """
+    aliases: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in model.state_dict().items():
+        if f".{name}." in key:
+            aliases.setdefault(tensor.data_ptr(), {})[key] = tensor
+    used = set()
+    for tensors in aliases.values():
+        keys = tensors.keys() & written.keys()
+        used |= keys
+        if not any(torch.equal(tensors[key], written[key]) for key in keys):
+            yield min(tensors)
+    yield from sorted(written.keys() - used)
+
+
+def _parts_config(tuned: Tuned) -> Any:
+    """Return the `adapters` config that has the same parts in the same sizes."""
+    import adapters
+
+    method, layer = tuned.method, tuned.classifier.backbone.get_submodule("submodules.layers.0")
+    assert isinstance(method, Submodules) and isinstance(layer, LayerSubmodules)
+    configs: dict[str, Any] = {}
+    if "prefix" in method.parts:
+        configs["prefix"] = adapters.PrefixTuningConfig(
+            flat=True, prefix_length=method.prefix_length
+        )
+    if "adapter" in method.parts:
+        configs["adapter"] = adapters.SeqBnConfig(reduction_factor=method.reduction)
+    if "lora" in method.parts:
+        # A gate takes the place of alpha / r there, as it takes that of the scale here.
+        configs["lora"] = adapters.LoRAConfig(r=method.rank, alpha=layer.scale * method.rank)
+    parts = [config.replace(use_gating=method.gated) for config in configs.values()]
+    return parts[0] if len(parts) == 1 else adapters.ConfigUnion(*parts)
+
+
+def _head_config(run: Run, tuned: Tuned) -> dict[str, Any]:
+    head, native = tuned.classifier.head, tuned.pretrained.layout.native
+    return {
+        "head_type": "classification",
+        "num_labels": run.task.outputs,
+        "layers": 1 if head.dense is None else 2,
+        "activation_function": None if head.dense is None else native.activation,
+        "label2id": {label: index for index, label in enumerate(run.task.labels)} or None,
+        "use_pooler": tuned.classifier.reads_pooler,
+        "bias": True,
+        "dropout_prob": head.dropout.p,
+    }
+
+
+def _write_config(path: Path, config: Any, tuned: Tuned, name: str) -> None:
+    from adapters.configuration import build_full_config
+
+    pretrained = tuned.pretrained
+    full = build_full_config(
+        config,
+        tuned.classifier.backbone.config,
+        model_name=pretrained.name,
+        name=name,
+        model_class=f"{pretrained.layout.classes}AdapterModel",
+    )
+    runs.write_json(path, full)
+
+
+def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stored submodules under the names that they have there."""
+    layout = tuned.pretrained.layout
+    adapters, prefix = "output", "self_prefix"
+    if layout.model_type == "distilbert":
+        adapters, prefix = "output_adapters", "self"
+    places = {
+        "query": layout.query,
+        "value": layout.value,
+        "attention": layout.attention,
+        "adapters": adapters,
+        "name": name,
+    }
+    for key, tensor in tuned.method.fold(tuned.classifier.backbone).items():
+        if key == "submodules.prefix.rows":  # (N, 2, P, D), there flat in the order P, N, 2, D
+            rows = tensor.permute(2, 0, 1, 3).flatten()
+            pool = f"{layout.inside}.prefix_tuning.prefix_tunings.{name}"
+            yield f"{pool}.{prefix}.control_trans", rows
+            continue
+        layer, path = key.removeprefix("submodules.layers.").split(".", 1)
+        module, kind = (path, "") if path in LAYER_NAMES else path.rsplit(".", 1)
+        for place in LAYER_NAMES[module]:
+            below = f"{place.format(**places)}.{kind}".rstrip(".")
+            yield f"{layout.inside}.{layout.layers}.{layer}.{below}", tensor.clone()
+
+
+def _head_tensors(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the head's tensors: a layer there is dropout, linear unit, and activation if inner."""
+    head = tuned.classifier.head
+    linears = {1: head.out} if head.dense is None else {1: head.dense, 4: head.out}
+    for place, linear in linears.items():
+        for kind, tensor in linear.named_parameters():
+            yield f"heads.{name}.{place}.{kind}", tensor.detach()
