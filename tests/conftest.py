@@ -5,6 +5,8 @@ import os
 for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[switch] = "1"
 os.environ.pop("UNIPELT_DATA", None)
+# Tiny tensors gain nothing from threads, and spin when something else wants the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,8 @@ import transformers
 from transformers import BertTokenizerFast
 
 from unipelt_cli.backbones import BACKBONES
+
+torch.set_num_threads(1)
 
 WORDS = (
     "good bad film plot fine poor great awful the a is was very not quite so but and cat dog "

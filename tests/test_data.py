@@ -738,6 +738,19 @@ def test_paths_that_cannot_be_read_are_told(tmp_path):
         assert caught.value.message == f"{path}: {reason}"
 
 
+def test_a_name_that_no_file_system_takes_is_told(tmp_path):
+    name = str(tmp_path / ("x" * 300))
+    prepared = prepare_own(own_file(tmp_path))
+    for use in (
+        lambda: data.load(Path(name)),
+        lambda: data.save(prepared, Path(name)),
+        lambda: prepare_glue(name, "rte"),
+        lambda: prepare_own(name + ".csv"),
+    ):
+        with pytest.raises(DataError, match="File name too long"):
+            use()
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_read_rights_is_told(tmp_path):
     path = own_file(tmp_path)

@@ -2,26 +2,30 @@
 
 import ast
 import json
+import shutil
 import warnings
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import unipelt_cli
 from unipelt_cli import adapterhub, execution, export, runs
-from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.backbones import BACKBONES, Layout
 from unipelt_cli.config import resolve
 from unipelt_cli.errors import CheckError, RunError
-from unipelt_cli.modeling import build
+from unipelt_cli.methods.submodules import Submodules
+from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.runs import Run
 
+Backbones = Callable[[str], Path]
 LABELS = ("low", "middle", "high")
 TINY = {"prefix_length": 4, "prefix_width": 16, "rank": 4, "reduction": 8}
-WITH_PREFIX = ("prefix_length", "prefix_width")
 # Method and settings of ours, by what they are called in the paper.
 UNIONS = {
     "apl": ("unipelt-apl", {}),
@@ -36,7 +40,7 @@ KNOWN = sorted(BACKBONES.keys() - adapterhub.UNKNOWN)
 
 
 @pytest.fixture(scope="module")
-def adapters():
+def adapters() -> Iterator[Any]:
     """The library of that name; it warns where this project's tests allow no warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -45,55 +49,40 @@ def adapters():
         yield adapters
 
 
-@pytest.fixture(scope="module")
-def backbones(tmp_path_factory):
-    """Tiny saved backbones by architecture, with weights so large that every effect is visible."""
-
-    @cache
-    def saved(model_type, pooler=True):
-        directory = tmp_path_factory.mktemp(model_type)
-        classes = BACKBONES[model_type].classes
-        sizes = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-        }
-        if model_type == "distilbert":
-            sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
-        config = getattr(transformers, f"{classes}Config")(
-            vocab_size=100,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            pad_token_id=0,
-            **({"embedding_size": 16} if model_type == "electra" else {}),
-            **sizes,
-        )
-        torch.manual_seed(0)
-        without = {} if pooler else {"add_pooling_layer": False}
-        model = getattr(transformers, f"{classes}Model")(config, **without)
-        model.save_pretrained(directory)
-        _tokenizer().save_pretrained(directory)
-        return directory
-
-    return saved
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Rows of a few tokens, one by one: a second thread would only wait for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def _tokenizer():
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{n}" for n in range(90))]
-    vocabulary = {word: place for place, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    )
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare a few rows where many exports are made: all rows take most of their time."""
+    monkeypatch.setattr(runs, "PROBE_ROWS", 8)
 
 
-def make_run(directory, method, settings=None, labels=LABELS, folded=True, **model):
+@pytest.fixture
+def without_pooler(backbone_dir: Backbones, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT whose checkpoint holds no pooler."""
+    directory = tmp_path_factory.mktemp("backbone") / "bert"
+    shutil.copytree(backbone_dir("bert"), directory)
+    tensors = load_file(directory / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler")}
+    save_file(kept, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def make_run(
+    directory: Path,
+    method: str,
+    settings: dict[str, Any] | None = None,
+    labels: tuple[str, ...] = LABELS,
+    folded: bool = True,
+    **model: str,
+) -> tuple[Run, Tuned]:
     """Return a run that no training made, and its model with noise on all that trains."""
     settings = dict(settings or {})
     if method in {name for name, _ in UNIONS.values()} | {"unipelt-aplb"}:
@@ -113,31 +102,31 @@ def make_run(directory, method, settings=None, labels=LABELS, folded=True, **mod
             if parameter.requires_grad:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     task = {"name": "my task.", "text": ["a"], "labels": labels, "metric": "accuracy", "also": []}
-    return runs.Run(Path("the-run"), experiment, {}, {"task": task}, {}), tuned
+    return Run(Path("the-run"), experiment, {}, {"task": task}, {}), tuned
 
 
-def rows_of(tuned, count=8):
+def rows_of(tuned: Tuned) -> list[dict[str, Tensor]]:
     rows = runs.probe_rows(tuned)
-    return [rows.batch([row], torch.device("cpu")) for row in range(count)]
+    return [rows.batch([row], torch.device("cpu")) for row in range(4)]
 
 
-def difference(ours, theirs, rows):
+def difference(ours: Any, theirs: Any, rows: list[dict[str, Tensor]]) -> float:
     with torch.inference_mode():
         return max(float((ours(**row) - theirs(**row)).abs().max()) for row in rows)
 
 
-def hidden(model):
+def hidden(model: Any) -> Callable[..., Tensor]:
     return lambda **row: model(**row).last_hidden_state
 
 
-def logits(model):
+def logits(model: Any) -> Callable[..., Tensor]:
     return lambda **row: model(**row).logits
 
 
 # The submodules themselves, against the library that the export writes for.
 
 
-def adapters_config(adapters, method):
+def adapters_config(adapters: Any, method: Submodules) -> Any:
     """The library's own config of a union; built here once more, not by the export."""
     parts, gated = set(method.parts), method.gated
     prefix = adapters.PrefixTuningConfig(
@@ -154,7 +143,7 @@ def adapters_config(adapters, method):
     return configs[0] if len(configs) == 1 else adapters.ConfigUnion(*configs)
 
 
-def copy_into(ours, theirs, layout, name, shared):
+def copy_into(ours: Any, theirs: Any, layout: Layout, name: str, shared: bool) -> set[int]:
     """Copy the weights of a library adapter into our submodules, and its gate to be shared."""
     submodules = ours.submodules
     pairs = []
@@ -189,14 +178,16 @@ def copy_into(ours, theirs, layout, name, shared):
     return {id(own) for own, _ in pairs}
 
 
-def pair_linear(ours, theirs):
+def pair_linear(ours: Any, theirs: Any) -> list[tuple[Tensor, Tensor]]:
     return [(ours.weight, theirs.weight), (ours.bias, theirs.bias)]
 
 
 @pytest.mark.parametrize("union", UNIONS)
 @pytest.mark.parametrize("model_type", KNOWN)
-def test_submodules_compute_what_adapters_computes(adapters, backbones, model_type, union):
-    directory = backbones(model_type)
+def test_submodules_compute_what_adapters_computes(
+    adapters: Any, backbone_dir: Backbones, model_type: str, union: str
+) -> None:
+    directory = backbone_dir(model_type)
     _, tuned = make_run(directory, *UNIONS[union], folded=False, pooling="cls")
     ours, method, layout = tuned.classifier.backbone, tuned.method, tuned.pretrained.layout
     theirs = adapters.AutoAdapterModel.from_pretrained(directory).eval()
@@ -223,23 +214,23 @@ def test_submodules_compute_what_adapters_computes(adapters, backbones, model_ty
 # --to adapters
 
 
-def load_as_a_user(adapters, backbone, folder):
+def load_as_a_user(adapters: Any, backbone: Path, folder: Path) -> Any:
     model = adapters.AutoAdapterModel.from_pretrained(backbone)
     model.load_adapter(str(folder), use_safetensors=True, set_active=True)
     return model.eval()
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize(
     ("model_type", "pooling"), [*((name, "native") for name in KNOWN), ("bert", "cls")]
 )
 def test_adapters_folder_has_same_hidden_states_and_logits(
-    adapters, backbones, tmp_path, model_type, pooling
-):
-    run, tuned = make_run(backbones(model_type), "unipelt-apl", pooling=pooling)
+    adapters: Any, backbone_dir: Backbones, tmp_path: Path, model_type: str, pooling: str
+) -> None:
+    run, tuned = make_run(backbone_dir(model_type), "unipelt-apl", pooling=pooling)
     report = export.export(run, tuned, "adapters", tmp_path / "out")
 
     assert export.holds(report["parity"])
-    assert report["parity"]["rows"] == 64
     assert report["parity"]["label_flips"] == 0
     assert any("padding" in note for note in report["notes"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -248,13 +239,14 @@ def test_adapters_folder_has_same_hidden_states_and_logits(
         "head_config.json",
         "model_head.safetensors",
     ]
-    model = load_as_a_user(adapters, backbones(model_type), tmp_path / "out")
+    model = load_as_a_user(adapters, backbone_dir(model_type), tmp_path / "out")
     rows = rows_of(tuned)
     assert difference(tuned.classifier, logits(model), rows) <= 1e-5
     assert difference(hidden(tuned.classifier.backbone), hidden(model.base_model), rows) <= 1e-5
     assert list(model.get_labels()) == list(LABELS)
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -265,8 +257,10 @@ def test_adapters_folder_has_same_hidden_states_and_logits(
         ("lora", {"lora_scale": 0.1, "rank": 3}),
     ],
 )
-def test_adapters_holds_every_union(backbones, tmp_path, method, settings):
-    run, tuned = make_run(backbones("bert"), method, settings, pooling="cls")
+def test_adapters_holds_every_union(
+    backbone_dir: Backbones, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    run, tuned = make_run(backbone_dir("bert"), method, settings, pooling="cls")
     before = {name: tensor.clone() for name, tensor in tuned.stored().items()}
     report = export.export(run, tuned, "adapters", tmp_path / "out")
 
@@ -278,8 +272,8 @@ def test_adapters_holds_every_union(backbones, tmp_path, method, settings):
     assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.stored().items())
 
 
-def test_prefix_is_stored_once_and_flat(backbones, tmp_path):
-    run, tuned = make_run(backbones("bert"), "prefix", folded=False, pooling="cls")
+def test_prefix_is_stored_once_and_flat(backbone_dir: Backbones, tmp_path: Path) -> None:
+    run, tuned = make_run(backbone_dir("bert"), "prefix", folded=False, pooling="cls")
     export.export(run, tuned, "adapters", tmp_path / "out")
     stored = load_file(tmp_path / "out" / "adapter.safetensors")
 
@@ -290,28 +284,34 @@ def test_prefix_is_stored_once_and_flat(backbones, tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "eos"])
-def test_without_a_head_the_parity_is_of_hidden_states(adapters, backbones, tmp_path, pooling):
-    run, tuned = make_run(backbones("bert"), "unipelt-apl", pooling=pooling)
+def test_without_a_head_the_parity_is_of_hidden_states(
+    adapters: Any, backbone_dir: Backbones, tmp_path: Path, pooling: str
+) -> None:
+    run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", pooling=pooling)
     report = export.export(run, tuned, "adapters", tmp_path / "out")
 
     assert export.holds(report["parity"])
     assert any("hidden states" in note for note in report["notes"])
     assert not (tmp_path / "out" / "head_config.json").exists()
-    model = load_as_a_user(adapters, backbones("bert"), tmp_path / "out")
+    model = load_as_a_user(adapters, backbone_dir("bert"), tmp_path / "out")
     assert difference(hidden(tuned.classifier.backbone), hidden(model), rows_of(tuned)) <= 1e-5
 
 
-def test_adapters_holds_a_regression(adapters, backbones, tmp_path):
-    run, tuned = make_run(backbones("roberta"), "unipelt-ap", labels=(), pooling="native")
+def test_adapters_holds_a_regression(
+    adapters: Any, backbone_dir: Backbones, tmp_path: Path
+) -> None:
+    run, tuned = make_run(backbone_dir("roberta"), "unipelt-ap", labels=(), pooling="native")
     report = export.export(run, tuned, "adapters", tmp_path / "out")
 
     assert export.holds(report["parity"])
-    model = load_as_a_user(adapters, backbones("roberta"), tmp_path / "out")
+    model = load_as_a_user(adapters, backbone_dir("roberta"), tmp_path / "out")
     assert logits(model)(**rows_of(tuned)[0]).shape == (1, 1)
 
 
-def test_bf16_run_is_exported_in_float32_and_says_so(backbones, tmp_path):
-    run, tuned = make_run(backbones("bert"), "unipelt-apl", {"precision": "bf16"}, pooling="cls")
+def test_bf16_run_is_exported_in_float32_and_says_so(
+    backbone_dir: Backbones, tmp_path: Path
+) -> None:
+    run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", {"precision": "bf16"}, pooling="cls")
     report = export.export(run, tuned, "adapters", tmp_path / "out")
 
     assert report["parity"]["max_abs_logit_diff"] <= 1e-5
@@ -319,8 +319,10 @@ def test_bf16_run_is_exported_in_float32_and_says_so(backbones, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["gates.lora", "adapter.up", "lora.value.b"])
-def test_tensor_that_adapters_does_not_read_is_found(backbones, tmp_path, monkeypatch, lost):
-    run, tuned = make_run(backbones("bert"), "unipelt-apl", pooling="cls")
+def test_tensor_that_adapters_does_not_read_is_found(
+    backbone_dir: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", pooling="cls")
     names = adapterhub.LAYER_NAMES
     monkeypatch.setattr(adapterhub, "LAYER_NAMES", {**names, lost: names[lost][1:]})
 
@@ -329,8 +331,10 @@ def test_tensor_that_adapters_does_not_read_is_found(backbones, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_swapped_tensors_break_the_parity(backbones, tmp_path, monkeypatch):
-    run, tuned = make_run(backbones("bert"), "unipelt-apl", pooling="cls")
+def test_swapped_tensors_break_the_parity(
+    backbone_dir: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", pooling="cls")
     names = dict(adapterhub.LAYER_NAMES)
     for kind in "ab":
         query, value = names[f"lora.query.{kind}"], names[f"lora.value.{kind}"]
@@ -341,13 +345,13 @@ def test_swapped_tensors_break_the_parity(backbones, tmp_path, monkeypatch):
     assert not export.holds({"max_abs_logit_diff": float("nan")})
 
 
-def test_adapters_has_the_architectures_that_are_not_refused(adapters):
+def test_adapters_has_the_architectures_that_are_not_refused(adapters: Any) -> None:
     for model_type, layout in BACKBONES.items():
         has = hasattr(adapters, f"{layout.classes}AdapterModel")
         assert has == (model_type not in adapterhub.UNKNOWN)
 
 
-def test_adapters_is_imported_in_functions_of_one_module():
+def test_adapters_is_imported_in_functions_of_one_module() -> None:
     for path in Path(unipelt_cli.__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         allowed = set()
@@ -364,10 +368,13 @@ def test_adapters_is_imported_in_functions_of_one_module():
 # --to hf
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("method", ["full", "bitfit", "head", "lora"])
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert", "camembert"])
-def test_hf_folder_has_same_logits(backbones, tmp_path, model_type, method):
-    run, tuned = make_run(backbones(model_type), method, pooling="native")
+def test_hf_folder_has_same_logits(
+    backbone_dir: Backbones, tmp_path: Path, model_type: str, method: str
+) -> None:
+    run, tuned = make_run(backbone_dir(model_type), method, pooling="native")
     rows = rows_of(tuned)
     with torch.inference_mode():
         before = [tuned.classifier(**row) for row in rows]
@@ -385,11 +392,13 @@ def test_hf_folder_has_same_logits(backbones, tmp_path, model_type, method):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_hf_folder_has_the_tokenizer_and_works_in_a_pipeline(backbones, tmp_path):
-    run, tuned = make_run(backbones("bert"), "lora", pooling="native")
+def test_hf_folder_has_the_tokenizer_and_works_in_a_pipeline(
+    backbone_dir: Backbones, tmp_path: Path
+) -> None:
+    run, tuned = make_run(backbone_dir("bert"), "lora", pooling="native")
     export.export(run, tuned, "hf", tmp_path / "out")
     classify = transformers.pipeline("text-classification", str(tmp_path / "out"), device="cpu")
-    text = "word1 word2 word30"
+    text = "the film was not bad"
     row = tuned.tokenizer(text, return_tensors="pt")
     with torch.inference_mode():
         label = LABELS[int(tuned.classifier(**row).argmax())]
@@ -397,9 +406,10 @@ def test_hf_folder_has_the_tokenizer_and_works_in_a_pipeline(backbones, tmp_path
     assert classify(text)[0]["label"] == label
 
 
-def test_hf_folder_holds_a_regression_and_a_trained_pooler(backbones, tmp_path):
-    directory = backbones("bert", pooler=False)
-    run, tuned = make_run(directory, "bitfit", labels=(), pooling="native")
+def test_hf_folder_holds_a_regression_and_a_trained_pooler(
+    without_pooler: Path, tmp_path: Path
+) -> None:
+    run, tuned = make_run(without_pooler, "bitfit", labels=(), pooling="native")
     assert tuned.untrained
     report = export.export(run, tuned, "hf", tmp_path / "out")
 
@@ -432,7 +442,14 @@ def test_hf_folder_holds_a_regression_and_a_trained_pooler(backbones, tmp_path):
             "the part 'bias', and adapters has no such part",
             "(--set method.parts=adapter,prefix,lora), or try --to hf",
         ),
-        ("adapters", "camembert", "unipelt-apl", "cls", "is a camembert", "xlm-roberta, or try --to hf"),
+        (
+            "adapters",
+            "camembert",
+            "unipelt-apl",
+            "cls",
+            "is a camembert",
+            "xlm-roberta, or try --to hf",
+        ),
         ("hf", "bert", "unipelt-apl", "native", "gates depend on the input", "use --to adapters"),
         ("hf", "bert", "adapter", "native", "what its adapter does", "use --to adapters"),
         (
@@ -462,8 +479,17 @@ def test_hf_folder_holds_a_regression_and_a_trained_pooler(backbones, tmp_path):
         ),
     ],
 )
-def test_refusals(backbones, tmp_path, to, model_type, method, pooling, said, hint):
-    run, tuned = make_run(backbones(model_type), method, pooling=pooling)
+def test_refusals(
+    backbone_dir: Backbones,
+    tmp_path: Path,
+    to: str,
+    model_type: str,
+    method: str,
+    pooling: str,
+    said: str,
+    hint: str,
+) -> None:
+    run, tuned = make_run(backbone_dir(model_type), method, pooling=pooling)
     with pytest.raises(RunError) as refused:
         export.export(run, tuned, to, tmp_path / "new" / "out")
 
@@ -474,15 +500,19 @@ def test_refusals(backbones, tmp_path, to, model_type, method, pooling, said, hi
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pooler_that_the_run_trained_is_refused_by_adapters(backbones, tmp_path):
-    run, tuned = make_run(backbones("bert", pooler=False), "unipelt-apl", pooling="native")
+def test_pooler_that_the_run_trained_is_refused_by_adapters(
+    without_pooler: Path, tmp_path: Path
+) -> None:
+    run, tuned = make_run(without_pooler, "unipelt-apl", pooling="native")
     with pytest.raises(RunError, match="trained one") as refused:
         export.export(run, tuned, "adapters", tmp_path / "out")
     assert "model.pooling=cls" in refused.value.hint
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "link"])
-def test_target_that_exists_is_refused_and_kept(backbones, tmp_path, kind):
+def test_target_that_exists_is_refused_and_kept(
+    backbone_dir: Backbones, tmp_path: Path, kind: str
+) -> None:
     target = tmp_path / "out"
     if kind == "directory":
         target.mkdir()
@@ -490,25 +520,27 @@ def test_target_that_exists_is_refused_and_kept(backbones, tmp_path, kind):
         target.write_text("mine")
     else:
         target.symlink_to(tmp_path / "nowhere")
-    run, tuned = make_run(backbones("bert"), "lora", pooling="native")
+    run, tuned = make_run(backbone_dir("bert"), "lora", pooling="native")
     with pytest.raises(RunError, match="exists already"):
         export.export(run, tuned, "hf", target)
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_target_that_cannot_be_written_is_refused(backbones, tmp_path):
+def test_target_that_cannot_be_written_is_refused(backbone_dir: Backbones, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    run, tuned = make_run(backbones("bert"), "lora", pooling="native")
+    run, tuned = make_run(backbone_dir("bert"), "lora", pooling="native")
     with pytest.raises(RunError, match="cannot be written"):
         export.export(run, tuned, "hf", tmp_path / "file" / "out")
 
 
-def test_failure_leaves_nothing_behind(backbones, tmp_path, monkeypatch):
-    def fail(directory):
+def test_failure_leaves_nothing_behind(
+    backbone_dir: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(directory: Path) -> None:
         raise CheckError("failed", "")
 
     monkeypatch.setattr(export, "_load_plain", fail)
-    run, tuned = make_run(backbones("bert"), "lora", pooling="native")
+    run, tuned = make_run(backbone_dir("bert"), "lora", pooling="native")
     with pytest.raises(CheckError):
         export.export(run, tuned, "hf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -518,24 +550,23 @@ def test_failure_leaves_nothing_behind(backbones, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("to", "method"), [("adapters", "unipelt-apl"), ("hf", "lora")])
-def test_trained_run_is_exported(backbones, tmp_path, to, method):
-    file = tmp_path / "rows.csv"
-    rows = [f"word{n} word{n % 7} word{n % 3},{LABELS[n % 3]}" for n in range(60)]
-    file.write_text("\n".join(["text,label", *rows]) + "\n")
-    experiment = resolve(
-        [
-            ("", {"data": {"train_file": str(file), "text": "text", "label": "label"}}),
-            ("", {"model": {"backbone": str(backbones("bert")), "max_length": 16}}),
-            ("", {"method": {"name": method, **TINY}}),
-            ("", {"train": {"epochs": 1, "device": "cpu", "precision": "fp32"}}),
-        ]
-    )
-    for _ in execution.execute(experiment, tmp_path / "run"):
+def test_trained_run_is_exported(
+    backbone_dir: Backbones, rows_file: Path, tmp_path: Path, to: str, method: str
+) -> None:
+    rows = {"train_file": str(rows_file), "text": "text", "label": "label"}
+    settings = {
+        "data": rows,
+        "model": {"backbone": str(backbone_dir("bert"))},
+        "method": {"name": method, **TINY},
+        "train": {"epochs": 1, "device": "cpu", "precision": "fp32"},
+    }
+    for _ in execution.execute(resolve([("", settings)]), tmp_path / "run"):
         pass
     run = runs.read(tmp_path / "run")
     report = export.export(run, run.build(), to, tmp_path / "out")
 
     assert export.holds(report["parity"])
+    assert report["parity"]["rows"] == 64
     assert report["format"] == to
     assert report["path"] == str(tmp_path / "out")
     json.dumps(report)

@@ -84,7 +84,7 @@ def prepare(settings: DataSettings) -> Prepared:
             found = _packaged(task)
         elif source == "hub":
             found = _glue_hub(task, task.source)
-        elif (Path(source) / MANIFEST).is_file():
+        elif _has_manifest(Path(source)):
             return _reopen(Path(source), settings)
         else:
             found = _glue_directory(task, task.source, Path(source))
@@ -343,11 +343,10 @@ def _read_split(directory: Path, split: str, task: Task, recorded: Mapping[str, 
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    if not path.is_file():
+    if not _has_manifest(directory):
         raise DataError(f"{directory}: not a prepared directory (no {MANIFEST})", GIVE_PREPARED)
     try:
-        manifest = json.loads(_content(path, (".json",)))
+        manifest = json.loads(_content(directory / MANIFEST, (".json",)))
         intact = isinstance(manifest, dict) and manifest == _sealed(manifest)
     except (ValueError, RecursionError) as error:
         _damaged(directory, f"{MANIFEST}: {_reason(error)}", error)
@@ -361,6 +360,14 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     if not intact:
         _damaged(directory, f"{MANIFEST} was changed")
     return manifest
+
+
+def _has_manifest(directory: Path) -> bool:
+    try:
+        return (directory / MANIFEST).is_file()
+    except OSError as error:
+        hint = "check the path and its rights"
+        raise DataError(f"{directory}: {_reason(error)}", hint) from error
 
 
 def _damaged(directory: Path, what: str, cause: Exception | None = None) -> NoReturn:

@@ -1,0 +1,195 @@
+"""The loop: events, selection, early stopping, and going on exactly."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from unipelt_cli.batches import by_length, shuffled
+from unipelt_cli.config import resolve
+from unipelt_cli.errors import CheckError
+from unipelt_cli.evaluation import compute_logits, encode_rows, has_collapsed, predictions
+from unipelt_cli.modeling import build
+from unipelt_cli.tasks import Task, get_task
+from unipelt_cli.training import Epoch, Step, Training
+
+SENTENCES = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(20)]
+LABELS = np.array([i % 2 for i in range(20)])
+
+
+def training(directory: Path, *, task: Task | None = None, labels: Any = LABELS, **train: Any) -> Training:
+    settings = resolve(
+        [
+            (
+                "",
+                {
+                    "data": {"task": "sst2"},
+                    "model": {"backbone": str(directory), "pooling": "cls"},
+                    "method": {"name": train.pop("method", "unipelt-apl")},
+                    "train": {"device": "cpu", "precision": "fp32", "batch_size": 4, **train},
+                },
+            )
+        ]
+    )
+    task = task or get_task("sst2")
+    tuned = build(settings, task.outputs)
+    rows = encode_rows(tuned, [SENTENCES], 128)
+    return Training(tuned, task, (rows, labels), (rows, labels), settings.train)
+
+
+def tensors(loop: Training) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in loop.parameters.items()}
+
+
+@pytest.fixture
+def bert(backbone_dir: Callable[[str], Path]) -> Path:
+    return backbone_dir("bert")
+
+
+def test_events_come_in_order(bert: Path) -> None:
+    events = list(training(bert, epochs=2).events())
+    kinds = [(type(e).__name__, e.epoch) for e in events]
+    assert kinds == [("Step", 1)] * 5 + [("Epoch", 1)] + [("Step", 2)] * 5 + [("Epoch", 2)]
+    assert [e.step for e in events if isinstance(e, Step)] == [1, 2, 3, 4, 5] * 2
+    epoch = next(e for e in events if isinstance(e, Epoch))
+    assert epoch.is_best
+    assert epoch.tokens > 100
+    assert epoch.dev.keys() == {"accuracy"}
+    steps = [e.loss for e in events if isinstance(e, Step) and e.epoch == 1]
+    assert math.isclose(epoch.train_loss, sum(steps) / 5, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["unipelt-apl", "full"])
+def test_a_learnable_task_is_learnt(bert: Path, method: str) -> None:
+    rate = {"unipelt-apl": 5e-3, "full": 3e-3}[method]
+    loop = training(bert, epochs=30, patience=30, learning_rate=rate, method=method)
+    losses = [event.train_loss for event in loop.events() if isinstance(event, Epoch)]
+    assert losses[-1] < losses[0] / 2
+    assert loop.progress.best_score == 1.0
+
+
+def test_the_best_epoch_is_put_back_and_patience_ends_the_run(bert: Path) -> None:
+    loop = training(bert, epochs=50, patience=3, learning_rate=5e-3)
+    epochs = [event for event in loop.events() if isinstance(event, Epoch)]
+    best = loop.progress.best_epoch
+    assert len(epochs) == best + 3 < 50
+    scores = [event.dev["accuracy"] for event in epochs]
+    assert scores.index(max(scores)) + 1 == best, "a tie must not count as better"
+    assert [event.epoch for event in epochs if event.is_best][-1] == best
+    rows, labels = loop.dev
+    found = predictions(loop.task, compute_logits(loop.tuned, rows))
+    assert loop.task.score(found, labels) == loop.progress.best_dev
+
+
+def test_same_seed_same_tensors_whatever_ran_before(bert: Path) -> None:
+    first = training(bert, epochs=2)
+    list(first.events())
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    second = training(bert, epochs=2)
+    for _ in second.events():
+        pass
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(tensors(first).values(), tensors(second).values(), strict=True))
+    other = training(bert, epochs=2, seed=43)
+    list(other.events())
+    assert any(not torch.equal(a, b) for a, b in zip(tensors(first).values(), tensors(other).values(), strict=True))
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 6, 9])
+def test_a_restored_state_goes_on_bit_for_bit(bert: Path, stop_after: int) -> None:
+    whole = training(bert, epochs=3)
+    expected = [event for event in whole.events() if isinstance(event, Step)]
+    stopped = training(bert, epochs=3)
+    events = stopped.events()
+    seen = [next(events) for _ in range(stop_after)]
+    saved, counters = stopped.state()
+    saved = {name: tensor.clone() for name, tensor in saved.items()}
+    resumed = training(bert, epochs=3)
+    resumed.restore(saved, counters)
+    rest = [event for event in resumed.events() if isinstance(event, Step)]
+    steps = [event for event in seen if isinstance(event, Step)]
+    assert [e.loss for e in steps + rest] == [e.loss for e in expected]
+    assert resumed.progress.best_dev == whole.progress.best_dev
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole).values(), tensors(resumed).values(), strict=True))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(bert: Path) -> None:
+    loop = training(bert, epochs=1, labels=np.full(20, np.nan), task=get_task("stsb"))
+    with pytest.raises(CheckError, match="the loss is nan at step 1") as caught:
+        list(loop.events())
+    assert caught.value.hint == "lower train.learning_rate (now 0.0005)"
+    assert caught.value.exit_code == 1
+
+
+def test_regression_trains_on_squared_error(bert: Path) -> None:
+    values = np.array([5.0 if i % 2 else 1.0 for i in range(20)])
+    task = get_task("stsb")
+    loop = training(
+        bert, epochs=40, patience=40, labels=values, task=task, learning_rate=2e-2
+    )
+    losses = [event.train_loss for event in loop.events() if isinstance(event, Epoch)]
+    assert losses[-1] < losses[0] / 4
+    assert loop.progress.best_dev["spearman"] > 0.8
+
+
+def test_the_rate_warms_up_and_decays_to_nothing(bert: Path) -> None:
+    loop = training(bert, epochs=4, warmup=0.25, learning_rate=1.0)
+    rates = []
+    for taken in range(21):
+        loop.progress.taken = taken
+        rates.append(loop._rate())
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == 1.0
+    assert rates[-1] == 0.0
+    assert np.diff(rates[5:]) == pytest.approx(-1 / 15)
+
+
+def test_decay_leaves_biases_and_gates_of_one_dimension_alone(bert: Path) -> None:
+    loop = training(bert, weight_decay=0.1)
+    decayed = {id(p) for g in loop.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    names = {name for name, p in loop.parameters.items() if id(p) in decayed}
+    assert "head.out.weight" in names
+    assert not any(name.endswith("bias") for name in names)
+
+
+def test_an_epoch_holds_every_row_once_and_depends_on_seed_and_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 103)
+    batches = shuffled(lengths, 16, seed=42, epoch=1)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(103))
+    assert [len(batch) for batch in sorted(batches, key=len)] == [7, 16, 16, 16, 16, 16, 16]
+    again = shuffled(lengths, 16, seed=42, epoch=1)
+    assert all((a == b).all() for a, b in zip(batches, again, strict=True))
+    other = shuffled(lengths, 16, seed=42, epoch=2)
+    assert {tuple(sorted(b)) for b in batches} != {tuple(sorted(b)) for b in other}
+
+
+def test_buckets_save_padding() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 512)
+
+    def padded(batches: list[Any]) -> int:
+        return sum(len(batch) * lengths[batch].max() for batch in batches)
+
+    plain = [np.arange(start, start + 16) for start in range(0, 512, 16)]
+    assert padded(shuffled(lengths, 16, seed=1, epoch=1)) < 0.85 * padded(plain)
+
+
+def test_evaluation_batches_hold_every_row_once_within_the_budget() -> None:
+    lengths = np.random.default_rng(0).integers(3, 129, 700)
+    batches = list(by_length(lengths))
+    assert sorted(row for batch in batches for row in batch) == list(range(700))
+    assert all(len(batch) * lengths[batch].max() <= 4096 for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("values", "collapsed"),
+    [([1, 1, 1], True), ([1, 0, 1], False), ([2.5, 2.5000001, 2.5], True), ([2.5, 2.6], False)],
+)
+def test_a_run_has_collapsed_when_its_predictions_are_constant(
+    values: list[float], collapsed: bool
+) -> None:
+    assert has_collapsed(np.array(values)) == collapsed
