@@ -20,10 +20,46 @@ from unipelt_cli.backbones import BACKBONES
 
 torch.set_num_threads(1)
 
-WORDS = (
-    "good bad film plot fine poor great awful the a is was very not quite so but and cat dog "
-    "sat ran on under mat hill red blue one two three four five six seven eight nine ten"
-).split()
+WORDS = [
+    "good",
+    "bad",
+    "film",
+    "plot",
+    "fine",
+    "poor",
+    "great",
+    "awful",
+    "the",
+    "a",
+    "is",
+    "was",
+    "very",
+    "not",
+    "quite",
+    "so",
+    "but",
+    "and",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "hill",
+    "red",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 SIZES = {
     "vocab_size": 100,

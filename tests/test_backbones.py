@@ -27,7 +27,9 @@ CASES = [
 SENTENCE = torch.tensor([2, 7, 9, 11, 30, 8, 3])
 
 
-def attached(directory: Path, attention: str, parts: tuple[str, ...], **options: object) -> nn.Module:
+def attached(
+    directory: Path, attention: str, parts: tuple[str, ...], **options: object
+) -> nn.Module:
     """Load a backbone with gated submodules whose every weight is N(0, 0.3)."""
     pretrained = find(str(directory))
     backbone, _ = pretrained.load_backbone(attention, pooler=False)
@@ -68,7 +70,9 @@ def test_padding_and_neighbours_change_nothing(
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-@pytest.mark.parametrize("model_type", [name for name, row in BACKBONES.items() if len(row.attentions) > 1])
+@pytest.mark.parametrize(
+    "model_type", [name for name, row in BACKBONES.items() if len(row.attentions) > 1]
+)
 def test_attention_implementations_agree(
     backbone_dir: Callable[[str], Path], model_type: str, parts: tuple[str, ...]
 ) -> None:

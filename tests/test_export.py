@@ -232,6 +232,7 @@ def test_adapters_folder_has_same_hidden_states_and_logits(
 
     assert export.holds(report["parity"])
     assert report["parity"]["label_flips"] == 0
+    assert any("use_safetensors=True, set_active=True" in note for note in report["notes"])
     assert any("padding" in note for note in report["notes"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "adapter.safetensors",

@@ -1,6 +1,6 @@
 """One contract for every method of the table, and the exact counts of the papers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,7 +77,9 @@ def test_one_step_moves_exactly_what_requires_grad(
     optimizer = torch.optim.SGD(trained.values(), lr=0.1)
     rows = encode_rows(tuned, [SENTENCES], 128).batch(range(4), tuned.device)
     for _ in range(2):
-        loss = torch.nn.functional.cross_entropy(tuned.classifier(**rows), torch.tensor([0, 1, 0, 1]))
+        loss = torch.nn.functional.cross_entropy(
+            tuned.classifier(**rows), torch.tensor([0, 1, 0, 1])
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -125,7 +127,7 @@ def test_two_builds_from_one_seed_are_equal_and_leave_the_generator_alone(
 
 
 @pytest.fixture(scope="module")
-def bert_base() -> Iterator[Callable[[str, dict[str, object]], tuple[int, int]]]:
+def bert_base() -> Callable[[str, dict[str, object]], tuple[int, int]]:
     """Count (trainable, stored) of a method on BERT-base with random weights."""
     with no_init_weights():
         backbone = BertModel(BertConfig())
@@ -147,7 +149,7 @@ def bert_base() -> Iterator[Callable[[str, dict[str, object]], tuple[int, int]]]
         assert dict(backbone.named_parameters()).keys() == plain.keys()
         return trained, stored
 
-    yield count
+    return count
 
 
 LAYER_BIASES = 12 * 8_448

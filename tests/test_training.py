@@ -21,7 +21,9 @@ SENTENCES = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" f
 LABELS = np.array([i % 2 for i in range(20)])
 
 
-def training(directory: Path, *, task: Task | None = None, labels: Any = LABELS, **train: Any) -> Training:
+def training(
+    directory: Path, *, task: Task | None = None, labels: Any = LABELS, **train: Any
+) -> Training:
     settings = resolve(
         [
             (
@@ -94,10 +96,16 @@ def test_same_seed_same_tensors_whatever_ran_before(bert: Path) -> None:
     for _ in second.events():
         pass
     assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(tensors(first).values(), tensors(second).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tensors(first).values(), tensors(second).values(), strict=True)
+    )
     other = training(bert, epochs=2, seed=43)
     list(other.events())
-    assert any(not torch.equal(a, b) for a, b in zip(tensors(first).values(), tensors(other).values(), strict=True))
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(tensors(first).values(), tensors(other).values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("stop_after", [1, 5, 6, 9])
@@ -115,7 +123,10 @@ def test_a_restored_state_goes_on_bit_for_bit(bert: Path, stop_after: int) -> No
     steps = [event for event in seen if isinstance(event, Step)]
     assert [e.loss for e in steps + rest] == [e.loss for e in expected]
     assert resumed.progress.best_dev == whole.progress.best_dev
-    assert all(torch.equal(a, b) for a, b in zip(tensors(whole).values(), tensors(resumed).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(tensors(whole).values(), tensors(resumed).values(), strict=True)
+    )
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(bert: Path) -> None:
@@ -129,9 +140,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(bert: Path) -> None
 def test_regression_trains_on_squared_error(bert: Path) -> None:
     values = np.array([5.0 if i % 2 else 1.0 for i in range(20)])
     task = get_task("stsb")
-    loop = training(
-        bert, epochs=40, patience=40, labels=values, task=task, learning_rate=2e-2
-    )
+    loop = training(bert, epochs=40, patience=40, labels=values, task=task, learning_rate=2e-2)
     losses = [event.train_loss for event in loop.events() if isinstance(event, Epoch)]
     assert losses[-1] < losses[0] / 4
     assert loop.progress.best_dev["spearman"] > 0.8

@@ -142,7 +142,8 @@ def _parts_config(tuned: Tuned) -> Any:
     import adapters
 
     method, layer = tuned.method, tuned.classifier.backbone.get_submodule("submodules.layers.0")
-    assert isinstance(method, Submodules) and isinstance(layer, LayerSubmodules)
+    assert isinstance(method, Submodules)
+    assert isinstance(layer, LayerSubmodules)
     configs: dict[str, Any] = {}
     if "prefix" in method.parts:
         configs["prefix"] = adapters.PrefixTuningConfig(

@@ -30,11 +30,19 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 class Commands(TyperGroup):
     """The commands; every error of theirs is shown here, so that tests see what users see."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run the command line and exit with its code."""
-        debug = "--debug" in (sys.argv[1:] if not args or args[0] is None else args[0])
+        debug = "--debug" in (sys.argv[1:] if args is None else args)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except UsageError as error:
             code = _fail(*_usage(error), USAGE)
         except UnipeltError as error:
@@ -212,14 +220,17 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="Settings to start from: a name or a TOML file.",
+            metavar="NAME|FILE",
+            help="Settings to start from: a name or a TOML file.",
             rich_help_panel=HOW,
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="SECTION.KEY=VALUE", help="Any setting; may be repeated.",
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Any setting; may be repeated.",
             rich_help_panel=HOW,
         ),
     ] = None,
@@ -255,7 +266,8 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Start a run that is not there, go on with an interrupted one, return a finished one.",
+            help="Start a run that is not there, go on with an interrupted one, "
+            "return a finished one.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
@@ -264,9 +276,7 @@ def train(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Check everything, write nothing.", rich_help_panel=OUTPUT
-        ),
+        typer.Option("--dry-run", help="Check everything, write nothing.", rich_help_panel=OUTPUT),
     ] = False,
     offline: Offline = False,
     as_json: Json = False,
@@ -460,9 +470,9 @@ def list_(
     what: Annotated[
         str, typer.Argument(metavar="WHAT", help="tasks, methods, presets, backbones or runs.")
     ],
-    directory: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")
-    ] = Path("runs"),
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path(
+        "runs"
+    ),
     as_json: Json = False,
 ) -> None:
     """List what there is to choose from, or the runs in a directory.
@@ -600,7 +610,7 @@ def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, An
     """Consume a run's events: progress on stderr, and a clean stop on Ctrl-C."""
     from dataclasses import asdict
 
-    from unipelt_cli import execution, render
+    from unipelt_cli import execution, render, training
 
     view: Any = None
     result: dict[str, Any] = {}
@@ -612,9 +622,9 @@ def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, An
                     view = show(event.task.metric, event.experiment.train.epochs)
                     render.data_summary(event.manifest)
                     _announce(event)
-                case execution.Step():
+                case training.Step():
                     view.step(event.epoch, event.step, event.steps)
-                case execution.Epoch():
+                case training.Epoch():
                     view.epoch(asdict(event))
                 case execution.Finished():
                     result = event.result

@@ -158,13 +158,13 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     }
     name = str(merged["method"].pop("name", methods.DEFAULT))
     method = _method(name, merged["method"], problems)
-    data = sections["data"]
-    if isinstance(data, DataSettings):
-        problems += _data_problems(data)
+    # Unchecked on purpose: what keys get wrong together is said beside what each gets wrong.
+    problems += _data_problems(DataSettings.model_construct(**merged["data"]))
     if problems:
         raise _combined(problems)
-    train = sections["train"]
-    assert isinstance(train, TrainSettings) and method is not None
+    data, train = sections["data"], sections["train"]
+    assert isinstance(train, TrainSettings)
+    assert method is not None
     if train.learning_rate is None:
         train = train.model_copy(update={"learning_rate": methods.get(name).learning_rate})
     assert isinstance(data, DataSettings)
@@ -197,7 +197,7 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
             )
         else:
             try:
-                get_task(data.task)
+                get_task(str(data.task))
             except ConfigError as error:
                 yield error.message, error.hint
     if own and not data.prepared:
@@ -205,20 +205,23 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
             if getattr(data, key) is None:
                 flag = "--" + key
                 yield f"data.{key} is not set", f"name the column with {flag} COLUMN"
+    if data.source and (own or data.prepared):
+        yield (
+            f"data.source = {data.source!r}: the rows come from elsewhere",
+            "drop --source, or --prepared, --train-file and --dataset",
+        )
     for key in ("dev_file", "test_file"):
         if getattr(data, key) and not data.train_file:
             yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
     metrics = {"classification": CLASSIFICATION_METRICS, "regression": REGRESSION_METRICS}
-    if data.metric and data.kind != "auto" and data.metric not in metrics[data.kind]:
+    if data.metric and data.kind in metrics and data.metric not in metrics[data.kind]:
         yield (
             f"data.metric = {data.metric!r}: not a metric of {data.kind}",
             f"choose one of {', '.join(metrics[data.kind])}",
         )
 
 
-def _method(
-    name: str, values: Mapping[str, Any], problems: list[tuple[str, str]]
-) -> Method | None:
+def _method(name: str, values: Mapping[str, Any], problems: list[tuple[str, str]]) -> Method | None:
     try:
         default = methods.get(name).method
     except ConfigError as error:
@@ -350,5 +353,3 @@ def _toml(value: object) -> str:
         case tuple() | list():
             return "[" + ", ".join(_toml(item) for item in value) + "]"
     raise TypeError(f"no TOML for {value!r}")
-
-

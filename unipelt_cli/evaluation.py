@@ -39,8 +39,8 @@ def compute_logits(tuned: Tuned, rows: Encoded) -> Logits:
 def predictions(task: Task, logits: Logits) -> Values:
     """Return label indices, or values in regression."""
     if task.is_regression:
-        return logits[:, 0].astype(np.float64)
-    return logits.argmax(axis=1).astype(np.int64)
+        return np.asarray(logits[:, 0], dtype=np.float64)
+    return np.asarray(logits.argmax(axis=1), dtype=np.int64)
 
 
 def probabilities(logits: Logits) -> NDArray[np.float64]:

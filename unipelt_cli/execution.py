@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset
 
 from unipelt_cli import data, runs
+from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment
 from unipelt_cli.data import Prepared
 from unipelt_cli.errors import RunError
 from unipelt_cli.evaluation import (
-    Encoded,
     compute_logits,
     encode_rows,
     has_collapsed,
@@ -56,13 +56,18 @@ Event = Ready | Step | Epoch | Finished
 def plan(experiment: Experiment) -> tuple[Experiment, Prepared, Tuned]:
     """Prepare the data, build the model, and write what was chosen into the experiment."""
     prepared = data.prepare(experiment.data)
+    if experiment.data.prepared is not None:
+        drawn = {key: prepared.manifest[key] for key in ("task", "k", "data_seed", "dev_size")}
+        experiment = experiment.replace("data", **drawn)
     tuned = build(experiment, prepared.task.outputs)
     experiment = experiment.replace("model", pooling=tuned.pooling)
     experiment = experiment.replace("train", precision=tuned.precision)
     return experiment, prepared, tuned
 
 
-def execute(experiment: Experiment, directory: Path, mode: Mode = "new") -> Iterator[Event]:
+def execute(
+    experiment: Experiment, directory: Path, mode: Mode = "new"
+) -> Generator[Event, None, None]:
     """Run an experiment and write its directory; closing the iterator interrupts it resumably.
 
     Raises RunError for a directory that exists or belongs to another experiment.

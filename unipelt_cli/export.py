@@ -81,7 +81,8 @@ def _read(tuned: Tuned, hidden: Any) -> Tensor:
 
 
 def _adapters_notes(run: Run, tuned: Tuned, directory: Path) -> Iterator[str]:
-    yield f"load it with model.load_adapter({str(directory)!r}, use_safetensors=True)"
+    flags = "use_safetensors=True, set_active=True"  # without either it fails, or does nothing
+    yield f"load it with model.load_adapter({str(directory)!r}, {flags})"
     method = tuned.method
     if method.pads_to_max_length:
         length = run.experiment.model.max_length

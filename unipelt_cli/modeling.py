@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from unipelt_cli import methods
 from unipelt_cli.config import Experiment
 from unipelt_cli.errors import BackboneError, ConfigError
-from unipelt_cli.methods.base import Method
+from unipelt_cli.methods.base import Method, initialise, new_linear
 from unipelt_cli.pretrained import Pretrained, find
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
@@ -29,12 +30,9 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.dense = nn.utils.skip_init(nn.Linear, hidden, hidden) if activation else None
+        self.dense = new_linear(hidden, hidden, generator) if activation else None
         self.activation = ACTIVATIONS[activation]() if activation else None
-        self.out = nn.utils.skip_init(nn.Linear, hidden, outputs)
-        for linear in (self.dense, self.out):
-            if linear is not None:
-                initialise(linear, generator)
+        self.out = new_linear(hidden, outputs, generator)
 
     def forward(self, features: Tensor) -> Tensor:  # (batch, hidden) -> (batch, outputs)
         if self.dense is not None and self.activation is not None:
@@ -46,7 +44,9 @@ class Head(nn.Module):
 class Classifier(nn.Module):
     """A backbone, one way to read a row's features from it, and the head."""
 
-    def __init__(self, backbone: nn.Module, head: Head, pooling: str, reads_pooler: bool) -> None:
+    def __init__(
+        self, backbone: PreTrainedModel, head: Head, pooling: str, reads_pooler: bool
+    ) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
         self.pooling, self.reads_pooler = pooling, reads_pooler
@@ -121,13 +121,6 @@ class Tuned:
         return dict(self.classifier.head.named_parameters())
 
 
-def initialise(linear: nn.Linear, generator: torch.Generator) -> None:
-    """Draw a linear unit N(0, 0.02) with zero bias."""
-    with torch.no_grad():
-        linear.weight.normal_(0.0, 0.02, generator=generator)
-        linear.bias.zero_()
-
-
 def choose_device(wanted: str) -> torch.device:
     """Return the device; raise ConfigError for one that this machine does not have."""
     has = {
@@ -167,7 +160,11 @@ def choose_pooling(wanted: str, pretrained: Pretrained, missing: frozenset[str])
 
 
 def build(
-    experiment: Experiment, outputs: int, pretrained: Pretrained | None = None, *, folded: bool = False
+    experiment: Experiment,
+    outputs: int,
+    pretrained: Pretrained | None = None,
+    *,
+    folded: bool = False,
 ) -> Tuned:
     """Build the model that an experiment describes, with `outputs` logits a row.
 
@@ -185,14 +182,15 @@ def build(
     pooling = choose_pooling(settings.pooling, pretrained, missing)
     reads_pooler = native.pooler and pooling == "native"
     if wants_pooler and not reads_pooler:
-        backbone.pooler, missing = None, frozenset()
+        missing = frozenset()
+        backbone.register_module("pooler", None)
     _check_length(settings.max_length, pretrained, backbone)
     backbone.requires_grad_(False)
     original = list(backbone.parameters())
     generator = torch.Generator().manual_seed(experiment.train.seed)
     experiment.method.attach(backbone, pretrained.layout, generator, folded=folded)
     if missing:
-        initialise(backbone.get_submodule("pooler.dense"), generator)  # type: ignore[arg-type]
+        initialise(cast(nn.Linear, backbone.get_submodule("pooler.dense")), generator)
         backbone.get_submodule("pooler").requires_grad_(True)
     activation = native.activation if pooling == "native" and native.dense else None
     hidden = backbone.config.hidden_size
@@ -223,7 +221,7 @@ def _to_bf16(classifier: Classifier, original: list[nn.Parameter]) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _check_length(max_length: int, pretrained: Pretrained, backbone: nn.Module) -> None:
+def _check_length(max_length: int, pretrained: Pretrained, backbone: PreTrainedModel) -> None:
     positions = backbone.config.max_position_embeddings - pretrained.layout.position_offset
     if max_length > positions:
         raise BackboneError(

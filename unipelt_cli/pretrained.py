@@ -19,7 +19,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from torch import nn
+from transformers import PreTrainedModel
 
 from unipelt_cli.backbones import Attention, Layout, get_layout, refuse_unsound
 from unipelt_cli.errors import BackboneError
@@ -56,6 +56,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "sentencepiece.bpe.model",
 )
+AUTO_TOKENIZER: Any = transformers.AutoTokenizer  # the library leaves these two untyped
+LOGGING: Any = transformers.logging
 JSON_LIMIT = 10_000_000
 _RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config")
 _REFUSED = re.compile(r"_attn_implementation.*|" + "|".join(_RUNS_CODE))
@@ -88,7 +90,10 @@ class Pretrained:
         if not path.is_file():
             return None
         said = _read_json(path)
-        for pooling, key in (("mean", "pooling_mode_mean_tokens"), ("cls", "pooling_mode_cls_token")):
+        for pooling, key in (
+            ("mean", "pooling_mode_mean_tokens"),
+            ("cls", "pooling_mode_cls_token"),
+        ):
             if said.get(key) is True:
                 return pooling
         return None
@@ -116,7 +121,7 @@ class Pretrained:
                 f"{self.directory}: no tokenizer there", "save the tokenizer beside the backbone"
             )
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
+            tokenizer = AUTO_TOKENIZER.from_pretrained(
                 self.directory, use_fast=True, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the library raises whatever its parser raised
@@ -134,7 +139,7 @@ class Pretrained:
 
     def load_backbone(
         self, attention: Attention, *, pooler: bool
-    ) -> tuple[nn.Module, frozenset[str]]:
+    ) -> tuple[PreTrainedModel, frozenset[str]]:
         """Load the encoder in float32; return it with the names the checkpoint did not hold.
 
         Only a pooler may be missing: anything else would leave random weights in the backbone.
@@ -305,10 +310,10 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Keep the library's progress and its advice about missing weights off the terminal."""
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    verbosity = LOGGING.get_verbosity()
+    LOGGING.set_verbosity_error()
+    LOGGING.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        LOGGING.set_verbosity(verbosity)

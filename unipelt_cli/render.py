@@ -158,7 +158,7 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
 
 
 def gate_table(layers: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print gates as layers x submodules: a bar, the mean and the spread, readable in one colour."""
+    """Print gates as layers x submodules: a bar, the mean and the spread."""
     names = [name for name in layers[0] if name != "layer"]
     view = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     view.add_column("layer", justify="right")
@@ -200,7 +200,9 @@ def plot_gates(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
     for row, values in enumerate(means):
         for column, value in enumerate(values):
             shade = "white" if value < 0.6 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=8)
+            axes.text(
+                column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=8
+            )
     figure.colorbar(image, ax=axes, label="gate")
     try:
         figure.savefig(path, dpi=150)

@@ -238,9 +238,7 @@ class Writer:
         header = {
             "format_version": FORMAT,
             "method": method,
-            "task": {
-                key: value for key, value in asdict(task).items() if key in _TASK_KEYS
-            },
+            "task": {key: value for key, value in asdict(task).items() if key in _TASK_KEYS},
             "backbone": _backbone(tuned),
             "pooling": tuned.pooling,
             "precision": tuned.precision,
@@ -440,5 +438,3 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 def command_line() -> list[str]:
     """Return the command that runs, without the directory the program lies in."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-

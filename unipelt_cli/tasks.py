@@ -44,7 +44,8 @@ class Task:
     def score(self, predictions: Values, references: Values) -> dict[str, float]:
         """Score label indices (or values, in regression): the task's metric first."""
         return {
-            name: METRICS[name](predictions, references) for name in (self.metric, *self.also)
+            name: METRICS[name](predictions, references, self.outputs)
+            for name in (self.metric, *self.also)
         }
 
 
@@ -82,35 +83,34 @@ def _correlation(predictions: Values, references: Values, kind: str) -> float:
     return 0.0 if np.isnan(value) else value
 
 
-def _accuracy(predictions: Values, references: Values) -> float:
+def _accuracy(predictions: Values, references: Values, outputs: int) -> float:
     return float(np.mean(predictions == references))
 
 
-def _f1(predictions: Values, references: Values) -> float:
+def _f1(predictions: Values, references: Values, outputs: int) -> float:
     from sklearn.metrics import f1_score
 
-    binary = max(predictions.max(initial=0), references.max(initial=0)) <= 1
-    average = "binary" if binary else "macro"
+    average = "binary" if outputs == 2 else "macro"
     return float(f1_score(references, predictions, average=average, zero_division=0.0))
 
 
-def _matthews(predictions: Values, references: Values) -> float:
+def _matthews(predictions: Values, references: Values, outputs: int) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(references, predictions))
 
 
-def _mse(predictions: Values, references: Values) -> float:
+def _mse(predictions: Values, references: Values, outputs: int) -> float:
     return float(np.mean((predictions - references) ** 2))
 
 
-METRICS: Mapping[str, Callable[[Values, Values], float]] = MappingProxyType(
+METRICS: Mapping[str, Callable[[Values, Values, int], float]] = MappingProxyType(
     {
         "accuracy": _accuracy,
         "f1": _f1,
         "matthews": _matthews,
-        "spearman": lambda p, r: _correlation(p, r, "spearmanr"),
-        "pearson": lambda p, r: _correlation(p, r, "pearsonr"),
+        "spearman": lambda p, r, _: _correlation(p, r, "spearmanr"),
+        "pearson": lambda p, r, _: _correlation(p, r, "pearsonr"),
         "mse": _mse,
     }
 )
@@ -135,7 +135,7 @@ TASKS: Mapping[str, Task] = MappingProxyType(
                 ("cancel", "change", "fault", "how_to", "refund", "status"),
                 "accuracy",
                 ("f1",),
-                dev_size=300,
+                dev_size=200,
                 source=Packaged("demo"),
             ),
             Task(

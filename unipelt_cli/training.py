@@ -152,7 +152,7 @@ class Training:
         with _seeded(self.settings.seed, self.progress.taken, device):
             logits = classifier(**rows.batch(chosen.tolist(), device))
             loss = self._loss(logits, torch.as_tensor(labels[chosen], device=device))
-            loss.backward()
+            torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         value = loss.item()
         if not np.isfinite(value):

@@ -50,4 +50,4 @@ OWN_ATTENTION: dict[tuple[str, str], Callable[..., tuple[Tensor, ...]]] = {
 def replace_attention(module: nn.Module, model_type: str, implementation: str) -> None:
     """Give one attention module the forward that this table holds for it."""
     own = OWN_ATTENTION[model_type, implementation]
-    module.forward = own.__get__(module)  # type: ignore[method-assign]
+    module.forward = own.__get__(module)

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 from unipelt_cli.backbones import Layout
 
 CHECKS = ConfigDict(extra="forbid", strict=True)
+STD = 0.02
 
 
 @checked_dataclass(frozen=True, config=CHECKS)
@@ -52,6 +53,19 @@ class Method:
 
         Raises CannotMerge with the reason where no plain backbone computes the same function.
         """
+
+
+def initialise(linear: nn.Linear, generator: Generator) -> None:
+    """Draw a linear unit N(0, 0.02) with zero bias, never from the global generator."""
+    nn.init.normal_(linear.weight, 0.0, STD, generator=generator)
+    nn.init.zeros_(linear.bias)
+
+
+def new_linear(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
+    """Make a linear unit N(0, 0.02) with zero bias."""
+    linear = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+    initialise(linear, generator)
+    return linear
 
 
 class CannotMerge(Exception):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BeforeValidator, Field
@@ -19,10 +19,9 @@ from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
 from unipelt_cli.methods.attention import replace_attention
-from unipelt_cli.methods.base import CHECKS, CannotMerge, Method, Recipe
+from unipelt_cli.methods.base import CHECKS, STD, CannotMerge, Method, Recipe, new_linear
 
 Part = Literal["adapter", "prefix", "lora", "bias"]
-STD = 0.02
 
 
 class ForwardState:
@@ -55,14 +54,14 @@ class Prefix(nn.Module):
             self.rows = nn.Parameter(torch.zeros(layers, 2, length, hidden))
         else:
             self.table = nn.Parameter(_normal((length, hidden), generator))
-            self.down = _linear(hidden, width, generator)
-            self.up = _linear(width, layers * 2 * hidden, generator)
+            self.down = new_linear(hidden, width, generator)
+            self.up = new_linear(width, layers * 2 * hidden, generator)
 
     def forward(self) -> Tensor:  # (N, 2, P, D)
         if self.folded:
             return self.rows
         layers, length, hidden = self.shape
-        generated = self.up(torch.tanh(self.down(self.table)))
+        generated: Tensor = self.up(torch.tanh(self.down(self.table)))
         return generated.view(length, layers, 2, hidden).permute(1, 2, 0, 3)
 
 
@@ -85,14 +84,12 @@ class Adapter(nn.Module):
 
     def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
         super().__init__()
-        self.down = _linear(hidden, bottleneck, generator)
-        self.up = _linear(bottleneck, hidden, generator)
+        self.down = new_linear(hidden, bottleneck, generator)
+        self.up = new_linear(bottleneck, hidden, generator)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         low = functional.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
-        return functional.linear(
-            low.relu(), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype)
-        )
+        return functional.linear(low.relu(), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
 class LayerSubmodules(nn.Module):
@@ -119,14 +116,16 @@ class LayerSubmodules(nn.Module):
             self.adapter = Adapter(hidden, max(1, hidden // method.reduction), generator)
         if "lora" in method.parts:
             for place in ("query", "value"):
-                self.lora[place] = LowRank(_projection(layer, layout, place), method.rank, generator)
+                self.lora[place] = LowRank(
+                    _projection(layer, layout, place), method.rank, generator
+                )
         if "bias" in method.parts:
             for path in layout.biased():
                 bias = layer.get_submodule(path).bias
                 assert isinstance(bias, Tensor)
                 self.bias[path.replace(".", "-")] = nn.Parameter(torch.zeros_like(bias))
         for name in method.gate_names():
-            self.gates[name] = _linear(hidden, 1, generator)
+            self.gates[name] = new_linear(hidden, 1, generator)
 
     def hooks(self, layer: nn.Module, layout: Layout) -> list[torch.utils.hooks.RemovableHandle]:
         """Register this layer's hooks; the order is LoRA, bias, prefix on one projection."""
@@ -164,8 +163,9 @@ class LayerSubmodules(nn.Module):
             return
         pooling = self.state.pooling
         assert pooling is not None, "a gate needs the attention mask"
-        weight = torch.cat([self.gates[name].weight for name in names])
-        bias = torch.cat([self.gates[name].bias for name in names])
+        gates = [cast(nn.Linear, self.gates[name]) for name in names]
+        weight = torch.cat([gate.weight for gate in gates])
+        bias = torch.cat([gate.bias for gate in gates])
         with torch.autocast(x.device.type, enabled=False):
             opened = functional.linear(x.float(), weight, bias).sigmoid()  # (B, T, gates)
             values = (opened * pooling[:, :, None]).sum(1)
@@ -208,7 +208,6 @@ class LayerSubmodules(nn.Module):
         added = self.adapter(normed)
         gate = self.gate("adapter")
         return (summed + (added if gate is None else gate.to(added.dtype) * added),)
-
 
     def merge_into(self, layer: nn.Module, layout: Layout) -> None:
         """Add the LoRA products and bias deltas to the layer's own tensors (ungated only)."""
@@ -336,9 +335,7 @@ class Submodules(Method):
         return tuple(
             name
             for part in self.parts
-            for name in (
-                ("lora_query", "lora_value") if part == "lora" and separate else (part,)
-            )
+            for name in (("lora_query", "lora_value") if part == "lora" and separate else (part,))
         )
 
     def attach(
@@ -364,7 +361,9 @@ class Submodules(Method):
         if self.gated:
             raise CannotMerge("its gates depend on the input")
         if kept := {"adapter", "prefix"} & set(self.parts):
-            raise CannotMerge(f"no plain weight computes what its {' and '.join(sorted(kept))} does")
+            raise CannotMerge(
+                f"no plain weight computes what its {' and '.join(sorted(kept))} does"
+            )
         container = _container(backbone)
         with torch.no_grad():
             layers = container.layout.layer_list(backbone)
@@ -392,9 +391,7 @@ METHODS = MappingProxyType(
         "ap-ungated": Recipe(
             Submodules(("adapter", "prefix"), gated=False), 5e-4, "the control of unipelt-ap", _MAO
         ),
-        "apl-ungated": Recipe(
-            Submodules(gated=False), 5e-4, "the control of unipelt-apl", _MAO
-        ),
+        "apl-ungated": Recipe(Submodules(gated=False), 5e-4, "the control of unipelt-apl", _MAO),
         "adapter": Recipe(
             Submodules(("adapter",), gated=False),
             1e-4,
@@ -449,11 +446,3 @@ def _projection(layer: nn.Module, layout: Layout, place: str) -> nn.Linear:
 
 def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
     return torch.empty(shape).normal_(0.0, STD, generator=generator)
-
-
-def _linear(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
-    """Make a linear unit N(0, 0.02) with zero bias, without drawing from the global generator."""
-    linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
-    nn.init.normal_(linear.weight, 0.0, STD, generator=generator)
-    nn.init.zeros_(linear.bias)
-    return linear

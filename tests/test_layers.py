@@ -1,0 +1,98 @@
+"""Imports point one way, and starting the command does not wait for torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unipelt_cli
+
+PACKAGE = Path(unipelt_cli.__file__).parent
+RANKS = {
+    "errors": 0,
+    "network": 0,
+    "backbones": 1,
+    "tasks": 1,
+    "methods": 2,
+    "config": 3,
+    "pretrained": 4,
+    "batches": 4,
+    "cells": 4,
+    "sources": 5,
+    "modeling": 6,
+    "data": 6,
+    "evaluation": 7,
+    "training": 8,
+    "runs": 8,
+    "adapterhub": 9,
+    "execution": 9,
+    "inspection": 9,
+    "listing": 9,
+    "render": 9,
+    "export": 10,
+    "cli": 11,
+    "__main__": 12,
+}
+MODULES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE
+)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Return the modules of this package that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "unipelt_cli":
+            found |= {alias.name for alias in node.names if alias.name in RANKS}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unipelt_cli."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("unipelt_cli.")}
+    return found
+
+
+def test_every_module_has_a_rank() -> None:
+    assert {name_of(path) for path in MODULES} == RANKS.keys()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_strictly_downward(path: Path) -> None:
+    own = name_of(path)
+    upward = {
+        other
+        for other in imported(path)
+        if RANKS[other] >= RANKS[own] and not (own == other == "methods")
+    }
+    assert not upward
+
+
+def test_only_render_uses_rich_and_only_one_module_uses_adapters() -> None:
+    users: dict[str, set[str]] = {"rich": set(), "adapters": set()}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.split(".")[0] in users:
+                    users[name.split(".")[0]].add(name_of(path))
+    assert users == {"rich": {"render"}, "adapters": {"adapterhub"}}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["trian"]])
+def test_help_and_mistyped_commands_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from unipelt_cli.cli import app\n"
+        f"app({arguments!r}, standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip().endswith("[]")
