@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import save_backbone
 
 from unipelt_cli.batches import by_length, shuffled
 from unipelt_cli.config import resolve
 from unipelt_cli.errors import CheckError
 from unipelt_cli.evaluation import compute_logits, encode_rows, has_collapsed, predictions
-from unipelt_cli.modeling import build
+from unipelt_cli.modeling import Dropout, build
 from unipelt_cli.tasks import Task, get_task
 from unipelt_cli.training import Epoch, Step, Training
 
@@ -52,6 +53,15 @@ def bert(backbone_dir: Callable[[str], Path]) -> Path:
     return backbone_dir("bert")
 
 
+@pytest.fixture(scope="module")
+def calm_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a backbone without dropout, on which learning does not depend on luck."""
+    directory = tmp_path_factory.mktemp("calm") / "bert"
+    return save_backbone(
+        directory, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+
+
 def test_events_come_in_order(bert: Path) -> None:
     events = list(training(bert, epochs=2).events())
     kinds = [(type(e).__name__, e.epoch) for e in events]
@@ -66,9 +76,9 @@ def test_events_come_in_order(bert: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["unipelt-apl", "full"])
-def test_a_learnable_task_is_learnt(bert: Path, method: str) -> None:
+def test_a_learnable_task_is_learnt(calm_bert: Path, method: str) -> None:
     rate = {"unipelt-apl": 5e-3, "full": 3e-3}[method]
-    loop = training(bert, epochs=30, patience=30, learning_rate=rate, method=method)
+    loop = training(calm_bert, epochs=30, patience=30, learning_rate=rate, method=method)
     losses = [event.train_loss for event in loop.events() if isinstance(event, Epoch)]
     assert losses[-1] < losses[0] / 2
     assert loop.progress.best_score == 1.0
@@ -137,10 +147,10 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(bert: Path) -> None
     assert caught.value.exit_code == 1
 
 
-def test_regression_trains_on_squared_error(bert: Path) -> None:
+def test_regression_trains_on_squared_error(calm_bert: Path) -> None:
     values = np.array([5.0 if i % 2 else 1.0 for i in range(20)])
     task = get_task("stsb")
-    loop = training(bert, epochs=40, patience=40, labels=values, task=task, learning_rate=2e-2)
+    loop = training(calm_bert, epochs=40, patience=40, labels=values, task=task, learning_rate=2e-2)
     losses = [event.train_loss for event in loop.events() if isinstance(event, Epoch)]
     assert losses[-1] < losses[0] / 4
     assert loop.progress.best_dev["spearman"] > 0.8
@@ -164,6 +174,31 @@ def test_decay_leaves_biases_and_gates_of_one_dimension_alone(bert: Path) -> Non
     names = {name for name, p in loop.parameters.items() if id(p) in decayed}
     assert "head.out.weight" in names
     assert not any(name.endswith("bias") for name in names)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_the_share_it_should_and_keeps_the_mean(p: float) -> None:
+    dropout = Dropout(p)
+    torch.manual_seed(0)
+    x = torch.ones(1001, 1003, requires_grad=True)
+    dropped = dropout(x)
+    assert float((dropped == 0).float().mean()) == pytest.approx(p, abs=0.002)
+    assert float(dropped.detach().mean()) == pytest.approx(1, abs=0.003)
+    dropped.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, dropped.detach())
+    columns = (dropped.detach()[:, :1000] == 0).float().view(1001, 250, 4).mean((0, 1))
+    assert columns.tolist() == pytest.approx([p] * 4, abs=0.004), "the four parts of a word differ"
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x), dropped)
+    assert dropout.eval()(x) is x
+    assert Dropout(0.0)(x) is x
+
+
+def test_a_cpu_model_has_no_other_dropout(bert: Path) -> None:
+    modules = list(training(bert).tuned.classifier.modules())
+    assert any(isinstance(module, Dropout) for module in modules)
+    assert not any(isinstance(module, torch.nn.Dropout) for module in modules)
 
 
 def test_an_epoch_holds_every_row_once_and_depends_on_seed_and_epoch() -> None:

@@ -49,16 +49,21 @@ class Commands(TyperGroup):
             if debug:
                 raise
             code = _fail(error.message, error.hint, error.exit_code)
-        except BrokenPipeError:
-            # The reader has what it wanted; what is left must not fail while Python exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 0
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         code = code if isinstance(code, int) else 0
         if standalone_mode:
             sys.exit(code)
         return code
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run the command; a reader that closes the pipe has what it wanted."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # What is left in the buffer must not fail while Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
 
 def _fail(message: str, hint: str, code: int) -> int:
@@ -70,8 +75,8 @@ def _fail(message: str, hint: str, code: int) -> int:
 
 def _usage(error: Any) -> tuple[str, str]:
     """Turn a parser's error into what is wrong and what to do."""
-    message = " ".join(error.format_message().split()).rstrip(".")
-    message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message)
+    message = " ".join(error.format_message().split())
+    message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message).rstrip(".")
     path = error.ctx.command_path if error.ctx is not None else "unipelt"
     name = getattr(error, "option_name", None)
     if name is not None and error.ctx is not None:
@@ -85,6 +90,7 @@ def _usage(error: Any) -> tuple[str, str]:
 
 
 app = typer.Typer(
+    name="unipelt",
     cls=Commands,
     add_completion=True,
     pretty_exceptions_enable=False,

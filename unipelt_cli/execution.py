@@ -80,17 +80,13 @@ def execute(
     resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
     if not resumes:
         # Before the slow part: a directory that cannot be written fails at once.
-        writer.create(overwrite=mode == "overwrite")
+        writer.check(overwrite=mode == "overwrite")
     start = time.perf_counter()
-    try:
-        experiment, prepared, tuned = plan(experiment)
-    except BaseException:
-        if not resumes:
-            directory.rmdir()
-        raise
+    experiment, prepared, tuned = plan(experiment)
     if resumes:
         _same(runs.read_experiment(directory), experiment, directory)
     else:
+        writer.create()
         writer.experiment(experiment)
         writer.environment(tuned, prepared.manifest, runs.command_line())
     training = _training(experiment, prepared, tuned)
@@ -177,7 +173,7 @@ def _finish(
     task, tuned, progress = prepared.task, training.tuned, training.progress
     trained = writer.model(tuned, task, experiment.method_name)
     stored = runs.read_stored(writer.directory, experiment, task, tuned)
-    writer.check(stored, trained)
+    writer.verify(stored, trained)
     rows = encode_split(stored, task, prepared.splits["test"], experiment)
     predicted = predictions(task, compute_logits(stored, rows))
     counts = tuned.parameter_counts()

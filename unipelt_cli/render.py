@@ -44,7 +44,7 @@ def error(message: str, hint: str) -> None:
 def say(*parts: str | tuple[str, str]) -> None:
     """Print one line of talk; what comes from data or names is never read as markup."""
     clean = [(_plain(p[0]), p[1]) if isinstance(p, tuple) else _plain(p) for p in parts]
-    console().print(Text.assemble(*clean))
+    console().print(Text.assemble(*clean), soft_wrap=True)
 
 
 def _plain(text: str) -> str:

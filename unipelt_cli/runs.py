@@ -172,25 +172,33 @@ class Writer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def create(self, *, overwrite: bool = False) -> None:
-        """Make the directory, or empty it of an earlier run's files.
+    def check(self, *, overwrite: bool = False) -> None:
+        """Raise RunError now for a directory that `create` could not make later.
 
-        Raises RunError for a directory that exists without `overwrite`, or holds other files.
+        One that exists needs `overwrite`, and may hold no file that no run wrote.
         """
+        directory = self.directory
+        nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+        with _writing(directory):
+            if not nearest.is_dir():
+                raise NotADirectoryError(None, "Not a directory")
+            if not os.access(nearest, os.W_OK | os.X_OK):
+                raise PermissionError(None, "Permission denied")
+            there = [path.name for path in directory.iterdir()] if nearest == directory else []
+        if there and not overwrite:
+            raise RunError(
+                f"{directory}: exists already",
+                "go on with --resume, replace it with --overwrite, or give another --out",
+            )
+        if foreign := sorted(set(there) - set(FILES)):
+            raise RunError(
+                f"{directory}: holds files that no run wrote, such as {foreign[0]}",
+                "give another --out",
+            )
+
+    def create(self) -> None:
+        """Make the directory, or empty it of an earlier run's files."""
         with _writing(self.directory):
-            if self.directory.exists() and not self.directory.is_dir():
-                raise RunError(f"{self.directory}: a file, not a directory", "give another --out")
-            there = list(self.directory.iterdir()) if self.directory.exists() else []
-            if there and not overwrite:
-                raise RunError(
-                    f"{self.directory}: exists already",
-                    "go on with --resume, replace it with --overwrite, or give another --out",
-                )
-            if foreign := sorted(path.name for path in there if path.name not in FILES):
-                raise RunError(
-                    f"{self.directory}: holds files that no run wrote, such as {foreign[0]}",
-                    "give another --out",
-                )
             # The result goes first: what is left of an emptied run must not look finished.
             for name in (RESULT, *FILES):
                 (self.directory / name).unlink(missing_ok=True)
@@ -248,7 +256,7 @@ class Writer:
         write(self.directory / MODEL, save(tensors, metadata))
         return torch.from_numpy(probe(tuned))
 
-    def check(self, reloaded: Tuned, trained: Tensor) -> float:
+    def verify(self, reloaded: Tuned, trained: Tensor) -> float:
         """Compare the reloaded model's probe logits with the trained one's, and store them.
 
         Raises CheckError when they differ: then what was stored is not what was trained.

@@ -1,0 +1,316 @@
+"""From a file of any format to checked, encoded columns; every error names the row it is about.
+
+CSV, TSV, JSONL and Parquet all become `Cells`, and the same content gives the same rows whatever
+the format. Nothing here knows which rows are wanted or why.
+"""
+
+import csv
+import io
+import json
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from unipelt_cli.errors import DataError
+from unipelt_cli.tasks import Glue, Task
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+# Far inside float32's range, so that squares of labels and their sums stay finite.
+LARGEST_VALUE = 1e15
+FILL_IN = "fill it in, or drop the row"
+GIVE_ROWS = "give a file with labelled rows"
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The unchecked cells of one file or hub split, and how an error names their rows.
+
+    `published`: rows that the user cannot mend are taken as they are, empty texts too.
+    """
+
+    origin: str
+    columns: Mapping[str, Sequence[Any] | pa.ChunkedArray]
+    rows: Sequence[int]
+    lines: Sequence[int] = ()
+    published: bool = False
+    notes: tuple[str, ...] = ()
+
+    def refuse(self, index: int, what: str, hint: str = FILL_IN) -> NoReturn:
+        """Raise for a row: its line (from 1), or its place (from 0) where there are no lines."""
+        place = f"line {self.lines[index]}" if self.lines else f"row {self.rows[index]}"
+        raise DataError(f"{self.origin}, {place}: {what}", hint)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return a column's cells; raise DataError if it is missing or of no usable type."""
+        require(self.origin, [name], self.columns)
+        values = self.columns[name]
+        if not isinstance(values, pa.ChunkedArray):
+            return values
+        try:
+            cells: list[Any] = values.to_pylist()
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            what = f"column {short(name)} cannot be read ({reason(error)})"
+            hint = "give texts as UTF-8 strings, labels as strings or numbers"
+            raise DataError(f"{self.origin}: {what}", hint) from error
+        if values.type in (pa.float16(), pa.float32()):
+            # The shortest decimal: 3.8 stays 3.8 whatever file it comes from.
+            return [None if cell is None else float(str(np.float32(cell))) for cell in cells]
+        return cells
+
+    def texts(self, column: str) -> list[str]:
+        """Return a column as strings: numbers are written out, nothing else is."""
+        texts = []
+        for index, value in enumerate(self.column(column)):
+            if value is None or value != value:
+                self.refuse(index, f"{short(column)} is missing")
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                what = f"{short(column)} is not text but {type(value).__name__}"
+                self.refuse(index, what, "give a string")
+            text = str(value)
+            if not text.strip() and not self.published:
+                self.refuse(index, f"{short(column)} is empty")
+            texts.append(text)
+        return texts
+
+    def labels(self, column: str) -> list[str]:
+        """Return labels as strings, so that 1, 1.0 and "1" are one label in every file type."""
+        labels = []
+        for index, value in enumerate(self.column(column)):
+            if value is not None and not isinstance(value, str | int | float):
+                what = f"the label is not a name or number but {type(value).__name__}"
+                self.refuse(index, what, "give a string or a number")
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            label = "" if value is None else str(value).strip()
+            if label.casefold() in ("", "nan"):
+                self.refuse(index, "the label is missing")
+            labels.append(label)
+        return labels
+
+
+def require(origin: str, names: Iterable[str], found: Iterable[str]) -> None:
+    """Raise DataError for the first of `names` that is no column."""
+    columns = list(found)
+    for name in names:
+        if name not in columns:
+            listed = ", ".join(map(short, columns[:50]))
+            raise DataError(f"{origin}: no column {short(name)}", f"columns found: {listed}")
+
+
+def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -> Dataset:
+    """Build the checked rows of a task from the columns that hold its texts and label."""
+    require(cells.origin, (*text, label), cells.columns)
+    return encode(cells, task.text, text, _codes(cells, label, task))
+
+
+def encode(
+    cells: Cells, names: Sequence[str], columns: Sequence[str], labels: pa.Array | None = None
+) -> Dataset:
+    """Build checked rows; `names` are our names of the text columns, `columns` the source's."""
+    pairs = zip(names, columns, strict=True)
+    arrays = {name: pa.array(cells.texts(column), pa.string()) for name, column in pairs}
+    if labels is not None:
+        arrays["label"] = labels
+    arrays["row"] = pa.array(cells.rows, pa.int64())
+    return as_dataset(pa.table(arrays))
+
+
+def as_dataset(table: pa.Table) -> Dataset:
+    """Wrap a table; a random fingerprint spares hashing it, and nothing here is cached by it."""
+    return Dataset(table.combine_chunks(), fingerprint=uuid.uuid4().hex[:16])
+
+
+def _codes(cells: Cells, column: str, task: Task) -> pa.Array:
+    """Return label indices (int64), or values (float64) in regression."""
+    labels = cells.labels(column)
+    if task.is_regression:
+        values = [_value(cells, index, label) for index, label in enumerate(labels)]
+        return pa.array(values, pa.float64())
+    aliases = task.source.values if isinstance(task.source, Glue) else ()
+    known = {name: code for names in (aliases, task.labels) for code, name in enumerate(names)}
+    for index, label in enumerate(labels):
+        if label not in known:
+            listed = ", ".join(map(short, task.labels[:20]))
+            hint = f"the labels of {task.name} are {listed}"
+            cells.refuse(index, f"unknown label {short(label)}", hint)
+    return pa.array([known[label] for label in labels], pa.int64())
+
+
+def _value(cells: Cells, index: int, label: str) -> float:
+    value = as_number(label)
+    if value is None:
+        hint = "mend the row, or use --set data.kind=classification if labels are names"
+        cells.refuse(index, f"the label {short(label)} is not a number", hint)
+    if not abs(value) <= LARGEST_VALUE:
+        cells.refuse(index, f"the label {short(label)} is not finite", "give a number below 1e15")
+    return value
+
+
+def as_number(text: str) -> float | None:
+    """Return what Python reads as a float, infinities and nan too; None if it reads none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def read_cells(path: Path, header: bool = True, published: bool = False) -> Cells:
+    """Read a file by its suffix; TSV is read with quoting off."""
+    content = read_bytes(path, SUFFIXES)
+    origin, suffix = str(path), path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet(origin, content)
+    text = _decoded(origin, content)
+    if not text:
+        raise DataError(f"{origin}: empty file", GIVE_ROWS)
+    if suffix == ".jsonl":
+        return _jsonl(origin, text)
+    if suffix == ".csv":
+        records = list(_csv_records(origin, text))
+    else:
+        records = [(number, line.split("\t")) for number, line in _lines(text)]
+    return _grid(origin, records, header, published)
+
+
+def parse_cells(origin: str, content: bytes, columns: Sequence[str]) -> Cells:
+    """Read lines that have no file name and no header: JSON objects, if the first looks like one.
+
+    Otherwise a line is the texts of `columns`, a tab between each two; of one column, any line
+    that is not blank. Raises DataError naming the line for another number of texts.
+    """
+    parts = ", a tab, and that of ".join(map(short, columns))
+    hint = f"write on each line the text of {parts}; or JSON lines"
+    text = _decoded(origin, content)
+    if not text:
+        raise DataError(f"{origin}: empty", hint)
+    if text.lstrip().startswith("{"):
+        return _jsonl(origin, text)
+    if len(columns) == 1:
+        records = [(number, [line]) for number, line in _lines(text) if line.strip()]
+    else:
+        records = [(number, line.split("\t")) for number, line in _lines(text)]
+    for number, texts in records:
+        if len(texts) != len(columns):
+            what = f"texts between tabs: {len(texts)} instead of {len(columns)}"
+            raise DataError(f"{origin}, line {number}: {what}", hint)
+    found = dict(zip(columns, zip(*(texts for _, texts in records), strict=True), strict=True))
+    return Cells(origin, found, range(len(records)), [number for number, _ in records])
+
+
+def read_bytes(path: Path, suffixes: Sequence[str]) -> bytes:
+    """Read a file of one of these types; raise DataError for another, or if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            if path.suffix.lower() in suffixes:
+                return file.read()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {reason(error)}", "check the path and its rights") from error
+    raise DataError(f"{path}: unknown file type {path.suffix!r}", f"give {', '.join(suffixes)}")
+
+
+def _decoded(origin: str, content: bytes) -> str:
+    """Return the text without a BOM and the last line ends; "" if all of it is blank."""
+    try:
+        text = content.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        what = f"not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start})"
+        raise DataError(f"{origin}, line {line}: {what}", "save the file as UTF-8") from error
+    return text if text.strip() else ""
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        yield number, line.removesuffix("\r")
+
+
+def _csv_records(origin: str, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield each record with the line on which it starts; quoted fields may hold line ends."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        for record in reader:
+            yield line, record
+            line = reader.line_num + 1
+    except csv.Error as error:
+        hint = "close the quotes; a quote inside a quoted field is written twice"
+        raise DataError(f"{origin}, line {line}: malformed CSV ({error})", hint) from error
+
+
+def _grid(origin: str, rows: list[tuple[int, list[str]]], header: bool, published: bool) -> Cells:
+    """Turn records into columns; of published files, up to 1 % of garbled rows are left out."""
+    names = rows.pop(0)[1] if header else [str(index) for index in range(len(rows[0][1]))]
+    _check_names(origin, names)
+    good = [index for index, (_, fields) in enumerate(rows) if len(fields) == len(names)]
+    bad = [row for row in rows if len(row[1]) != len(names)]
+    if len(bad) > (len(rows) // 100 if published else 0):
+        line, fields = bad[0]
+        raise DataError(
+            f"{origin}, line {line}: {len(fields)} fields, where the first line has {len(names)}",
+            "mend the line; .csv fields that hold commas need quotes, .tsv is read without quoting",
+        )
+    if not good:
+        raise DataError(f"{origin}: a header but no rows", GIVE_ROWS)
+    notes = (f"{origin}: garbled rows left out: {len(bad)}",) if bad else ()
+    columns = dict(zip(names, zip(*(rows[index][1] for index in good), strict=True), strict=True))
+    return Cells(origin, columns, good, [rows[index][0] for index in good], published, notes)
+
+
+def _jsonl(origin: str, text: str) -> Cells:
+    rows: list[dict[str, object]] = []
+    hint = "write one JSON object on each line"
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()  # Refuses half a surrogate pair.
+        except (ValueError, RecursionError) as error:
+            what = f"malformed JSON ({reason(error)})"
+            raise DataError(f"{origin}, line {number}: {what}", hint) from error
+        if not isinstance(row, dict):
+            what = f"not an object but {type(row).__name__}"
+            raise DataError(f"{origin}, line {number}: {what}", hint)
+        rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return Cells(origin, columns, range(len(rows)), range(1, len(rows) + 1))
+
+
+def _parquet(origin: str, content: bytes) -> Cells:
+    try:
+        table = pq.ParquetFile(pa.BufferReader(content)).read()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        what = f"not a Parquet file ({reason(error)})" if content else "empty file"
+        raise DataError(f"{origin}: {what}", "write it again, or give .csv or .jsonl") from error
+    _check_names(origin, table.column_names)
+    if not table.num_rows:
+        raise DataError(f"{origin}: a header but no rows", GIVE_ROWS)
+    columns = dict(zip(table.column_names, table.columns, strict=True))
+    return Cells(origin, columns, range(table.num_rows))
+
+
+def _check_names(origin: str, names: Sequence[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
+            what = f"{count} columns are called {short(name)}"
+            raise DataError(f"{origin}: {what}", "give each column its own name")
+
+
+def short(value: str) -> str:
+    """Quote a value of the user's, cut to what an error message can hold."""
+    return repr(value if len(value) <= 60 else value[:57] + "...")
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's words in one line."""
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (words.strip().splitlines() or [type(error).__name__])[0][:200]
