@@ -356,19 +356,20 @@ UNKNOWN = [
     (
         ["train", "--task", "mrcp"],
         "data.task = 'mrcp': no such task",
-        "did you mean mrpc? otherwise choose one of cola, demo, mnli, mrpc, qnli, qqp, rte, sst2, stsb",
+        "did you mean mrpc? otherwise choose one of cola, demo, mnli, mrpc, qnli, qqp, rte, sst2, "
+        "stsb",
     ),
     (
         ["train", "--task", "mrpc", "--method", "unipelt"],
         "method.name = 'unipelt': no such method",
-        "did you mean unipelt-ap? otherwise choose one of adapter, ap-ungated, apl-ungated, bitfit, "
-        "full, head, lora, prefix, unipelt-ap, unipelt-apl, unipelt-aplb",
+        "did you mean unipelt-ap? otherwise choose one of adapter, ap-ungated, apl-ungated, "
+        "bitfit, full, head, lora, prefix, unipelt-ap, unipelt-apl, unipelt-aplb",
     ),
     (
         ["train", "--task", "demo", "--preset", "papr"],
         "preset 'papr': no such file or preset",
-        "did you mean paper? otherwise choose one of adapter, ap-ungated, apl-ungated, bitfit, full, "
-        "head, lora, paper, prefix, unipelt-ap, unipelt-apl, unipelt-aplb",
+        "did you mean paper? otherwise choose one of adapter, ap-ungated, apl-ungated, bitfit, "
+        "full, head, lora, paper, prefix, unipelt-ap, unipelt-apl, unipelt-aplb",
     ),
     (
         ["train", "--task", "demo", "--set", "train.epoch=3"],
@@ -409,7 +410,8 @@ UNKNOWN = [
     ),
     (
         ["train", "--task", "demo", "--k", "ten"],
-        "Invalid value for '--k': Input should be a valid integer, unable to parse string as an integer",
+        "Invalid value for '--k': Input should be a valid integer, unable to parse string as an "
+        "integer",
         "see `unipelt train --help`",
     ),
     (["eval"], "Missing argument 'RUN'", "see `unipelt eval --help`"),
@@ -606,7 +608,7 @@ def test_a_full_disk_leaves_no_result(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    from unipelt_cli import runs as module
+    from unipelt_cli import artifact as module
 
     real = os.fsync
     calls: list[int] = []

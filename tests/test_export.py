@@ -203,7 +203,11 @@ def test_submodules_compute_what_adapters_computes(
     copied = copy_into(ours, theirs.base_model, layout, "x", method.lora_gates == "shared")
 
     assert copied == {id(own) for own in ours.submodules.parameters()}
-    assert difference(hidden(ours), hidden(theirs), rows) <= 1e-5
+    # Ungated noise saturates the attention, which magnifies rounding: double precision decides.
+    bound = 1e-5 if method.gated else 1e-12
+    if not method.gated:
+        ours.double(), theirs.double()
+    assert difference(hidden(ours), hidden(theirs), rows) <= bound
     moved = max(
         float((hidden(theirs)(**row) - before).abs().max())
         for row, before in zip(rows, bare, strict=True)

@@ -13,6 +13,7 @@ PACKAGE = Path(unipelt_cli.__file__).parent
 RANKS = {
     "errors": 0,
     "network": 0,
+    "artifact": 1,
     "backbones": 1,
     "tasks": 1,
     "methods": 2,
@@ -32,6 +33,8 @@ RANKS = {
     "listing": 9,
     "render": 9,
     "export": 10,
+    "options": 10,
+    "shell": 10,
     "cli": 11,
     "__main__": 12,
 }

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from unipelt_cli import runs
+from unipelt_cli import artifact
 from unipelt_cli.errors import CheckError
 from unipelt_cli.methods.submodules import LayerSubmodules, Submodules
 from unipelt_cli.modeling import Tuned
@@ -81,11 +81,11 @@ def write(run: Run, tuned: Tuned, directory: Path) -> None:
     """Write the folder's files: the submodules, and the head where there is one for it."""
     name = "unipelt_" + re.sub(r"[^A-Za-z0-9_-]", "_", run.task.name)
     _write_config(directory / ADAPTER_CONFIG, _parts_config(tuned), tuned, name)
-    runs.write(directory / ADAPTER_WEIGHTS, save(dict(_renamed(tuned, name)), {"format": "pt"}))
+    artifact.write(directory / ADAPTER_WEIGHTS, save(dict(_renamed(tuned, name)), {"format": "pt"}))
     if has_head(tuned):
         _write_config(directory / HEAD_CONFIG, _head_config(run, tuned), tuned, name)
         weights = dict(_head_tensors(tuned, name))
-        runs.write(directory / HEAD_WEIGHTS, save(weights, {"format": "pt"}))
+        artifact.write(directory / HEAD_WEIGHTS, save(weights, {"format": "pt"}))
 
 
 def load(tuned: Tuned, directory: Path) -> Any:
@@ -183,7 +183,7 @@ def _write_config(path: Path, config: Any, tuned: Tuned, name: str) -> None:
         name=name,
         model_class=f"{pretrained.layout.classes}AdapterModel",
     )
-    runs.write_json(path, full)
+    artifact.write_json(path, full)
 
 
 def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -11,83 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from unipelt_cli import __version__
-from unipelt_cli.errors import ConfigError, UnipeltError, nearest
+from unipelt_cli import __version__, options
+from unipelt_cli.errors import CheckError, ConfigError, nearest
+from unipelt_cli.shell import INTERRUPTED, Commands
 
 if TYPE_CHECKING:
     from unipelt_cli.config import Experiment, Settings
     from unipelt_cli.modeling import Tuned
     from unipelt_cli.runs import Run
-
-INTERRUPTED = 130
-USAGE = 2
-# Typer carries its own Click, whose classes it does not export one by one.
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-
-class Commands(TyperGroup):
-    """The commands; every error of theirs is shown here, so that tests see what users see."""
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run the command line and exit with its code."""
-        debug = "--debug" in (sys.argv[1:] if args is None else args)
-        try:
-            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-        except UsageError as error:
-            code = _fail(*_usage(error), USAGE)
-        except UnipeltError as error:
-            if debug:
-                raise
-            code = _fail(error.message, error.hint, error.exit_code)
-        except (KeyboardInterrupt, typer.Abort):
-            code = INTERRUPTED
-        code = code if isinstance(code, int) else 0
-        if standalone_mode:
-            sys.exit(code)
-        return code
-
-    def invoke(self, ctx: typer.Context) -> Any:
-        """Run the command; a reader that closes the pipe has what it wanted."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            # What is left in the buffer must not fail while Python exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-
-
-def _fail(message: str, hint: str, code: int) -> int:
-    from unipelt_cli import render
-
-    render.error(message, hint)
-    return code
-
-
-def _usage(error: Any) -> tuple[str, str]:
-    """Turn a parser's error into what is wrong and what to do."""
-    message = " ".join(error.format_message().split())
-    message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message).rstrip(".")
-    path = error.ctx.command_path if error.ctx is not None else "unipelt"
-    name = getattr(error, "option_name", None)
-    if name is not None and error.ctx is not None:
-        options = [o for p in error.ctx.command.params for o in p.opts if o.startswith("--")]
-        close = nearest(name, options).partition(" otherwise")[0]
-        return message, f"{close} see `{path} --help`" if "?" in close else f"see `{path} --help`"
-    unknown = re.match(r"No such command '(.*)'", message)
-    if unknown:
-        return message, nearest(unknown[1], error.ctx.command.commands)
-    return message[0].upper() + message[1:], f"see `{path} --help`"
-
 
 app = typer.Typer(
     name="unipelt",
@@ -99,50 +31,6 @@ app = typer.Typer(
     help="Fine-tune a pretrained encoder on a few labelled examples with gated submodules, "
     "and see which ones each layer used.",
 )
-
-WHERE, HOW, OUTPUT = "Data", "Method and training", "Output"
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=HOW)
-]
-SourceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--source",
-        metavar="DIR|hub",
-        help="A directory in GLUE's layout, or hub. (default $UNIPELT_DATA, else hub)",
-        rich_help_panel=WHERE,
-    ),
-]
-
-
-def _data(name: str, help: str, **kwargs: Any) -> Any:
-    return typer.Option(name, help=help, rich_help_panel=WHERE, **kwargs)
-
-
-TaskOption = Annotated[str | None, _data("--task", "A task: see `unipelt list tasks`.")]
-KOption = Annotated[int | None, _data("--k", "Train on so many rows. (default all)")]
-DataSeedOption = Annotated[
-    int | None, _data("--data-seed", "Draws the rows. (default 111)", show_default=False)
-]
-DevSizeOption = Annotated[
-    int | None, _data("--dev-size", "Dev rows. (default 1000)", show_default=False)
-]
-DatasetOption = Annotated[
-    str | None, _data("--dataset", "Any hub data set.", metavar="NAME[:CONFIG]")
-]
-TrainFileOption = Annotated[
-    str | None, _data("--train-file", "Your rows: .csv, .tsv, .jsonl, .parquet.", metavar="FILE")
-]
-DevFileOption = Annotated[str | None, _data("--dev-file", "Your dev rows.", metavar="FILE")]
-TestFileOption = Annotated[str | None, _data("--test-file", "Your test rows.", metavar="FILE")]
-TextOption = Annotated[str | None, _data("--text", "The text column.", metavar="COLUMN")]
-TextPairOption = Annotated[
-    str | None, _data("--text-pair", "The second text column, for pairs.", metavar="COLUMN")
-]
-LabelOption = Annotated[str | None, _data("--label", "The label column.", metavar="COLUMN")]
 
 
 @app.callback(invoke_without_command=True)
@@ -160,18 +48,18 @@ def root(
 
 @app.command()
 def prepare(
-    task: TaskOption = None,
-    k: KOption = None,
-    data_seed: DataSeedOption = None,
-    source: SourceOption = None,
-    dev_size: DevSizeOption = None,
-    dataset: DatasetOption = None,
-    train_file: TrainFileOption = None,
-    dev_file: DevFileOption = None,
-    test_file: TestFileOption = None,
-    text: TextOption = None,
-    text_pair: TextPairOption = None,
-    label: LabelOption = None,
+    task: options.TaskOption = None,
+    k: options.KOption = None,
+    data_seed: options.DataSeedOption = None,
+    source: options.SourceOption = None,
+    dev_size: options.DevSizeOption = None,
+    dataset: options.DatasetOption = None,
+    train_file: options.TrainFileOption = None,
+    dev_file: options.DevFileOption = None,
+    test_file: options.TestFileOption = None,
+    text: options.TextOption = None,
+    text_pair: options.TextPairOption = None,
+    label: options.LabelOption = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="data.KEY=VALUE", help="Any other data setting."),
@@ -180,8 +68,8 @@ def prepare(
         Path | None,
         typer.Option(metavar="DIR", help="Where to. (default prepared/TASK-kK-dSEED)"),
     ] = None,
-    offline: Offline = False,
-    as_json: Json = False,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Draw train, dev and test rows by the protocol and store them with a manifest.
 
@@ -204,88 +92,32 @@ def prepare(
 
 @app.command()
 def train(
-    task: TaskOption = None,
-    k: KOption = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="See `unipelt list methods`. (default unipelt-apl)", rich_help_panel=HOW),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|DIR",
-            help="The backbone: a hub name, a directory, or minilm. (default minilm)",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    data_seed: DataSeedOption = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="Initialises and shuffles. (default 42)", rich_help_panel=HOW),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE",
-            help="Settings to start from: a name or a TOML file.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="SECTION.KEY=VALUE",
-            help="Any setting; may be repeated.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    source: SourceOption = None,
-    prepared: Annotated[
-        str | None, _data("--prepared", "A directory that `prepare` wrote.", metavar="DIR")
-    ] = None,
-    dev_size: DevSizeOption = None,
-    dataset: DatasetOption = None,
-    train_file: TrainFileOption = None,
-    dev_file: DevFileOption = None,
-    test_file: TestFileOption = None,
-    text: TextOption = None,
-    text_pair: TextPairOption = None,
-    label: LabelOption = None,
-    device: DeviceOption = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, fp32 or bf16; auto is bf16 where the hardware is fast at it.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="The run directory. (default runs/TASK-kK-METHOD-BACKBONE-dSEED-sSEED)",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Start a run that is not there, go on with an interrupted one, "
-            "return a finished one.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run there.", rich_help_panel=OUTPUT)
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Check everything, write nothing.", rich_help_panel=OUTPUT),
-    ] = False,
-    offline: Offline = False,
-    as_json: Json = False,
+    task: options.TaskOption = None,
+    k: options.KOption = None,
+    method: options.MethodOption = None,
+    model: options.ModelOption = None,
+    data_seed: options.DataSeedOption = None,
+    seed: options.SeedOption = None,
+    preset: options.PresetOption = None,
+    settings: options.SettingsOption = None,
+    source: options.SourceOption = None,
+    prepared: options.PreparedOption = None,
+    dev_size: options.DevSizeOption = None,
+    dataset: options.DatasetOption = None,
+    train_file: options.TrainFileOption = None,
+    dev_file: options.DevFileOption = None,
+    test_file: options.TestFileOption = None,
+    text: options.TextOption = None,
+    text_pair: options.TextPairOption = None,
+    label: options.LabelOption = None,
+    device: options.DeviceOption = None,
+    precision: options.PrecisionOption = None,
+    out: options.RunOption = None,
+    resume: options.ResumeOption = False,
+    overwrite: options.OverwriteOption = False,
+    dry_run: options.DryRunOption = False,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Train a method on few rows, keep the best epoch by dev, score test once.
 
@@ -313,16 +145,16 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    run: RunPath,
+    run: options.RunPath,
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Score other labelled rows instead.")
     ] = None,
-    label: LabelOption = None,
-    source: SourceOption = None,
-    device: DeviceOption = None,
-    offline: Offline = False,
-    as_json: Json = False,
+    label: options.LabelOption = None,
+    source: options.SourceOption = None,
+    device: options.DeviceOption = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Score a finished run on one of its splits, or on a file.
 
@@ -351,10 +183,10 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: RunPath,
+    run: options.RunPath,
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="Rows to label; - reads stdin.")],
-    device: DeviceOption = None,
-    offline: Offline = False,
+    device: options.DeviceOption = None,
+    offline: options.Offline = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="The output is always JSON, an object a line.")
     ] = False,
@@ -388,16 +220,16 @@ def predict(
 
 @app.command("inspect-gates")
 def inspect_gates(
-    run: RunPath,
+    run: options.RunPath,
     by: Annotated[str, typer.Option(help="layer, class or example.")] = "layer",
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the layers as a picture too.")
     ] = None,
-    source: SourceOption = None,
-    device: DeviceOption = None,
-    offline: Offline = False,
-    as_json: Json = False,
+    source: options.SourceOption = None,
+    device: options.DeviceOption = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show how far each submodule's gate opens, layer by layer.
 
@@ -433,20 +265,18 @@ def inspect_gates(
 
 @app.command()
 def export(
-    run: RunPath,
+    run: options.RunPath,
     to: Annotated[str, typer.Option(metavar="FORMAT", help="adapters or hf.")],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to. (default RUN-FORMAT)")
     ] = None,
-    offline: Offline = False,
-    as_json: Json = False,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
 ) -> None:
     """Write a run in another tool's format, and check that it computes the same there.
 
     Example: unipelt export RUN --to adapters
     """
-    from unipelt_cli.errors import CheckError
-
     if to not in ("adapters", "hf"):
         raise ConfigError(f"--to {to!r}: no such format", nearest(to, ("adapters", "hf")))
     found, tuned = _open_run(run, "cpu", offline)
@@ -479,7 +309,7 @@ def list_(
     directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path(
         "runs"
     ),
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """List what there is to choose from, or the runs in a directory.
 

@@ -44,7 +44,6 @@ GIVE_PREPARED = "give a directory that `unipelt prepare` wrote"
 
 # Columns: the task's text columns (str), "label" (int64 index; float64 value in regression) and
 # "row" (int64, the row's place in its source, from 0).
-Rows = Dataset
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Prepared:
     """A resolved task, its rows as "train", "dev" and "test", and what is recorded of them."""
 
     task: Task
-    splits: Mapping[str, Rows]
+    splits: Mapping[str, Dataset]
     manifest: dict[str, Any]
 
 
@@ -72,7 +71,7 @@ def prepare(settings: DataSettings) -> Prepared:
     return Prepared(task, splits, _manifest(task, found.source, settings, splits, notes))
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Rows:
+def read_rows(path: Path, columns: Sequence[str]) -> Dataset:
     """Read the named text columns of a CSV, TSV, JSONL or Parquet file, and "row".
 
     Raises DataError for a file that cannot be read, a missing column, a missing or empty text.
@@ -80,7 +79,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Rows:
     return encode(read_cells(path), columns, columns)
 
 
-def labelled_rows(path: Path, prepared_task: Task, label_column: str) -> Rows:
+def labelled_rows(path: Path, prepared_task: Task, label_column: str) -> Dataset:
     """Read a file as rows of a task: columns as in a split, labels by the task's names.
 
     Raises DataError as `read_rows` does, and for a label that the task does not have.

@@ -25,7 +25,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.threshold = round(p * 2**16)
+        self.p, self.threshold = p, round(p * 2**16)
 
     def forward(self, x: Tensor) -> Tensor:  # any shape
         if not self.training or self.threshold == 0:

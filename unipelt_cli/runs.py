@@ -3,14 +3,12 @@
 `result.json` is written last and atomically: its presence means that the run is finished.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from unipelt_cli import __version__, data
+from unipelt_cli import __version__, artifact, data
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment, dump, read_preset, resolve
 from unipelt_cli.errors import CheckError, DataError, RunError
@@ -32,7 +28,6 @@ from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.pretrained import Pretrained, find
 from unipelt_cli.tasks import Task
 
-FORMAT = 1
 EXPERIMENT, ENVIRONMENT, PROBE = "experiment.toml", "environment.json", "probe.safetensors"
 METRICS, MODEL, RESULT, STATE = (
     "metrics.jsonl",
@@ -41,7 +36,6 @@ METRICS, MODEL, RESULT, STATE = (
     "state.safetensors",
 )
 FILES = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, RESULT, STATE)
-HEADER_KEY = "unipelt"  # one key: the library writes several in no fixed order
 PROBE_ROWS = 64
 PROBE_TOLERANCE = 1e-4
 PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
@@ -116,19 +110,19 @@ def read(directory: Path) -> Run:
             "go on with `unipelt train ... --resume`, or start again with --overwrite",
         )
     experiment = read_experiment(directory)
-    header = _read_header(directory / MODEL)
+    header = artifact.read_header(directory / MODEL)
     return Run(
         directory,
         experiment,
-        _read_object(directory / ENVIRONMENT),
+        artifact.read_object(directory / ENVIRONMENT),
         header,
-        _read_object(directory / RESULT),
+        artifact.read_object(directory / RESULT),
     )
 
 
 def read_stored(directory: Path, experiment: Experiment, task: Task, trained: Tuned) -> Tuned:
     """Build the model that an unfinished run has just stored, read back from its file."""
-    header = _read_header(directory / MODEL)
+    header = artifact.read_header(directory / MODEL)
     return _load(directory, experiment, task, header["sha256"], trained.pretrained)
 
 
@@ -136,7 +130,7 @@ def _load(
     directory: Path, experiment: Experiment, task: Task, sha256: str, pretrained: Pretrained
 ) -> Tuned:
     tuned = build(experiment, task.outputs, pretrained, folded=True)
-    tuned.load(_read_tensors(directory / MODEL, tuned, sha256))
+    tuned.load(artifact.read_tensors(directory / MODEL, tuned.stored(), sha256))
     return tuned
 
 
@@ -179,7 +173,7 @@ class Writer:
         """
         directory = self.directory
         nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-        with _writing(directory):
+        with artifact.writing(directory):
             if not nearest.is_dir():
                 raise NotADirectoryError(None, "Not a directory")
             if not os.access(nearest, os.W_OK | os.X_OK):
@@ -198,7 +192,7 @@ class Writer:
 
     def create(self) -> None:
         """Make the directory, or empty it of an earlier run's files."""
-        with _writing(self.directory):
+        with artifact.writing(self.directory):
             # The result goes first: what is left of an emptied run must not look finished.
             for name in (RESULT, *FILES):
                 (self.directory / name).unlink(missing_ok=True)
@@ -206,11 +200,11 @@ class Writer:
 
     def experiment(self, experiment: Experiment) -> None:
         """Write the resolved experiment, the first file of a run."""
-        write(self.directory / EXPERIMENT, dump(experiment).encode())
+        artifact.write(self.directory / EXPERIMENT, dump(experiment).encode())
 
     def environment(self, tuned: Tuned, manifest: Mapping[str, Any], command: list[str]) -> None:
         """Write what the result depends on beside the experiment."""
-        write_json(
+        artifact.write_json(
             self.directory / ENVIRONMENT,
             {
                 "unipelt": __version__,
@@ -229,13 +223,12 @@ class Writer:
     def metric(self, kind: str, values: Mapping[str, Any]) -> None:
         """Append one event to metrics.jsonl."""
         path = self.directory / METRICS
-        with _writing(path), path.open("a", encoding="utf-8") as file:
+        with artifact.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
 
     def state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Write what an interrupted loop goes on from."""
-        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write(self.directory / STATE, save(kept, {HEADER_KEY: json.dumps(counters)}))
+        artifact.write_tensors(self.directory / STATE, tensors, counters)
 
     def model(self, tuned: Tuned, task: Task, method: str) -> Tensor:
         """Write the stored tensors and return the probe logits of the model that was trained."""
@@ -244,16 +237,15 @@ class Writer:
             for name, tensor in tuned.stored().items()
         }
         header = {
-            "format_version": FORMAT,
+            "format_version": artifact.FORMAT,
             "method": method,
             "task": {key: value for key, value in asdict(task).items() if key in _TASK_KEYS},
             "backbone": _backbone(tuned),
             "pooling": tuned.pooling,
             "precision": tuned.precision,
-            "sha256": _digest(tensors),
+            "sha256": artifact.digest(tensors),
         }
-        metadata = {HEADER_KEY: json.dumps(header, sort_keys=True)}
-        write(self.directory / MODEL, save(tensors, metadata))
+        artifact.write_tensors(self.directory / MODEL, tensors, header)
         return torch.from_numpy(probe(tuned))
 
     def verify(self, reloaded: Tuned, trained: Tensor) -> float:
@@ -268,12 +260,12 @@ class Writer:
                 f"{self.directory}: the reloaded model's logits differ by {difference:.2g}",
                 "this is a bug in unipelt: please report it with the experiment.toml",
             )
-        write(self.directory / PROBE, save({"logits": logits}))
+        artifact.write_tensors(self.directory / PROBE, {"logits": logits})
         return difference
 
     def result(self, result: Mapping[str, Any]) -> None:
         """Write the result, the last file: now the run is finished."""
-        write_json(self.directory / RESULT, result)
+        artifact.write_json(self.directory / RESULT, result)
         (self.directory / STATE).unlink(missing_ok=True)
 
 
@@ -282,12 +274,7 @@ def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
     path = directory / STATE
     if not path.is_file():
         return None
-    tensors, metadata = _open_tensors(path)
-    try:
-        counters = json.loads(metadata[HEADER_KEY])
-    except (KeyError, ValueError):
-        raise RunError(f"{path}: damaged", "start again with --overwrite") from None
-    return tensors, counters
+    return artifact.open_tensors(path)
 
 
 def probe(tuned: Tuned) -> Logits:
@@ -314,37 +301,7 @@ def probe_rows(tuned: Tuned) -> Encoded:
     )
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file atomically: whole, on the disk, then renamed into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as JSON, atomically."""
-    write(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
 _TASK_KEYS = ("name", "text", "labels", "metric", "also")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error.strerror or error})",
-            "free space or give an --out that can be written",
-        ) from error
 
 
 def _backbone(tuned: Tuned) -> dict[str, str]:
@@ -360,87 +317,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return device.type
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, shapes and bytes in the order of the names."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.numpy().tobytes())
-    return total.hexdigest()
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: missing or damaged", "train the run again with --overwrite")
-    return value
-
-
-def _open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(
-            f"{path}: missing or damaged ({str(error).splitlines()[0]})",
-            "train the run again with --overwrite",
-        ) from None
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER_KEY])
-        version = int(header["format_version"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        raise RunError(
-            f"{path}: missing, damaged, or not written by unipelt",
-            "train the run again with --overwrite",
-        ) from None
-    if version > FORMAT:
-        raise RunError(
-            f"{path}: format {version}, this unipelt reads up to {FORMAT}", "upgrade unipelt"
-        )
-    missing = {"task", "backbone", "method", "sha256"} - header.keys()
-    if missing:
-        raise RunError(
-            f"{path}: its header lacks {', '.join(sorted(missing))}",
-            "train the run again with --overwrite",
-        )
-    return dict(header)
-
-
-def _read_tensors(path: Path, tuned: Tuned, sha256: str) -> dict[str, Tensor]:
-    """Read stored tensors; every name, shape and number must be what the model expects."""
-    tensors, _ = _open_tensors(path)
-    expected = tuned.stored()
-    problem = next(_differences(tensors, expected), None)
-    if problem is None and _digest(tensors) != sha256:
-        problem = "its tensors are not those that were written"
-    if problem is not None:
-        raise RunError(f"{path}: {problem}", "train the run again with --overwrite")
-    return tensors
-
-
-def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
-    for name in sorted(expected.keys() - found.keys()):
-        yield f"tensor {name} is missing"
-    for name in sorted(found.keys() - expected.keys()):
-        yield f"tensor {name} is not part of this method"
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            yield f"tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-        elif tensor.dtype != torch.float32:
-            yield f"tensor {name} is {tensor.dtype}, not float32"
-        elif not bool(torch.isfinite(tensor).all()):
-            yield f"tensor {name} holds numbers that are not finite"
 
 
 def command_line() -> list[str]:

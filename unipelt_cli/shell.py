@@ -1,0 +1,78 @@
+"""How a command ends: exit codes, two-line errors, a closed pipe."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from unipelt_cli import render
+from unipelt_cli.errors import UnipeltError, nearest
+
+INTERRUPTED = 130
+USAGE = 2
+# Typer carries its own Click, whose classes it does not export one by one.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class Commands(TyperGroup):
+    """The commands; every error of theirs is shown here, so that tests see what users see."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line and exit with its code."""
+        debug = "--debug" in (sys.argv[1:] if args is None else args)
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except UsageError as error:
+            code = _fail(*_usage(error), USAGE)
+        except UnipeltError as error:
+            if debug:
+                raise
+            code = _fail(error.message, error.hint, error.exit_code)
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        code = code if isinstance(code, int) else 0
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a reader that closes the pipe has what it wanted."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # What is left in the buffer must not fail while Python exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+
+def _fail(message: str, hint: str, code: int) -> int:
+    render.error(message, hint)
+    return code
+
+
+def _usage(error: Any) -> tuple[str, str]:
+    """Turn a parser's error into what is wrong and what to do."""
+    message = " ".join(error.format_message().split())
+    message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message).rstrip(".")
+    path = error.ctx.command_path if error.ctx is not None else "unipelt"
+    name = getattr(error, "option_name", None)
+    if name is not None and error.ctx is not None:
+        options = [o for p in error.ctx.command.params for o in p.opts if o.startswith("--")]
+        close = nearest(name, options).partition(" otherwise")[0]
+        return message, f"{close} see `{path} --help`" if "?" in close else f"see `{path} --help`"
+    unknown = re.match(r"No such command '(.*)'", message)
+    if unknown:
+        return message, nearest(unknown[1], error.ctx.command.commands)
+    return message[0].upper() + message[1:], f"see `{path} --help`"
