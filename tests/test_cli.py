@@ -189,7 +189,7 @@ def test_inspect_gates_table_json_and_picture(run: Path, tmp_path: Path) -> None
             assert 0 < gates[name]["min"] <= gates[name]["mean"] <= gates[name]["max"] < 1
             assert gates[name]["std"] >= 0
             assert f"{gates[name]['mean']:.2f}" in stderr
-    assert "gates of first over 12 test rows" in stderr
+    assert "gates of first, 12 test rows, mean ± standard deviation" in stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -375,6 +375,74 @@ def test_labelled_rows_of_a_regression_are_numbers(tmp_path):
     assert data.labelled_rows(path, get_task("stsb"), "label")[:]["label"] == [2.5, 3.0]
 
 
+TEXT = ["text"]
+PAIR = ["question", "answer"]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "texts"),
+    [
+        ("one\ntwo\n", TEXT, [["one", "two"]]),
+        ("one", TEXT, [["one"]]),
+        ("\ufeffone, two\r\n\r\n \r\na\tb \r\n", TEXT, [["one, two", "a\tb "]]),
+        ("\n\nnaïve ☃\x85\u2028\n\n", TEXT, [["naïve ☃\x85\u2028"]]),
+        ('"{"\n', TEXT, [['"{"']]),
+        ("[1]\n{\n", TEXT, [["[1]", "{"]]),
+        ("q\ta\nr\tb\n", PAIR, [["q", "r"], ["a", "b"]]),
+        ("\ufeffq\ta\r\n r \t b \r\n\r\n", PAIR, [["q", " r "], ["a", " b "]]),
+        ('{"text": "one"}\n{"text": 2, "other": null}\n', TEXT, [["one", "2"]]),
+        ('\ufeff {"text": "a\\nb"}\r\n{"text": "\\u2603"}\r\n\r\n', TEXT, [["a\nb", "☃"]]),
+        ('{"answer": "a", "question": "q", "label": 1}', PAIR, [["q"], ["a"]]),
+    ],
+)
+def test_lines_are_plain_texts_or_json(content, columns, texts):
+    assert data.parse_lines(content.encode(), columns) == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "message"),
+    [
+        (b"", TEXT, "stdin: empty"),
+        (b"\xef\xbb\xbf \r\n\n", PAIR, "stdin: empty"),
+        (b"fine\ncaf\xe9\n", TEXT, "stdin, line 2: not UTF-8 (byte 0xe9 at offset 8)"),
+        (b"q\ta\nq a\n", PAIR, "stdin, line 2: texts between tabs: 1 instead of 2"),
+        (b"q\ta\tb\n", PAIR, "stdin, line 1: texts between tabs: 3 instead of 2"),
+        (b"q\ta\n\nr\tb\n", PAIR, "stdin, line 2: texts between tabs: 1 instead of 2"),
+        (b"q\ta\nr\t \n", PAIR, "stdin, line 2: 'answer' is empty"),
+    ],
+)
+def test_lines_that_are_no_texts_are_told(content, columns, message):
+    with pytest.raises(DataError) as caught:
+        data.parse_lines(content, columns)
+    assert caught.value.message == message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "a"}\n\n{"text": "b"}\n',
+        '\n{"text": "a"}\n',
+        '{"text": "a"}\nplain\n',
+        '{"text": "a"}\n["b"]\n',
+        '{"body": "a"}\n',
+        '{"text": "a"}\n{"body": "b"}\n',
+        '{"text": " "}\n',
+        '{"text": ["a"]}\n',
+        '{"text": "\\ud800"}\n',
+        "{plain}\n",
+    ],
+)
+def test_json_lines_are_checked_as_those_of_a_file(tmp_path, content):
+    path = write(tmp_path / "a.jsonl", content)
+    with pytest.raises(DataError) as of_file:
+        data.read_rows(path, TEXT)
+    with pytest.raises(DataError) as of_lines:
+        data.parse_lines(content.encode(), TEXT)
+    assert of_lines.value.message == of_file.value.message.replace(str(path), "stdin")
+    assert of_lines.value.hint == of_file.value.hint
+
+
 # The manifest
 
 

@@ -243,7 +243,7 @@ def inspect_gates(
     report = inspection.inspect(found, tuned, found.rows(split, _absolute(source)))
     layers = report.by_layer()
     rows = len(report.rows)
-    title = f"gates of {run.name} over {rows} {split} rows (mean ± standard deviation)"
+    title = f"gates of {run.name}, {rows} {split} rows"
     answer: dict[str, Any] = {"rows": rows, "layers": layers}
     if by == "class":
         answer["classes"] = report.by_class()
@@ -255,9 +255,9 @@ def inspect_gates(
             for example in answer["examples"]:
                 typer.echo(json.dumps(example))
     else:
-        render.gate_table(layers, title)
+        render.gate_table(layers, f"{title}, mean ± standard deviation")
     if plot is not None:
-        render.plot_gates(layers, title, plot)
+        render.plot_gates(layers, f"{title}, mean", plot)
         render.say("picture: ", (str(plot), "bold"))
     if as_json:
         _print_json(answer)

@@ -42,13 +42,14 @@ SPLITS = ("train", "dev", "test")
 LARGEST_TEST = 1000
 GIVE_PREPARED = "give a directory that `unipelt prepare` wrote"
 
-# Columns: the task's text columns (str), "label" (int64 index; float64 value in regression) and
-# "row" (int64, the row's place in its source, from 0).
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """A resolved task, its rows as "train", "dev" and "test", and what is recorded of them."""
+    """A resolved task, its rows as "train", "dev" and "test", and what is recorded of them.
+
+    Columns: the task's text columns (str), "label" (int64 index; float64 value in regression) and
+    "row" (int64, the row's place in its source, from 0).
+    """
 
     task: Task
     splits: Mapping[str, Dataset]
@@ -66,9 +67,9 @@ def prepare(settings: DataSettings) -> Prepared:
     if directory and (settings.prepared or _has_manifest(directory)):
         return _reopen(directory, settings)
     found = find(settings)
-    task = with_metric(found.task, settings.metric)
+    found = replace(found, task=with_metric(found.task, settings.metric))
     splits, notes = _draw(found, settings)
-    return Prepared(task, splits, _manifest(task, found.source, settings, splits, notes))
+    return Prepared(found.task, splits, _manifest(found, settings, splits, notes))
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Dataset:
@@ -211,21 +212,16 @@ def _check_classes(task: Task, train: Dataset, k: int | None) -> None:
 
 
 def _manifest(
-    task: Task,
-    source: dict[str, Any],
-    settings: DataSettings,
-    splits: Mapping[str, Dataset],
-    notes: Sequence[str],
+    found: Found, settings: DataSettings, splits: Mapping[str, Dataset], notes: Sequence[str]
 ) -> dict[str, Any]:
     """Record what was drawn and what is odd about it: the same settings give the same bytes."""
+    task = found.task
     keys = {split: _keys(task, rows) for split, rows in splits.items()}
-    seen = {split: set(found) for split, found in keys.items()}
+    seen = {split: set(keys[split]) for split in SPLITS}
     pairs = (("train", "dev"), ("train", "test"), ("dev", "test"))
-    labelled = {
-        pair
-        for split, rows in splits.items()
-        for pair in zip(keys[split], rows[:]["label"], strict=True)
-    }
+    labelled: set[tuple[tuple[str, ...], float]] = set()
+    for split, rows in splits.items():
+        labelled.update(zip(keys[split], rows[:]["label"], strict=True))
     content = {
         "format": FORMAT,
         "task": task.name,
@@ -233,7 +229,7 @@ def _manifest(
         "labels": list(task.labels),
         "metric": task.metric,
         "also": list(task.also),
-        "source": source,
+        "source": found.source,
         "k": settings.k,
         "data_seed": settings.data_seed,
         "dev_size": settings.dev_size,

@@ -52,9 +52,9 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str = "") -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     """Print a plain table: first column left, numbers right."""
-    view = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    view = Table(box=None, pad_edge=False)
     for place, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(str(row[place])) for row in rows)
         view.add_column(column, justify="right" if numeric else "left", overflow="fold")
@@ -160,7 +160,8 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
 def gate_table(layers: Sequence[Mapping[str, Any]], title: str) -> None:
     """Print gates as layers x submodules: a bar, the mean and the spread."""
     names = [name for name in layers[0] if name != "layer"]
-    view = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    say(title)
+    view = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     view.add_column("layer", justify="right")
     for name in names:
         view.add_column(name)

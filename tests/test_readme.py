@@ -1,0 +1,124 @@
+"""The README's commands are run, and the output that it shows has today's form."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import unipelt_cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHEAP = " --set train.epochs=1"
+
+
+def transcripts() -> list[tuple[str, list[str]]]:
+    """Return the README's commands, each with the output shown below it."""
+    found: list[tuple[str, list[str]]] = []
+    for block in re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], []))
+            else:
+                found[-1][1].append(line)
+    return found
+
+
+def form(line: str) -> str:
+    """Reduce a line to its form: no digits, no bars, no probabilities, single blanks."""
+    line = re.sub(r"[█▏▎▍▌▋▊▉·]+", "=", re.sub(r'"label": "\w+"', "", line))
+    line = re.sub(r"[\d.,]+(e-?#*\d+)?", "#", line.rstrip(" *"))
+    return " ".join(line.split())
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with the user's own file that the README speaks of."""
+    directory = tmp_path_factory.mktemp("readme")
+    rows = [
+        f"number {i} is {('late', 'broken')[i % 2]},{('post', 'repair')[i % 2]}" for i in range(100)
+    ]
+    (directory / "mine.csv").write_text("message,topic\n" + "\n".join(rows) + "\n")
+    return directory
+
+
+def test_the_first_screen_holds_the_two_commands() -> None:
+    commands = [command for command, _ in transcripts()]
+    assert commands[0] == "pip install '.[demo]' && unipelt train --task demo --k 100"
+    assert commands[1] == "pip install -e '.[dev]' && pytest"
+    run = (ROOT / ".ci" / "run").read_text()
+    assert "pip install --quiet -e '.[dev]'" in run
+    assert "\npytest\n" in run
+
+
+def test_every_command_runs_and_prints_what_is_shown(workplace: Path) -> None:
+    """In order, since later commands use the first one's run; one epoch instead of fifty."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore"}
+    ran = 0
+    for command, shown in transcripts():
+        command = command.removeprefix("pip install '.[demo]' && ")
+        if command.startswith("pip "):
+            continue
+        cheap = re.sub(r"^unipelt train .*", lambda match: match[0] + CHEAP, command)
+        result = subprocess.run(
+            ["bash", "-c", cheap], capture_output=True, text=True, env=environment, cwd=workplace
+        )
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        printed = {form(line) for line in (result.stdout + result.stderr).splitlines()}
+        missing = [line for line in shown if line != "..." and form(line) not in printed]
+        assert not missing, f"{command} does not print: {missing}\nbut: {sorted(printed)}"
+        ran += 1
+    assert ran >= 7
+
+
+def test_indented_commands_resolve() -> None:
+    from unipelt_cli import config
+
+    commands = re.findall(r"^    unipelt train (.*)$", README, re.MULTILINE)
+    assert len(commands) == 2
+    for arguments in commands:
+        words = dict(zip(arguments.split()[::2], arguments.split()[1::2], strict=True))
+        layers = [("", config.read_preset(words["--preset"]))] if "--preset" in words else []
+        data = {"task": words["--task"], "k": int(words["--k"])}
+        assert config.resolve([*layers, ("", {"data": data})]).data.k == 500
+
+
+def test_preset_headers_hold_commands_for_that_preset() -> None:
+    files = list((ROOT / "presets").rglob("*"))
+    assert len(files) >= 12
+    for path in files:
+        assert path.suffix == ".toml"
+        text = path.read_text()
+        assert text.startswith("# ")
+        assert f"unipelt train --preset {path.stem} " in text
+        assert tomllib.loads(text)["method"]["name"]
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == unipelt_cli.__version__
+
+
+def test_the_packaged_demo_is_what_it_says() -> None:
+    folder = Path(unipelt_cli.__file__).parent / "demo"
+    rows: list[tuple[str, str]] = []
+    for name, count in (("train", 900), ("test", 300)):
+        lines = (folder / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+        assert lines[0] == "label\tsentence"
+        assert len(lines) == count + 1
+        rows += [tuple(line.split("\t")) for line in lines[1:]]
+    labels = Counter(label for label, _ in rows)
+    assert set(labels) == {"cancel", "change", "fault", "how_to", "refund", "status"}
+    assert min(labels.values()) >= 150
+    assert len({text.casefold() for _, text in rows}) == 1200
+    openings = Counter(" ".join(text.casefold().split()[:3]) for _, text in rows)
+    assert openings.most_common(1)[0][1] <= 12, "too many messages begin alike"
+    lengths = sorted(len(text.split()) for _, text in rows)
+    assert lengths[0] <= 5
+    assert lengths[-1] >= 40
