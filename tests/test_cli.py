@@ -254,6 +254,10 @@ def test_prepare_then_train_on_it_gives_the_same_run(
     assert code == 0, stderr
     assert (out / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     assert json.loads(stdout)["k"] == 24
+    again = invoke(
+        "train", "--prepared", prepared, "--model", bert, *FAST, "--out", out, "--resume"
+    )
+    assert again[0] == 0, again[2]
     assert invoke("eval", out)[0] == 0
 
 
@@ -339,6 +343,8 @@ def test_ctrl_c_keeps_what_is_there_and_resume_ends_as_if_nothing_happened(
     assert code == 0, stderr
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not (out / "state.safetensors").exists()
+    kinds = [(event["kind"], event["epoch"]) for event in runs.read_metrics(out)]
+    assert kinds == [("epoch", epoch) for epoch in range(1, len(kinds) + 1)]
 
 
 @pytest.mark.parametrize("what", ["tasks", "methods", "presets", "backbones"])

@@ -10,7 +10,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -98,17 +98,11 @@ class Experiment:
     method: Method
     train: TrainSettings
 
-    @property
-    def learning_rate(self) -> float:
-        """The peak rate of this run; resolving has always filled it in."""
-        assert self.train.learning_rate is not None
-        return self.train.learning_rate
-
-    def replace(self, section: str, **changes: object) -> Self:
+    def replace(self, section: str, **changes: object) -> "Experiment":
         """Return the experiment with some keys of one section changed, checked again."""
         settings = self.settings()
         settings[section] |= {key: value for key, value in changes.items() if value is not None}
-        return dataclasses.replace(self, **vars(resolve([("", settings)])))
+        return resolve([("", settings)])
 
     def settings(self) -> Settings:
         """Return the nested dictionary that `resolve` reads; unset keys are left out."""
@@ -133,26 +127,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     range, names that do not exist, settings that contradict each other.
     """
     problems: list[tuple[str, str]] = []
-    merged: Settings = {"data": {}, "model": {}, "method": {}, "train": {}}
-    for origin, layer in layers:
-        for section, values in layer.items():
-            if section not in merged:
-                problems.append((f"{section}: no such section", nearest(section, merged)))
-            elif not isinstance(values, Mapping):
-                problems.append(
-                    (f"{section} = {values!r}: not a section", f"write {section}.KEY = VALUE")
-                )
-            else:
-                known = merged["method"].get("name")
-                if section == "method" and known not in (None, values.get("name", known)):
-                    problems.append(
-                        (
-                            f"method.name = {values['name']!r}{origin}: "
-                            f"the preset is for {known!r}",
-                            "drop the preset or the method",
-                        )
-                    )
-                merged[section] |= values
+    merged = _merged(layers, problems)
     sections = {
         name: _validated(schema, merged[name], name, problems) for name, schema in SECTIONS.items()
     }
@@ -173,6 +148,27 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     model = sections["model"]
     assert isinstance(model, ModelSettings)
     return Experiment(data, model, name, method, train)
+
+
+def _merged(
+    layers: Sequence[tuple[str, Mapping[str, Any]]], problems: list[tuple[str, str]]
+) -> Settings:
+    merged: Settings = {"data": {}, "model": {}, "method": {}, "train": {}}
+    for origin, layer in layers:
+        for section, values in layer.items():
+            known = merged["method"].get("name")
+            if section not in merged:
+                problems.append((f"{section}: no such section", nearest(section, merged)))
+            elif not isinstance(values, Mapping):
+                problems.append(
+                    (f"{section} = {values!r}: not a section", f"write {section}.KEY = VALUE")
+                )
+            elif section == "method" and known not in (None, values.get("name", known)):
+                said = f"method.name = {values['name']!r}{origin}: the preset is for {known!r}"
+                problems.append((said, "drop the preset or the method"))
+            else:
+                merged[section] |= values
+    return merged
 
 
 def _is_table_task(data: DataSettings) -> bool:

@@ -90,7 +90,7 @@ def execute(
         writer.experiment(experiment)
         writer.environment(tuned, prepared.manifest, runs.command_line())
     training = _training(experiment, prepared, tuned)
-    seconds_before = _restore(training, directory) if resumes else 0.0
+    seconds_before = _restore(training, writer) if resumes else 0.0
     yield Ready(
         experiment,
         prepared.manifest,
@@ -105,22 +105,16 @@ def execute(
 
 def _training(experiment: Experiment, prepared: Prepared, tuned: Tuned) -> Training:
     splits = prepared.splits
-    return Training(
-        tuned,
-        prepared.task,
-        (encode_split(tuned, prepared.task, splits["train"], experiment), _labels(splits, "train")),
-        (encode_split(tuned, prepared.task, splits["dev"], experiment), _labels(splits, "dev")),
-        experiment.train,
+    train, dev = (
+        (encode_split(tuned, prepared.task, splits[name], experiment), references(splits[name]))
+        for name in ("train", "dev")
     )
+    return Training(tuned, prepared.task, train, dev, experiment.train)
 
 
 def encode_split(tuned: Tuned, task: Task, rows: Dataset, experiment: Experiment) -> Encoded:
     """Tokenize the text columns of a split."""
     return encode_rows(tuned, [rows[column] for column in task.text], experiment.model.max_length)
-
-
-def _labels(splits: Any, name: str) -> Any:
-    return references(splits[name])
 
 
 def _loop(training: Training, writer: runs.Writer, start: float) -> Iterator[Step | Epoch]:
@@ -146,10 +140,12 @@ def _save_state(training: Training, writer: runs.Writer, start: float) -> None:
     writer.state(tensors, {**counters, "seconds": time.perf_counter() - start})
 
 
-def _restore(training: Training, directory: Path) -> float:
+def _restore(training: Training, writer: runs.Writer) -> float:
     """Take up the state of an interrupted run; return the seconds it had taken."""
+    directory = writer.directory
     saved = runs.read_state(directory)
     if saved is None:
+        writer.rewind(training.progress.epoch)
         return 0.0
     tensors, counters = saved
     seconds = float(counters.pop("seconds", 0.0))
@@ -159,6 +155,7 @@ def _restore(training: Training, directory: Path) -> float:
         raise RunError(
             f"{directory / runs.STATE}: not the state of this run", "start again with --overwrite"
         ) from None
+    writer.rewind(training.progress.epoch)
     return seconds
 
 
@@ -214,6 +211,9 @@ def _peak_memory(device: torch.device) -> int:
 def _same(there: Experiment, asked: Experiment, directory: Path) -> None:
     """Raise RunError when a directory holds another experiment; `auto` matches what it became."""
     found, wanted = there.settings(), asked.settings()
+    if "prepared" in wanted["data"]:
+        # The directory says what was drawn, and the run recorded it.
+        wanted["data"] = found["data"] | wanted["data"]
     for section, values in wanted.items():
         for key in sorted(values.keys() | found[section].keys()):
             old, new = found[section].get(key), values.get(key)

@@ -226,6 +226,12 @@ class Writer:
         with artifact.writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
 
+    def rewind(self, epoch: int) -> None:
+        """Drop the events that a resumed loop will log again: from `epoch` on, and the stop."""
+        kept = [event for event in read_metrics(self.directory) if event.get("epoch", 0) < epoch]
+        lines = "".join(json.dumps(event) + "\n" for event in kept)
+        artifact.write(self.directory / METRICS, lines.encode())
+
     def state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Write what an interrupted loop goes on from."""
         artifact.write_tensors(self.directory / STATE, tensors, counters)
