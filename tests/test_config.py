@@ -107,6 +107,16 @@ def test_every_problem_is_said_at_once() -> None:
             "data.label is not set",
             "name the column with --label COLUMN",
         ),
+        (
+            {"method": {"name": "lora", "lora_scale": float("inf")}},
+            "method.lora_scale = inf is not allowed",
+            "give a finite number",
+        ),
+        (
+            {"data": {"prepared": "p", "label": "l"}},
+            "data.label = 'l': the rows are those of data.prepared",
+            "drop one of them",
+        ),
         ({"data": {}}, "data.task is not set", "give --task NAME, or --train-file FILE"),
         (
             {"data": {"task": "rte", "dev_file": "d.csv"}},

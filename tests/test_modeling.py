@@ -217,11 +217,45 @@ def test_a_packaged_backbone_that_is_not_installed_names_the_extra(
 
 def test_the_fingerprint_changes_with_weights_config_and_tokenizer(bert: Path) -> None:
     seen = {find(str(bert)).fingerprint}
-    for name in ("config.json", "vocab.txt", "tokenizer.json"):
+    names = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
+    for name in (*names, "special_tokens_map.json"):
         path = bert / name
         path.write_bytes(path.read_bytes() + b"\n")
         seen.add(find(str(bert)).fingerprint)
-    assert len(seen) == 4
+    tensors = load_file(bert / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"] += 1
+    save_file(tensors, bert / "model.safetensors", {"format": "pt"})
+    seen.add(find(str(bert)).fingerprint)
+    assert len(seen) == 7
+
+
+def test_harmless_keys_of_older_releases_are_dropped(bert: Path) -> None:
+    config = json.loads((bert / "config.json").read_text())
+    harmless = {"_attn_implementation_autoset": True, "return_dict": False}
+    (bert / "config.json").write_text(json.dumps(config | harmless))
+    assert logits_of(build(experiment(bert, "head"), 2), SENTENCES).shape == (4, 2)
+
+
+def test_a_tokenizer_of_another_backbone_is_refused(tmp_path: Path) -> None:
+    directory = save_backbone(tmp_path / "small", "bert", vocab_size=40)
+    with pytest.raises(BackboneError, match="the tokenizer has 43 tokens, the backbone 40"):
+        build(experiment(directory, "head"), 2)
+
+
+def test_the_name_minilm_is_never_a_local_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "minilm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find("minilm").sentence_pooling == "mean"
+
+
+def test_the_default_run_on_minilm_stores_at_most_1300_kilobytes() -> None:
+    from safetensors.torch import save
+
+    tuned = build(experiment(Path("minilm"), "unipelt-apl"), 6)
+    tensors = {name: tensor.contiguous() for name, tensor in tuned.stored().items()}
+    assert 900_000 < len(save(tensors)) <= 1_300_000
 
 
 def test_a_backbone_with_a_head_of_its_own_loads(tmp_path: Path, backbone_dir: Backbones) -> None:

@@ -124,15 +124,18 @@ def train(
     Example: unipelt train --task mrpc --k 500
     """
     flags = _data_flags(locals())
-    flags["data"]["prepared"] = _absolute(prepared)
+    flags["data"]["prepared"] = prepared
     flags |= {
-        "model": {"backbone": _absolute_backbone(model)},
+        "model": {"backbone": model},
         "method": {"name": method},
         "train": {"seed": seed, "device": device, "precision": precision},
     }
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other", "give one of them")
     experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
+    from unipelt_cli import execution
+
+    experiment = execution.with_drawn_rows(experiment)
     if dry_run:
         _dry_run(experiment, as_json)
         return
@@ -338,12 +341,11 @@ def _cell(value: object) -> str:
 
 
 def _data_flags(values: dict[str, Any]) -> "Settings":
-    plain = ("task", "k", "data_seed", "dev_size", "dataset", "text", "text_pair", "label")
-    data = {key: values[key] for key in plain}
-    for key in ("train_file", "dev_file", "test_file"):
-        data[key] = _absolute(values[key])
-    data["source"] = _absolute(values["source"])
-    return {"data": data}
+    keys = (
+        *("task", "k", "data_seed", "dev_size", "source", "dataset"),
+        *("train_file", "dev_file", "test_file", "text", "text_pair", "label"),
+    )
+    return {"data": {key: values[key] for key in keys}}
 
 
 def _absolute(path: str | None) -> str | None:
@@ -351,8 +353,16 @@ def _absolute(path: str | None) -> str | None:
     return path if path in (None, "hub") else str(Path(path).expanduser().resolve())
 
 
-def _absolute_backbone(name: str | None) -> str | None:
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+def _with_absolute_paths(settings: "Settings") -> "Settings":
+    data, model = settings.get("data"), settings.get("model")
+    if isinstance(data, dict):
+        for key in ("source", "prepared", "train_file", "dev_file", "test_file"):
+            if isinstance(data.get(key), str):
+                data[key] = _absolute(data[key])
+    if isinstance(model, dict) and isinstance(name := model.get("backbone"), str):
+        is_folder = name != "minilm" and Path(name).expanduser().is_dir()
+        model["backbone"] = _absolute(name) if is_folder else name
+    return settings
 
 
 def _resolve(
@@ -371,11 +381,17 @@ def _resolve(
         for section, values in flags.items()
     }
     sets = [config.parse_assignment(text) for text in assignments or ()]
-    layers = [(f" (from {name})", config.read_preset(name)) for name in presets]
-    experiment = config.resolve([*layers, ("", config.merge([*sets, given]))])
-    if config.reads_source(experiment.data) and experiment.data.source is None:
-        source = _absolute(os.environ.get("UNIPELT_DATA")) or "hub"
-        experiment = experiment.replace("data", source=source)
+    layers = [
+        (f" (from {name})", _with_absolute_paths(config.read_preset(name))) for name in presets
+    ]
+    own = _with_absolute_paths(config.merge([*sets, given]))
+    experiment = config.resolve([*layers, ("", own)])
+    if config.reads_source(experiment.data):
+        source = experiment.data.source or os.environ.get("UNIPELT_DATA") or "hub"
+        is_prepared = source != "hub" and (Path(source) / "manifest.json").is_file()
+        own.setdefault("data", {}).pop("source", None)
+        own["data"]["prepared" if is_prepared else "source"] = source
+        experiment = config.resolve([*layers, ("", _with_absolute_paths(own))])
     _settle_network(experiment, offline, data_only)
     return experiment
 

@@ -29,7 +29,9 @@ Metric = Literal["accuracy", "f1", "matthews", "spearman", "pearson", "mse"]
 class Section(BaseModel):
     """One table of the experiment file: frozen, strict, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class DataSettings(Section):
@@ -59,7 +61,7 @@ class ModelSettings(Section):
 
     backbone: str = Field("minilm", min_length=1, description="a directory, a hub name, or minilm")
     pooling: Pooling = Field("auto", description="what the head reads")
-    head_dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the head")
+    head_dropout: float = Field(0.1, ge=0, le=0.9, description="dropout before the head")
     max_length: int = Field(128, ge=8, le=512, description="tokens a row is cut to")
     attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="implementation")
 
@@ -180,6 +182,9 @@ def reads_source(data: DataSettings) -> bool:
     return _is_table_task(data) and isinstance(get_task(str(data.task)).source, Glue)
 
 
+_OWN_ROWS = ("dataset", "train_file", "dev_file", "test_file", "text", "text_pair", "label")
+
+
 def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
     """Yield what the data section's keys, each right by itself, get wrong together."""
     own = data.train_file or data.dataset
@@ -201,6 +206,12 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
             if getattr(data, key) is None:
                 flag = "--" + key
                 yield f"data.{key} is not set", f"name the column with {flag} COLUMN"
+    given = [key for key in _OWN_ROWS if getattr(data, key) is not None]
+    if data.prepared and given:
+        yield (
+            f"data.{given[0]} = {getattr(data, given[0])!r}: the rows are those of data.prepared",
+            "drop one of them",
+        )
     if data.source and (own or data.prepared):
         yield (
             f"data.source = {data.source!r}: the rows come from elsewhere",
@@ -210,7 +221,7 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
         if getattr(data, key) and not data.train_file:
             yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
     metrics = {"classification": CLASSIFICATION_METRICS, "regression": REGRESSION_METRICS}
-    if data.metric and data.kind in metrics and data.metric not in metrics[data.kind]:
+    if data.metric and str(data.kind) in metrics and data.metric not in metrics[data.kind]:
         yield (
             f"data.metric = {data.metric!r}: not a metric of {data.kind}",
             f"choose one of {', '.join(metrics[data.kind])}",

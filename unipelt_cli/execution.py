@@ -53,12 +53,21 @@ class Finished:
 Event = Ready | Step | Epoch | Finished
 
 
+def with_drawn_rows(experiment: Experiment) -> Experiment:
+    """Write what a prepared directory was drawn with into the experiment that uses it.
+
+    Raises DataError when the experiment's own settings contradict it.
+    """
+    if experiment.data.prepared is None:
+        return experiment
+    manifest = data.prepare(experiment.data).manifest
+    drawn = {key: manifest[key] for key in ("task", "k", "data_seed", "dev_size")}
+    return experiment.replace("data", **drawn)
+
+
 def plan(experiment: Experiment) -> tuple[Experiment, Prepared, Tuned]:
     """Prepare the data, build the model, and write what was chosen into the experiment."""
     prepared = data.prepare(experiment.data)
-    if experiment.data.prepared is not None:
-        drawn = {key: prepared.manifest[key] for key in ("task", "k", "data_seed", "dev_size")}
-        experiment = experiment.replace("data", **drawn)
     tuned = build(experiment, prepared.task.outputs)
     experiment = experiment.replace("model", pooling=tuned.pooling)
     experiment = experiment.replace("train", precision=tuned.precision)
@@ -72,22 +81,25 @@ def execute(
 
     Raises RunError for a directory that exists or belongs to another experiment.
     """
-    if mode == "resume" and (directory / runs.RESULT).is_file():
-        _same(runs.read_experiment(directory), experiment, directory)
-        yield Finished(directory, runs.read(directory).result)
-        return
+    start = time.perf_counter()
     writer = runs.Writer(directory)
+    experiment = with_drawn_rows(experiment)
     resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
-    if not resumes:
+    if resumes:
+        recorded = runs.read_experiment(directory)
+        _same(recorded, experiment, directory)
+        experiment = recorded
+        if (directory / runs.RESULT).is_file():
+            yield Finished(directory, runs.read(directory).result)
+            return
+    else:
         # Before the slow part: a directory that cannot be written fails at once.
         writer.check(overwrite=mode == "overwrite")
-    start = time.perf_counter()
     experiment, prepared, tuned = plan(experiment)
-    if resumes:
-        _same(runs.read_experiment(directory), experiment, directory)
-    else:
+    if not resumes:
         writer.create()
         writer.experiment(experiment)
+    if not (directory / runs.ENVIRONMENT).is_file():
         writer.environment(tuned, prepared.manifest, runs.command_line())
     training = _training(experiment, prepared, tuned)
     seconds_before = _restore(training, writer) if resumes else 0.0
@@ -128,7 +140,8 @@ def _loop(training: Training, writer: runs.Writer, start: float) -> Iterator[Ste
                     _save_state(training, writer, start)
                     saved = time.perf_counter()
             yield event
-    except (GeneratorExit, KeyboardInterrupt):
+    except GeneratorExit:
+        # Closed between two steps; anything else may have struck inside one.
         _save_state(training, writer, start)
         progress = training.progress
         writer.metric("interrupted", {"epoch": progress.epoch, "step": progress.step})
@@ -211,9 +224,6 @@ def _peak_memory(device: torch.device) -> int:
 def _same(there: Experiment, asked: Experiment, directory: Path) -> None:
     """Raise RunError when a directory holds another experiment; `auto` matches what it became."""
     found, wanted = there.settings(), asked.settings()
-    if "prepared" in wanted["data"]:
-        # The directory says what was drawn, and the run recorded it.
-        wanted["data"] = found["data"] | wanted["data"]
     for section, values in wanted.items():
         for key in sorted(values.keys() | found[section].keys()):
             old, new = found[section].get(key), values.get(key)

@@ -125,11 +125,10 @@ class Tuned:
 
     def parameter_counts(self) -> dict[str, int]:
         """Count what trains, what is stored (both without the head), and the head."""
-        head = {name for name in self.untrained if self.pooling == "native"}
         backbone = self.classifier.backbone
         trained = {n: p for n, p in backbone.named_parameters() if p.requires_grad}
         folded = self.method.fold(backbone)
-        lent = sum(trained[name].numel() for name in head)
+        lent = sum(trained[name].numel() for name in self.untrained)
         return {
             "trainable_parameters": sum(p.numel() for p in trained.values()) - lent,
             "stored_parameters": sum(t.numel() for t in folded.values()) - lent,

@@ -56,12 +56,22 @@ TOKENIZER_FILES = (
     "merges.txt",
     "sentencepiece.bpe.model",
 )
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 AUTO_TOKENIZER: Any = transformers.AutoTokenizer  # the library leaves these two untyped
 LOGGING: Any = transformers.logging
 JSON_LIMIT = 10_000_000
 _RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config")
-_REFUSED = re.compile(r"_attn_implementation.*|" + "|".join(_RUNS_CODE))
-_DROPPED = {"attn_implementation", "transformers_version", "torch_dtype", "dtype"}
+_REFUSED = re.compile(r"_attn_implementation(_internal)?|" + "|".join(_RUNS_CODE))
+_DROPPED = {
+    "attn_implementation",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "torchscript",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class Pretrained:
     def fingerprint(self) -> str:
         """Return a sha256 over the weights, the config and the tokenizer's files."""
         total = hashlib.sha256()
-        for name in ("config.json", "model.safetensors", *TOKENIZER_FILES):
+        for name in ("config.json", "model.safetensors", *TOKENIZER_FILES, *TOKENIZER_SETTINGS):
             path = self.directory / name
             if path.is_file():
                 total.update(f"{name} {_sha256(path)}\n".encode())
@@ -133,6 +143,12 @@ class Pretrained:
             raise BackboneError(
                 f"{self.directory}: the tokenizer is not a fast one with a padding token",
                 "save it again with save_pretrained of a fast tokenizer",
+            )
+        if len(tokenizer) > self.config.get("vocab_size", len(tokenizer)):
+            raise BackboneError(
+                f"{self.directory}: the tokenizer has {len(tokenizer)} tokens, the backbone "
+                f"{self.config['vocab_size']}",
+                "give the tokenizer that belongs to the backbone",
             )
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         return tokenizer
@@ -211,11 +227,11 @@ def find(name: str) -> Pretrained:
 
 
 def _directory(name: str) -> Path:
+    if name == MINILM:
+        return _minilm()
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if name == MINILM:
-        return _minilm()
     if is_path(name):
         raise BackboneError(
             f"backbone {name!r}: no such directory",

@@ -73,7 +73,6 @@ class TrainingView:
     def __init__(self, metric: str, epochs: int) -> None:
         self.metric, self.epochs = metric, epochs
         self.console = console()
-        self.best = Text("")
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),

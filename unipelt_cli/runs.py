@@ -38,6 +38,7 @@ METRICS, MODEL, RESULT, STATE = (
 FILES = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, RESULT, STATE)
 PROBE_ROWS = 64
 PROBE_TOLERANCE = 1e-4
+ROUGH_TOLERANCE = 0.1  # in bf16, and on another kind of device
 PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
 
 
@@ -81,7 +82,25 @@ class Run:
                 f"({pretrained.fingerprint[:12]})",
                 "give the backbone that the run was trained on",
             )
-        return _load(self.directory, experiment, self.task, self.header["sha256"], pretrained)
+        tuned = _load(self.directory, experiment, self.task, self.header["sha256"], pretrained)
+        self._compare_probe(tuned)
+        return tuned
+
+    def _compare_probe(self, tuned: Tuned) -> None:
+        """Raise RunError when the model computes something else than when it was saved."""
+        stored = artifact.open_tensors(self.directory / PROBE)[0].get("logits")
+        logits = torch.from_numpy(probe(tuned))
+        same = (tuned.precision, tuned.device.type) == ("fp32", self.result["device"])
+        bound = PROBE_TOLERANCE if same else ROUGH_TOLERANCE
+        if stored is None or stored.shape != logits.shape:
+            raise RunError(f"{self.directory / PROBE}: damaged", artifact.REMEDY)
+        difference = float((logits - stored).abs().max())
+        if not difference <= bound:
+            raise RunError(
+                f"{self.directory}: computes other logits than when it was saved "
+                f"(they differ by {difference:.2g})",
+                "its settings or a library have changed: restore them, or train it again",
+            )
 
     def rows(self, split: str, source: str | None = None) -> Dataset:
         """Find the rows of a split again, by source and settings, and check them by hash."""
@@ -109,15 +128,13 @@ def read(directory: Path) -> Run:
             f"{directory}: unfinished, {describe_progress(directory)}",
             "go on with `unipelt train ... --resume`, or start again with --overwrite",
         )
-    experiment = read_experiment(directory)
     header = artifact.read_header(directory / MODEL)
-    return Run(
-        directory,
-        experiment,
-        artifact.read_object(directory / ENVIRONMENT),
-        header,
-        artifact.read_object(directory / RESULT),
-    )
+    environment = artifact.read_object(directory / ENVIRONMENT)
+    result = artifact.read_object(directory / RESULT)
+    for name, value, key in ((ENVIRONMENT, environment, "data"), (RESULT, result, "device")):
+        if key not in value:
+            raise RunError(f"{directory / name}: lacks {key!r}", artifact.REMEDY)
+    return Run(directory, read_experiment(directory), environment, header, result)
 
 
 def read_stored(directory: Path, experiment: Experiment, task: Task, trained: Tuned) -> Tuned:
@@ -184,7 +201,7 @@ class Writer:
                 f"{directory}: exists already",
                 "go on with --resume, replace it with --overwrite, or give another --out",
             )
-        if foreign := sorted(set(there) - set(FILES)):
+        if foreign := sorted(name for name in there if not _is_ours(name)):
             raise RunError(
                 f"{directory}: holds files that no run wrote, such as {foreign[0]}",
                 "give another --out",
@@ -194,9 +211,10 @@ class Writer:
         """Make the directory, or empty it of an earlier run's files."""
         with artifact.writing(self.directory):
             # The result goes first: what is left of an emptied run must not look finished.
-            for name in (RESULT, *FILES):
-                (self.directory / name).unlink(missing_ok=True)
+            (self.directory / RESULT).unlink(missing_ok=True)
             self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.iterdir():
+                path.unlink()
 
     def experiment(self, experiment: Experiment) -> None:
         """Write the resolved experiment, the first file of a run."""
@@ -266,13 +284,18 @@ class Writer:
                 f"{self.directory}: the reloaded model's logits differ by {difference:.2g}",
                 "this is a bug in unipelt: please report it with the experiment.toml",
             )
-        artifact.write_tensors(self.directory / PROBE, {"logits": logits})
+        artifact.write_tensors(self.directory / PROBE, {"logits": logits}, {"rows": PROBE_ROWS})
         return difference
 
     def result(self, result: Mapping[str, Any]) -> None:
         """Write the result, the last file: now the run is finished."""
         artifact.write_json(self.directory / RESULT, result)
         (self.directory / STATE).unlink(missing_ok=True)
+
+
+def _is_ours(name: str) -> bool:
+    """Say whether a run wrote a file of this name; a killed one leaves temporary files."""
+    return name in FILES or any(name.startswith(f".{own}.") for own in FILES)
 
 
 def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -40,6 +40,11 @@ class Commands(TyperGroup):
             if debug:
                 raise
             code = _fail(error.message, error.hint, error.exit_code)
+        except OSError as error:
+            if debug or error.filename is None:
+                raise
+            reason = error.strerror or type(error).__name__
+            code = _fail(f"{error.filename}: {reason}", "check the path and its rights", USAGE)
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         code = code if isinstance(code, int) else 0

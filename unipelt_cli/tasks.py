@@ -76,6 +76,8 @@ class Packaged:
 def _correlation(predictions: Values, references: Values, kind: str) -> float:
     from scipy import stats
 
+    if len(predictions) < 2:
+        return 0.0
     with warnings.catch_warnings():
         # A collapsed run predicts a constant: its correlation is undefined and counts as 0.
         warnings.simplefilter("ignore")
@@ -97,7 +99,9 @@ def _f1(predictions: Values, references: Values, outputs: int) -> float:
 def _matthews(predictions: Values, references: Values, outputs: int) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(references, predictions))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one label only: the library says so, and gives 0
+        return float(matthews_corrcoef(references, predictions))
 
 
 def _mse(predictions: Values, references: Values, outputs: int) -> float:

@@ -217,9 +217,9 @@ class Training:
 def _adamw(
     parameters: Mapping[str, nn.Parameter], settings: TrainSettings, device: torch.device
 ) -> torch.optim.AdamW:
-    """Make AdamW with decay on matrices only: on a bias or a gate it would pull towards nothing."""
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1]
+    """Make AdamW that decays matrices only: a bias or a gate must not be pulled to nothing."""
+    matrices = [p for p in parameters.values() if p.ndim > 1 and p.shape[0] > 1]
+    vectors = [p for p in parameters.values() if p.ndim <= 1 or p.shape[0] == 1]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

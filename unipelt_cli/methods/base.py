@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from unipelt_cli.backbones import Layout
 
-CHECKS = ConfigDict(extra="forbid", strict=True)
+CHECKS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 STD = 0.02
 
 

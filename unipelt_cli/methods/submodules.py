@@ -105,7 +105,11 @@ class LayerSubmodules(nn.Module):
         generator: Generator,
     ) -> None:
         super().__init__()
-        self.index, self.state, self.scale = index, state, method.lora_scale or 2.0
+        self.index, self.state, self.scale = (
+            index,
+            state,
+            2.0 if method.lora_scale is None else method.lora_scale,
+        )
         self.gate_values: dict[str, Tensor] = {}
         self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
         self.adapter: Adapter | None = None
@@ -301,7 +305,7 @@ class Submodules(Method):
     prefix_width: Annotated[int, Field(ge=1, description="prefix: width of its MLP")] = 512
     rank: Annotated[int, Field(ge=1, le=1024, description="LoRA: rank")] = 8
     lora_scale: Annotated[
-        float | None, Field(description="LoRA without a gate: alpha / rank (2 if unset)")
+        float | None, Field(gt=0, description="LoRA without a gate: alpha / rank (2 if unset)")
     ] = field(default=None)
     gate_pooling: Annotated[
         Literal["masked", "all"],
