@@ -392,18 +392,19 @@ def _resolve(
         own.setdefault("data", {}).pop("source", None)
         own["data"]["prepared" if is_prepared else "source"] = source
         experiment = config.resolve([*layers, ("", _with_absolute_paths(own))])
-    _settle_network(experiment, offline, data_only)
+    _settle_network(experiment, offline, data_only=data_only)
     return experiment
 
 
 def _settle_network(experiment: "Experiment", offline: bool, data_only: bool = False) -> None:
     """Decide about the network before any hub library is imported."""
-    from unipelt_cli import network
+    from unipelt_cli import network, tasks
 
     data, name = experiment.data, experiment.model.backbone
-    hub_data = data.dataset is not None or data.source == "hub"
-    hub_model = not data_only and network.names_hub(name)
-    network.settle(offline=offline, needed=hub_data or hub_model)
+    dataset = data.dataset or (tasks.HUB_GLUE if data.source == "hub" else None)
+    backbone = name if network.names_hub(name) and not data_only else None
+    network.settle(offline=offline, needed=bool(dataset or backbone))
+    network.require_cached(backbone=backbone, dataset=dataset and dataset.partition(":")[0])
 
 
 def _open_run(

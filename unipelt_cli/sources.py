@@ -28,6 +28,7 @@ from unipelt_cli.config import DataSettings
 from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import (
     CLASSIFICATION_METRICS,
+    HUB_GLUE,
     REGRESSION_METRICS,
     Glue,
     Packaged,
@@ -35,8 +36,6 @@ from unipelt_cli.tasks import (
     get_task,
     own_metric,
 )
-
-HUB_GLUE = "nyu-mll/glue"
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ METRICS: Mapping[str, Callable[[Values, Values, int], float]] = MappingProxyType
         "mse": _mse,
     }
 )
+HUB_GLUE = "nyu-mll/glue"
 CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
 REGRESSION_METRICS = ("spearman", "pearson", "mse")
 
