@@ -543,7 +543,14 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         "model.safetensors: missing, damaged, or not written by unipelt",
     ),
     (lambda d: (d / "environment.json").write_text("[]"), "environment.json: missing or damaged"),
-    (lambda d: (d / "environment.json").write_text("{}"), "environment.json: lacks 'data'"),
+    (
+        lambda d: (d / "environment.json").write_text("{}"),
+        "environment.json: damaged, data: field required",
+    ),
+    (
+        lambda d: (d / "result.json").write_text('{"metric": "f1"}'),
+        "result.json: damaged, dev: field required",
+    ),
     (lambda d: (d / "result.json").unlink(), ": unfinished, stopped after epoch 3"),
 ]
 
