@@ -18,6 +18,7 @@ RANKS = {
     "tasks": 1,
     "methods": 2,
     "config": 3,
+    "formats": 4,
     "pretrained": 4,
     "batches": 4,
     "cells": 4,

@@ -12,17 +12,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from pydantic import BaseModel, Field, ValidationError, model_validator
 from torch import Tensor
 
-from unipelt_cli import __version__, artifact, data
+from unipelt_cli import __version__, artifact, data, formats
 from unipelt_cli.batches import Encoded
-from unipelt_cli.config import Experiment, Metric, dump, read_preset, resolve
+from unipelt_cli.config import Experiment, dump, read_preset, resolve
 from unipelt_cli.errors import CheckError, DataError, RunError
 from unipelt_cli.evaluation import Logits, compute_logits
 from unipelt_cli.modeling import Tuned, build
@@ -41,76 +40,6 @@ PROBE_ROWS = 64
 PROBE_TOLERANCE = 1e-4
 ROUGH_TOLERANCE = 0.1  # in bf16, and on another kind of device
 PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
-
-
-class _Split(BaseModel):
-    digest: str
-
-
-class _Data(BaseModel):
-    splits: dict[str, _Split]
-
-
-class _Environment(BaseModel):
-    """What reading relies on in environment.json."""
-
-    data: _Data
-
-
-class _Result(BaseModel):
-    """What reading relies on in result.json."""
-
-    metric: str
-    dev: dict[str, float]
-    test: dict[str, float]
-    seconds: float
-    device: str
-    best_epoch: int
-    epochs: int
-    stored_parameters: int
-    head_parameters: int
-    artifact_bytes: int
-    collapsed: bool
-
-    @model_validator(mode="after")
-    def _is_scored(self) -> Self:
-        if self.metric not in self.dev or self.metric not in self.test:
-            raise ValueError(f"no {self.metric!r} among the scores")
-        return self
-
-
-class _Task(BaseModel):
-    name: str
-    text: list[str] = Field(min_length=1, max_length=2)
-    labels: list[str]
-    metric: Metric
-    also: list[Metric]
-
-
-class _Backbone(BaseModel):
-    name: str
-    fingerprint: str
-
-
-class _Header(BaseModel):
-    """What reading relies on in the header of model.safetensors."""
-
-    task: _Task
-    backbone: _Backbone
-    sha256: str
-
-
-def _shaped(path: Path, value: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
-    """Return a JSON object that has what reading relies on; raise RunError for another."""
-    try:
-        schema.model_validate(value, strict=True)
-    except ValidationError as invalid:
-        first = invalid.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise RunError(
-            f"{path}: damaged, {place}: {first['msg'].lower()}", artifact.REMEDY
-        ) from None
-    return value
 
 
 @dataclass(frozen=True)
@@ -202,9 +131,9 @@ def read(directory: Path) -> Run:
     header = artifact.read_header(directory / MODEL)
     environment = artifact.read_object(directory / ENVIRONMENT)
     result = artifact.read_object(directory / RESULT)
-    _shaped(directory / MODEL, header, _Header)
-    _shaped(directory / ENVIRONMENT, environment, _Environment)
-    _shaped(directory / RESULT, result, _Result)
+    formats.shaped(directory / MODEL, header, formats.Header)
+    formats.shaped(directory / ENVIRONMENT, environment, formats.Environment)
+    formats.shaped(directory / RESULT, result, formats.Result)
     return Run(directory, read_experiment(directory), environment, header, result)
 
 

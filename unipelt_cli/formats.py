@@ -1,0 +1,78 @@
+"""What reading relies on in a run's JSON: other keys may be there, these must be, and be right."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from unipelt_cli.artifact import REMEDY
+from unipelt_cli.config import Metric
+from unipelt_cli.errors import RunError
+
+
+class _Split(BaseModel):
+    digest: str
+
+
+class _Data(BaseModel):
+    splits: dict[str, _Split]
+
+
+class Environment(BaseModel):
+    """What reading relies on in environment.json."""
+
+    data: _Data
+
+
+class Result(BaseModel):
+    """What reading relies on in result.json."""
+
+    metric: str
+    dev: dict[str, float]
+    test: dict[str, float]
+    seconds: float
+    device: str
+    best_epoch: int
+    epochs: int
+    stored_parameters: int
+    head_parameters: int
+    artifact_bytes: int
+    collapsed: bool
+
+    @model_validator(mode="after")
+    def _is_scored(self) -> Self:
+        if self.metric not in self.dev or self.metric not in self.test:
+            raise ValueError(f"no {self.metric!r} among the scores")
+        return self
+
+
+class _Task(BaseModel):
+    name: str
+    text: list[str] = Field(min_length=1, max_length=2)
+    labels: list[str]
+    metric: Metric
+    also: list[Metric]
+
+
+class _Backbone(BaseModel):
+    name: str
+    fingerprint: str
+
+
+class Header(BaseModel):
+    """What reading relies on in the header of model.safetensors."""
+
+    task: _Task
+    backbone: _Backbone
+    sha256: str
+
+
+def shaped(path: Path, value: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
+    """Return a JSON object that has what reading relies on; raise RunError for another."""
+    try:
+        schema.model_validate(value, strict=True)
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise RunError(f"{path}: damaged, {place}: {first['msg'].lower()}", REMEDY) from None
+    return value
