@@ -101,6 +101,8 @@ def execute(
         writer.experiment(experiment)
     if not (directory / runs.ENVIRONMENT).is_file():
         writer.environment(tuned, prepared.manifest, runs.command_line())
+    elif resumes:
+        runs.check_rows(directory, prepared.manifest)
     training = _training(experiment, prepared, tuned)
     seconds_before = _restore(training, writer) if resumes else 0.0
     yield Ready(

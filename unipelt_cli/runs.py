@@ -151,6 +151,16 @@ def _load(
     return tuned
 
 
+def check_rows(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise DataError when rows found now are not those that a run started with."""
+    environment = artifact.read_object(directory / ENVIRONMENT)
+    if environment.get("data") != manifest:
+        raise DataError(
+            f"{directory}: the rows have changed since the run started",
+            "restore them, or start again with --overwrite",
+        )
+
+
 def read_experiment(directory: Path) -> Experiment:
     """Read the resolved experiment of a run directory."""
     return resolve([("", read_preset(str(directory / EXPERIMENT)))])
