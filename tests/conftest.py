@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,11 @@ import transformers
 from transformers import BertTokenizerFast
 
 from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.config import Experiment, resolve
+from unipelt_cli.evaluation import encode_rows
+from unipelt_cli.methods import get
+from unipelt_cli.modeling import Tuned, count
+from unipelt_cli.pretrained import BERT_BASE
 
 torch.set_num_threads(1)
 
@@ -127,3 +133,46 @@ def write_rows(path: Path, count: int = 60, start: int = 0) -> Path:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a CSV file of 60 made-up reviews, text and label."""
     return write_rows(tmp_path_factory.mktemp("data") / "reviews.csv")
+
+
+SENTENCES = ["good film", "the plot was very bad but the cat sat on the red mat", "fine", "a b c"]
+
+
+def experiment(backbone: Path, method: str, **sections: dict[str, Any]) -> Experiment:
+    """Describe a run of a method on a tiny backbone; `options` are the method's own."""
+    settings = {
+        "data": {"task": "sst2"} | sections.get("data", {}),
+        "model": {"backbone": str(backbone), "head_dropout": 0.0} | sections.get("model", {}),
+        "method": {"name": method} | sections.get("options", {}),
+        "train": {"device": "cpu", "precision": "fp32"} | sections.get("train", {}),
+    }
+    return resolve([("", settings)])
+
+
+def disturbed(tuned: Tuned, size: float = 0.1) -> Tuned:
+    """Move every trained tensor, so that what a method adds is visible."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in tuned.classifier.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.empty_like(parameter).normal_(0, size, generator=generator))
+    return tuned
+
+
+def logits_of(tuned: Tuned, sentences: list[str], pad_to: int | None = None) -> torch.Tensor:
+    """Return the logits of sentences in one batch, padded to a length if one is given."""
+    rows = encode_rows(tuned, [sentences], 128)
+    with torch.no_grad():
+        batch = rows.batch(range(len(sentences)), tuned.device)
+        if pad_to is not None:
+            batch = {
+                name: torch.nn.functional.pad(tensor, (0, pad_to - tensor.shape[1]))
+                for name, tensor in batch.items()
+            }
+        return tuned.classifier.eval()(**batch)
+
+
+def bert_base_counts(name: str, head_parameters: int = 1538, **options: Any) -> tuple[int, int]:
+    """Return what a method trains and stores on BERT-base, without the head."""
+    settings = experiment(Path("minilm"), name, options=options) if options else None
+    return count(settings.method if settings else get(name).method, BERT_BASE, head_parameters)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import BackboneError
+from unipelt_cli.methods.base import Site
 from unipelt_cli.methods.submodules import Container, Submodules
 from unipelt_cli.pretrained import find
 
@@ -36,7 +37,7 @@ def attached(
     backbone.requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
     method = Submodules(parts=parts, prefix_length=4, reduction=4, **options)
-    method.attach(backbone, pretrained.layout, generator)
+    method.attach(backbone, Site(pretrained.layout, generator))
     with torch.no_grad():
         for parameter in backbone.submodules.parameters():
             parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.3, generator=generator))

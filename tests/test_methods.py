@@ -1,56 +1,59 @@
-"""One contract for every method of the table, and the exact counts of the papers."""
+"""One contract for every method of the table."""
 
+import json
+import re
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
-from transformers.modeling_utils import no_init_weights
+from conftest import (
+    SENTENCES,
+    bert_base_counts,
+    disturbed,
+    experiment,
+    logits_of,
+    save_backbone,
+    write_rows,
+)
 
-from unipelt_cli import methods
-from unipelt_cli.backbones import BACKBONES, get_layout
-from unipelt_cli.config import Experiment, resolve
-from unipelt_cli.errors import ConfigError
+from unipelt_cli import execution, methods, runs
+from unipelt_cli.artifact import open_tensors
+from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.config import resolve
+from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.evaluation import compute_logits, encode_rows
 from unipelt_cli.methods.base import CannotMerge
-from unipelt_cli.methods.submodules import Submodules
 from unipelt_cli.modeling import Tuned, build, merge
+from unipelt_cli.pretrained import Pretrained, find
+from unipelt_cli.tasks import get_task
+from unipelt_cli.training import Epoch, Training
 
 NAMES = sorted(methods.table())
-SENTENCES = ["good film", "the plot was very bad but the cat sat on the red mat", "fine", "a b c"]
+LABELS = np.array([0, 1] * 8)
+SIXTEEN = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(16)]
 
 
-def experiment(backbone: Path, method: str, **sections: dict[str, object]) -> Experiment:
-    settings = {
-        "data": {"task": "sst2"},
-        "model": {"backbone": str(backbone), "head_dropout": 0.0} | sections.get("model", {}),
-        "method": {"name": method} | sections.get("options", {}),
-        "train": {"device": "cpu", "precision": "fp32"} | sections.get("train", {}),
-    }
-    return resolve([("", settings)])
+@pytest.fixture(scope="session")
+def calm_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a backbone without dropout, on which learning does not depend on luck."""
+    directory = tmp_path_factory.mktemp("calm") / "bert"
+    return save_backbone(
+        directory, "bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
 
 
-def disturbed(tuned: Tuned) -> Tuned:
-    """Move every trained tensor, so that what a method adds is visible."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in tuned.classifier.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
-    return tuned
-
-
-def logits_of(tuned: Tuned, sentences: list[str], pad_to: int | None = None) -> torch.Tensor:
-    rows = encode_rows(tuned, [sentences], 128)
-    with torch.no_grad():
-        batch = rows.batch(range(len(sentences)), tuned.device)
-        if pad_to is not None:
-            batch = {
-                name: torch.nn.functional.pad(tensor, (0, pad_to - tensor.shape[1]))
-                for name, tensor in batch.items()
-            }
-        return tuned.classifier.eval()(**batch)
+def trained(tuned: Tuned, **train: object) -> tuple[Training, list[float]]:
+    """Train on sixteen sentences; return the loop and the epochs' losses."""
+    settings = resolve([("", {"data": {"task": "sst2"}, "train": {"batch_size": 6, **train}})])
+    rows = encode_rows(tuned, [SIXTEEN], 128)
+    train_settings = settings.train
+    loop = Training(tuned, get_task("sst2"), (rows, LABELS), (rows, LABELS), train_settings)
+    return loop, [event.train_loss for event in loop.events() if isinstance(event, Epoch)]
 
 
 @pytest.mark.parametrize("model_type", BACKBONES)
@@ -58,7 +61,13 @@ def logits_of(tuned: Tuned, sentences: list[str], pad_to: int | None = None) -> 
 def test_a_row_alone_padded_or_in_company_gives_the_same_logits(
     backbone_dir: Callable[[str], Path], model_type: str, method: str
 ) -> None:
-    tuned = disturbed(build(experiment(backbone_dir(model_type), method), 3))
+    settings = experiment(backbone_dir(model_type), method)
+    pretrained = find(settings.model.backbone)
+    if list(settings.method.refusals(pretrained.layout, pretrained.library_config())):
+        with pytest.raises(BackboneError, match=f"method '{method}' on "):
+            build(settings, 3)
+        return
+    tuned = disturbed(build(settings, 3))
     alone = logits_of(tuned, SENTENCES[1:2])
     assert alone.shape == (1, 3)
     assert (logits_of(tuned, SENTENCES[1:2], 128) - alone).abs().max() < 1e-5
@@ -66,48 +75,127 @@ def test_a_row_alone_padded_or_in_company_gives_the_same_logits(
     assert (logits_of(tuned, SENTENCES[::-1])[2] - alone[0]).abs().max() < 1e-5
 
 
+def test_a_refused_backbone_is_refused_before_its_weights_are_read(
+    backbone_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusals(*_: object) -> list[tuple[str, str]]:
+        return [("it has no wings", "take one that flies")]
+
+    monkeypatch.setattr(methods.Method, "refusals", refusals)
+    monkeypatch.setattr(Pretrained, "load_backbone", lambda *_, **__: pytest.fail("weights read"))
+    with pytest.raises(BackboneError, match=r"method 'head' on .*: it has no wings") as caught:
+        build(experiment(backbone_dir("bert"), "head"), 2)
+    assert caught.value.hint == "take one that flies"
+
+
 @pytest.mark.parametrize("method", NAMES)
-def test_one_step_moves_exactly_what_requires_grad(
+def test_training_moves_exactly_what_claims_to_train(
     backbone_dir: Callable[[str], Path], method: str
 ) -> None:
     tuned = build(experiment(backbone_dir("bert"), method, model={"pooling": "native"}), 2)
+    disturbed(tuned)
     before = {name: tensor.clone() for name, tensor in tuned.classifier.state_dict().items()}
-    trained = {n: p for n, p in tuned.classifier.named_parameters() if p.requires_grad}
-    # LoRA's A moves only once its B has: two steps.
-    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
-    rows = encode_rows(tuned, [SENTENCES], 128).batch(range(4), tuned.device)
-    for _ in range(2):
-        loss = torch.nn.functional.cross_entropy(
-            tuned.classifier(**rows), torch.tensor([0, 1, 0, 1])
-        )
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    loop, _ = trained(tuned, epochs=1, warmup=0.0, weight_decay=0.1, learning_rate=1e-2)
+    assert loop.steps == 3
     moved = {
         name
         for name, tensor in tuned.classifier.state_dict().items()
-        if not torch.equal(tensor, before[name])
+        if name not in tuned.buffers()
+        and not (name in before and torch.equal(tensor, before[name]))
     }
-    assert moved <= trained.keys()
-    still = trained.keys() - moved
-    # A key bias adds the same to all of a query's scores; unused embeddings get no gradient.
-    assert all(name.endswith("key.bias") or "embeddings" in name for name in still), still
+    claimed = loop.carried.keys()
+    assert moved <= claimed
+    idle = "|".join([*tuned.method.idle, r".*embeddings\..*_embeddings\.weight"])
+    still = {name for name in claimed - moved if not re.fullmatch(f"backbone.({idle})", name)}
+    assert not still
     assert {"head.out.weight", "head.out.bias"} <= moved
 
 
+@pytest.fixture(scope="session")
+def finished(
+    backbone_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Train every method for an epoch a stage; return the run directories."""
+    root = tmp_path_factory.mktemp("runs")
+    rows = write_rows(root / "rows.csv", 40)
+    found = {}
+    for name in NAMES:
+        data = {"task": "own", "train_file": str(rows), "text": "text", "label": "label"}
+        settings = experiment(
+            backbone_dir("bert"), name, data=data, train={"epochs": 1, "learning_rate": 1e-2}
+        )
+        *_, last = execution.execute(settings, root / name)
+        assert isinstance(last, execution.Finished)
+        found[name] = root / name
+    return found
+
+
+@pytest.fixture(scope="session")
+def reloaded(finished: dict[str, Path]) -> dict[str, str]:
+    """Load every run in one fresh process; return its probe logits as hex."""
+    code = (
+        "import json, sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
+        "from unipelt_cli import runs\n"
+        "print(json.dumps({p: runs.probe(runs.read(Path(p)).build()).tobytes().hex()"
+        " for p in sys.argv[1:]}))"
+    )
+    arguments = [sys.executable, "-c", code, *map(str, finished.values())]
+    output = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    found: dict[str, str] = json.loads(output)
+    return {name: found[str(path)] for name, path in finished.items()}
+
+
 @pytest.mark.parametrize("method", NAMES)
-def test_stored_tensors_give_the_same_logits_in_a_fresh_model(
+def test_a_fresh_process_gives_a_run_the_same_logits_to_the_bit(
+    finished: dict[str, Path], reloaded: dict[str, str], method: str
+) -> None:
+    stored, _ = open_tensors(finished[method] / runs.PROBE)
+    assert stored["logits"].numpy().tobytes().hex() == reloaded[method]
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_what_is_stored_gives_the_trained_models_logits_to_the_bit(
     backbone_dir: Callable[[str], Path], method: str
 ) -> None:
     settings = experiment(backbone_dir("bert"), method)
     tuned = disturbed(build(settings, 2))
+    loop, _ = trained(tuned, epochs=1, learning_rate=1e-2)
     stored = tuned.stored()
     fresh = build(settings, 2, folded=True)
-    names = {n for n, p in fresh.classifier.named_parameters() if p.requires_grad}
-    assert names == stored.keys()
+    expected = fresh.stored()
+    assert {n: (t.shape, t.dtype) for n, t in expected.items()} == {
+        n: (t.shape, t.dtype) for n, t in stored.items()
+    }
     fresh.load(stored)
-    rows = encode_rows(tuned, [SENTENCES], 128)
+    rows, _ = loop.dev
     assert (compute_logits(fresh, rows) == compute_logits(tuned, rows)).all()
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.stored().values(), stored.values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_file_is_as_large_as_what_it_stores(finished: dict[str, Path], method: str) -> None:
+    content = (finished[method] / runs.MODEL).read_bytes()
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    tensors, _ = open_tensors(finished[method] / runs.MODEL)
+    assert len(content) - header == sum(t.numel() * t.element_size() for t in tensors.values())
+    result = runs.read(finished[method]).result
+    numbers = sum(
+        t.numel() if t.dtype == torch.float32 else -(-t.numel() // 4)
+        for t in tensors.values()
+        if t.dtype != torch.int32
+    )
+    assert result["stored_parameters"] + result["head_parameters"] == numbers
+    assert result["artifact_bytes"] == len(content)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_the_loss_falls_on_sixteen_rows(calm_bert: Path, method: str) -> None:
+    tuned = build(experiment(calm_bert, method), 2)
+    rate = 10 * methods.get(method).learning_rate
+    _, losses = trained(tuned, epochs=8 * len(tuned.method.stages), learning_rate=rate)
+    assert min(losses[-3:]) < losses[0]
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -124,32 +212,6 @@ def test_two_builds_from_one_seed_are_equal_and_leave_the_generator_alone(
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = build(settings.replace("train", seed=43), 2).classifier.state_dict()
     assert not torch.equal(first["head.out.weight"], other["head.out.weight"])
-
-
-@pytest.fixture(scope="module")
-def bert_base() -> Callable[[str, dict[str, object]], tuple[int, int]]:
-    """Count (trainable, stored) of a method on BERT-base with random weights."""
-    with no_init_weights():
-        backbone = BertModel(BertConfig())
-    plain = dict(backbone.named_parameters())
-
-    def count(name: str, options: dict[str, object]) -> tuple[int, int]:
-        backbone.requires_grad_(False)
-        method = methods.get(name).method
-        import dataclasses
-
-        method = dataclasses.replace(method, **options)
-        method.attach(backbone, get_layout("bert"), torch.Generator().manual_seed(0))
-        trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
-        stored = sum(tensor.numel() for tensor in method.fold(backbone).values())
-        if isinstance(method, Submodules):
-            for handle in backbone.submodules.handles:
-                handle.remove()
-            del backbone.submodules
-        assert dict(backbone.named_parameters()).keys() == plain.keys()
-        return trained, stored
-
-    return count
 
 
 LAYER_BIASES = 12 * 8_448
@@ -179,13 +241,12 @@ GATE_SET = 9_228
     ],
 )
 def test_counts_on_bert_base_are_the_papers(
-    bert_base: Callable[[str, dict[str, object]], tuple[int, int]],
     name: str,
     options: dict[str, object],
     trainable: int,
     stored: int,
 ) -> None:
-    assert bert_base(name, options) == (trainable, stored)
+    assert bert_base_counts(name, **options) == (trainable, stored)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
@@ -231,15 +292,30 @@ def test_what_cannot_be_merged_says_why(
 
 
 @pytest.mark.parametrize("method", NAMES)
-def test_bf16_stays_near_fp32(backbone_dir: Callable[[str], Path], method: str) -> None:
+def test_bf16_stays_near_fp32_and_trains(backbone_dir: Callable[[str], Path], method: str) -> None:
     directory = backbone_dir("bert")
     exact = build(experiment(directory, method), 2)
     rough = build(experiment(directory, method, train={"precision": "bf16"}), 2)
     rows = encode_rows(exact, [SENTENCES], 128)
     difference = abs(compute_logits(exact, rows) - compute_logits(rough, rows)).max()
     assert 0 < difference < 0.1
-    trained = [p for p in rough.classifier.parameters() if p.requires_grad]
-    assert all(parameter.dtype == torch.float32 for parameter in trained)
+    parameters = [p for p in rough.classifier.parameters() if p.requires_grad]
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+    _, losses = trained(rough, epochs=1)
+    assert all(np.isfinite(losses))
+
+
+@pytest.mark.parametrize("method", [n for n in NAMES if not methods.get(n).method.unmergeable])
+def test_a_merged_backbone_is_plain_and_computes_the_same(
+    backbone_dir: Callable[[str], Path], method: str
+) -> None:
+    tuned = build(experiment(backbone_dir("bert"), method, model={"pooling": "native"}), 2)
+    plain = find(str(backbone_dir("bert"))).load_backbone("eager", pooler=True)[0].state_dict()
+    trained(disturbed(tuned), epochs=1, learning_rate=1e-2)
+    before = logits_of(tuned, SENTENCES)
+    merge(tuned)
+    assert tuned.classifier.backbone.state_dict().keys() == plain.keys()
+    assert torch.allclose(logits_of(tuned, SENTENCES), before, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_the_rate_warms_up_and_decays_to_nothing(bert: Path) -> None:
     loop = training(bert, epochs=4, warmup=0.25, learning_rate=1.0)
     rates = []
     for taken in range(21):
-        loop.progress.taken = taken
+        loop.progress.stage_taken = taken
         rates.append(loop._rate())
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5] == 1.0

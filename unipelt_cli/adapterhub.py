@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -96,7 +95,7 @@ def load(tuned: Tuned, directory: Path) -> Any:
     import adapters
 
     pretrained = tuned.pretrained
-    config = getattr(transformers, f"{pretrained.layout.classes}Config")(**pretrained.config)
+    config = pretrained.library_config()
     model = adapters.AutoAdapterModel.from_pretrained(
         pretrained.directory,
         config=config,

@@ -127,7 +127,8 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             yield f"tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
-        elif tensor.dtype != torch.float32:
-            yield f"tensor {name} is {tensor.dtype}, not float32"
-        elif not bool(torch.isfinite(tensor).all()):
+        elif tensor.dtype != expected[name].dtype:
+            kinds = str(tensor.dtype), str(expected[name].dtype).removeprefix("torch.")
+            yield f"tensor {name} is {kinds[0]}, not {kinds[1]}"
+        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             yield f"tensor {name} holds numbers that are not finite"

@@ -58,6 +58,9 @@ class Layout:
     """Implementations where a lengthened mask does not work: see `methods.attention`."""
     position_offset: int = 0
     """Positions that the embedding table keeps for itself (RoBERTa counts from padding + 1)."""
+    is_plain: bool = True
+    """Whether its layers are BERT's: one stack, own weights each, a norm after each of two blocks,
+    and a linear unit each for query, key and value."""
 
     def layer_list(self, backbone: nn.Module) -> nn.ModuleList:
         """Return the layers of a backbone of this architecture."""

@@ -472,7 +472,7 @@ def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, An
         for event in events:
             match event:
                 case execution.Ready():
-                    view = show(event.task.metric, event.experiment.train.epochs)
+                    view = show(event.task.metric, event.epochs)
                     render.data_summary(event.manifest)
                     _announce(event)
                 case training.Step():

@@ -39,6 +39,7 @@ class Ready:
     manifest: dict[str, Any]
     task: Task
     parameters: dict[str, int]
+    epochs: int
     resumed_epoch: int = 0
 
 
@@ -110,6 +111,7 @@ def execute(
         prepared.manifest,
         prepared.task,
         tuned.parameter_counts(),
+        training.epochs,
         training.progress.epoch - 1,
     )
     start -= seconds_before
@@ -187,6 +189,8 @@ def _finish(
     stored = runs.read_stored(writer.directory, experiment, task, tuned)
     writer.verify(stored, trained)
     rows = encode_split(stored, task, prepared.splits["test"], experiment)
+    backbone = stored.classifier.backbone
+    stored.method.report(backbone)  # drop what was measured on the probe
     predicted = predictions(task, compute_logits(stored, rows))
     counts = tuned.parameter_counts()
     data_settings = experiment.data
@@ -212,6 +216,8 @@ def _finish(
         "device": tuned.device.type,
         "collapsed": has_collapsed(predicted),
     }
+    if measured := stored.method.report(backbone):
+        result["measured"] = measured
     writer.result(result)
     return result
 

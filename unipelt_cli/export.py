@@ -137,7 +137,7 @@ def _plain_classifier(run: Run, merged: Tuned) -> Any:
     """Put a merged backbone and the head into the library's own classifier, strictly."""
     pretrained, labels, head = merged.pretrained, run.task.labels, merged.classifier.head
     layout = pretrained.layout
-    config = getattr(transformers, f"{layout.classes}Config")(**pretrained.config)
+    config = pretrained.library_config()
     config.num_labels = run.task.outputs
     if labels:
         config.id2label = dict(enumerate(labels))

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unipelt_cli import methods
 from unipelt_cli.config import Experiment
 from unipelt_cli.errors import BackboneError, ConfigError
-from unipelt_cli.methods.base import Method, initialise, new_linear
+from unipelt_cli.methods.base import Method, Site, count_stored, initialise, new_linear
 from unipelt_cli.pretrained import Pretrained, find
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
@@ -52,6 +53,11 @@ class Head(nn.Module):
         self.dense = new_linear(hidden, hidden, generator) if activation else None
         self.activation = ACTIVATIONS[activation]() if activation else None
         self.out = new_linear(hidden, outputs, generator)
+
+    @staticmethod
+    def size(hidden: int, outputs: int, *, has_dense: bool) -> int:
+        """Count the parameters of a head before there is one."""
+        return (hidden + 1) * outputs + (hidden + 1) * hidden * has_dense
 
     def forward(self, features: Tensor) -> Tensor:  # (batch, hidden) -> (batch, outputs)
         if self.dense is not None and self.activation is not None:
@@ -107,36 +113,64 @@ class Tuned:
     device: torch.device
     untrained: frozenset[str]
     """Backbone tensors that the checkpoint did not hold: they count as head, and are stored."""
+    plain_buffers: frozenset[str]
+    """Buffers that the backbone has by itself; all others are the method's state."""
 
     def stored(self) -> dict[str, Tensor]:
-        """Return what a run stores, by name: the folded method and the head, in float32."""
-        folded = self.method.fold(self.classifier.backbone)
+        """Return what a run stores, by name: the folded method and the head.
+
+        Numbers are float32; a method may pack bits (uint8) and name places (int32).
+        """
         return {
-            **{f"backbone.{name}": tensor for name, tensor in folded.items()},
-            **{f"head.{name}": tensor.detach() for name, tensor in self._head().items()},
+            **{f"backbone.{name}": tensor for name, tensor in self._folded().items()},
+            **{name: parameter.detach() for name, parameter in self._head().items()},
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy stored tensors into a model that was built folded; names were checked before."""
-        own = dict(self.classifier.named_parameters())
+        """Take up stored tensors in a model that was built folded; names were checked before."""
+        head = self._head()
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+            for name in head:
+                head[name].copy_(tensors[name])
+        self.method.unfold(
+            self.classifier.backbone,
+            {
+                name.removeprefix("backbone."): tensor
+                for name, tensor in tensors.items()
+                if name not in head
+            },
+        )
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the method's state beside its parameters, by name."""
+        return {
+            name: buffer
+            for name, buffer in self.classifier.named_buffers()
+            if name not in self.plain_buffers
+        }
 
     def parameter_counts(self) -> dict[str, int]:
         """Count what trains, what is stored (both without the head), and the head."""
-        backbone = self.classifier.backbone
-        trained = {n: p for n, p in backbone.named_parameters() if p.requires_grad}
-        folded = self.method.fold(backbone)
-        lent = sum(trained[name].numel() for name in self.untrained)
+        own = dict(self.classifier.backbone.named_parameters())
+        lent = sum(own[name].numel() for name in self.untrained)
         return {
-            "trainable_parameters": sum(p.numel() for p in trained.values()) - lent,
-            "stored_parameters": sum(t.numel() for t in folded.values()) - lent,
-            "head_parameters": sum(p.numel() for p in self._head().values()) + lent,
+            "trainable_parameters": self.method.trainable(self.classifier.backbone) - lent,
+            "stored_parameters": count_stored(self._folded()),
+            "head_parameters": sum(p.numel() for p in self._head().values()),
         }
 
+    def _folded(self) -> dict[str, Tensor]:
+        folded = self.method.fold(self.classifier.backbone)
+        return {name: tensor for name, tensor in folded.items() if name not in self.untrained}
+
     def _head(self) -> dict[str, nn.Parameter]:
-        return dict(self.classifier.head.named_parameters())
+        """Return the head's parameters, and the pooler's where the checkpoint held none."""
+        lent = {f"backbone.{name}" for name in self.untrained}
+        return {
+            name: parameter
+            for name, parameter in self.classifier.named_parameters()
+            if name.startswith("head.") or name in lent
+        }
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -193,6 +227,8 @@ def build(
     pretrained = pretrained or find(settings.backbone)
     device = choose_device(experiment.train.device)
     precision = choose_precision(experiment.train.precision, device)
+    method = experiment.method
+    refuse(method, experiment.method_name, pretrained)
     attention = pretrained.attention(settings.attention, device.type)
     native = pretrained.layout.native
     wants_pooler = native.pooler and settings.pooling in ("auto", "native")
@@ -205,17 +241,20 @@ def build(
     _check_length(settings.max_length, pretrained, backbone)
     backbone.requires_grad_(False)
     original = list(backbone.parameters())
+    plain_buffers = frozenset(f"backbone.{name}" for name, _ in backbone.named_buffers())
     generator = torch.Generator().manual_seed(experiment.train.seed)
-    experiment.method.attach(backbone, pretrained.layout, generator, folded=folded)
     if missing:
         initialise(cast(nn.Linear, backbone.get_submodule("pooler.dense")), generator)
         backbone.get_submodule("pooler").requires_grad_(True)
     activation = native.activation if pooling == "native" and native.dense else None
     hidden = backbone.config.hidden_size
+    size = Head.size(hidden, outputs, has_dense=activation is not None)
+    site = Site(pretrained.layout, generator, folded, size)
+    method.attach(backbone, site)
     head = Head(hidden, outputs, settings.head_dropout, activation, generator)
     classifier = Classifier(backbone, head, pooling, reads_pooler)
     if precision == "bf16":
-        _to_bf16(classifier, original)
+        _to_bf16(classifier, original, method)
     if device.type == "cpu":
         _replace_dropout(classifier)
     classifier.to(device)
@@ -224,18 +263,46 @@ def build(
         classifier.eval(),
         tokenizer,
         pretrained,
-        experiment.method,
+        method,
         pooling,
         precision,
         device,
         missing,
+        plain_buffers,
     )
 
 
-def _to_bf16(classifier: Classifier, original: list[nn.Parameter]) -> None:
+def refuse(method: Method, name: str, pretrained: Pretrained) -> None:
+    """Raise BackboneError where a method cannot run on a backbone, before weights are read."""
+    for reason, remedy in method.refusals(pretrained.layout, pretrained.library_config()):
+        raise BackboneError(f"method {name!r} on {pretrained.name}: {reason}", remedy)
+
+
+def skeleton(pretrained: Pretrained) -> Any:
+    """Make a backbone's modules without weights or memory, to count what a method adds."""
+    with torch.device("meta"):
+        return getattr(transformers, f"{pretrained.layout.classes}Model")(
+            pretrained.library_config()
+        )
+
+
+def count(method: Method, pretrained: Pretrained, head_parameters: int) -> tuple[int, int]:
+    """Return how many numbers train and how many are stored, both without the head."""
+    counted = []
+    for folded in (False, True):
+        backbone = skeleton(pretrained).requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        method.attach(backbone, Site(pretrained.layout, generator, folded, head_parameters))
+        counted.append(backbone)
+    return method.trainable(counted[0]), count_stored(method.fold(counted[1]))
+
+
+def _to_bf16(classifier: Classifier, original: list[nn.Parameter], method: Method) -> None:
     """Store a frozen backbone in bf16; one whose own tensors train stays float32 under autocast."""
-    if any(parameter.requires_grad for parameter in original):
+    own_train = any(parameter.requires_grad for parameter in original)
+    if own_train or method.needs_autocast:
         classifier.autocast = torch.bfloat16
+    if own_train:
         return
     for parameter in original:
         parameter.data = parameter.data.to(torch.bfloat16)

@@ -93,6 +93,10 @@ class Pretrained:
                 total.update(f"{name} {_sha256(path)}\n".encode())
         return total.hexdigest()
 
+    def library_config(self) -> Any:
+        """Return a config object of the transformers library, made from the checked keys."""
+        return getattr(transformers, f"{self.layout.classes}Config")(**self.config)
+
     @property
     def sentence_pooling(self) -> str | None:
         """Return the pooling that a sentence encoder's own files name: mean, cls or none."""
@@ -163,7 +167,7 @@ class Pretrained:
         has_pooler = self.layout.native.pooler
         arguments = {"add_pooling_layer": pooler} if self._takes_pooler() else {}
         try:
-            config = getattr(transformers, f"{self.layout.classes}Config")(**self.config)
+            config = self.library_config()
             config._attn_implementation = attention
             with _silenced():
                 backbone, info = self._class.from_pretrained(
@@ -198,6 +202,10 @@ class Pretrained:
 
     def _takes_pooler(self) -> bool:
         return "add_pooling_layer" in self._class.__init__.__code__.co_varnames
+
+
+BERT_BASE = Pretrained("bert-base", Path("bert-base"), get_layout("bert"), {"model_type": "bert"})
+"""The shape of BERT-base, without files: what the papers count on."""
 
 
 def find(name: str) -> Pretrained:

@@ -94,12 +94,13 @@ class TrainingView:
 
     def epoch(self, event: Mapping[str, Any]) -> None:
         """Print an epoch's line; the best so far is marked."""
-        score = event["dev"][self.metric]
+        score = event["dev"].get(self.metric)
+        scored = "dev not scored" if score is None else f"dev {self.metric} {score:.4f}"
         star = " *" if event["is_best"] else ""
         seconds = event["train_seconds"] + event["evaluation_seconds"]
         line = (
             f"epoch {event['epoch']:>2}/{self.epochs}  loss {event['train_loss']:.4f}  "
-            f"dev {self.metric} {score:.4f}  {seconds:5.1f} s{star}"
+            f"{scored}  {seconds:5.1f} s{star}"
         )
         self.console.print(Text(line, style="bold" if event["is_best"] else ""))
 

@@ -267,8 +267,7 @@ class Writer:
     def model(self, tuned: Tuned, task: Task, method: str) -> Tensor:
         """Write the stored tensors and return the probe logits of the model that was trained."""
         tensors = {
-            name: tensor.detach().float().cpu().contiguous()
-            for name, tensor in tuned.stored().items()
+            name: tensor.detach().cpu().contiguous() for name, tensor in tuned.stored().items()
         }
         header = {
             "format_version": artifact.FORMAT,

@@ -20,8 +20,11 @@ from unipelt_cli.batches import Encoded, shuffled
 from unipelt_cli.config import TrainSettings
 from unipelt_cli.errors import CheckError
 from unipelt_cli.evaluation import compute_logits, predictions
+from unipelt_cli.methods import Moment, Pass
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.tasks import Task, is_better
+
+PREPARING = 2**32  # seeds from here on belong to passes before training
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch was trained and scored on dev."""
+    """One epoch was trained, and scored on dev unless its stage selects nothing."""
 
     epoch: int
     train_loss: float
-    dev: Mapping[str, float]
+    dev: Mapping[str, float]  # empty where nothing was scored
     train_seconds: float
     evaluation_seconds: float
     tokens: int  # real tokens trained on
@@ -54,6 +57,9 @@ class Progress:
     epoch: int = 1
     step: int = 0  # within the epoch
     taken: int = 0
+    stage: int = 0
+    stage_epochs: int = 0  # epochs that were over when the stage began
+    stage_taken: int = 0  # steps taken in the stage
     loss_sum: float = 0.0
     tokens: int = 0
     train_seconds: float = 0.0
@@ -78,37 +84,89 @@ class Training:
         assert settings.learning_rate is not None
         self.tuned, self.task, self.settings = tuned, task, settings
         self.train, self.dev = train, dev
-        self.parameters = {
-            name: parameter
-            for name, parameter in tuned.classifier.named_parameters()
-            if parameter.requires_grad
-        }
+        self.method = tuned.method
         self.steps = -(-len(train[0]) // settings.batch_size)
+        self.lengths = [max(1, round(s.share * settings.epochs)) for s in self.method.stages]
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
-        self.optimizer = _adamw(self.parameters, settings, tuned.device)
+        self.carried: dict[str, Tensor] = {}
+        self.is_prepared = False
+        self._take_up_parameters()
+
+    def _take_up_parameters(self) -> None:
+        """Begin to optimise what trains now; what trained in an earlier stage is still carried."""
+        self.parameters = {
+            name: parameter
+            for name, parameter in self.tuned.classifier.named_parameters()
+            if parameter.requires_grad
+        }
+        self.carried |= self.parameters
+        self.optimizer = _adamw(self.parameters, self.settings, self.tuned)
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs all stages take, if none ends early."""
+        return sum(self.lengths)
 
     def events(self) -> Iterator[Step | Epoch]:
-        """Train until patience or epochs end, then put the best epoch's tensors back.
+        """Train every stage until patience or epochs end, then put its best epoch back.
 
         Raises CheckError when the loss is no longer a number.
         """
-        while not self.is_done:
-            yield from self._train_epoch()
-            yield self._score_epoch()
-        self._copy(self.best)
+        self._prepare()
+        while True:
+            while not self.is_done:
+                yield from self._train_epoch()
+                yield self._score_epoch()
+            self._copy(self.best)
+            if self.progress.stage + 1 == len(self.lengths):
+                return
+            self._enter(self.progress.stage + 1)
+            progress = self.progress
+            progress.stage_epochs, progress.stage_taken = progress.epoch - 1, 0
+            progress.best_epoch, progress.best_score, progress.best_dev = 0, 0.0, {}
 
     @property
     def is_done(self) -> bool:
-        """Whether the next epoch would be one too many."""
-        progress = self.progress
-        if progress.epoch > self.settings.epochs:
+        """Whether the stage's next epoch would be one too many."""
+        progress, stage = self.progress, self.progress.stage
+        over = progress.epoch - 1
+        if over - progress.stage_epochs >= self.lengths[stage]:
             return True
-        return progress.epoch - 1 - progress.best_epoch >= self.settings.patience
+        since = over - max(progress.best_epoch, progress.stage_epochs)
+        return self.method.stages[stage].selects and since >= self.settings.patience
+
+    def _prepare(self) -> None:
+        """Let the method look at the train rows, once."""
+        if not self.is_prepared:
+            self.method.prepare(self.tuned.classifier.backbone, self._losses)
+            self.tuned.classifier.zero_grad(set_to_none=True)
+            self._take_up_parameters()
+            self.is_prepared = True
+
+    def _enter(self, stage: int) -> None:
+        self.method.enter(self.tuned.classifier.backbone, stage)
+        self.progress.stage, self.best = stage, {}
+        self._take_up_parameters()
+
+    def _losses(
+        self, batch_size: int, rows: int | None = None, *, training: bool = False
+    ) -> Iterator[Tensor]:
+        """Pass over the train rows in their order: see `methods.base.Losses`."""
+        encoded, labels = self.train
+        device, count = self.tuned.device, min(rows or len(encoded), len(encoded))
+        self.tuned.classifier.train(training)
+        for start in range(0, count, batch_size):
+            chosen = np.arange(start, min(start + batch_size, count))
+            target = torch.as_tensor(labels[chosen], device=device)
+            with _seeded(self.settings.seed, PREPARING + start, device):
+                logits = self.tuned.classifier(**encoded.batch(chosen.tolist(), device))
+                yield self._loss(logits, target)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and counters from which `restore` goes on exactly."""
-        tensors = {f"now.{name}": p.detach() for name, p in self.parameters.items()}
+        now = {name: tensor.detach() for name, tensor in self.carried.items()}
+        tensors = {f"now.{name}": t for name, t in (now | self.tuned.buffers()).items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -117,11 +175,15 @@ class Training:
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
         """Take up a saved state; a KeyError or RuntimeError means that it is another run's."""
-        self.progress = Progress(**counters)
+        saved = Progress(**counters)
+        self._prepare()
+        for stage in range(1, saved.stage + 1):
+            self._enter(stage)
+        self.progress = saved
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
-            groups.setdefault(kind, {})[name] = tensor.to(self.parameters[name].device)
+            groups.setdefault(kind, {})[name] = tensor.to(self.tuned.device)
         self._copy(groups.pop("now"))
         self.best = groups.pop("best", {})
         for kind, values in groups.items():
@@ -138,21 +200,33 @@ class Training:
             loss = self._step(rows, labels, chosen)
             progress.step += 1
             progress.taken += 1
+            progress.stage_taken += 1
             progress.loss_sum += loss * len(chosen)
             progress.tokens += int(rows.lengths[chosen].sum())
             progress.train_seconds += time.perf_counter() - start
             yield Step(progress.epoch, progress.step, self.steps, loss)
 
     def _step(self, rows: Encoded, labels: NDArray[Any], chosen: NDArray[np.int64]) -> float:
-        classifier, device = self.tuned.classifier, self.tuned.device
+        classifier, device, method = self.tuned.classifier, self.tuned.device, self.method
+        backbone, moment = classifier.backbone, self._moment()
         rate = self._rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         classifier.train()
+        inputs = rows.batch(chosen.tolist(), device)
+        target = torch.as_tensor(labels[chosen], device=device)
+        step = Pass(
+            backbone,
+            inputs,
+            moment,
+            self.task.is_regression,
+            lambda: classifier(**inputs),
+            lambda logits: self._loss(logits, target),
+        )
         with _seeded(self.settings.seed, self.progress.taken, device):
-            logits = classifier(**rows.batch(chosen.tolist(), device))
-            loss = self._loss(logits, torch.as_tensor(labels[chosen], device=device))
+            loss = method.loss(step)
             torch.autograd.backward(loss)
+            method.after_backward(backbone, moment)
         nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         value = loss.item()
         if not np.isfinite(value):
@@ -161,8 +235,14 @@ class Training:
                 f"lower train.learning_rate (now {self.settings.learning_rate})",
             )
         self.optimizer.step()
+        method.after_step(backbone, moment)
         self.optimizer.zero_grad(set_to_none=True)
         return value
+
+    def _moment(self) -> Moment:
+        progress = self.progress
+        steps = self.lengths[progress.stage] * self.steps
+        return Moment(progress.stage, progress.stage_taken, steps)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.task.is_regression:
@@ -170,28 +250,26 @@ class Training:
         return functional.cross_entropy(logits, labels)
 
     def _rate(self) -> float:
-        """Return this step's rate: linear warm-up, then linear decay to 0 over all epochs."""
+        """Return this step's rate: linear warm-up, then linear decay to 0 over the stage."""
         peak = self.settings.learning_rate
         assert peak is not None
-        total = self.settings.epochs * self.steps
+        moment = self._moment()
+        step, total = moment.step, moment.steps
         warm = round(self.settings.warmup * total)
-        step = self.progress.taken
         if step < warm:
             return peak * (step + 1) / warm
         return peak * (total - step) / max(1, total - warm)
 
     def _score_epoch(self) -> Epoch:
         start = time.perf_counter()
-        rows, labels = self.dev
-        logits = compute_logits(self.tuned, rows)
-        scores = self.task.score(predictions(self.task, logits), labels)
-        progress, metric = self.progress, self.task.metric
-        first = not progress.best_dev
-        is_best = first or is_better(metric, scores[metric], progress.best_score)
-        if is_best:
-            progress.best_epoch, progress.best_score = progress.epoch, scores[metric]
-            progress.best_dev = dict(scores)
-            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        progress = self.progress
+        scores: dict[str, float] = {}
+        is_best = False
+        if self.method.stages[progress.stage].selects:
+            rows, labels = self.dev
+            logits = compute_logits(self.tuned, rows)
+            scores = self.task.score(predictions(self.task, logits), labels)
+            is_best = self._select(scores)
         event = Epoch(
             progress.epoch,
             progress.loss_sum / len(self.train[0]),
@@ -208,24 +286,47 @@ class Training:
         progress.loss_sum = progress.train_seconds = 0.0
         return event
 
+    def _select(self, scores: dict[str, float]) -> bool:
+        """Keep this epoch's tensors if it is the stage's best so far."""
+        progress, metric = self.progress, self.task.metric
+        first = not progress.best_dev
+        if not first and not is_better(metric, scores[metric], progress.best_score):
+            return False
+        progress.best_epoch, progress.best_score = progress.epoch, scores[metric]
+        progress.best_dev = dict(scores)
+        current = {**self.parameters, **self.tuned.buffers()}
+        self.best = {name: tensor.detach().clone() for name, tensor in current.items()}
+        return True
+
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        own = {**self.carried, **self.tuned.buffers()}
         with torch.no_grad():
             for name, tensor in tensors.items():
-                self.parameters[name].copy_(tensor)
+                own[name].copy_(tensor)
 
 
 def _adamw(
-    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, device: torch.device
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, tuned: Tuned
 ) -> torch.optim.AdamW:
-    """Make AdamW that decays matrices only: a bias or a gate must not be pulled to nothing."""
-    matrices = [p for p in parameters.values() if p.ndim > 1 and p.shape[0] > 1]
-    vectors = [p for p in parameters.values() if p.ndim <= 1 or p.shape[0] == 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    """Make AdamW with the method's rates; it decays only matrices that the method lets decay.
+
+    A bias or a gate must not be pulled to nothing.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        is_head = name.startswith("head.")
+        own = name.removeprefix("backbone.")
+        factor = 1.0 if is_head else tuned.method.rate(own)
+        is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
+        decays = is_matrix and (is_head or tuned.method.decays(own))
+        decay = settings.weight_decay if decays else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], fused=device.type in ("cpu", "cuda")
+        [
+            {"params": members, "weight_decay": decay, "factor": factor}
+            for (factor, decay), members in groups.items()
+        ],
+        fused=tuned.device.type in ("cpu", "cuda"),
     )
 
 

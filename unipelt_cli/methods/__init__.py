@@ -7,9 +7,9 @@ from functools import cache
 from types import MappingProxyType
 
 from unipelt_cli.errors import ConfigError, nearest
-from unipelt_cli.methods.base import CannotMerge, Method, Recipe
+from unipelt_cli.methods.base import CannotMerge, Method, Moment, Pass, Recipe
 
-__all__ = ["DEFAULT", "CannotMerge", "Method", "Recipe", "get", "table"]
+__all__ = ["DEFAULT", "CannotMerge", "Method", "Moment", "Pass", "Recipe", "get", "table"]
 
 DEFAULT = "unipelt-apl"
 

@@ -1,12 +1,14 @@
 """What a method is: frozen hyperparameters and a few operations on a backbone.
 
-After `attach`, `requires_grad` alone says what trains. The other operations have defaults, so
-that most methods are hyperparameters and one function.
+After `attach`, `requires_grad` alone says what trains. Most methods are hyperparameters and
+`attach`; every other operation has a default, so that the loop stays one loop.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Generator, Tensor, nn
@@ -15,6 +17,59 @@ from unipelt_cli.backbones import Layout
 
 CHECKS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 STD = 0.02
+
+Category = Literal["full", "partial", "additive", "reparameterised", "hybrid", "unified"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a method is attached.
+
+    With `folded` the backbone gets the form that is stored. Randomness comes from `generator`
+    alone. What requires a gradient before `attach` belongs to the head.
+    """
+
+    layout: Layout
+    generator: Generator
+    folded: bool = False
+    head_parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase of training: its share of the epochs, and whether dev selects its best epoch."""
+
+    share: float = 1.0
+    selects: bool = True
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a stage stands: steps taken before this one, and steps if nothing stops it early."""
+
+    stage: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One batch in training, as a method's loss sees it; `forward` may be called twice."""
+
+    backbone: nn.Module
+    inputs: Mapping[str, Tensor]
+    moment: Moment
+    is_regression: bool
+    forward: Callable[[], Tensor]  # logits (batch, outputs)
+    criterion: Callable[[Tensor], Tensor]  # logits -> mean loss against the true labels
+
+
+class Losses(Protocol):
+    """A pass over the train rows: the mean loss of each batch, ready for `backward`."""
+
+    def __call__(
+        self, batch_size: int, rows: int | None = None, *, training: bool = False
+    ) -> Iterator[Tensor]: ...
 
 
 @checked_dataclass(frozen=True, config=CHECKS)
@@ -25,34 +80,119 @@ class Method:
         """Yield (what is wrong, what to do) for fields that contradict each other."""
         yield from ()
 
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        """Yield (why, what to do) where this backbone cannot carry the method.
+
+        Asked with the backbone's architecture and the library's config object (`hidden_size`,
+        `num_hidden_layers`), before weights are read.
+        """
+        yield from ()
+
     @property
     def pads_to_max_length(self) -> bool:
         """Whether a row's result depends on padding, so that all rows must be padded alike."""
         return False
 
-    def attach(
-        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
-    ) -> None:
-        """Change a backbone whose parameters are all frozen, and mark what trains.
+    @property
+    def needs_autocast(self) -> bool:
+        """Whether its float32 tensors meet the bf16 backbone's without a cast of their own."""
+        return False
 
-        With `folded` the backbone gets the form that is stored. Randomness comes from
-        `generator` alone.
-        """
+    @property
+    def idle(self) -> Mapping[str, str]:
+        """Patterns of tensors that claim to train yet may not move, each with its reason."""
+        return {}
+
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        """Change a backbone whose parameters are all frozen, and mark what trains."""
         raise TypeError(f"{type(self).__name__} does not say how it attaches")
 
+    def prepare(self, backbone: nn.Module, losses: Losses) -> None:
+        """Look at the train rows once before training; must give the same when repeated."""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The phases of training; the last one selects, since its best epoch is the result."""
+        return (Stage(),)
+
+    def enter(self, backbone: nn.Module, stage: int) -> None:
+        """Begin a later stage: change what trains. State that is kept lies in buffers."""
+
+    def loss(self, step: Pass) -> Tensor:
+        """Return the scalar that one step minimises."""
+        return step.criterion(step.forward())
+
+    def after_backward(self, backbone: nn.Module, moment: Moment) -> None:
+        """Change gradients, before they are clipped; the global generator is the step's own."""
+
+    def after_step(self, backbone: nn.Module, moment: Moment) -> None:
+        """Change what the optimiser made of the tensors."""
+
+    def rate(self, name: str) -> float:
+        """Return the factor on the run's learning rate for one tensor of the backbone."""
+        return 1.0
+
+    def decays(self, name: str) -> bool:
+        """Say whether weight decay may pull a matrix of the backbone towards zero."""
+        return True
+
+    def trainable(self, backbone: nn.Module) -> int:
+        """Count the numbers that train."""
+        return sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+
     def fold(self, backbone: nn.Module) -> dict[str, Tensor]:
-        """Return what is stored: the trained tensors under their names in the folded form."""
+        """Return what is stored: the trained tensors under their names in the folded form.
+
+        Of a freshly folded backbone it gives the shapes and kinds that a file must have:
+        float32, uint8 for packed bits, int32 for places.
+        """
         return {
             name: parameter.detach()
             for name, parameter in backbone.named_parameters()
             if parameter.requires_grad
         }
 
+    def unfold(self, backbone: nn.Module, stored: Mapping[str, Tensor]) -> None:
+        """Put what `fold` returned into a backbone that was attached folded."""
+        own = dict(backbone.named_parameters())
+        with torch.no_grad():
+            for name, tensor in stored.items():
+                own[name].copy_(tensor)
+
+    @property
+    def unmergeable(self) -> str | None:
+        """Why no plain backbone computes the same function, or None where `merge` makes one."""
+        return "it adds modules that no plain backbone has"
+
     def merge(self, backbone: nn.Module) -> None:
         """Fold everything into the backbone's own tensors, exactly.
 
         Raises CannotMerge with the reason where no plain backbone computes the same function.
         """
+        if self.unmergeable is not None:
+            raise CannotMerge(self.unmergeable)
+
+    def report(self, backbone: nn.Module) -> dict[str, float]:
+        """Return what was measured in the forward passes since the last call, for the result."""
+        return {}
+
+
+def refuse_unusual_layers(layout: Layout) -> Iterator[tuple[str, str]]:
+    """Yield the refusal of a method that is written for BERT's kind of layer."""
+    if not layout.is_plain:
+        yield (
+            f"it is written for BERT's kind of layer, and a {layout.model_type}'s is another",
+            "choose another backbone: `unipelt list backbones` shows which carry what",
+        )
+
+
+def count_stored(stored: Mapping[str, Tensor]) -> int:
+    """Count stored numbers in float32 equivalents: 32 packed bits are one, places are none."""
+    return sum(
+        -(-tensor.numel() // 4) if tensor.dtype == torch.uint8 else tensor.numel()
+        for tensor in stored.values()
+        if tensor.dtype != torch.int32
+    )
 
 
 def initialise(linear: nn.Linear, generator: Generator) -> None:
@@ -78,5 +218,6 @@ class Recipe:
 
     method: Method
     learning_rate: float
+    category: Category
     summary: str
     source: str

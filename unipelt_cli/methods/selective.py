@@ -4,43 +4,46 @@ from collections.abc import Iterator
 from types import MappingProxyType
 
 from pydantic.dataclasses import dataclass
-from torch import Generator, nn
+from torch import nn
 
 from unipelt_cli.backbones import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site
 
 
 @dataclass(frozen=True, config=CHECKS)
-class Full(Method):
+class Selective(Method):
+    """Base of the methods that add nothing: what they train is the backbone's own."""
+
+    @property
+    def unmergeable(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, config=CHECKS)
+class Full(Selective):
     """Train every tensor of the backbone."""
 
-    def attach(
-        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
-    ) -> None:
+    def attach(self, backbone: nn.Module, site: Site) -> None:
         backbone.requires_grad_(True)
 
 
 @dataclass(frozen=True, config=CHECKS)
-class Head(Method):
+class Head(Selective):
     """Train nothing but the head: the floor that every method has to beat."""
 
-    def attach(
-        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
-    ) -> None:
+    def attach(self, backbone: nn.Module, site: Site) -> None:
         pass
 
 
 @dataclass(frozen=True, config=CHECKS)
-class BitFit(Method):
+class BitFit(Selective):
     """Train the biases: all layers', the embedding norm's and the pooler's, by a list of places.
 
     A search for names with "bias" would also catch what other methods add.
     """
 
-    def attach(
-        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
-    ) -> None:
-        for module in self._biased(backbone, layout):
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        for module in self._biased(backbone, site.layout):
             assert isinstance(module.bias, nn.Parameter)
             module.bias.requires_grad_(True)
 
@@ -55,8 +58,10 @@ class BitFit(Method):
 
 METHODS = MappingProxyType(
     {
-        "full": Recipe(Full(), 2e-5, "every tensor of the backbone", "Mao et al. 2022"),
-        "head": Recipe(Head(), 1e-3, "nothing but the head", "Ben Zaken et al. 2022"),
-        "bitfit": Recipe(BitFit(), 1e-4, "the backbone's biases", "Ben Zaken et al. 2022"),
+        "full": Recipe(Full(), 2e-5, "full", "every tensor of the backbone", "Mao et al. 2022"),
+        "head": Recipe(Head(), 1e-3, "partial", "nothing but the head", "Ben Zaken et al. 2022"),
+        "bitfit": Recipe(
+            BitFit(), 1e-4, "partial", "the backbone's biases", "Ben Zaken et al. 2022"
+        ),
     }
 )

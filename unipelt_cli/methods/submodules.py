@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
 from unipelt_cli.methods.attention import replace_attention
-from unipelt_cli.methods.base import CHECKS, STD, CannotMerge, Method, Recipe, new_linear
+from unipelt_cli.methods.base import CHECKS, STD, Method, Recipe, Site, new_linear
 
 Part = Literal["adapter", "prefix", "lora", "bias"]
 
@@ -242,12 +242,11 @@ class Container(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        layout: Layout,
         method: "Submodules",
-        generator: Generator,
-        folded: bool,
+        site: Site,
     ) -> None:
         super().__init__()
+        layout, generator = site.layout, site.generator
         self.layout = layout
         layers = layout.layer_list(backbone)
         has_prefix = "prefix" in method.parts
@@ -263,7 +262,7 @@ class Container(nn.Module):
         if has_prefix:
             hidden = _projection(layers[0], layout, "key").out_features
             shape = (len(layers), method.prefix_length, hidden)
-            self.prefix = Prefix(shape, method.prefix_width, generator, folded)
+            self.prefix = Prefix(shape, method.prefix_width, generator, site.folded)
             if not self.lengthens:
                 for layer in layers:
                     module = layer.get_submodule(layout.attention)
@@ -342,10 +341,8 @@ class Submodules(Method):
             for name in (("lora_query", "lora_value") if part == "lora" and separate else (part,))
         )
 
-    def attach(
-        self, backbone: nn.Module, layout: Layout, generator: Generator, *, folded: bool = False
-    ) -> None:
-        backbone.submodules = Container(backbone, layout, self, generator, folded)
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        backbone.submodules = Container(backbone, self, site)
 
     def fold(self, backbone: nn.Module) -> dict[str, Tensor]:
         """Return the trained tensors with the prefix MLP folded away, which is exact."""
@@ -360,14 +357,17 @@ class Submodules(Method):
                 stored["submodules.prefix.rows"] = container.prefix().contiguous()
         return stored
 
+    @property
+    def unmergeable(self) -> str | None:
+        if self.gated:
+            return "its gates depend on the input"
+        if kept := {"adapter", "prefix"} & set(self.parts):
+            return f"no plain weight computes what its {' and '.join(sorted(kept))} does"
+        return None
+
     def merge(self, backbone: nn.Module) -> None:
         """Add ungated LoRA and biases to the weights they stand beside, in float32."""
-        if self.gated:
-            raise CannotMerge("its gates depend on the input")
-        if kept := {"adapter", "prefix"} & set(self.parts):
-            raise CannotMerge(
-                f"no plain weight computes what its {' and '.join(sorted(kept))} does"
-            )
+        super().merge(backbone)
         container = _container(backbone)
         with torch.no_grad():
             layers = container.layout.layer_list(backbone)
@@ -383,34 +383,44 @@ _MAO = "Mao et al. 2022"
 METHODS = MappingProxyType(
     {
         "unipelt-ap": Recipe(
-            Submodules(("adapter", "prefix")), 5e-4, "adapter + prefix, gated", _MAO
+            Submodules(("adapter", "prefix")), 5e-4, "hybrid", "adapter + prefix, gated", _MAO
         ),
-        "unipelt-apl": Recipe(Submodules(), 5e-4, "adapter + prefix + LoRA, gated", _MAO),
+        "unipelt-apl": Recipe(Submodules(), 5e-4, "hybrid", "adapter + prefix + LoRA, gated", _MAO),
         "unipelt-aplb": Recipe(
             Submodules(("adapter", "prefix", "lora", "bias")),
             5e-4,
+            "hybrid",
             "adapter + prefix + LoRA + bias, gated",
             "ours, after Mao et al. 2022",
         ),
         "ap-ungated": Recipe(
-            Submodules(("adapter", "prefix"), gated=False), 5e-4, "the control of unipelt-ap", _MAO
+            Submodules(("adapter", "prefix"), gated=False),
+            5e-4,
+            "hybrid",
+            "the control of unipelt-ap",
+            _MAO,
         ),
-        "apl-ungated": Recipe(Submodules(gated=False), 5e-4, "the control of unipelt-apl", _MAO),
+        "apl-ungated": Recipe(
+            Submodules(gated=False), 5e-4, "hybrid", "the control of unipelt-apl", _MAO
+        ),
         "adapter": Recipe(
             Submodules(("adapter",), gated=False),
             1e-4,
+            "additive",
             "one bottleneck a layer, after the feed-forward block",
             "Pfeiffer et al. 2021",
         ),
         "prefix": Recipe(
             Submodules(("prefix",), gated=False),
             2e-4,
+            "additive",
             "learned keys and values in every layer",
             "Li and Liang 2021",
         ),
         "lora": Recipe(
             Submodules(("lora",), gated=False),
             5e-4,
+            "reparameterised",
             "low-rank updates of query and value",
             "Hu et al. 2022",
         ),
