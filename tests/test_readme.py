@@ -1,12 +1,15 @@
 """The README's commands are run, and the output that it shows has today's form."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +18,17 @@ import unipelt_cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHEAP = " --set train.epochs=1"
+
+
+BETWEEN = re.compile(r"(?<=<!-- methods: ).*(?=<!-- end of methods -->)", re.DOTALL)
+
+
+def with_methods(readme: str) -> str:
+    """Return the README with the table of methods that the code holds today."""
+    from unipelt_cli.listing import methods_markdown
+
+    said = "written by `python tests/test_readme.py` -->"
+    return BETWEEN.sub(lambda _: f"{said}\n\n{methods_markdown()}\n", readme)
 
 
 def transcripts() -> list[tuple[str, list[str]]]:
@@ -31,6 +45,7 @@ def transcripts() -> list[tuple[str, list[str]]]:
 
 def form(line: str) -> str:
     """Reduce a line to its form: no digits, no bars, no probabilities, single blanks."""
+    line = re.sub(r"\b(fp32|bf16)$", "precision", line)
     line = re.sub(r"[█▏▎▍▌▋▊▉·]+", "=", re.sub(r'"label": "\w+"', "", line))
     line = re.sub(r"[\d.,]+(e-?#*\d+)?", "#", line.rstrip(" *"))
     return " ".join(line.split())
@@ -122,3 +137,46 @@ def test_the_packaged_demo_is_what_it_says() -> None:
     lengths = sorted(len(text.split()) for _, text in rows)
     assert lengths[0] <= 5
     assert lengths[-1] >= 40
+
+
+def test_the_table_of_methods_is_the_codes() -> None:
+    assert with_methods(README) == README, "run: python tests/test_readme.py"
+
+
+def test_adding_a_method_takes_the_readmes_one_file(
+    tmp_path: Path, rows_file: Path, backbone_dir: Callable[[str], Path]
+) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "scale.py").write_text(code, encoding="utf-8")
+    main = (
+        "import sys; from unipelt_cli import methods; methods.__path__.append(sys.argv.pop(1));"
+        "from unipelt_cli.cli import main; main()"
+    )
+
+    def unipelt(*arguments: object) -> dict[str, Any]:
+        command = [sys.executable, "-c", main, tmp_path, *arguments, "--json"]
+        result = subprocess.run(map(str, command), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return dict(json.loads(result.stdout))
+
+    rows = ("--train-file", rows_file, "--text", "text", "--label", "label", "--k", 20)
+    model = (
+        "--model",
+        backbone_dir("bert"),
+        "--set",
+        "train.epochs=2",
+        "--set",
+        "method.start=0.5",
+    )
+    run = tmp_path / "run"
+    result = unipelt(
+        *f"train --method scale --set train.epochs=2 --out {run}".split(), *rows, *model
+    )
+    assert (result["method"], result["stored_parameters"]) == ("scale", 2 * 32)
+    assert unipelt("eval", run)["scores"] == result["test"]
+    listed = {entry["name"]: entry for entry in unipelt("list", "methods")["methods"]}
+    assert listed["scale"]["stored"] == 12 * 768
+
+
+if __name__ == "__main__":
+    (ROOT / "README.md").write_text(with_methods(README), encoding="utf-8")

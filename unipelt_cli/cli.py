@@ -312,19 +312,33 @@ def list_(
     directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path(
         "runs"
     ),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|DIR", help="The backbone that methods are counted on. (default BERT-base)"
+        ),
+    ] = None,
+    offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
     """List what there is to choose from, or the runs in a directory.
 
-    Example: unipelt list methods
+    Example: unipelt list methods --model minilm
     """
+    if model is not None and what != "methods":
+        raise ConfigError(f"--model {model!r}: only methods are counted on one", "drop --model")
+    if model is not None:
+        _settle_backbone(model, offline)
     from unipelt_cli import listing, render
 
     if what not in listing.LISTS:
         raise ConfigError(f"list {what!r}: no such list", nearest(what, listing.LISTS))
-    entries = listing.entries(what, directory)
+    entries = listing.entries(what, directory, model)
     if as_json:
         _print_json({what: entries})
+        return
+    if what == "methods":
+        render.method_table(entries, model or "BERT-base")
         return
     columns = list(entries[0]) if entries else []
     render.table(columns, [[_cell(entry[c]) for c in columns] for entry in entries])
@@ -335,6 +349,8 @@ def list_(
 def _cell(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)
@@ -405,6 +421,15 @@ def _settle_network(experiment: "Experiment", offline: bool, data_only: bool = F
     backbone = name if network.names_hub(name) and not data_only else None
     network.settle(offline=offline, needed=bool(dataset or backbone))
     network.require_cached(backbone=backbone, dataset=dataset and dataset.partition(":")[0])
+
+
+def _settle_backbone(name: str, offline: bool) -> None:
+    """Decide about the network where only a backbone is asked for."""
+    from unipelt_cli import network
+
+    backbone = name if network.names_hub(name) else None
+    network.settle(offline=offline, needed=bool(backbone))
+    network.require_cached(backbone=backbone, dataset=None)
 
 
 def _open_run(

@@ -3,18 +3,25 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from unipelt_cli import config, methods, runs
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import UnipeltError
+from unipelt_cli.modeling import Head, count
+from unipelt_cli.pretrained import BERT_BASE, Pretrained, find
 from unipelt_cli.tasks import TASKS
 
 Entry = dict[str, Any]
 
 
-def entries(what: str, directory: Path) -> list[Entry]:
-    """Return one dictionary an entry; all entries of a list have the same keys."""
+def entries(what: str, directory: Path, model: str | None = None) -> list[Entry]:
+    """Return one dictionary an entry; all entries of a list have the same keys.
+
+    `model` is the backbone on which methods are counted; without it, BERT-base.
+    """
+    if what == "methods":
+        return _methods(BERT_BASE if model is None else find(model))
     return LISTS[what](directory)
 
 
@@ -30,16 +37,52 @@ def _tasks(_: Path) -> list[Entry]:
     ]
 
 
-def _methods(_: Path) -> list[Entry]:
-    return [
-        {
-            "name": name,
-            "learning_rate": recipe.learning_rate,
-            "what": recipe.summary,
-            "source": recipe.source,
-        }
-        for name, recipe in methods.table().items()
+def _methods(pretrained: Pretrained) -> list[Entry]:
+    """Count what every method trains and stores beside a head for two labels."""
+    config = pretrained.library_config()
+    head = Head.size(config.hidden_size, 2, has_dense=False)
+    listed = []
+    for name, recipe in sorted(methods.table().items(), key=_by_category):
+        method = recipe.method
+        refusal = next(method.refusals(pretrained.layout, config), None)
+        counts = (None, None) if refusal else count(method, pretrained, head)
+        listed.append(
+            {
+                "name": name,
+                "category": recipe.category,
+                "trainable": counts[0],
+                "stored": counts[1],
+                "mergeable": method.unmergeable is None,
+                "paper": recipe.source,
+                "learning_rate": recipe.learning_rate,
+                "what": recipe.summary,
+                "refusal": refusal and refusal[0],
+            }
+        )
+    return listed
+
+
+def _by_category(entry: tuple[str, methods.Recipe]) -> tuple[int, str]:
+    return get_args(methods.Category).index(entry[1].category), entry[0]
+
+
+def methods_markdown() -> str:
+    """Return the README's table of methods: what is in the table of the code, counted."""
+    lines = [
+        "| `--method` | what trains, beside the head | paper | trainable | stored | merges |",
+        "|---|---|---|--:|--:|---|",
     ]
+    category = None
+    for entry in _methods(BERT_BASE):
+        if entry["category"] != category:
+            category = entry["category"]
+            lines.append(f"| **{category}** | | | | | |")
+        merges = "yes" if entry["mergeable"] else ""
+        lines.append(
+            f"| `{entry['name']}` | {entry['what']} | {entry['paper']} "
+            f"| {entry['trainable']:,} | {entry['stored']:,} | {merges} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _presets(_: Path) -> list[Entry]:
@@ -83,7 +126,7 @@ def _runs(directory: Path) -> list[Entry]:
 LISTS: Mapping[str, Callable[[Path], list[Entry]]] = MappingProxyType(
     {
         "tasks": _tasks,
-        "methods": _methods,
+        "methods": lambda _: _methods(BERT_BASE),
         "presets": _presets,
         "backbones": _backbones,
         "runs": _runs,

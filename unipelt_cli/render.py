@@ -63,6 +63,28 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     console().print(view)
 
 
+def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
+    """Print the methods by category, with what they train and store on a backbone."""
+    view = Table(box=None, pad_edge=False)
+    view.add_column("method", no_wrap=True)
+    view.add_column("trainable", justify="right", no_wrap=True)
+    view.add_column("stored", justify="right", no_wrap=True)
+    view.add_column("merges")
+    view.add_column("paper")
+    category = None
+    for entry in entries:
+        if entry["category"] != category:
+            category = entry["category"]
+            view.add_row(Text(category, style="bold"))
+        numbers = [
+            "-" if entry[key] is None else f"{entry[key]:,}" for key in ("trainable", "stored")
+        ]
+        merges = "yes" if entry["mergeable"] else "no"
+        view.add_row(Text(f"  {entry['name']}"), *numbers, merges, Text(entry["paper"]))
+    console().print(view)
+    say(f"counted on {backbone}, the head apart; - where it cannot carry the method")
+
+
 def _is_number(text: str) -> bool:
     return text.strip().lstrip("-").replace(".", "").replace(",", "").replace("%", "").isdigit()
 

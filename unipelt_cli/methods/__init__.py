@@ -7,9 +7,19 @@ from functools import cache
 from types import MappingProxyType
 
 from unipelt_cli.errors import ConfigError, nearest
-from unipelt_cli.methods.base import CannotMerge, Method, Moment, Pass, Recipe
+from unipelt_cli.methods.base import CannotMerge, Category, Method, Moment, Pass, Recipe
 
-__all__ = ["DEFAULT", "CannotMerge", "Method", "Moment", "Pass", "Recipe", "get", "table"]
+__all__ = [
+    "DEFAULT",
+    "CannotMerge",
+    "Category",
+    "Method",
+    "Moment",
+    "Pass",
+    "Recipe",
+    "get",
+    "table",
+]
 
 DEFAULT = "unipelt-apl"
 
