@@ -66,7 +66,34 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         low = functional.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
-        return functional.linear(low.relu(), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
+        low = self.activate(low)
+        return functional.linear(low, self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
+
+    def activate(self, low: Tensor) -> Tensor:  # (B, T, M) -> (B, T, M)
+        """Apply the non-linearity between the two matrices."""
+        return low.relu()
+
+
+class NearIdentityAdapter(Adapter):
+    """Houlsby et al. 2019: a GELU, and matrices so small that the residual alone counts."""
+
+    def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
+        super().__init__(hidden, bottleneck, generator)
+        std = 1e-3
+        for linear in (self.down, self.up):
+            nn.init.trunc_normal_(linear.weight, 0.0, std, -2 * std, 2 * std, generator)
+
+    def activate(self, low: Tensor) -> Tensor:
+        return functional.gelu(low)
+
+
+class ParallelAdapter(Adapter):
+    """He et al. 2022: down kaiming-uniform like a LoRA's A, up zero, so it starts as nothing."""
+
+    def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
+        super().__init__(hidden, bottleneck, generator)
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5, generator=generator)
+        nn.init.zeros_(self.up.weight)
 
 
 def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
