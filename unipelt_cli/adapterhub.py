@@ -24,6 +24,9 @@ HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
 UNKNOWN = frozenset({"camembert"})
 """Architectures of ours for which `adapters` has no model class."""
 
+PARTS = frozenset({"adapter", "prefix", "lora"})
+"""The parts of ours that `adapters` has as the same function."""
+
 LAYER_NAMES: Mapping[str, tuple[str, ...]] = {
     "lora.query.a": ("{query}.loras.{name}.lora_A",),
     "lora.query.b": ("{query}.loras.{name}.lora_B",),
@@ -43,6 +46,11 @@ LAYER_NAMES: Mapping[str, tuple[str, ...]] = {
 def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
     """Return why no folder holds this model and what to train instead, or None."""
     method, model_type = tuned.method, tuned.pretrained.layout.model_type
+    if not isinstance(method, Submodules) and method.unmergeable is not None:
+        return (
+            f"{run.directory}: method {run.experiment.method_name!r} adds what adapters has not",
+            "train with --method unipelt-apl or one of its parts",
+        )
     if not isinstance(method, Submodules):
         native = "" if tuned.pooling == "native" else "train with --set model.pooling=native and "
         return (
@@ -50,10 +58,10 @@ def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
             "and adapters stores nothing else",
             f"{native}use --to hf",
         )
-    if "bias" in method.parts:
-        others = [part for part in method.parts if part != "bias"] or Submodules().parts
+    if foreign := [part for part in method.parts if part not in PARTS]:
+        others = [part for part in method.parts if part in PARTS] or Submodules().parts
         return (
-            f"{run.directory}: has the part 'bias', and adapters has no such part",
+            f"{run.directory}: has the part {foreign[0]!r}, and adapters has no such part",
             f"train without it (--set method.parts={','.join(others)})",
         )
     if model_type in UNKNOWN:

@@ -53,6 +53,9 @@ class Layout:
     native: NativeHead
     inside: str
     """The name of the backbone inside the library's own sequence classifier."""
+    attention_added: str = "attention.output.dropout"
+    output_added: str = "output.dropout"
+    """Modules whose output, dropout included, is what each of two blocks adds to the residual."""
     attentions: tuple[Attention, ...] = ("eager", "sdpa")
     own_attention: tuple[Attention, ...] = ()
     """Implementations where a lengthened mask does not work: see `methods.attention`."""
@@ -140,6 +143,8 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 embedding_norm="embeddings.LayerNorm",
                 native=NativeHead("classifier", "pre_classifier", "relu"),
                 inside="distilbert",
+                attention_added="attention.out_lin",
+                output_added="ffn.dropout",
                 own_attention=("eager",),
             ),
         )

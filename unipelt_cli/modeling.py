@@ -240,6 +240,8 @@ def build(
         missing = frozenset()
         backbone.register_module("pooler", None)
     _check_length(settings.max_length, pretrained, backbone)
+    if device.type == "cpu":
+        _replace_dropout(backbone)  # before the method puts hooks on it
     backbone.requires_grad_(False)
     original = list(backbone.parameters())
     plain_buffers = frozenset(f"backbone.{name}" for name, _ in backbone.named_buffers())

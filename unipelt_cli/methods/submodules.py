@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
 from unipelt_cli.methods.attention import replace_attention
-from unipelt_cli.methods.base import CHECKS, STD, Method, Recipe, Site, new_linear
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, new_linear, refuse_unusual_layers
+from unipelt_cli.methods.parts import Adapter, LowRank, ParallelAdapter, Prefix
 
-Part = Literal["adapter", "prefix", "lora", "bias"]
+Part = Literal["adapter", "prefix", "lora", "bias", "parallel"]
 
 
 class ForwardState:
@@ -32,64 +33,6 @@ class ForwardState:
         self.pooling: Tensor | None = None  # (B, T) float32, sums to 1 over the pooled tokens
         self.prefix: Tensor | None = None  # (N, 2, P, D)
         self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
-
-
-class Prefix(nn.Module):
-    """Keys and values for every layer: a table through an MLP in training, plain rows once folded.
-
-    The MLP runs once a step, not once an example.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],  # (N, P, D)
-        width: int,
-        generator: Generator,
-        folded: bool,
-    ) -> None:
-        super().__init__()
-        layers, length, hidden = self.shape = shape
-        self.folded = folded
-        if folded:
-            self.rows = nn.Parameter(torch.zeros(layers, 2, length, hidden))
-        else:
-            self.table = nn.Parameter(_normal((length, hidden), generator))
-            self.down = new_linear(hidden, width, generator)
-            self.up = new_linear(width, layers * 2 * hidden, generator)
-
-    def forward(self) -> Tensor:  # (N, 2, P, D)
-        if self.folded:
-            return self.rows
-        layers, length, hidden = self.shape
-        generated: Tensor = self.up(torch.tanh(self.down(self.table)))
-        return generated.view(length, layers, 2, hidden).permute(1, 2, 0, 3)
-
-
-class LowRank(nn.Module):
-    """A LoRA: x -> (x A^T) B^T, scaled; A kaiming-uniform, B zero, so it starts as nothing."""
-
-    def __init__(self, linear: nn.Linear, rank: int, generator: Generator) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.a, a=5**0.5, generator=generator)
-
-    def forward(self, x: Tensor, scale: Tensor | float) -> Tensor:  # (B, T, D) -> (B, T, D)
-        low = functional.linear(x, self.a.to(x.dtype)) * scale
-        return functional.linear(low, self.b.to(x.dtype))
-
-
-class Adapter(nn.Module):
-    """A bottleneck: x -> up(relu(down(x))); every matrix N(0, 0.02), every bias 0."""
-
-    def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
-        super().__init__()
-        self.down = new_linear(hidden, bottleneck, generator)
-        self.up = new_linear(bottleneck, hidden, generator)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        low = functional.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
-        return functional.linear(low.relu(), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
 class LayerSubmodules(nn.Module):
@@ -113,11 +56,16 @@ class LayerSubmodules(nn.Module):
         self.gate_values: dict[str, Tensor] = {}
         self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
         self.adapter: Adapter | None = None
+        self.parallel: ParallelAdapter | None = None
+        self.parallel_scale = method.parallel_scale
+        self.read: Tensor | None = None  # what the feed-forward block reads in this pass
         query = layer.get_submodule(layout.query)
         assert isinstance(query, nn.Linear)
         hidden = query.in_features
         if "adapter" in method.parts:
             self.adapter = Adapter(hidden, max(1, hidden // method.reduction), generator)
+        if "parallel" in method.parts:
+            self.parallel = ParallelAdapter(hidden, method.parallel_bottleneck, generator)
         if "lora" in method.parts:
             for place in ("query", "value"):
                 self.lora[place] = LowRank(
@@ -146,8 +94,12 @@ class LayerSubmodules(nn.Module):
             for place in ("key", "value"):
                 module = _projection(layer, layout, place)
                 handles.append(module.register_forward_hook(getattr(self, f"_prefix_{place}")))
+        norm = layer.get_submodule(layout.output_norm)
+        if self.parallel is not None:
+            block = layer.get_submodule(layout.intermediate)
+            handles.append(block.register_forward_pre_hook(self._read))
+            handles.append(norm.register_forward_pre_hook(self._add_parallel))
         if self.adapter is not None:
-            norm = layer.get_submodule(layout.output_norm)
             handles.append(norm.register_forward_pre_hook(self._adapt))
         return handles
 
@@ -159,7 +111,8 @@ class LayerSubmodules(nn.Module):
     def _open_gates(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.gate_values = {}
-        self._compute([name for name in self.gates if name != "adapter"], hidden)
+        late = ("adapter", "parallel")
+        self._compute([name for name in self.gates if name not in late], hidden)
 
     def _compute(self, names: list[str], x: Tensor) -> None:
         """Pool sigmoid(w.x + b) over tokens: one scalar an example, always in float32."""
@@ -203,6 +156,19 @@ class LayerSubmodules(nn.Module):
         if gate is not None:
             rows = gate * rows
         return torch.cat([rows.to(output.dtype), output], dim=1)
+
+    def _read(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.read = args[0]
+
+    def _add_parallel(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        """Add to the block's output after its dropout; the sum with the residual is the same."""
+        assert self.parallel is not None
+        assert self.read is not None
+        x, self.read = self.read, None
+        self._compute([name for name in self.gates if name == "parallel"], x)
+        added = self.parallel(x) * self.parallel_scale
+        gate = self.gate("parallel")
+        return (args[0] + (added if gate is None else gate.to(added.dtype) * added),)
 
     def _adapt(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (summed,) = args
@@ -289,12 +255,12 @@ class Container(nn.Module):
 
 @dataclass(frozen=True, config=CHECKS)
 class Submodules(Method):
-    """Any union of adapter, prefix, LoRA and bias, with or without gates."""
+    """Any union of adapter, prefix, LoRA, bias and parallel adapter, with or without gates."""
 
     parts: Annotated[
         tuple[Part, ...],
         BeforeValidator(lambda parts: tuple(parts.split(",")) if isinstance(parts, str) else parts),
-        Field(strict=False, min_length=1, description="adapter, prefix, lora, bias"),
+        Field(strict=False, min_length=1, description="adapter, prefix, lora, bias, parallel"),
     ] = ("adapter", "prefix", "lora")
     gated: Annotated[bool, Field(description="whether a gate decides how far each part opens")] = (
         True
@@ -302,6 +268,12 @@ class Submodules(Method):
     reduction: Annotated[int, Field(ge=1, description="adapter: hidden size over bottleneck")] = 16
     prefix_length: Annotated[int, Field(ge=1, le=256, description="prefix rows a layer")] = 10
     prefix_width: Annotated[int, Field(ge=1, description="prefix: width of its MLP")] = 512
+    parallel_bottleneck: Annotated[
+        int, Field(ge=1, description="parallel adapter: width of its bottleneck")
+    ] = 16
+    parallel_scale: Annotated[
+        float, Field(gt=0, description="parallel adapter: factor on what it adds")
+    ] = 2.0
     rank: Annotated[int, Field(ge=1, le=1024, description="LoRA: rank")] = 8
     lora_scale: Annotated[
         float | None, Field(gt=0, description="LoRA without a gate: alpha / rank (2 if unset)")
@@ -325,6 +297,10 @@ class Submodules(Method):
             )
         if not self.gated and self.gate_pooling == "all":
             yield "gate_pooling = 'all': there is no gate", "leave it out, or set method.gated=true"
+
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        if "parallel" in self.parts:
+            yield from refuse_unusual_layers(layout)
 
     @property
     def pads_to_max_length(self) -> bool:
@@ -361,8 +337,9 @@ class Submodules(Method):
     def unmergeable(self) -> str | None:
         if self.gated:
             return "its gates depend on the input"
-        if kept := {"adapter", "prefix"} & set(self.parts):
-            return f"no plain weight computes what its {' and '.join(sorted(kept))} does"
+        if kept := {"adapter", "prefix", "parallel"} & set(self.parts):
+            names = [_NAMES.get(part, part) for part in sorted(kept)]
+            return f"no plain weight computes what its {' and '.join(names)} does"
         return None
 
     def merge(self, backbone: nn.Module) -> None:
@@ -379,6 +356,7 @@ class Submodules(Method):
         del backbone.submodules
 
 
+_NAMES = {"parallel": "parallel adapter"}
 _MAO = "Mao et al. 2022"
 METHODS = MappingProxyType(
     {
@@ -424,6 +402,27 @@ METHODS = MappingProxyType(
             "low-rank updates of query and value",
             "Hu et al. 2022",
         ),
+        "parallel-adapter": Recipe(
+            Submodules(("parallel",), gated=False),
+            1e-3,
+            "additive",
+            "one scaled bottleneck a layer, beside the feed-forward block",
+            "He et al. 2022",
+        ),
+        "mam": Recipe(
+            Submodules(("prefix", "parallel"), gated=False, prefix_length=16),
+            1e-3,
+            "hybrid",
+            "prefix + scaled parallel adapter",
+            "He et al. 2022",
+        ),
+        "union": Recipe(
+            Submodules(),
+            5e-4,
+            "hybrid",
+            "whichever parts you name, gated or not",
+            "ours, after Mao et al. 2022",
+        ),
     }
 )
 
@@ -456,7 +455,3 @@ def _projection(layer: nn.Module, layout: Layout, place: str) -> nn.Linear:
     linear = layer.get_submodule(getattr(layout, place))
     assert isinstance(linear, nn.Linear)
     return linear
-
-
-def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return torch.empty(shape).normal_(0.0, STD, generator=generator)
