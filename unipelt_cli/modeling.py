@@ -302,7 +302,7 @@ def count(method: Method, pretrained: Pretrained, head_parameters: int) -> tuple
 
 def _to_bf16(classifier: Classifier, original: list[nn.Parameter], method: Method) -> None:
     """Store a frozen backbone in bf16; one whose own tensors train stays float32 under autocast."""
-    own_train = any(parameter.requires_grad for parameter in original)
+    own_train = method.alters_weights or any(p.requires_grad for p in original)
     if own_train or method.needs_autocast:
         classifier.autocast = torch.bfloat16
     if own_train:

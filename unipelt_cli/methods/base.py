@@ -99,6 +99,11 @@ class Method:
         return False
 
     @property
+    def alters_weights(self) -> bool:
+        """Whether the backbone's own tensors change though frozen, and so must stay float32."""
+        return False
+
+    @property
     def idle(self) -> Mapping[str, str]:
         """Patterns of tensors that claim to train yet may not move, each with its reason."""
         return {}
