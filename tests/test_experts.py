@@ -112,6 +112,25 @@ def test_adamix_stores_the_mean_of_its_experts_and_evaluates_with_it(still_bert:
     assert torch.allclose(training_logits(tuned), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["adamix", "moe-adapter"])
+def test_adapters_stand_at_the_feed_forward_output_before_its_dropout(
+    still_bert: Path, method: str
+) -> None:
+    backbone = built(still_bert, method).classifier.backbone
+    for layer, adapter in zip(backbone.encoder.layer, backbone.experts, strict=True):
+        dense = layer.output.dense
+        assert list(dense._forward_hooks.values()) == [adapter.adapt]
+
+
+def test_adamix_adds_a_gelu_bottleneck_to_its_input(still_bert: Path) -> None:
+    adapter = drawn_adapters(disturbed(built(still_bert, "adamix", folded=True), 0.3))[0]
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    low = x @ adapter.down[0].T + adapter.down_bias[0]
+    bent = low * (1 + torch.erf(low / 2**0.5)) / 2
+    expected = x + bent @ adapter.up.weight.T + adapter.up.bias
+    assert torch.allclose(adapter.adapt(nn.Identity(), (), x), expected, atol=1e-6)
+
+
 def test_adamix_training_draws_every_combination_of_experts_over_the_layers(
     still_bert: Path,
 ) -> None:
