@@ -331,7 +331,7 @@ METHODS = MappingProxyType(
         "moe-adapter": Recipe(
             MoEAdapter(),
             5e-4,
-            "unified",
+            "additive",
             "small adapters that a router chooses for each token",
             "Shazeer et al. 2017",
         ),
