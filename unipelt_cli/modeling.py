@@ -249,7 +249,9 @@ def build(
     activation = native.activation if pooling == "native" and native.dense else None
     hidden = backbone.config.hidden_size
     size = Head.size(hidden, outputs, has_dense=activation is not None)
-    site = Site(pretrained.layout, generator, folded, size)
+    tokenizer = pretrained.load_tokenizer()
+    specials = frozenset(tokenizer.all_special_ids)
+    site = Site(pretrained.layout, generator, folded, size, tokenizer.mask_token_id, specials)
     method.attach(backbone, site)
     head = Head(hidden, outputs, settings.head_dropout, activation, generator)
     classifier = Classifier(backbone, head, pooling, reads_pooler)
@@ -258,7 +260,6 @@ def build(
     if device.type == "cpu":
         _replace_dropout(classifier)
     classifier.to(device)
-    tokenizer = pretrained.load_tokenizer()
     return Tuned(
         classifier.eval(),
         tokenizer,
