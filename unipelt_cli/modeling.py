@@ -250,8 +250,15 @@ def build(
     hidden = backbone.config.hidden_size
     size = Head.size(hidden, outputs, has_dense=activation is not None)
     tokenizer = pretrained.load_tokenizer()
-    specials = frozenset(tokenizer.all_special_ids)
-    site = Site(pretrained.layout, generator, folded, size, tokenizer.mask_token_id, specials)
+    site = Site(
+        pretrained.layout,
+        generator,
+        folded,
+        size,
+        tokenizer.mask_token_id,
+        frozenset(tokenizer.all_special_ids),
+        pretrained.fingerprint,
+    )
     method.attach(backbone, site)
     head = Head(hidden, outputs, settings.head_dropout, activation, generator)
     classifier = Classifier(backbone, head, pooling, reads_pooler)

@@ -37,6 +37,8 @@ class Site:
     """The tokenizer's [MASK], where it has one."""
     special_ids: frozenset[int] = frozenset()
     """Its other tokens that stand for no text."""
+    fingerprint: str = ""
+    """The backbone's, as a run's file has it."""
 
 
 @dataclass(frozen=True)
