@@ -252,7 +252,16 @@ def build(
     activation = native.activation if pooling == "native" and native.dense else None
     hidden = backbone.config.hidden_size
     size = Head.size(hidden, outputs, has_dense=activation is not None)
-    site = Site(pretrained.layout, generator, folded, size)
+    tokenizer = pretrained.load_tokenizer()
+    site = Site(
+        pretrained.layout,
+        generator,
+        folded,
+        size,
+        tokenizer.mask_token_id,
+        frozenset(tokenizer.all_special_ids),
+        pretrained.fingerprint,
+    )
     method.attach(backbone, site)
     head = Head(hidden, outputs, settings.head_dropout, activation, generator)
     classifier = Classifier(backbone, head, pooling, reads_pooler)
@@ -261,7 +270,6 @@ def build(
     if device.type == "cpu":
         _replace_dropout(classifier)
     classifier.to(device)
-    tokenizer = pretrained.load_tokenizer()
     return Tuned(
         classifier.eval(),
         tokenizer,

@@ -33,6 +33,12 @@ class Site:
     generator: Generator
     folded: bool = False
     head_parameters: int = 0
+    mask_id: int | None = None
+    """The tokenizer's [MASK], where it has one."""
+    special_ids: frozenset[int] = frozenset()
+    """Its other tokens that stand for no text."""
+    fingerprint: str = ""
+    """The backbone's, as a run's file has it."""
 
 
 @dataclass(frozen=True)
