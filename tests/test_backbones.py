@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SENTENCES, disturbed, experiment, logits_of
 from torch import Tensor, nn
 
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Site
 from unipelt_cli.methods.submodules import Container, Submodules
+from unipelt_cli.modeling import build, merge
 from unipelt_cli.pretrained import find
 
 PARTS = {
@@ -100,7 +102,13 @@ def test_closed_prefix_is_no_prefix(
     backbone = attached(backbone_dir(model_type), attention, ("prefix",), gated=False)
     opened = states(backbone, [SENTENCE, torch.arange(5, 17)])
     pad = functional.pad
-    monkeypatch.setattr(functional, "pad", lambda x, widths, value=0: pad(x, widths, value=0))
+
+    def close(mask: Tensor, widths: tuple[int, int], value: float = 0) -> Tensor:
+        """Pad what is added to the scores with the least number, and a mask of ones with 0."""
+        closed = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+        return pad(mask, widths, value=closed)
+
+    monkeypatch.setattr(functional, "pad", close)
     closed = states(backbone, [SENTENCE, torch.arange(5, 17)])
     assert max((a - b).abs().max() for a, b in zip(expected, closed, strict=True)) < 1e-5
     assert max((a - b).abs().max() for a, b in zip(expected, opened, strict=True)) > 1e-2
@@ -150,6 +158,32 @@ def test_gate_pooling_all_averages_over_padding(
     assert torch.allclose(layer.gate_values["lora"], by_hand, atol=1e-6)
     masked = torch.sigmoid(layer.gates["lora"](inputs[0][:, :7])).mean(1)[:, 0]
     assert torch.allclose(by_hand, masked, atol=1e-6) == (length == 7)
+
+
+NEWER = sorted(BACKBONES.keys() - {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"})
+
+
+@pytest.mark.parametrize("model_type", NEWER)
+def test_bitfit_trains_every_bias(backbone_dir: Callable[[str], Path], model_type: str) -> None:
+    settings = experiment(backbone_dir(model_type), "bitfit", model={"pooling": "native"})
+    backbone = build(settings, 2).classifier.backbone
+    biases = {name for name, _ in backbone.named_parameters() if name.endswith("bias")}
+    assert {name for name, p in backbone.named_parameters() if p.requires_grad} == biases
+
+
+@pytest.mark.parametrize("parts", [("lora",), ("bias",), ("lora", "bias")], ids="+".join)
+@pytest.mark.parametrize("model_type", NEWER)
+def test_merged_equals_unmerged(
+    backbone_dir: Callable[[str], Path], model_type: str, parts: tuple[str, ...]
+) -> None:
+    settings = experiment(
+        backbone_dir(model_type), "lora", model={"pooling": "native"}, options={"parts": parts}
+    )
+    tuned = disturbed(build(settings, 2))
+    before = logits_of(tuned, SENTENCES)
+    merge(tuned)
+    assert not hasattr(tuned.classifier.backbone, "submodules")
+    assert torch.allclose(logits_of(tuned, SENTENCES), before, atol=1e-5)
 
 
 @pytest.mark.parametrize(

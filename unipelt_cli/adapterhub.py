@@ -21,7 +21,7 @@ from unipelt_cli.runs import Run
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter.safetensors"
 HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
-UNKNOWN = frozenset({"camembert"})
+UNKNOWN = frozenset({"camembert", "mpnet"})
 """Architectures of ours for which `adapters` has no model class."""
 
 LAYER_NAMES: Mapping[str, tuple[str, ...]] = {

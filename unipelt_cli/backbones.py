@@ -142,6 +142,21 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 inside="distilbert",
                 own_attention=("eager",),
             ),
+            _like_bert(
+                "mpnet",
+                "MPNet",
+                query="attention.attn.q",
+                key="attention.attn.k",
+                value="attention.attn.v",
+                attention="attention.attn",
+                attention_output="attention.attn.o",
+                attention_norm="attention.LayerNorm",
+                native=_ROBERTA_HEAD,
+                inside="mpnet",
+                attentions=("eager",),
+                own_attention=("eager",),
+                position_offset=2,
+            ),
         )
     }
 )

@@ -111,6 +111,7 @@ class LayerSubmodules(nn.Module):
             2.0 if method.lora_scale is None else method.lora_scale,
         )
         self.gate_values: dict[str, Tensor] = {}
+        self.record: dict[str, Tensor] = {}
         self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
         self.adapter: Adapter | None = None
         query = layer.get_submodule(layout.query)
@@ -131,18 +132,21 @@ class LayerSubmodules(nn.Module):
         for name in method.gate_names():
             self.gates[name] = new_linear(hidden, 1, generator)
 
-    def hooks(self, layer: nn.Module, layout: Layout) -> list[torch.utils.hooks.RemovableHandle]:
-        """Register this layer's hooks; the order is LoRA, bias, prefix on one projection."""
-        handles = []
-        if len(self.gates):
-            handles.append(layer.register_forward_pre_hook(self._open_gates, with_kwargs=True))
+    def hooks(
+        self, layer: nn.Module, layout: Layout, lengthens: bool
+    ) -> list[torch.utils.hooks.RemovableHandle]:
+        """Register this layer's hooks; the order is LoRA, bias, prefix on one projection.
+
+        With `lengthens` the projections bring the prefix; otherwise an own attention does.
+        """
+        handles = [layer.register_forward_pre_hook(self._open_gates, with_kwargs=True)]
         for place in self.lora:
             module = _projection(layer, layout, place)
             handles.append(module.register_forward_hook(getattr(self, f"_lora_{place}")))
         for path in layout.biased() if len(self.bias) else ():
             shift = _Shift(self, path.replace(".", "-"))
             handles.append(layer.get_submodule(path).register_forward_hook(shift))
-        if self.state.prefix_length:
+        if self.state.prefix_length and lengthens:
             for place in ("key", "value"):
                 module = _projection(layer, layout, place)
                 handles.append(module.register_forward_hook(getattr(self, f"_prefix_{place}")))
@@ -158,7 +162,9 @@ class LayerSubmodules(nn.Module):
 
     def _open_gates(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.gate_values = {}
+        self.gate_values, self.record = {}, {}
+        if self.state.recorded is not None:  # one entry a call: a module may serve several layers
+            self.state.recorded.append(self.record)
         self._compute([name for name in self.gates if name != "adapter"], hidden)
 
     def _compute(self, names: list[str], x: Tensor) -> None:
@@ -176,7 +182,7 @@ class LayerSubmodules(nn.Module):
         for name, value in zip(names, values.unbind(1), strict=True):
             self.gate_values[name] = value
             if self.state.recorded is not None:
-                self.state.recorded[self.index][name] = value.detach().cpu()
+                self.record[name] = value.detach().cpu()
 
     def _lora_query(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self._low_rank("query", args[0], output)
@@ -197,12 +203,16 @@ class LayerSubmodules(nn.Module):
         return self._prepend(1, output)
 
     def _prepend(self, place: int, output: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
+        return torch.cat([self.prefix_rows(place, output), output], dim=1)
+
+    def prefix_rows(self, place: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P, D)
+        """Return the prefix's keys (0) or values (1) for projected tokens."""
         assert self.state.prefix is not None
-        rows = self.state.prefix[self.index, place].expand(output.shape[0], -1, -1)
+        rows = self.state.prefix[self.index, place].expand(projected.shape[0], -1, -1)
         gate = self.gate("prefix")
         if gate is not None:
             rows = gate * rows
-        return torch.cat([rows.to(output.dtype), output], dim=1)
+        return rows.to(projected.dtype)
 
     def _adapt(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (summed,) = args
@@ -264,13 +274,15 @@ class Container(nn.Module):
             shape = (len(layers), method.prefix_length, hidden)
             self.prefix = Prefix(shape, method.prefix_width, generator, site.folded)
             if not self.lengthens:
-                for layer in layers:
+                for layer, own in zip(layers, self.layers, strict=True):
+                    assert isinstance(own, LayerSubmodules)
                     module = layer.get_submodule(layout.attention)
-                    replace_attention(module, layout.model_type, implementation)
+                    kind = layout.model_type, implementation
+                    replace_attention(module, *kind, own.prefix_rows)
         self.handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for layer, own in zip(layers, self.layers, strict=True):
             assert isinstance(own, LayerSubmodules)
-            self.handles += own.hooks(layer, layout)
+            self.handles += own.hooks(layer, layout, self.lengthens)
 
     def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
@@ -278,7 +290,7 @@ class Container(nn.Module):
         pooled = mask.float() if self.masked else torch.ones_like(mask, dtype=torch.float32)
         self.state.pooling = pooled / pooled.sum(1, keepdim=True)
         if self.state.recorded is not None:
-            self.state.recorded[:] = [{} for _ in self.layers]
+            self.state.recorded.clear()
         if self.prefix is not None:
             self.state.prefix = self.prefix()
         if self.lengthens:
@@ -432,7 +444,8 @@ METHODS = MappingProxyType(
 def record_gates(backbone: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     """Collect the gates of the latest forward pass: a list by layer of {gate: (batch,) values}.
 
-    The list stays empty when the backbone has no gates.
+    A module that serves several layers has an entry for each. The list, or its entries, stay empty
+    when the backbone has no gates.
     """
     container = getattr(backbone, "submodules", None)
     recorded: list[dict[str, Tensor]] = []
