@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
 from unipelt_cli.methods.attention import replace_attention
-from unipelt_cli.methods.base import CHECKS, STD, Method, Recipe, Site, new_linear
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, new_linear
+from unipelt_cli.methods.parts import Adapter, LowRank, Prefix
 
 Part = Literal["adapter", "prefix", "lora", "bias"]
 
@@ -32,64 +33,6 @@ class ForwardState:
         self.pooling: Tensor | None = None  # (B, T) float32, sums to 1 over the pooled tokens
         self.prefix: Tensor | None = None  # (N, 2, P, D)
         self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
-
-
-class Prefix(nn.Module):
-    """Keys and values for every layer: a table through an MLP in training, plain rows once folded.
-
-    The MLP runs once a step, not once an example.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],  # (N, P, D)
-        width: int,
-        generator: Generator,
-        folded: bool,
-    ) -> None:
-        super().__init__()
-        layers, length, hidden = self.shape = shape
-        self.folded = folded
-        if folded:
-            self.rows = nn.Parameter(torch.zeros(layers, 2, length, hidden))
-        else:
-            self.table = nn.Parameter(_normal((length, hidden), generator))
-            self.down = new_linear(hidden, width, generator)
-            self.up = new_linear(width, layers * 2 * hidden, generator)
-
-    def forward(self) -> Tensor:  # (N, 2, P, D)
-        if self.folded:
-            return self.rows
-        layers, length, hidden = self.shape
-        generated: Tensor = self.up(torch.tanh(self.down(self.table)))
-        return generated.view(length, layers, 2, hidden).permute(1, 2, 0, 3)
-
-
-class LowRank(nn.Module):
-    """A LoRA: x -> (x A^T) B^T, scaled; A kaiming-uniform, B zero, so it starts as nothing."""
-
-    def __init__(self, linear: nn.Linear, rank: int, generator: Generator) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.a, a=5**0.5, generator=generator)
-
-    def forward(self, x: Tensor, scale: Tensor | float) -> Tensor:  # (B, T, D) -> (B, T, D)
-        low = functional.linear(x, self.a.to(x.dtype)) * scale
-        return functional.linear(low, self.b.to(x.dtype))
-
-
-class Adapter(nn.Module):
-    """A bottleneck: x -> up(relu(down(x))); every matrix N(0, 0.02), every bias 0."""
-
-    def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
-        super().__init__()
-        self.down = new_linear(hidden, bottleneck, generator)
-        self.up = new_linear(bottleneck, hidden, generator)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        low = functional.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
-        return functional.linear(low.relu(), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
 
 
 class LayerSubmodules(nn.Module):
@@ -469,7 +412,3 @@ def _projection(layer: nn.Module, layout: Layout, place: str) -> nn.Linear:
     linear = layer.get_submodule(getattr(layout, place))
     assert isinstance(linear, nn.Linear)
     return linear
-
-
-def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return torch.empty(shape).normal_(0.0, STD, generator=generator)

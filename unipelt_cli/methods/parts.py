@@ -1,0 +1,73 @@
+"""The building blocks that methods put into a layer; each knows nothing of where it stands.
+
+Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottleneck M.
+Backbones may be bf16 while these are float32: every block casts itself to what it reads.
+"""
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from unipelt_cli.methods.base import STD, new_linear
+
+
+class Prefix(nn.Module):
+    """Keys and values for every layer: a table through an MLP in training, plain rows once folded.
+
+    The MLP runs once a step, not once an example.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],  # (N, P, D)
+        width: int,
+        generator: Generator,
+        folded: bool,
+    ) -> None:
+        super().__init__()
+        layers, length, hidden = self.shape = shape
+        self.folded = folded
+        if folded:
+            self.rows = nn.Parameter(torch.zeros(layers, 2, length, hidden))
+        else:
+            self.table = nn.Parameter(_normal((length, hidden), generator))
+            self.down = new_linear(hidden, width, generator)
+            self.up = new_linear(width, layers * 2 * hidden, generator)
+
+    def forward(self) -> Tensor:  # (N, 2, P, D)
+        if self.folded:
+            return self.rows
+        layers, length, hidden = self.shape
+        generated: Tensor = self.up(torch.tanh(self.down(self.table)))
+        return generated.view(length, layers, 2, hidden).permute(1, 2, 0, 3)
+
+
+class LowRank(nn.Module):
+    """A LoRA: x -> (x A^T) B^T, scaled; A kaiming-uniform, B zero, so it starts as nothing."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: Generator) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+        nn.init.kaiming_uniform_(self.a, a=5**0.5, generator=generator)
+
+    def forward(self, x: Tensor, scale: Tensor | float) -> Tensor:  # (B, T, D) -> (B, T, D)
+        low = functional.linear(x, self.a.to(x.dtype)) * scale
+        return functional.linear(low, self.b.to(x.dtype))
+
+
+class Adapter(nn.Module):
+    """A bottleneck: x -> up(relu(down(x))); every matrix N(0, 0.02), every bias 0."""
+
+    def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
+        super().__init__()
+        self.down = new_linear(hidden, bottleneck, generator)
+        self.up = new_linear(bottleneck, hidden, generator)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        low = functional.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
+        return functional.linear(low.relu(), self.up.weight.to(x.dtype), self.up.bias.to(x.dtype))
+
+
+def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    return torch.empty(shape).normal_(0.0, STD, generator=generator)
