@@ -85,19 +85,23 @@ DISTILBERT_SIZES = {
     "max_position_embeddings": 140,
     "pad_token_id": 0,
 }
+EXTRA: dict[str, dict[str, object]] = {
+    "electra": {"embedding_size": 32},
+    "albert": {"embedding_size": 16, "num_hidden_layers": 3},
+}
 
 
 def save_backbone(directory: Path, model_type: str, **changes: object) -> Path:
     """Save a tiny random backbone of one architecture, weights N(0, 0.3), with a tokenizer."""
     layout = BACKBONES[model_type]
     sizes = DISTILBERT_SIZES if model_type == "distilbert" else SIZES
-    extra = {"embedding_size": 32} if model_type == "electra" else {}
+    extra = EXTRA.get(model_type, {})
     config = getattr(transformers, f"{layout.classes}Config")(**{**sizes, **extra, **changes})
     generator = torch.Generator().manual_seed(7)
     model = getattr(transformers, f"{layout.classes}Model")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "LayerNorm" not in name and "layer_norm" not in name:
+            if "norm" not in name.lower():
                 parameter.normal_(0.0, 0.3, generator=generator)
     model.save_pretrained(directory)
     vocabulary = directory / "vocab.txt"

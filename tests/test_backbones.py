@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, disturbed, experiment, logits_of
+from conftest import SENTENCES, disturbed, experiment, logits_of, save_backbone
 from torch import Tensor, nn
 
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Site
-from unipelt_cli.methods.submodules import Container, Submodules
+from unipelt_cli.methods.submodules import Container, Submodules, record_gates
 from unipelt_cli.modeling import build, merge
 from unipelt_cli.pretrained import find
 
@@ -158,6 +158,35 @@ def test_gate_pooling_all_averages_over_padding(
     assert torch.allclose(layer.gate_values["lora"], by_hand, atol=1e-6)
     masked = torch.sigmoid(layer.gates["lora"](inputs[0][:, :7])).mean(1)[:, 0]
     assert torch.allclose(by_hand, masked, atol=1e-6) == (length == 7)
+
+
+def test_a_shared_layer_has_gates_for_every_call(backbone_dir: Callable[[str], Path]) -> None:
+    backbone = attached(backbone_dir("albert"), "eager", ("adapter", "lora"))
+    (own,) = backbone.submodules.layers
+    inputs: list[Tensor] = []
+    (layer,) = BACKBONES["albert"].layer_list(backbone)
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with record_gates(backbone) as recorded:
+        for _ in range(2):  # only the latest pass is kept
+            inputs.clear()
+            states(backbone, [SENTENCE])
+    assert len(recorded) == len(inputs) == backbone.config.num_hidden_layers == 3
+    for gates, hidden in zip(recorded, inputs, strict=True):
+        by_hand = torch.sigmoid(own.gates["lora"](hidden)).mean(1)[:, 0]
+        assert gates.keys() == {"adapter", "lora"}
+        assert torch.allclose(gates["lora"], by_hand, atol=1e-6)
+
+
+def test_albert_may_have_several_groups_of_layers(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}
+    directory = save_backbone(tmp_path / "albert", "albert", **sizes)
+    backbone = attached(directory, "eager", PARTS["all"])
+    assert len(backbone.submodules.layers) == 4
+    with record_gates(backbone) as recorded:
+        (alone,) = states(backbone, [SENTENCE])
+        assert len(recorded) == 8  # each of four layers runs both modules of its group
+    (padded,) = states(backbone, [SENTENCE], 64)
+    assert (alone - padded).abs().max() < 1e-5
 
 
 NEWER = sorted(BACKBONES.keys() - {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"})

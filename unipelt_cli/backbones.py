@@ -35,7 +35,10 @@ class NativeHead:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are in one architecture; paths below `layers` are relative to one layer."""
+    """Where things are in one architecture; paths below `layers` are relative to one layer.
+
+    `layers` names a list of layers, or with a `*` the lists in every group of a list of groups.
+    """
 
     model_type: str
     classes: str
@@ -62,11 +65,27 @@ class Layout:
     """Whether its layers are BERT's: one stack, own weights each, a norm after each of two blocks,
     and a linear unit each for query, key and value."""
 
+    pooler: str = "pooler.dense"
+    """The linear unit of the backbone's own pooler, where it has one."""
+    also_biased: tuple[str, ...] = ()
+    """More modules with a bias, outside the layers: which are there depends on the config."""
+
+    def layer_paths(self, backbone: nn.Module) -> list[str]:
+        """Return the paths of the layers of a backbone of this architecture."""
+        outer, star, inner = self.layers.partition(".*.")
+        lists = [self.layers]
+        if star:
+            groups = backbone.get_submodule(outer).named_children()
+            lists = [f"{outer}.{name}.{inner}" for name, _ in groups]
+        return [
+            f"{path}.{name}"
+            for path in lists
+            for name, _ in backbone.get_submodule(path).named_children()
+        ]
+
     def layer_list(self, backbone: nn.Module) -> nn.ModuleList:
         """Return the layers of a backbone of this architecture."""
-        layers = backbone.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+        return nn.ModuleList(backbone.get_submodule(path) for path in self.layer_paths(backbone))
 
     def biased(self) -> tuple[str, ...]:
         """Return the paths of a layer's modules that have a bias: 4d + f + d + 2d numbers."""
@@ -156,6 +175,26 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 attentions=("eager",),
                 own_attention=("eager",),
                 position_offset=2,
+            ),
+            Layout(
+                model_type="albert",
+                classes="Albert",
+                layers="encoder.albert_layer_groups.*.albert_layers",
+                query="attention.query",
+                key="attention.key",
+                value="attention.value",
+                attention="attention",
+                attention_output="attention.dense",
+                attention_norm="attention.LayerNorm",
+                intermediate="ffn",
+                output="ffn_output",
+                output_norm="full_layer_layer_norm",
+                embedding_norm="embeddings.LayerNorm",
+                native=NativeHead(out="classifier"),
+                inside="albert",
+                is_plain=False,  # one module serves several layers
+                pooler="pooler",
+                also_biased=("encoder.embedding_hidden_mapping_in",),
             ),
         )
     }

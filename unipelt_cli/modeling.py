@@ -244,7 +244,8 @@ def build(
     plain_buffers = frozenset(f"backbone.{name}" for name, _ in backbone.named_buffers())
     generator = torch.Generator().manual_seed(experiment.train.seed)
     if missing:
-        initialise(cast(nn.Linear, backbone.get_submodule("pooler.dense")), generator)
+        pooler = backbone.get_submodule(pretrained.layout.pooler)
+        initialise(cast(nn.Linear, pooler), generator)
         backbone.get_submodule("pooler").requires_grad_(True)
     activation = native.activation if pooling == "native" and native.dense else None
     hidden = backbone.config.hidden_size
