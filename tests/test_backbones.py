@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SENTENCES, disturbed, experiment, logits_of, save_backbone
+from conftest import SENTENCES, VARIANTS, disturbed, experiment, logits_of, save_backbone
 from torch import Tensor, nn
 
 from unipelt_cli.backbones import BACKBONES
@@ -22,9 +22,10 @@ PARTS = {
     "bias": ("bias",),
     "all": ("adapter", "prefix", "lora", "bias"),
 }
+KINDS = {**BACKBONES, **{name: BACKBONES[kind] for name, (kind, _) in VARIANTS.items()}}
 CASES = [
     (model_type, attention)
-    for model_type, layout in BACKBONES.items()
+    for model_type, layout in KINDS.items()
     for attention in layout.attentions
 ]
 SENTENCE = torch.tensor([2, 7, 9, 11, 30, 8, 3])
@@ -74,7 +75,7 @@ def test_padding_and_neighbours_change_nothing(
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize(
-    "model_type", [name for name, row in BACKBONES.items() if len(row.attentions) > 1]
+    "model_type", [name for name, row in KINDS.items() if len(row.attentions) > 1]
 )
 def test_attention_implementations_agree(
     backbone_dir: Callable[[str], Path], model_type: str, parts: tuple[str, ...]
@@ -114,12 +115,12 @@ def test_closed_prefix_is_no_prefix(
     assert max((a - b).abs().max() for a, b in zip(expected, opened, strict=True)) > 1e-2
 
 
-@pytest.mark.parametrize("model_type", BACKBONES)
+@pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.parametrize("part", ["adapter", "lora", "bias"])
 def test_submodules_that_add_nothing_change_nothing(
     backbone_dir: Callable[[str], Path], model_type: str, part: str
 ) -> None:
-    attention = BACKBONES[model_type].attentions[0]
+    attention = KINDS[model_type].attentions[0]
     plain, _ = find(str(backbone_dir(model_type))).load_backbone(attention, pooler=False)
     backbone = attached(backbone_dir(model_type), attention, (part,))
     changed = states(backbone, [SENTENCE])[0]
@@ -189,7 +190,7 @@ def test_albert_may_have_several_groups_of_layers(tmp_path: Path) -> None:
     assert (alone - padded).abs().max() < 1e-5
 
 
-NEWER = sorted(BACKBONES.keys() - {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"})
+NEWER = sorted(KINDS.keys() - {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"})
 
 
 @pytest.mark.parametrize("model_type", NEWER)

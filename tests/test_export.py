@@ -183,7 +183,7 @@ def pair_linear(ours: Any, theirs: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("union", UNIONS)
-@pytest.mark.parametrize("model_type", KNOWN)
+@pytest.mark.parametrize("model_type", [*KNOWN, "deberta-v2-separate"])
 def test_submodules_compute_what_adapters_computes(
     adapters: Any, backbone_dir: Backbones, model_type: str, union: str
 ) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -282,9 +281,7 @@ def refuse(method: Method, name: str, pretrained: Pretrained) -> None:
 def skeleton(pretrained: Pretrained) -> Any:
     """Make a backbone's modules without weights or memory, to count what a method adds."""
     with torch.device("meta"):
-        return getattr(transformers, f"{pretrained.layout.classes}Model")(
-            pretrained.library_config()
-        )
+        return pretrained.library_class(pretrained.library_config())
 
 
 def count(method: Method, pretrained: Pretrained, head_parameters: int) -> tuple[int, int]:

@@ -69,6 +69,47 @@ def mpnet_eager(
     return (context, weights) if output_attentions else (context,)
 
 
+def deberta_eager(
+    attention: Any,
+    rows: Rows,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over prefix and tokens, which alone have positions, relative to each other.
+
+    attention_mask: (B, 1, T, T), 1 where a token may look; rel_embeddings: (2S, D).
+    """
+    heads = attention.num_attention_heads
+    read = hidden_states if query_states is None else query_states
+    queries = _heads(attention.query_proj(read), heads)
+    projected = attention.key_proj(hidden_states), attention.value_proj(hidden_states)
+    keys, values = _heads(projected[0], heads), _heads(projected[1], heads)
+    terms = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
+    # Rounded to float32 whatever the tokens are, as the library's own is.
+    scale = torch.tensor(queries.shape[-1] * terms, dtype=torch.float32).sqrt().to(queries.dtype)
+    scores = queries @ (keys.transpose(2, 3) / scale)
+    if attention.relative_attention:
+        bias = attention.disentangled_attention_bias(
+            queries.flatten(0, 1),
+            keys.flatten(0, 1),
+            relative_pos,
+            attention.pos_dropout(rel_embeddings),
+            terms,
+        )
+        scores = scores + (bias.view_as(scores) if isinstance(bias, Tensor) else bias)
+    before = _heads(rows(0, projected[0]), heads)
+    scores = torch.cat([queries @ (before.transpose(2, 3) / scale), scores], dim=-1)
+    values = torch.cat([_heads(rows(1, projected[1]), heads), values], dim=2)
+    attended = _lengthened(attention_mask.to(torch.uint8), values, opened=1)
+    scores = scores.masked_fill(attended == 0, torch.finfo(scores.dtype).min)
+    context, weights = _mix(scores, values, attention.dropout)
+    return context, weights if output_attentions else None
+
+
 def _prepend(rows: Rows, place: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
     return torch.cat([rows(place, projected), projected], dim=1)
 
@@ -98,6 +139,7 @@ def _mix(
 OWN_ATTENTION: dict[tuple[str, str], Callable[..., tuple[Any, ...]]] = {
     ("distilbert", "eager"): distilbert_eager,
     ("mpnet", "eager"): mpnet_eager,
+    ("deberta-v2", "eager"): deberta_eager,
 }
 
 

@@ -49,11 +49,7 @@ class BitFit(Selective):
 
     @staticmethod
     def _biased(backbone: nn.Module, layout: Layout) -> Iterator[nn.Module]:
-        yield backbone.get_submodule(layout.embedding_norm)
-        modules = dict(backbone.named_modules())
-        yield from (modules[path] for path in layout.also_biased if path in modules)
-        for layer in layout.layer_list(backbone):
-            yield from (layer.get_submodule(path) for path in layout.biased())
+        yield from layout.all_biased(backbone)
         if getattr(backbone, "pooler", None) is not None:
             yield backbone.get_submodule(layout.pooler)
 

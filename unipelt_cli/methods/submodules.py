@@ -5,9 +5,10 @@ them through forward hooks, so the backbone's tensors keep their names and can b
 Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottleneck M.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import field
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
@@ -55,6 +56,7 @@ class LayerSubmodules(nn.Module):
         )
         self.gate_values: dict[str, Tensor] = {}
         self.record: dict[str, Tensor] = {}
+        self.reads_table = False
         self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
         self.adapter: Adapter | None = None
         query = layer.get_submodule(layout.query)
@@ -93,15 +95,34 @@ class LayerSubmodules(nn.Module):
             for place in ("key", "value"):
                 module = _projection(layer, layout, place)
                 handles.append(module.register_forward_hook(getattr(self, f"_prefix_{place}")))
+        if layout.table is not None and len(self.gates):
+            attention = layer.get_submodule(layout.attention)
+            project = getattr(attention, layout.table)
+            setattr(attention, layout.table, partial(self._read_table, project))
         if self.adapter is not None:
             norm = layer.get_submodule(layout.output_norm)
             handles.append(norm.register_forward_pre_hook(self._adapt))
         return handles
 
-    def gate(self, name: str) -> Tensor | None:
-        """Return a gate's value in this pass, (B, 1, 1), or None where nothing is gated."""
+    def gate(self, name: str, x: Tensor | None = None) -> Tensor | None:
+        """Return a gate's value in this pass, (B, 1, 1), or None where nothing is gated.
+
+        A table of positions x, (1, S, D), belongs to no sentence: its gate is its own plain mean.
+        """
+        if self.reads_table and x is not None and name in self.gates:
+            return self._pool([name], x, x.new_full(x.shape[:2], 1 / x.shape[1]).float())[
+                :, :, None
+            ]
         value = self.gate_values.get(name)
         return None if value is None else value[:, None, None]
+
+    def _read_table(self, project: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the function that sends the table of positions through query and key."""
+        self.reads_table = True
+        try:
+            return project(*args, **kwargs)
+        finally:
+            self.reads_table = False
 
     def _open_gates(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -116,16 +137,19 @@ class LayerSubmodules(nn.Module):
             return
         pooling = self.state.pooling
         assert pooling is not None, "a gate needs the attention mask"
+        values = self._pool(names, x, pooling)
+        for name, value in zip(names, values.unbind(1), strict=True):
+            self.gate_values[name] = value
+            if self.state.recorded is not None:
+                self.record[name] = value.detach().cpu()
+
+    def _pool(self, names: list[str], x: Tensor, pooling: Tensor) -> Tensor:  # (B, gates)
         gates = [cast(nn.Linear, self.gates[name]) for name in names]
         weight = torch.cat([gate.weight for gate in gates])
         bias = torch.cat([gate.bias for gate in gates])
         with torch.autocast(x.device.type, enabled=False):
             opened = functional.linear(x.float(), weight, bias).sigmoid()  # (B, T, gates)
-            values = (opened * pooling[:, :, None]).sum(1)
-        for name, value in zip(names, values.unbind(1), strict=True):
-            self.gate_values[name] = value
-            if self.state.recorded is not None:
-                self.record[name] = value.detach().cpu()
+            return (opened * pooling[:, :, None]).sum(1)
 
     def _lora_query(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self._low_rank("query", args[0], output)
@@ -134,7 +158,7 @@ class LayerSubmodules(nn.Module):
         return self._low_rank("value", args[0], output)
 
     def _low_rank(self, place: str, x: Tensor, output: Tensor) -> Tensor:
-        gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}")
+        gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}", x)
         scale = self.scale if gate is None else gate.to(x.dtype)
         added: Tensor = self.lora[place](x, scale)
         return output + added
@@ -185,7 +209,7 @@ class _Shift:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         delta: Tensor = self.owner.bias[self.name]
-        gate = self.owner.gate("bias")
+        gate = self.owner.gate("bias", args[0])
         return output + (delta if gate is None else gate * delta).to(output.dtype)
 
 
