@@ -22,7 +22,7 @@ from unipelt_cli.config import Experiment, resolve
 from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods import get
 from unipelt_cli.modeling import Tuned, count
-from unipelt_cli.pretrained import BERT_BASE
+from unipelt_cli.pretrained import BERT_BASE, Pretrained
 
 torch.set_num_threads(1)
 
@@ -85,19 +85,40 @@ DISTILBERT_SIZES = {
     "max_position_embeddings": 140,
     "pad_token_id": 0,
 }
+EXTRA: dict[str, dict[str, object]] = {
+    "electra": {"embedding_size": 32},
+    "albert": {"embedding_size": 16, "num_hidden_layers": 3},
+    # As every version 3; twice the buckets is a length that tests pad to.
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 64,
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    },
+}
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "deberta-v2-separate": ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 3}),
+    "deberta-v2-absolute": (
+        "deberta-v2",
+        {"relative_attention": False, "position_biased_input": True, "type_vocab_size": 2},
+    ),
+}
+"""Backbones that are an architecture with other settings, by a name for tests."""
 
 
 def save_backbone(directory: Path, model_type: str, **changes: object) -> Path:
     """Save a tiny random backbone of one architecture, weights N(0, 0.3), with a tokenizer."""
     layout = BACKBONES[model_type]
     sizes = DISTILBERT_SIZES if model_type == "distilbert" else SIZES
-    extra = {"embedding_size": 32} if model_type == "electra" else {}
+    extra = EXTRA.get(model_type, {})
     config = getattr(transformers, f"{layout.classes}Config")(**{**sizes, **extra, **changes})
     generator = torch.Generator().manual_seed(7)
-    model = getattr(transformers, f"{layout.classes}Model")(config)
+    model = Pretrained("", directory, layout, {}).library_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "LayerNorm" not in name and "layer_norm" not in name:
+            if "norm" not in name.lower():
                 parameter.normal_(0.0, 0.3, generator=generator)
     model.save_pretrained(directory)
     vocabulary = directory / "vocab.txt"
@@ -113,7 +134,10 @@ def backbone_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
     def find(model_type: str) -> Path:
         directory = root / model_type
-        return directory if directory.exists() else save_backbone(directory, model_type)
+        if directory.exists():
+            return directory
+        kind, changes = VARIANTS.get(model_type, (model_type, {}))
+        return save_backbone(directory, kind, **changes)
 
     return find
 

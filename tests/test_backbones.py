@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import SENTENCES, VARIANTS, disturbed, experiment, logits_of, save_backbone
 from torch import Tensor, nn
 
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Site
-from unipelt_cli.methods.submodules import Container, Submodules
+from unipelt_cli.methods.submodules import Container, Submodules, record_gates
+from unipelt_cli.modeling import build, merge
 from unipelt_cli.pretrained import find
 
 PARTS = {
@@ -20,9 +22,10 @@ PARTS = {
     "bias": ("bias",),
     "all": ("adapter", "prefix", "lora", "bias"),
 }
+KINDS = {**BACKBONES, **{name: BACKBONES[kind] for name, (kind, _) in VARIANTS.items()}}
 CASES = [
     (model_type, attention)
-    for model_type, layout in BACKBONES.items()
+    for model_type, layout in KINDS.items()
     for attention in layout.attentions
 ]
 SENTENCE = torch.tensor([2, 7, 9, 11, 30, 8, 3])
@@ -72,7 +75,7 @@ def test_padding_and_neighbours_change_nothing(
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize(
-    "model_type", [name for name, row in BACKBONES.items() if len(row.attentions) > 1]
+    "model_type", [name for name, row in KINDS.items() if len(row.attentions) > 1]
 )
 def test_attention_implementations_agree(
     backbone_dir: Callable[[str], Path], model_type: str, parts: tuple[str, ...]
@@ -100,18 +103,24 @@ def test_closed_prefix_is_no_prefix(
     backbone = attached(backbone_dir(model_type), attention, ("prefix",), gated=False)
     opened = states(backbone, [SENTENCE, torch.arange(5, 17)])
     pad = functional.pad
-    monkeypatch.setattr(functional, "pad", lambda x, widths, value=0: pad(x, widths, value=0))
+
+    def close(mask: Tensor, widths: tuple[int, int], value: float = 0) -> Tensor:
+        """Pad what is added to the scores with the least number, and a mask of ones with 0."""
+        closed = torch.finfo(mask.dtype).min if mask.is_floating_point() else 0
+        return pad(mask, widths, value=closed)
+
+    monkeypatch.setattr(functional, "pad", close)
     closed = states(backbone, [SENTENCE, torch.arange(5, 17)])
     assert max((a - b).abs().max() for a, b in zip(expected, closed, strict=True)) < 1e-5
     assert max((a - b).abs().max() for a, b in zip(expected, opened, strict=True)) > 1e-2
 
 
-@pytest.mark.parametrize("model_type", BACKBONES)
+@pytest.mark.parametrize("model_type", KINDS)
 @pytest.mark.parametrize("part", ["adapter", "lora", "bias"])
 def test_submodules_that_add_nothing_change_nothing(
     backbone_dir: Callable[[str], Path], model_type: str, part: str
 ) -> None:
-    attention = BACKBONES[model_type].attentions[0]
+    attention = KINDS[model_type].attentions[0]
     plain, _ = find(str(backbone_dir(model_type))).load_backbone(attention, pooler=False)
     backbone = attached(backbone_dir(model_type), attention, (part,))
     changed = states(backbone, [SENTENCE])[0]
@@ -150,6 +159,61 @@ def test_gate_pooling_all_averages_over_padding(
     assert torch.allclose(layer.gate_values["lora"], by_hand, atol=1e-6)
     masked = torch.sigmoid(layer.gates["lora"](inputs[0][:, :7])).mean(1)[:, 0]
     assert torch.allclose(by_hand, masked, atol=1e-6) == (length == 7)
+
+
+def test_a_shared_layer_has_gates_for_every_call(backbone_dir: Callable[[str], Path]) -> None:
+    backbone = attached(backbone_dir("albert"), "eager", ("adapter", "lora"))
+    (own,) = backbone.submodules.layers
+    inputs: list[Tensor] = []
+    (layer,) = BACKBONES["albert"].layer_list(backbone)
+    layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with record_gates(backbone) as recorded:
+        for _ in range(2):  # only the latest pass is kept
+            inputs.clear()
+            states(backbone, [SENTENCE])
+    assert len(recorded) == len(inputs) == backbone.config.num_hidden_layers == 3
+    for gates, hidden in zip(recorded, inputs, strict=True):
+        by_hand = torch.sigmoid(own.gates["lora"](hidden)).mean(1)[:, 0]
+        assert gates.keys() == {"adapter", "lora"}
+        assert torch.allclose(gates["lora"], by_hand, atol=1e-6)
+
+
+def test_albert_may_have_several_groups_of_layers(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}
+    directory = save_backbone(tmp_path / "albert", "albert", **sizes)
+    backbone = attached(directory, "eager", PARTS["all"])
+    assert len(backbone.submodules.layers) == 4
+    with record_gates(backbone) as recorded:
+        (alone,) = states(backbone, [SENTENCE])
+        assert len(recorded) == 8  # each of four layers runs both modules of its group
+    (padded,) = states(backbone, [SENTENCE], 64)
+    assert (alone - padded).abs().max() < 1e-5
+
+
+NEWER = sorted(KINDS.keys() - {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"})
+
+
+@pytest.mark.parametrize("model_type", NEWER)
+def test_bitfit_trains_every_bias(backbone_dir: Callable[[str], Path], model_type: str) -> None:
+    settings = experiment(backbone_dir(model_type), "bitfit", model={"pooling": "native"})
+    backbone = build(settings, 2).classifier.backbone
+    biases = {name for name, _ in backbone.named_parameters() if name.endswith("bias")}
+    assert {name for name, p in backbone.named_parameters() if p.requires_grad} == biases
+
+
+@pytest.mark.parametrize("parts", [("lora",), ("bias",), ("lora", "bias")], ids="+".join)
+@pytest.mark.parametrize("model_type", NEWER)
+def test_merged_equals_unmerged(
+    backbone_dir: Callable[[str], Path], model_type: str, parts: tuple[str, ...]
+) -> None:
+    settings = experiment(
+        backbone_dir(model_type), "lora", model={"pooling": "native"}, options={"parts": parts}
+    )
+    tuned = disturbed(build(settings, 2))
+    before = logits_of(tuned, SENTENCES)
+    merge(tuned)
+    assert not hasattr(tuned.classifier.backbone, "submodules")
+    assert torch.allclose(logits_of(tuned, SENTENCES), before, atol=1e-5)
 
 
 @pytest.mark.parametrize(

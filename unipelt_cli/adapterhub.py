@@ -21,11 +21,17 @@ from unipelt_cli.runs import Run
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter.safetensors"
 HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
-UNKNOWN = frozenset({"camembert"})
+UNKNOWN = frozenset({"camembert", "mpnet"})
 """Architectures of ours for which `adapters` has no model class."""
 
 PARTS = frozenset({"adapter", "prefix", "lora"})
 """The parts of ours that `adapters` has as the same function."""
+
+PLACES: Mapping[str, tuple[str, str]] = {
+    "distilbert": ("output_adapters", "self"),
+    "albert": ("output_adapters", "self_prefix"),
+}
+"""Where a layer's adapter and the prefix are there, if not as in BERT."""
 
 LAYER_NAMES: Mapping[str, tuple[str, ...]] = {
     "lora.query.a": ("{query}.loras.{name}.lora_A",),
@@ -195,10 +201,9 @@ def _write_config(path: Path, config: Any, tuned: Tuned, name: str) -> None:
 
 def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the stored submodules under the names that they have there."""
-    layout = tuned.pretrained.layout
-    adapters, prefix = "output", "self_prefix"
-    if layout.model_type == "distilbert":
-        adapters, prefix = "output_adapters", "self"
+    layout, backbone = tuned.pretrained.layout, tuned.classifier.backbone
+    adapters, prefix = PLACES.get(layout.model_type, ("output", "self_prefix"))
+    layers = layout.layer_paths(backbone)
     places = {
         "query": layout.query,
         "value": layout.value,
@@ -206,7 +211,7 @@ def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
         "adapters": adapters,
         "name": name,
     }
-    for key, tensor in tuned.method.fold(tuned.classifier.backbone).items():
+    for key, tensor in tuned.method.fold(backbone).items():
         if key == "submodules.prefix.rows":  # (N, 2, P, D), there flat in the order P, N, 2, D
             rows = tensor.permute(2, 0, 1, 3).flatten()
             pool = f"{layout.inside}.prefix_tuning.prefix_tunings.{name}"
@@ -216,7 +221,7 @@ def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
         module, kind = (path, "") if path in LAYER_NAMES else path.rsplit(".", 1)
         for place in LAYER_NAMES[module]:
             below = f"{place.format(**places)}.{kind}".rstrip(".")
-            yield f"{layout.inside}.{layout.layers}.{layer}.{below}", tensor.clone()
+            yield f"{layout.inside}.{layers[int(layer)]}.{below}", tensor.clone()
 
 
 def _head_tensors(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -35,7 +35,10 @@ class NativeHead:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are in one architecture; paths below `layers` are relative to one layer."""
+    """Where things are in one architecture; paths below `layers` are relative to one layer.
+
+    `layers` names a list of layers, or with a `*` the lists in every group of a list of groups.
+    """
 
     model_type: str
     classes: str
@@ -65,11 +68,49 @@ class Layout:
     """Whether its layers are BERT's: one stack, own weights each, a norm after each of two blocks,
     and a linear unit each for query, key and value."""
 
+    pooler: str = "pooler.dense"
+    """The linear unit of the backbone's own pooler, where it has one."""
+    also_biased: tuple[str, ...] = ()
+    """More modules with a bias, outside the layers: which are there depends on the config."""
+    also_biased_inside: tuple[str, ...] = ()
+    """The same inside a layer, relative to it."""
+
+    table: str | None = None
+    """The attention's function that sends a table of positions through query and key as well."""
+
+    encoder_class: str = ""
+    """The library's class of the backbone, where it is not the architecture's `Model`."""
+
+    @property
+    def model(self) -> str:
+        """The name of the library's class of the backbone."""
+        return self.encoder_class or f"{self.classes}Model"
+
+    def layer_paths(self, backbone: nn.Module) -> list[str]:
+        """Return the paths of the layers of a backbone of this architecture."""
+        outer, star, inner = self.layers.partition(".*.")
+        lists = [self.layers]
+        if star:
+            groups = backbone.get_submodule(outer).named_children()
+            lists = [f"{outer}.{name}.{inner}" for name, _ in groups]
+        return [
+            f"{path}.{name}"
+            for path in lists
+            for name, _ in backbone.get_submodule(path).named_children()
+        ]
+
     def layer_list(self, backbone: nn.Module) -> nn.ModuleList:
         """Return the layers of a backbone of this architecture."""
-        layers = backbone.get_submodule(self.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
+        return nn.ModuleList(backbone.get_submodule(path) for path in self.layer_paths(backbone))
+
+    def all_biased(self, backbone: nn.Module) -> list[nn.Module]:
+        """Return the modules with a bias, in and outside the layers, without a pooler."""
+        outside = (self.embedding_norm, *self.also_biased)
+        inside = (*self.biased(), *self.also_biased_inside)
+        layers = self.layer_paths(backbone)
+        there = dict(backbone.named_modules())
+        paths = [*outside, *(f"{layer}.{path}" for layer in layers for path in inside)]
+        return [there[path] for path in paths if path in there]
 
     def biased(self) -> tuple[str, ...]:
         """Return the paths of a layer's modules that have a bias: 4d + f + d + 2d numbers."""
@@ -146,6 +187,56 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 attention_added="attention.out_lin",
                 output_added="ffn.dropout",
                 own_attention=("eager",),
+            ),
+            _like_bert(
+                "mpnet",
+                "MPNet",
+                query="attention.attn.q",
+                key="attention.attn.k",
+                value="attention.attn.v",
+                attention="attention.attn",
+                attention_output="attention.attn.o",
+                attention_norm="attention.LayerNorm",
+                native=_ROBERTA_HEAD,
+                inside="mpnet",
+                attentions=("eager",),
+                own_attention=("eager",),
+                position_offset=2,
+            ),
+            Layout(
+                model_type="albert",
+                classes="Albert",
+                layers="encoder.albert_layer_groups.*.albert_layers",
+                query="attention.query",
+                key="attention.key",
+                value="attention.value",
+                attention="attention",
+                attention_output="attention.dense",
+                attention_norm="attention.LayerNorm",
+                intermediate="ffn",
+                output="ffn_output",
+                output_norm="full_layer_layer_norm",
+                embedding_norm="embeddings.LayerNorm",
+                native=NativeHead(out="classifier"),
+                inside="albert",
+                is_plain=False,  # one module serves several layers
+                pooler="pooler",
+                also_biased=("encoder.embedding_hidden_mapping_in",),
+            ),
+            _like_bert(
+                "deberta-v2",
+                "DebertaV2",
+                query="attention.self.query_proj",
+                key="attention.self.key_proj",
+                value="attention.self.value_proj",
+                native=NativeHead("classifier", "pooler.dense", "gelu"),
+                inside="deberta",
+                attentions=("eager",),
+                own_attention=("eager",),
+                is_plain=False,  # query and key read a table of positions too
+                table="disentangled_attention_bias",
+                also_biased=("encoder.LayerNorm", "encoder.conv.conv", "encoder.conv.LayerNorm"),
+                also_biased_inside=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
             ),
         )
     }

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -247,7 +246,8 @@ def build(
     plain_buffers = frozenset(f"backbone.{name}" for name, _ in backbone.named_buffers())
     generator = torch.Generator().manual_seed(experiment.train.seed)
     if missing:
-        initialise(cast(nn.Linear, backbone.get_submodule("pooler.dense")), generator)
+        pooler = backbone.get_submodule(pretrained.layout.pooler)
+        initialise(cast(nn.Linear, pooler), generator)
         backbone.get_submodule("pooler").requires_grad_(True)
     activation = native.activation if pooling == "native" and native.dense else None
     hidden = backbone.config.hidden_size
@@ -292,9 +292,7 @@ def refuse(method: Method, name: str, pretrained: Pretrained) -> None:
 def skeleton(pretrained: Pretrained) -> Any:
     """Make a backbone's modules without weights or memory, to count what a method adds."""
     with torch.device("meta"):
-        return getattr(transformers, f"{pretrained.layout.classes}Model")(
-            pretrained.library_config()
-        )
+        return pretrained.library_class(pretrained.library_config())
 
 
 def count(method: Method, pretrained: Pretrained, head_parameters: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ class Pretrained:
             config = self.library_config()
             config._attn_implementation = attention
             with _silenced():
-                backbone, info = self._class.from_pretrained(
+                backbone, info = self.library_class.from_pretrained(
                     self.directory,
                     config=config,
                     attn_implementation=attention,
@@ -197,11 +198,14 @@ class Pretrained:
         return backbone, missing
 
     @property
-    def _class(self) -> Any:
-        return getattr(transformers, f"{self.layout.classes}Model")
+    def library_class(self) -> Any:
+        """Return the backbone's class; importing a deberta warns about what torch will remove."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return getattr(transformers, self.layout.model)
 
     def _takes_pooler(self) -> bool:
-        return "add_pooling_layer" in self._class.__init__.__code__.co_varnames
+        return "add_pooling_layer" in self.library_class.__init__.__code__.co_varnames
 
 
 BERT_BASE = Pretrained("bert-base", Path("bert-base"), get_layout("bert"), {"model_type": "bert"})

@@ -1,16 +1,25 @@
-"""Attention forwards of our own, where a lengthened mask would fail or be silently wrong."""
+"""Attention forwards of our own, where a lengthened mask would fail or be silently wrong.
+
+Each puts the prefix in by itself, so that masks and position biases are made for the tokens alone.
+Shapes: batch B, tokens T, prefix length P, hidden D, heads H.
+"""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Rows = Callable[[int, Tensor], Tensor]
+"""The prefix's keys (0) or values (1), (B, P, D), of the kind of the projected tokens."""
+
 
 def distilbert_eager(
     attention: Any,
+    rows: Rows,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -20,34 +29,120 @@ def distilbert_eager(
 ) -> tuple[Tensor, ...]:
     """Attend over prefix and tokens; the library's own takes its key length before projecting.
 
-    query, key, value: (batch, length, hidden); mask: (batch, length), 1 for tokens.
+    query, key, value: (B, T, D); mask: (B, T), 1 for tokens.
     """
-    batch, length, hidden = query.shape
-
-    def heads(states: Tensor) -> Tensor:
-        return states.view(batch, -1, attention.n_heads, hidden // attention.n_heads).transpose(
-            1, 2
-        )
-
-    queries = heads(attention.q_lin(query))
-    keys, values = heads(attention.k_lin(key)), heads(attention.v_lin(value))
-    scores = queries @ keys.transpose(2, 3) / math.sqrt(hidden // attention.n_heads)
-    attended = functional.pad(mask, (keys.shape[2] - mask.shape[1], 0), value=1)
-    scores = scores.masked_fill(attended[:, None, None] == 0, torch.finfo(scores.dtype).min)
-    weights = attention.dropout(scores.softmax(dim=-1))
-    if head_mask is not None:
-        weights = weights * head_mask
-    context = (weights @ values).transpose(1, 2).reshape(batch, length, hidden)
+    queries = _heads(attention.q_lin(query), attention.n_heads)
+    keys = _heads(_prepend(rows, 0, attention.k_lin(key)), attention.n_heads)
+    values = _heads(_prepend(rows, 1, attention.v_lin(value)), attention.n_heads)
+    scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[-1])
+    attended = _lengthened(mask, keys, opened=1)[:, None, None]
+    scores = scores.masked_fill(attended == 0, torch.finfo(scores.dtype).min)
+    context, weights = _mix(scores, values, attention.dropout, head_mask)
     context = attention.out_lin(context)
     return (context, weights) if output_attentions else (context,)
 
 
-OWN_ATTENTION: dict[tuple[str, str], Callable[..., tuple[Tensor, ...]]] = {
+def mpnet_eager(
+    attention: Any,
+    rows: Rows,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    head_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **_: Any,
+) -> tuple[Tensor, ...]:
+    """Attend over prefix and tokens; the library's own has a bias for T positions alone.
+
+    attention_mask: (B, 1, 1, T), added to the scores; position_bias: (B, H, T, T).
+    """
+    heads = attention.num_attention_heads
+    queries = _heads(attention.q(hidden_states), heads)
+    keys = _heads(_prepend(rows, 0, attention.k(hidden_states)), heads)
+    values = _heads(_prepend(rows, 1, attention.v(hidden_states)), heads)
+    scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[-1])
+    for added in (position_bias, attention_mask):
+        if added is not None:
+            scores = scores + _lengthened(added, keys)
+    context, weights = _mix(scores, values, attention.dropout, head_mask)
+    context = attention.o(context)
+    return (context, weights) if output_attentions else (context,)
+
+
+def deberta_eager(
+    attention: Any,
+    rows: Rows,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over prefix and tokens, which alone have positions, relative to each other.
+
+    attention_mask: (B, 1, T, T), 1 where a token may look; rel_embeddings: (2S, D).
+    """
+    heads = attention.num_attention_heads
+    read = hidden_states if query_states is None else query_states
+    queries = _heads(attention.query_proj(read), heads)
+    projected = attention.key_proj(hidden_states), attention.value_proj(hidden_states)
+    keys, values = _heads(projected[0], heads), _heads(projected[1], heads)
+    terms = 1 + len({"c2p", "p2c"} & set(attention.pos_att_type))
+    # Rounded to float32 whatever the tokens are, as the library's own is.
+    scale = torch.tensor(queries.shape[-1] * terms, dtype=torch.float32).sqrt().to(queries.dtype)
+    scores = queries @ (keys.transpose(2, 3) / scale)
+    if attention.relative_attention:
+        bias = attention.disentangled_attention_bias(
+            queries.flatten(0, 1),
+            keys.flatten(0, 1),
+            relative_pos,
+            attention.pos_dropout(rel_embeddings),
+            terms,
+        )
+        scores = scores + (bias.view_as(scores) if isinstance(bias, Tensor) else bias)
+    before = _heads(rows(0, projected[0]), heads)
+    scores = torch.cat([queries @ (before.transpose(2, 3) / scale), scores], dim=-1)
+    values = torch.cat([_heads(rows(1, projected[1]), heads), values], dim=2)
+    attended = _lengthened(attention_mask.to(torch.uint8), values, opened=1)
+    scores = scores.masked_fill(attended == 0, torch.finfo(scores.dtype).min)
+    context, weights = _mix(scores, values, attention.dropout)
+    return context, weights if output_attentions else None
+
+
+def _prepend(rows: Rows, place: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
+    return torch.cat([rows(place, projected), projected], dim=1)
+
+
+def _heads(projected: Tensor, heads: int) -> Tensor:  # (B, T, D) -> (B, H, T, D / H)
+    return projected.view(*projected.shape[:2], heads, -1).transpose(1, 2)
+
+
+def _lengthened(mask: Tensor, keys: Tensor, opened: float = 0) -> Tensor:
+    """Give a mask or a bias over T keys columns for the prefix, which every token may see."""
+    return functional.pad(mask, (keys.shape[-2] - mask.shape[-1], 0), value=opened)
+
+
+def _mix(
+    scores: Tensor,
+    values: Tensor,
+    dropout: Callable[[Tensor], Tensor],
+    head_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weigh values by scores (B, H, T, P + T); return (B, T, D) and the weights."""
+    weights = dropout(scores.softmax(dim=-1))
+    if head_mask is not None:
+        weights = weights * head_mask
+    return (weights @ values).transpose(1, 2).flatten(2), weights
+
+
+OWN_ATTENTION: dict[tuple[str, str], Callable[..., tuple[Any, ...]]] = {
     ("distilbert", "eager"): distilbert_eager,
+    ("mpnet", "eager"): mpnet_eager,
+    ("deberta-v2", "eager"): deberta_eager,
 }
 
 
-def replace_attention(module: nn.Module, model_type: str, implementation: str) -> None:
-    """Give one attention module the forward that this table holds for it."""
-    own = OWN_ATTENTION[model_type, implementation]
-    module.forward = own.__get__(module)
+def replace_attention(module: nn.Module, model_type: str, implementation: str, rows: Rows) -> None:
+    """Give one attention module the forward that this table holds for it, with a prefix."""
+    module.forward = partial(OWN_ATTENTION[model_type, implementation], module, rows)

@@ -25,7 +25,7 @@ from unipelt_cli.methods.base import (
     new_linear,
     refuse_unusual_layers,
 )
-from unipelt_cli.methods.submodules import Adapter
+from unipelt_cli.methods.parts import Adapter
 
 NOISE_FLOOR = 1e-2  # keeps the load's division finite where the learned noise dies out
 

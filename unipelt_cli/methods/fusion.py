@@ -29,7 +29,7 @@ from unipelt_cli.methods.base import (
     new_linear,
     refuse_unusual_layers,
 )
-from unipelt_cli.methods.submodules import Adapter
+from unipelt_cli.methods.parts import Adapter
 
 Tensors = Mapping[str, Tensor]
 

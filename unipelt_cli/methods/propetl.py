@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
-from unipelt_cli.methods.submodules import Adapter
+from unipelt_cli.methods.parts import Adapter
 
 PARTS = ("down", "up")
 

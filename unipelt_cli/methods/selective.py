@@ -98,11 +98,9 @@ class BitFit(Selective):
                 yield layer.get_submodule(layout.query)
                 yield layer.get_submodule(layout.intermediate)
             return
-        yield backbone.get_submodule(layout.embedding_norm)
-        for layer in layout.layer_list(backbone):
-            yield from (layer.get_submodule(path) for path in layout.biased())
+        yield from layout.all_biased(backbone)
         if getattr(backbone, "pooler", None) is not None:
-            yield backbone.get_submodule("pooler.dense")
+            yield backbone.get_submodule(layout.pooler)
 
 
 METHODS = MappingProxyType(

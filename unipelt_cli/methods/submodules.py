@@ -5,9 +5,10 @@ them through forward hooks, so the backbone's tensors keep their names and can b
 Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottleneck M.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import field
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
@@ -54,6 +55,8 @@ class LayerSubmodules(nn.Module):
             2.0 if method.lora_scale is None else method.lora_scale,
         )
         self.gate_values: dict[str, Tensor] = {}
+        self.record: dict[str, Tensor] = {}
+        self.reads_table = False
         self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
         self.adapter: Adapter | None = None
         self.parallel: ParallelAdapter | None = None
@@ -79,18 +82,21 @@ class LayerSubmodules(nn.Module):
         for name in method.gate_names():
             self.gates[name] = new_linear(hidden, 1, generator)
 
-    def hooks(self, layer: nn.Module, layout: Layout) -> list[torch.utils.hooks.RemovableHandle]:
-        """Register this layer's hooks; the order is LoRA, bias, prefix on one projection."""
-        handles = []
-        if len(self.gates):
-            handles.append(layer.register_forward_pre_hook(self._open_gates, with_kwargs=True))
+    def hooks(
+        self, layer: nn.Module, layout: Layout, lengthens: bool
+    ) -> list[torch.utils.hooks.RemovableHandle]:
+        """Register this layer's hooks; the order is LoRA, bias, prefix on one projection.
+
+        With `lengthens` the projections bring the prefix; otherwise an own attention does.
+        """
+        handles = [layer.register_forward_pre_hook(self._open_gates, with_kwargs=True)]
         for place in self.lora:
             module = _projection(layer, layout, place)
             handles.append(module.register_forward_hook(getattr(self, f"_lora_{place}")))
         for path in layout.biased() if len(self.bias) else ():
             shift = _Shift(self, path.replace(".", "-"))
             handles.append(layer.get_submodule(path).register_forward_hook(shift))
-        if self.state.prefix_length:
+        if self.state.prefix_length and lengthens:
             for place in ("key", "value"):
                 module = _projection(layer, layout, place)
                 handles.append(module.register_forward_hook(getattr(self, f"_prefix_{place}")))
@@ -99,18 +105,39 @@ class LayerSubmodules(nn.Module):
             block = layer.get_submodule(layout.intermediate)
             handles.append(block.register_forward_pre_hook(self._read))
             handles.append(norm.register_forward_pre_hook(self._add_parallel))
+        if layout.table is not None and len(self.gates):
+            attention = layer.get_submodule(layout.attention)
+            project = getattr(attention, layout.table)
+            setattr(attention, layout.table, partial(self._read_table, project))
         if self.adapter is not None:
             handles.append(norm.register_forward_pre_hook(self._adapt))
         return handles
 
-    def gate(self, name: str) -> Tensor | None:
-        """Return a gate's value in this pass, (B, 1, 1), or None where nothing is gated."""
+    def gate(self, name: str, x: Tensor | None = None) -> Tensor | None:
+        """Return a gate's value in this pass, (B, 1, 1), or None where nothing is gated.
+
+        A table of positions x, (1, S, D), belongs to no sentence: its gate is its own plain mean.
+        """
+        if self.reads_table and x is not None and name in self.gates:
+            return self._pool([name], x, x.new_full(x.shape[:2], 1 / x.shape[1]).float())[
+                :, :, None
+            ]
         value = self.gate_values.get(name)
         return None if value is None else value[:, None, None]
 
+    def _read_table(self, project: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Run the function that sends the table of positions through query and key."""
+        self.reads_table = True
+        try:
+            return project(*args, **kwargs)
+        finally:
+            self.reads_table = False
+
     def _open_gates(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        self.gate_values = {}
+        self.gate_values, self.record = {}, {}
+        if self.state.recorded is not None:  # one entry a call: a module may serve several layers
+            self.state.recorded.append(self.record)
         late = ("adapter", "parallel")
         self._compute([name for name in self.gates if name not in late], hidden)
 
@@ -120,16 +147,19 @@ class LayerSubmodules(nn.Module):
             return
         pooling = self.state.pooling
         assert pooling is not None, "a gate needs the attention mask"
+        values = self._pool(names, x, pooling)
+        for name, value in zip(names, values.unbind(1), strict=True):
+            self.gate_values[name] = value
+            if self.state.recorded is not None:
+                self.record[name] = value.detach().cpu()
+
+    def _pool(self, names: list[str], x: Tensor, pooling: Tensor) -> Tensor:  # (B, gates)
         gates = [cast(nn.Linear, self.gates[name]) for name in names]
         weight = torch.cat([gate.weight for gate in gates])
         bias = torch.cat([gate.bias for gate in gates])
         with torch.autocast(x.device.type, enabled=False):
             opened = functional.linear(x.float(), weight, bias).sigmoid()  # (B, T, gates)
-            values = (opened * pooling[:, :, None]).sum(1)
-        for name, value in zip(names, values.unbind(1), strict=True):
-            self.gate_values[name] = value
-            if self.state.recorded is not None:
-                self.state.recorded[self.index][name] = value.detach().cpu()
+            return (opened * pooling[:, :, None]).sum(1)
 
     def _lora_query(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self._low_rank("query", args[0], output)
@@ -138,7 +168,7 @@ class LayerSubmodules(nn.Module):
         return self._low_rank("value", args[0], output)
 
     def _low_rank(self, place: str, x: Tensor, output: Tensor) -> Tensor:
-        gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}")
+        gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}", x)
         scale = self.scale if gate is None else gate.to(x.dtype)
         added: Tensor = self.lora[place](x, scale)
         return output + added
@@ -150,12 +180,16 @@ class LayerSubmodules(nn.Module):
         return self._prepend(1, output)
 
     def _prepend(self, place: int, output: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
+        return torch.cat([self.prefix_rows(place, output), output], dim=1)
+
+    def prefix_rows(self, place: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P, D)
+        """Return the prefix's keys (0) or values (1) for projected tokens."""
         assert self.state.prefix is not None
-        rows = self.state.prefix[self.index, place].expand(output.shape[0], -1, -1)
+        rows = self.state.prefix[self.index, place].expand(projected.shape[0], -1, -1)
         gate = self.gate("prefix")
         if gate is not None:
             rows = gate * rows
-        return torch.cat([rows.to(output.dtype), output], dim=1)
+        return rows.to(projected.dtype)
 
     def _read(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.read = args[0]
@@ -198,7 +232,7 @@ class _Shift:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         delta: Tensor = self.owner.bias[self.name]
-        gate = self.owner.gate("bias")
+        gate = self.owner.gate("bias", args[0])
         return output + (delta if gate is None else gate * delta).to(output.dtype)
 
 
@@ -230,13 +264,15 @@ class Container(nn.Module):
             shape = (len(layers), method.prefix_length, hidden)
             self.prefix = Prefix(shape, method.prefix_width, generator, site.folded)
             if not self.lengthens:
-                for layer in layers:
+                for layer, own in zip(layers, self.layers, strict=True):
+                    assert isinstance(own, LayerSubmodules)
                     module = layer.get_submodule(layout.attention)
-                    replace_attention(module, layout.model_type, implementation)
+                    kind = layout.model_type, implementation
+                    replace_attention(module, *kind, own.prefix_rows)
         self.handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for layer, own in zip(layers, self.layers, strict=True):
             assert isinstance(own, LayerSubmodules)
-            self.handles += own.hooks(layer, layout)
+            self.handles += own.hooks(layer, layout, self.lengthens)
 
     def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
@@ -244,7 +280,7 @@ class Container(nn.Module):
         pooled = mask.float() if self.masked else torch.ones_like(mask, dtype=torch.float32)
         self.state.pooling = pooled / pooled.sum(1, keepdim=True)
         if self.state.recorded is not None:
-            self.state.recorded[:] = [{} for _ in self.layers]
+            self.state.recorded.clear()
         if self.prefix is not None:
             self.state.prefix = self.prefix()
         if self.lengthens:
@@ -431,7 +467,8 @@ METHODS = MappingProxyType(
 def record_gates(backbone: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     """Collect the gates of the latest forward pass: a list by layer of {gate: (batch,) values}.
 
-    The list stays empty when the backbone has no gates.
+    A module that serves several layers has an entry for each. The list, or its entries, stay empty
+    when the backbone has no gates.
     """
     container = getattr(backbone, "submodules", None)
     recorded: list[dict[str, Tensor]] = []
