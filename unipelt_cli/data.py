@@ -98,6 +98,13 @@ def prepare_each(settings: DataSettings) -> tuple[Prepared, ...]:
     return found
 
 
+def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
+    """Return what is recorded of a run's rows: one task's manifest, or those of several by name."""
+    if len(prepared) == 1:
+        return prepared[0].manifest
+    return {"tasks": {own.task.name: own.manifest for own in prepared}}
+
+
 def read_rows(path: Path, columns: Sequence[str]) -> Dataset:
     """Read the named text columns of a CSV, TSV, JSONL or Parquet file, and "row".
 

@@ -136,9 +136,7 @@ def joint_metric(tasks: Sequence[Task]) -> str:
     return tasks[0].metric if len(tasks) == 1 else MEAN
 
 
-def joint_scores(
-    tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]
-) -> dict[str, float]:
+def joint_scores(tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return one task's scores; of several the mean of their metrics, and all by "task.metric"."""
     if len(tasks) == 1:
         return dict(scores[0])
