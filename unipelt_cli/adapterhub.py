@@ -64,6 +64,12 @@ def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
             "and adapters stores nothing else",
             f"{native}use --to hf",
         )
+    gates_see_task = any("task_gates" in name for name, _ in tuned.classifier.named_parameters())
+    if gates_see_task:
+        return (
+            f"{run.directory}: its gates see the task, and adapters has no such gates",
+            "train with --method unipelt-apl",
+        )
     if foreign := [part for part in method.parts if part not in PARTS]:
         others = [part for part in method.parts if part in PARTS] or Submodules().parts
         return (

@@ -70,14 +70,28 @@ def encode(
     )
 
 
+def interleaved(
+    lengths: Sequence[NDArray[np.int64]], batch_size: int, seed: int, epoch: int
+) -> list[tuple[int, NDArray[np.int64]]]:
+    """Return an epoch's batches, each of one task's rows: (task, row numbers), tasks mixed.
+
+    Every row of every task comes once, so that tasks are drawn in proportion to their sizes.
+    """
+    batches = [shuffled(own, batch_size, seed, epoch, task) for task, own in enumerate(lengths)]
+    turns = np.repeat(np.arange(len(batches)), [len(own) for own in batches])
+    np.random.default_rng([seed, epoch, len(batches)]).shuffle(turns)
+    queues = [iter(own) for own in batches]
+    return [(task, next(queues[task])) for task in turns.tolist()]
+
+
 def shuffled(
-    lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int
+    lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int, task: int = 0
 ) -> list[NDArray[np.int64]]:
     """Return an epoch's batches of row numbers: shuffled, sorted inside windows, shuffled again.
 
-    The order depends on the seed and the epoch alone, so that a run can go on in its middle.
+    The order depends on seed, epoch and task alone, so that a run can go on in its middle.
     """
-    random = np.random.default_rng([seed, epoch])
+    random = np.random.default_rng([seed, epoch, task] if task else [seed, epoch])
     order = random.permutation(len(lengths))
     window = WINDOW * batch_size
     parts = [order[start : start + window] for start in range(0, len(order), window)]

@@ -18,7 +18,6 @@ from unipelt_cli.shell import INTERRUPTED, Commands
 
 if TYPE_CHECKING:
     from unipelt_cli.config import Experiment, Settings
-    from unipelt_cli.modeling import Tuned
     from unipelt_cli.runs import Run
 
 app = typer.Typer(
@@ -79,6 +78,8 @@ def prepare(
     experiment = _resolve([], settings, flags, offline=offline, data_only=True)
     from unipelt_cli import data, render
 
+    if len(experiment.data.each()) > 1:
+        raise ConfigError("`prepare` draws one task's rows", "run it for each task, with --task")
     prepared = data.prepare(experiment.data)
     chosen = experiment.data
     name = f"{prepared.task.name}-k{chosen.k or 'all'}-d{chosen.data_seed}"
@@ -93,6 +94,7 @@ def prepare(
 @app.command()
 def train(
     task: options.TaskOption = None,
+    tasks: options.TasksOption = None,
     k: options.KOption = None,
     method: options.MethodOption = None,
     model: options.ModelOption = None,
@@ -124,7 +126,7 @@ def train(
     Example: unipelt train --task mrpc --k 500
     """
     flags = _data_flags(locals())
-    flags["data"]["prepared"] = prepared
+    flags["data"] |= {"tasks": tasks, "prepared": _directories(prepared)}
     flags |= {
         "model": {"backbone": model},
         "method": {"name": method},
@@ -149,6 +151,7 @@ def train(
 @app.command("eval")
 def evaluate(
     run: options.RunPath,
+    task: options.OneTaskOption = None,
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Score other labelled rows instead.")
@@ -159,35 +162,45 @@ def evaluate(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score a finished run on one of its splits, or on a file.
+    """Score a finished run on one of its splits, or on a file; of several tasks, on each.
 
     Example: unipelt eval runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
-    found, tuned = _open_run(run, device, offline, source)
+    found = _read_run(run, offline, source)
+    each = task is None and file is None
+    places = list(range(len(found.tasks))) if each else [found.place(task)]
+    tuned = found.build(device)
     from unipelt_cli import data, evaluation, render
+    from unipelt_cli.tasks import joint_scores
 
-    if file is None:
-        rows, name = found.rows(split, _absolute(source)), split
-    else:
-        column = label or found.experiment.data.label or "label"
-        rows, name = data.labelled_rows(file, found.task, column), str(file)
-    encoded = evaluation.encode_rows(
-        tuned, [rows[c] for c in found.task.text], found.experiment.model.max_length
-    )
-    predicted = evaluation.predictions(found.task, evaluation.compute_logits(tuned, encoded))
-    scores = found.task.score(predicted, evaluation.references(rows))
+    name = split if file is None else str(file)
+    total, scored = 0, []
+    for place in places:
+        one = found.tasks[place]
+        if file is None:
+            rows = found.rows(split, _absolute(source), place)
+        else:
+            rows = data.labelled_rows(file, one, label or found.experiment.data.label or "label")
+        encoded = evaluation.encode_rows(
+            tuned, [rows[c] for c in one.text], found.experiment.model.max_length
+        )
+        logits = evaluation.compute_logits(tuned, encoded, place)
+        scored.append(one.score(evaluation.predictions(one, logits), evaluation.references(rows)))
+        total += len(rows)
+    scores = joint_scores([found.tasks[place] for place in places], scored)
     render.table(
         ("split", "rows", *scores),
-        [[name, str(len(rows)), *(f"{value:.4f}" for value in scores.values())]],
+        [[name, str(total), *(f"{value:.4f}" for value in scores.values())]],
     )
     if as_json:
-        _print_json({"split": name, "rows": len(rows), "scores": scores})
+        _print_json({"split": name, "rows": total, "scores": scores})
 
 
 @app.command()
 def predict(
     run: options.RunPath,
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="Rows to label; - reads stdin.")],
+    task: options.OneTaskOption = None,
     device: options.DeviceOption = None,
     offline: options.Offline = False,
     as_json: Annotated[
@@ -200,30 +213,33 @@ def predict(
 
     Example: echo "my parcel never came" | unipelt predict RUN -
     """
-    found, tuned = _open_run(run, device, offline)
+    found = _read_run(run, offline)
+    place = found.place(task)
+    tuned = found.build(device)
     from unipelt_cli import data, evaluation
 
-    task = found.task
+    one = found.tasks[place]
     if file == "-":
-        columns = data.parse_lines(sys.stdin.buffer.read(), task.text)
+        columns = data.parse_lines(sys.stdin.buffer.read(), one.text)
     else:
-        rows = data.read_rows(Path(file), task.text)
-        columns = [list(rows[column]) for column in task.text]
+        rows = data.read_rows(Path(file), one.text)
+        columns = [list(rows[column]) for column in one.text]
     encoded = evaluation.encode_rows(tuned, columns, found.experiment.model.max_length)
-    logits = evaluation.compute_logits(tuned, encoded)
-    predicted = evaluation.predictions(task, logits)
-    if task.is_regression:
+    logits = evaluation.compute_logits(tuned, encoded, place)
+    predicted = evaluation.predictions(one, logits)
+    if one.is_regression:
         for value in predicted:
             typer.echo(json.dumps({"value": float(value)}))
         return
     for index, shares in zip(predicted, evaluation.probabilities(logits), strict=True):
-        named = {name: float(share) for name, share in zip(task.labels, shares, strict=True)}
-        typer.echo(json.dumps({"label": task.labels[int(index)], "probabilities": named}))
+        named = {name: float(share) for name, share in zip(one.labels, shares, strict=True)}
+        typer.echo(json.dumps({"label": one.labels[int(index)], "probabilities": named}))
 
 
 @app.command("inspect-gates")
 def inspect_gates(
     run: options.RunPath,
+    task: options.OneTaskOption = None,
     by: Annotated[str, typer.Option(help="layer, class or example.")] = "layer",
     split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
     plot: Annotated[
@@ -240,10 +256,12 @@ def inspect_gates(
     """
     if by not in ("layer", "class", "example"):
         raise ConfigError(f"--by {by!r}: no such view", "choose one of layer, class, example")
-    found, tuned = _open_run(run, device, offline, source)
+    found = _read_run(run, offline, source)
+    place = found.place(task)
+    tuned = found.build(device)
     from unipelt_cli import inspection, render
 
-    report = inspection.inspect(found, tuned, found.rows(split, _absolute(source)))
+    report = inspection.inspect(found, tuned, found.rows(split, _absolute(source), place), place)
     layers = report.by_layer()
     rows = len(report.rows)
     title = f"gates of {run.name}, {rows} {split} rows"
@@ -282,7 +300,8 @@ def export(
     """
     if to not in ("adapters", "hf"):
         raise ConfigError(f"--to {to!r}: no such format", nearest(to, ("adapters", "hf")))
-    found, tuned = _open_run(run, "cpu", offline)
+    found = _read_run(run, offline)
+    tuned = found.build("cpu")
     from unipelt_cli import export as exports
     from unipelt_cli import render
 
@@ -364,6 +383,13 @@ def _data_flags(values: dict[str, Any]) -> "Settings":
     return {"data": {key: values[key] for key in keys}}
 
 
+def _directories(prepared: str | None) -> str | list[str] | None:
+    """Take directories with commas between them apart, unless one is called so."""
+    if prepared is None or "," not in prepared or Path(prepared).is_dir():
+        return prepared
+    return [path.strip() for path in prepared.split(",")]
+
+
 def _absolute(path: str | None) -> str | None:
     """Keep a run's paths good from any directory; the word hub is not a path."""
     return path if path in (None, "hub") else str(Path(path).expanduser().resolve())
@@ -375,6 +401,8 @@ def _with_absolute_paths(settings: "Settings") -> "Settings":
         for key in ("source", "prepared", "train_file", "dev_file", "test_file"):
             if isinstance(data.get(key), str):
                 data[key] = _absolute(data[key])
+            elif isinstance(data.get(key), list):
+                data[key] = [_absolute(p) if isinstance(p, str) else p for p in data[key]]
     if isinstance(model, dict) and isinstance(name := model.get("backbone"), str):
         is_folder = name != "minilm" and Path(name).expanduser().is_dir()
         model["backbone"] = _absolute(name) if is_folder else name
@@ -432,9 +460,8 @@ def _settle_backbone(name: str, offline: bool) -> None:
     network.require_cached(backbone=backbone, dataset=None)
 
 
-def _open_run(
-    directory: Path, device: str | None, offline: bool, source: str | None = None
-) -> tuple["Run", "Tuned"]:
+def _read_run(directory: Path, offline: bool, source: str | None = None) -> "Run":
+    """Read a finished run, and settle whether the network is used to build its model."""
     from unipelt_cli import config
 
     path = directory / "experiment.toml"
@@ -445,14 +472,13 @@ def _open_run(
         _settle_network(experiment, offline)
     from unipelt_cli import runs
 
-    run = runs.read(directory)
-    return run, run.build(device)
+    return runs.read(directory)
 
 
 def _run_name(experiment: "Experiment") -> str:
     data, train = experiment.data, experiment.train
-    own = data.train_file or data.dataset or data.prepared or "data"
-    task = data.task or Path(own).stem
+    own = data.train_file or data.dataset or str(data.prepared or "data")
+    task = "+".join(data.tasks or ()) or data.task or Path(own).stem
     backbone = Path(experiment.model.backbone).name
     name = (
         f"{task}-k{data.k or 'all'}-{experiment.method_name}-{backbone}"
@@ -466,22 +492,24 @@ def _dry_run(experiment: "Experiment", as_json: bool) -> None:
 
     experiment, prepared, tuned = execution.plan(experiment)
     counts = tuned.parameter_counts()
-    render.data_summary(prepared.manifest)
+    manifests = [own.manifest for own in prepared]
+    _summarise(manifests)
     render.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
     render.say(
         f"{experiment.method_name} on {experiment.model.backbone}, {tuned.pooling} pooling, "
         f"{tuned.precision} on {tuned.device.type}; nothing was written"
     )
     if as_json:
-        splits = prepared.manifest["splits"]
-        _print_json(
-            {
-                **counts,
-                "rows": {name: split["rows"] for name, split in splits.items()},
-                "labels": {name: split["labels"] for name, split in splits.items()},
-                "experiment": experiment.settings(),
+        described = {
+            key: {
+                manifest["task"]: {name: split[key] for name, split in manifest["splits"].items()}
+                for manifest in manifests
             }
-        )
+            for key in ("rows", "labels")
+        }
+        if len(manifests) == 1:
+            described = {key: next(iter(each.values())) for key, each in described.items()}
+        _print_json({**counts, **described, "experiment": experiment.settings()})
 
 
 def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, Any]:
@@ -497,8 +525,8 @@ def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, An
         for event in events:
             match event:
                 case execution.Ready():
-                    view = show(event.task.metric, event.epochs)
-                    render.data_summary(event.manifest)
+                    view = show(event.metric, event.epochs)
+                    _summarise(event.manifests)
                     _announce(event)
                 case training.Step():
                     view.step(event.epoch, event.step, event.steps)
@@ -512,6 +540,16 @@ def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, An
                 raise typer.Exit(INTERRUPTED)
     render.result_summary(result, directory)
     return result
+
+
+def _summarise(manifests: Sequence[dict[str, Any]]) -> None:
+    """Print each task's splits, under its name where there are several."""
+    from unipelt_cli import render
+
+    for manifest in manifests:
+        if len(manifests) > 1:
+            render.say((manifest["task"], "bold"))
+        render.data_summary(manifest)
 
 
 def _announce(event: Any) -> None:

@@ -12,18 +12,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from unipelt_cli import methods
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.methods import Method
-from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, Glue, get_task
+from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, TASKS, Glue, get_task
 
 Settings = dict[str, dict[str, Any]]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["auto", "native", "cls", "mean", "eos"]
 Metric = Literal["accuracy", "f1", "matthews", "spearman", "pearson", "mse"]
+
+
+def _names(value: Any) -> Any:
+    """Take "a,b" and TOML's lists as tuples of names; what is wrong stays for the check."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+Directories = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
 
 
 class Section(BaseModel):
@@ -35,14 +49,17 @@ class Section(BaseModel):
 
 
 class DataSettings(Section):
-    """Which rows: a task of the table, a hub data set, or files of the user's own."""
+    """Which rows: tasks of the table, a hub data set, or files of the user's own."""
 
     task: str | None = Field(None, description="a task of the table, or a name for your own data")
+    tasks: Names | None = Field(None, description="several tasks of the table, trained at once")
     k: Annotated[int, Field(ge=1)] | None = Field(None, description="train rows; all without it")
     data_seed: int = Field(111, ge=0, lt=2**63, description="draws the rows")
     dev_size: int = Field(1000, ge=1, description="dev rows, drawn after the train rows")
     source: str | None = Field(None, description="a directory in GLUE's layout, or 'hub'")
-    prepared: str | None = Field(None, description="a directory that `prepare` wrote")
+    prepared: Directories | None = Field(
+        None, description="a directory that `prepare` wrote, or one for each of several tasks"
+    )
     dataset: str | None = Field(None, description="a hub data set, NAME or NAME:CONFIG")
     train_file: str | None = Field(None, description="own rows: .csv, .tsv, .jsonl or .parquet")
     dev_file: str | None = Field(None, description="own dev rows")
@@ -54,6 +71,17 @@ class DataSettings(Section):
         "auto", description="what own labels are; auto: fractional numbers are regression"
     )
     metric: Metric | None = Field(None, description="what selects the best epoch of own data")
+
+    def each(self) -> tuple["DataSettings", ...]:
+        """Return every task's settings as if it were alone: its rows are drawn by them."""
+        directories = self.prepared if isinstance(self.prepared, tuple) else None
+        count = len(self.tasks or directories or (self.task,))
+        names = self.tasks or (self.task,) * count
+        places = directories or (self.prepared,) * count
+        return tuple(
+            self.model_copy(update={"task": name, "tasks": None, "prepared": place})
+            for name, place in zip(names, places, strict=True)
+        )
 
 
 class ModelSettings(Section):
@@ -145,8 +173,8 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     if train.learning_rate is None:
         train = train.model_copy(update={"learning_rate": methods.get(name).learning_rate})
     assert isinstance(data, DataSettings)
-    if "dev_size" not in merged["data"] and _is_table_task(data):
-        data = data.model_copy(update={"dev_size": get_task(str(data.task)).dev_size})
+    if "dev_size" not in merged["data"] and (names := _table_tasks(data)):
+        data = data.model_copy(update={"dev_size": get_task(names[0]).dev_size})
     model = sections["model"]
     assert isinstance(model, ModelSettings)
     return Experiment(data, model, name, method, train)
@@ -173,13 +201,17 @@ def _merged(
     return merged
 
 
-def _is_table_task(data: DataSettings) -> bool:
-    return not (data.train_file or data.dataset or data.prepared) and data.task is not None
+def _table_tasks(data: DataSettings) -> tuple[str, ...]:
+    """Return the names of the tasks if their rows are found by the table, else nothing."""
+    if data.train_file or data.dataset or data.prepared:
+        return ()
+    names = _names(data.tasks) or (data.task,)
+    return tuple(str(name) for name in names if name is not None)
 
 
 def reads_source(data: DataSettings) -> bool:
-    """Say whether the rows come from `data.source`: a task of the table that is not packaged."""
-    return _is_table_task(data) and isinstance(get_task(str(data.task)).source, Glue)
+    """Say whether rows come from `data.source`: a task of the table that is not packaged."""
+    return any(isinstance(get_task(name).source, Glue) for name in _table_tasks(data))
 
 
 _OWN_ROWS = ("dataset", "train_file", "dev_file", "test_file", "text", "text_pair", "label")
@@ -188,6 +220,9 @@ _OWN_ROWS = ("dataset", "train_file", "dev_file", "test_file", "text", "text_pai
 def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
     """Yield what the data section's keys, each right by itself, get wrong together."""
     own = data.train_file or data.dataset
+    if data.tasks is not None or isinstance(data.prepared, list | tuple):
+        yield from _joint_problems(data)
+        return
     if data.train_file and data.dataset:
         yield "data.train_file and data.dataset are both set", "keep one of them"
     if not own and not data.prepared:
@@ -226,6 +261,42 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
             f"data.metric = {data.metric!r}: not a metric of {data.kind}",
             f"choose one of {', '.join(metrics[data.kind])}",
         )
+
+
+def _joint_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with several tasks at once."""
+    tasks = _names(data.tasks or ())
+    prepared = (data.prepared,) if isinstance(data.prepared, str) else tuple(data.prepared or ())
+    if not isinstance(tasks, tuple) or not all(isinstance(name, str) for name in tasks + prepared):
+        return  # said already by the check of each key
+    named = [key for key in ("task", *_OWN_ROWS) if getattr(data, key) is not None]
+    if named:
+        yield (
+            f"data.{named[0]} = {getattr(data, named[0])!r}: one task's, but there are several",
+            "drop it, or drop --tasks; own rows: `unipelt prepare` each, then --prepared A,B",
+        )
+    for key, values in (("tasks", tasks), ("prepared", prepared)):
+        if values and len(set(values)) < len(values):
+            yield f"data.{key} = {list(values)}: one is named twice", "name each once"
+    if len(tasks or prepared) < 2:
+        yield (
+            f"data.{'tasks' if tasks else 'prepared'} = {list(tasks or prepared)}: not several",
+            f"give --tasks A,B, or one as --{'task' if tasks else 'prepared'}",
+        )
+    if prepared and data.source:
+        yield f"data.source = {data.source!r}: the rows come from elsewhere", "drop --source"
+    if tasks and prepared and len(tasks) != len(prepared):
+        yield (
+            f"data.prepared = {list(prepared)}: not one directory for each of {list(tasks)}",
+            "drop --tasks: the directories know their tasks",
+        )
+    unknown = [name for name in _table_tasks(data) if name not in TASKS]
+    for name in unknown:
+        yield f"data.tasks has {name!r}: no such task", nearest(name, TASKS)
+    sizes = {} if unknown else {name: get_task(name).dev_size for name in _table_tasks(data)}
+    if "dev_size" not in data.model_fields_set and len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        yield f"data.dev_size is not set, and the tasks' own differ: {listed}", "give --dev-size N"
 
 
 def _method(name: str, values: Mapping[str, Any], problems: list[tuple[str, str]]) -> Method | None:

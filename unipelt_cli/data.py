@@ -34,7 +34,7 @@ from unipelt_cli.cells import (
 from unipelt_cli.config import DataSettings
 from unipelt_cli.errors import DataError
 from unipelt_cli.sources import Found, find, glue_root, with_metric
-from unipelt_cli.tasks import TASKS, Task
+from unipelt_cli.tasks import REGRESSION_METRICS, TASKS, Task
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -63,6 +63,7 @@ def prepare(settings: DataSettings) -> Prepared:
     and ConfigError for an unknown task.
     """
     datasets.disable_progress_bars()
+    assert not isinstance(settings.prepared, tuple)
     directory = Path(settings.prepared) if settings.prepared else glue_root(settings)
     if directory and (settings.prepared or _has_manifest(directory)):
         return _reopen(directory, settings)
@@ -70,6 +71,38 @@ def prepare(settings: DataSettings) -> Prepared:
     found = replace(found, task=with_metric(found.task, settings.metric))
     splits, notes = _draw(found, settings)
     return Prepared(found.task, splits, _manifest(found, settings, splits, notes))
+
+
+def prepare_each(settings: DataSettings) -> tuple[Prepared, ...]:
+    """Prepare every task that `settings` name, each as if it were alone.
+
+    Raises DataError as `prepare` does, and for tasks that cannot be trained and scored together.
+    """
+    found = tuple(prepare(alone) for alone in settings.each())
+    names = [prepared.task.name for prepared in found]
+    for prepared in found[1:]:
+        task = prepared.task
+        if names.count(task.name) > 1:
+            hint = "prepare own rows under other names, with --task NAME"
+            raise DataError(f"two of the tasks are called {task.name!r}", hint)
+        for key in ("k", "data_seed", "dev_size"):
+            asked, there = found[0].manifest[key], prepared.manifest[key]
+            if asked != there:
+                what = f"{names[0]} was drawn with {asked}, {task.name} with {there}"
+                raise DataError(f"data.{key}: {what}", "prepare all tasks with the same settings")
+    for prepared in found:
+        if len(found) > 1 and prepared.task.metric == "mse":
+            what = f"the metric of {prepared.task.name} is 'mse', which no mean can hold"
+            hint = f"choose one of {', '.join(REGRESSION_METRICS[:-1])}"
+            raise DataError(f"data.metric: {what}", hint)
+    return found
+
+
+def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
+    """Return what is recorded of a run's rows: one task's manifest, or those of several by name."""
+    if len(prepared) == 1:
+        return prepared[0].manifest
+    return {"tasks": {own.task.name: own.manifest for own in prepared}}
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Dataset:

@@ -25,10 +25,12 @@ def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int)
     )
 
 
-def compute_logits(tuned: Tuned, rows: Encoded) -> Logits:
-    """Return logits (rows, outputs) in the rows' own order; no dropout, no gradient."""
+def compute_logits(tuned: Tuned, rows: Encoded, task: int = 0) -> Logits:
+    """Return a task's logits (rows, outputs) in the rows' own order; no dropout, no gradient."""
     tuned.classifier.eval()
-    logits = np.zeros((len(rows), tuned.classifier.head.out.out_features), dtype=np.float32)
+    tuned.classifier.select(task)
+    outputs = tuned.classifier.heads[task].out.out_features
+    logits = np.zeros((len(rows), outputs), dtype=np.float32)
     with torch.inference_mode():
         for batch in by_length(rows.lengths, rows.pad_to):
             output = tuned.classifier(**rows.batch(batch, tuned.device))

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ from unipelt_cli.evaluation import (
     references,
 )
 from unipelt_cli.modeling import Tuned, build
-from unipelt_cli.tasks import Task
-from unipelt_cli.training import Epoch, Step, Training
+from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
+from unipelt_cli.training import Course, Epoch, Step, Training
 
 STATE_SECONDS = 60.0
 Mode = Literal["new", "resume", "overwrite"]
@@ -36,8 +36,8 @@ class Ready:
     """Data and model are there; training starts, or goes on after `resumed_epoch`."""
 
     experiment: Experiment
-    manifest: dict[str, Any]
-    task: Task
+    manifests: tuple[dict[str, Any], ...]
+    metric: str
     parameters: dict[str, int]
     epochs: int
     resumed_epoch: int = 0
@@ -55,21 +55,24 @@ Event = Ready | Step | Epoch | Finished
 
 
 def with_drawn_rows(experiment: Experiment) -> Experiment:
-    """Write what a prepared directory was drawn with into the experiment that uses it.
+    """Write what prepared directories were drawn with into the experiment that uses them.
 
     Raises DataError when the experiment's own settings contradict it.
     """
     if experiment.data.prepared is None:
         return experiment
-    manifest = data.prepare(experiment.data).manifest
-    drawn = {key: manifest[key] for key in ("task", "k", "data_seed", "dev_size")}
+    manifests = [prepared.manifest for prepared in data.prepare_each(experiment.data)]
+    drawn = {key: manifests[0][key] for key in ("task", "k", "data_seed", "dev_size")}
+    if len(manifests) > 1:
+        del drawn["task"]
+        drawn["tasks"] = tuple(manifest["task"] for manifest in manifests)
     return experiment.replace("data", **drawn)
 
 
-def plan(experiment: Experiment) -> tuple[Experiment, Prepared, Tuned]:
-    """Prepare the data, build the model, and write what was chosen into the experiment."""
-    prepared = data.prepare(experiment.data)
-    tuned = build(experiment, prepared.task.outputs)
+def plan(experiment: Experiment) -> tuple[Experiment, tuple[Prepared, ...], Tuned]:
+    """Prepare each task's data, build the model, and write what was chosen into the experiment."""
+    prepared = data.prepare_each(experiment.data)
+    tuned = build(experiment, [own.task.outputs for own in prepared])
     experiment = experiment.replace("model", pooling=tuned.pooling)
     experiment = experiment.replace("train", precision=tuned.precision)
     return experiment, prepared, tuned
@@ -100,16 +103,17 @@ def execute(
     if not resumes:
         writer.create()
         writer.experiment(experiment)
+    manifest = data.joint_manifest(prepared)
     if not (directory / runs.ENVIRONMENT).is_file():
-        writer.environment(tuned, prepared.manifest, runs.command_line())
+        writer.environment(tuned, manifest, runs.command_line())
     elif resumes:
-        runs.check_rows(directory, prepared.manifest)
+        runs.check_rows(directory, manifest)
     training = _training(experiment, prepared, tuned)
     seconds_before = _restore(training, writer) if resumes else 0.0
     yield Ready(
         experiment,
-        prepared.manifest,
-        prepared.task,
+        tuple(own.manifest for own in prepared),
+        joint_metric(training.tasks),
         tuned.parameter_counts(),
         training.epochs,
         training.progress.epoch - 1,
@@ -119,13 +123,16 @@ def execute(
     yield Finished(directory, _finish(experiment, prepared, training, writer, start))
 
 
-def _training(experiment: Experiment, prepared: Prepared, tuned: Tuned) -> Training:
-    splits = prepared.splits
-    train, dev = (
-        (encode_split(tuned, prepared.task, splits[name], experiment), references(splits[name]))
-        for name in ("train", "dev")
-    )
-    return Training(tuned, prepared.task, train, dev, experiment.train)
+def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned) -> Training:
+    courses = []
+    for own in prepared:
+        train, dev = (
+            (encode_split(tuned, own.task, rows, experiment), references(rows))
+            for rows in (own.splits["train"], own.splits["dev"])
+        )
+        courses.append(Course(own.task, train, dev))
+    first, *more = courses
+    return Training(tuned, first.task, first.train, first.dev, experiment.train, more)
 
 
 def encode_split(tuned: Tuned, task: Task, rows: Dataset, experiment: Experiment) -> Encoded:
@@ -178,32 +185,35 @@ def _restore(training: Training, writer: runs.Writer) -> float:
 
 def _finish(
     experiment: Experiment,
-    prepared: Prepared,
+    prepared: Sequence[Prepared],
     training: Training,
     writer: runs.Writer,
     start: float,
 ) -> dict[str, Any]:
     """Store the model, read it back, and score test once with what was read back."""
-    task, tuned, progress = prepared.task, training.tuned, training.progress
-    trained = writer.model(tuned, task, experiment.method_name)
-    stored = runs.read_stored(writer.directory, experiment, task, tuned)
+    tasks, tuned, progress = training.tasks, training.tuned, training.progress
+    trained = writer.model(tuned, tasks, experiment.method_name)
+    stored = runs.read_stored(writer.directory, experiment, tasks, tuned)
     writer.verify(stored, trained)
-    rows = encode_split(stored, task, prepared.splits["test"], experiment)
     backbone = stored.classifier.backbone
     stored.method.report(backbone)  # drop what was measured on the probe
-    predicted = predictions(task, compute_logits(stored, rows))
+    predicted, scores = [], []
+    for place, own in enumerate(prepared):
+        rows = encode_split(stored, own.task, own.splits["test"], experiment)
+        predicted.append(predictions(own.task, compute_logits(stored, rows, place)))
+        scores.append(own.task.score(predicted[-1], references(own.splits["test"])))
     counts = tuned.parameter_counts()
     data_settings = experiment.data
     result = {
-        "task": task.name,
+        "task": joint_name(tasks),
         "method": experiment.method_name,
         "backbone": experiment.model.backbone,
         "k": data_settings.k,
         "data_seed": data_settings.data_seed,
         "seed": experiment.train.seed,
-        "metric": task.metric,
+        "metric": joint_metric(tasks),
         "dev": progress.best_dev,
-        "test": task.score(predicted, references(prepared.splits["test"])),
+        "test": joint_scores(tasks, scores),
         "best_epoch": progress.best_epoch,
         "epochs": progress.epoch - 1,
         "seconds": round(time.perf_counter() - start, 3),
@@ -214,7 +224,7 @@ def _finish(
         "pooling": tuned.pooling,
         "precision": tuned.precision,
         "device": tuned.device.type,
-        "collapsed": has_collapsed(predicted),
+        "collapsed": any(map(has_collapsed, predicted)),
     }
     if measured := stored.method.report(backbone):
         result["measured"] = measured

@@ -35,6 +35,11 @@ def export(run: Run, tuned: Tuned, to: str, directory: Path) -> dict[str, Any]:
     the CPU, each of the 64 probe rows alone and unpadded. Raises RunError for a directory that
     exists and for a model that the format cannot hold exactly: then nothing is written.
     """
+    if len(run.tasks) > 1:
+        raise RunError(
+            f"{run.directory}: trained on several tasks, and no other format holds their heads",
+            "train one task alone, with --task, and export that run",
+        )
     if os.path.lexists(directory):
         raise RunError(f"{directory}: exists already", "give another --out")
     parity, notes = _WRITERS[to](run, tuned, directory)

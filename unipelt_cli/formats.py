@@ -24,6 +24,16 @@ class Environment(BaseModel):
     data: _Data
 
 
+class _JointData(BaseModel):
+    tasks: dict[str, _Data] = Field(min_length=2)
+
+
+class JointEnvironment(BaseModel):
+    """What reading relies on in environment.json where several tasks trained one model."""
+
+    data: _JointData
+
+
 class Result(BaseModel):
     """What reading relies on in result.json."""
 
@@ -63,6 +73,14 @@ class Header(BaseModel):
     """What reading relies on in the header of model.safetensors."""
 
     task: _Task
+    backbone: _Backbone
+    sha256: str
+
+
+class JointHeader(BaseModel):
+    """What reading relies on in that header where several tasks trained one model."""
+
+    tasks: list[_Task] = Field(min_length=2)
     backbone: _Backbone
     sha256: str
 

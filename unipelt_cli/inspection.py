@@ -81,13 +81,15 @@ class GateReport:
         ]
 
 
-def inspect(run: Run, tuned: Tuned, rows: Dataset) -> GateReport:
-    """Pass rows through a run's model and collect its gates.
+def inspect(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport:
+    """Pass rows of one of a run's tasks through its model and collect its gates.
 
     Raises RunError for a method that has none.
     """
+    task = run.tasks[place]
+    tuned.classifier.select(place)
     encoded = encode_rows(
-        tuned, [rows[column] for column in run.task.text], run.experiment.model.max_length
+        tuned, [rows[column] for column in task.text], run.experiment.model.max_length
     )
     collected: list[dict[str, NDArray[np.float32]]] = []
     with torch.inference_mode(), record_gates(tuned.classifier.backbone) as recorded:
@@ -106,7 +108,7 @@ def inspect(run: Run, tuned: Tuned, rows: Dataset) -> GateReport:
             for layer, gates in zip(collected, recorded, strict=True):
                 for name, values in gates.items():
                     layer[name][batch] = values.numpy()
-    return GateReport(collected, rows, run.task.labels)
+    return GateReport(collected, rows, task.labels)
 
 
 def _summary(values: NDArray[np.float32]) -> dict[str, float]:

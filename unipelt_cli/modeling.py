@@ -1,6 +1,6 @@
 """From an Experiment to a Tuned model: frozen backbone, attached method, pooling and head."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -66,15 +66,33 @@ class Head(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A backbone, one way to read a row's features from it, and the head."""
+    """A backbone, one way to read a row's features from it, and a head for each task."""
 
     def __init__(
-        self, backbone: PreTrainedModel, head: Head, pooling: str, reads_pooler: bool
+        self,
+        backbone: PreTrainedModel,
+        heads: Sequence[Head],
+        method: Method,
+        pooling: str,
+        reads_pooler: bool,
     ) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head = backbone, heads[0]
+        self.other_heads = nn.ModuleList(heads[1:])
+        self.method = method
         self.pooling, self.reads_pooler = pooling, reads_pooler
         self.autocast: torch.dtype | None = None
+        self.select(0)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The head of each task."""
+        return (self.head, *cast(Sequence[Head], self.other_heads))
+
+    def select(self, task: int) -> None:
+        """Make the next forward passes those of one task, by its place among the run's."""
+        self.task = task
+        self.method.select(self.backbone, task)
 
     def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Return float32 logits (batch, outputs) for token ids (batch, length) and their mask."""
@@ -83,7 +101,7 @@ class Classifier(nn.Module):
         ):
             output = self.backbone(attention_mask=attention_mask, **inputs)
             features = self._pool(output, attention_mask)
-        logits: Tensor = self.head(features.float())
+        logits: Tensor = self.heads[self.task](features.float())
         return logits
 
     def _pool(self, output: Any, mask: Tensor) -> Tensor:
@@ -163,12 +181,12 @@ class Tuned:
         return {name: tensor for name, tensor in folded.items() if name not in self.untrained}
 
     def _head(self) -> dict[str, nn.Parameter]:
-        """Return the head's parameters, and the pooler's where the checkpoint held none."""
+        """Return the heads' parameters, and the pooler's where the checkpoint held none."""
         lent = {f"backbone.{name}" for name in self.untrained}
         return {
             name: parameter
             for name, parameter in self.classifier.named_parameters()
-            if name.startswith("head.") or name in lent
+            if not name.startswith("backbone.") or name in lent
         }
 
 
@@ -213,17 +231,18 @@ def choose_pooling(wanted: str, pretrained: Pretrained, missing: frozenset[str])
 
 def build(
     experiment: Experiment,
-    outputs: int,
+    outputs: int | Sequence[int],
     pretrained: Pretrained | None = None,
     *,
     folded: bool = False,
 ) -> Tuned:
-    """Build the model that an experiment describes, with `outputs` logits a row.
+    """Build the model that an experiment describes, with `outputs` logits a row (of each task).
 
     With `folded` it has the stored form, ready to load. Draws from `train.seed` alone.
     Raises BackboneError or ConfigError for a backbone, device or length that cannot be.
     """
     settings = experiment.model
+    outputs = (outputs,) if isinstance(outputs, int) else outputs
     pretrained = pretrained or find(settings.backbone)
     device = choose_device(experiment.train.device)
     precision = choose_precision(experiment.train.precision, device)
@@ -251,7 +270,7 @@ def build(
         backbone.get_submodule("pooler").requires_grad_(True)
     activation = native.activation if pooling == "native" and native.dense else None
     hidden = backbone.config.hidden_size
-    size = Head.size(hidden, outputs, has_dense=activation is not None)
+    size = sum(Head.size(hidden, own, has_dense=activation is not None) for own in outputs)
     tokenizer = pretrained.load_tokenizer()
     site = Site(
         pretrained.layout,
@@ -261,10 +280,11 @@ def build(
         tokenizer.mask_token_id,
         frozenset(tokenizer.all_special_ids),
         pretrained.fingerprint,
+        len(outputs),
     )
     method.attach(backbone, site)
-    head = Head(hidden, outputs, settings.head_dropout, activation, generator)
-    classifier = Classifier(backbone, head, pooling, reads_pooler)
+    heads = [Head(hidden, own, settings.head_dropout, activation, generator) for own in outputs]
+    classifier = Classifier(backbone, heads, method, pooling, reads_pooler)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
     if device.type == "cpu":
@@ -295,13 +315,16 @@ def skeleton(pretrained: Pretrained) -> Any:
         return pretrained.library_class(pretrained.library_config())
 
 
-def count(method: Method, pretrained: Pretrained, head_parameters: int) -> tuple[int, int]:
-    """Return how many numbers train and how many are stored, both without the head."""
+def count(
+    method: Method, pretrained: Pretrained, head_parameters: int, tasks: int = 1
+) -> tuple[int, int]:
+    """Return how many numbers train and how many are stored, both without the heads."""
     counted = []
     for folded in (False, True):
         backbone = skeleton(pretrained).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        method.attach(backbone, Site(pretrained.layout, generator, folded, head_parameters))
+        site = Site(pretrained.layout, generator, folded, head_parameters, tasks)
+        method.attach(backbone, site)
         counted.append(backbone)
     return method.trainable(counted[0]), count_stored(method.fold(counted[1]))
 

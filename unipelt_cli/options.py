@@ -28,6 +28,14 @@ def _data(name: str, help: str, **kwargs: Any) -> Any:
 
 
 TaskOption = Annotated[str | None, _data("--task", "A task: see `unipelt list tasks`.")]
+TasksOption = Annotated[
+    str | None,
+    _data("--tasks", "Several tasks at once, by one model with a head each.", metavar="A,B"),
+]
+OneTaskOption = Annotated[
+    str | None,
+    typer.Option("--task", metavar="NAME", help="Which task, of a run on several."),
+]
 KOption = Annotated[int | None, _data("--k", "Train on so many rows. (default all)")]
 DataSeedOption = Annotated[
     int | None, _data("--data-seed", "Draws the rows. (default 111)", show_default=False)
@@ -84,7 +92,8 @@ SettingsOption = Annotated[
     ),
 ]
 PreparedOption = Annotated[
-    str | None, _data("--prepared", "A directory that `prepare` wrote.", metavar="DIR")
+    str | None,
+    _data("--prepared", "A directory that `prepare` wrote, or several with commas.", metavar="DIR"),
 ]
 PrecisionOption = Annotated[
     str | None,

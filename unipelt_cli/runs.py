@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from unipelt_cli import __version__, artifact, data, formats
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment, dump, read_preset, resolve
-from unipelt_cli.errors import CheckError, DataError, RunError
+from unipelt_cli.errors import CheckError, ConfigError, DataError, RunError, nearest
 from unipelt_cli.evaluation import Logits, compute_logits
 from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.pretrained import Pretrained, find
@@ -53,16 +53,40 @@ class Run:
     result: dict[str, Any]
 
     @cached_property
-    def task(self) -> Task:
-        """The task as it was trained: text columns, labels and metric."""
-        said = self.header["task"]
-        return Task(
-            said["name"],
-            tuple(said["text"]),
-            tuple(said["labels"]),
-            said["metric"],
-            tuple(said["also"]),
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks as they were trained: text columns, labels and metric."""
+        return tuple(
+            Task(
+                said["name"],
+                tuple(said["text"]),
+                tuple(said["labels"]),
+                said["metric"],
+                tuple(said["also"]),
+            )
+            for said in self.header.get("tasks") or [self.header["task"]]
         )
+
+    @property
+    def task(self) -> Task:
+        """The task of a run that has one; of several the first."""
+        return self.tasks[0]
+
+    def place(self, name: str | None) -> int:
+        """Return the place of a task among the run's; the name may be left out if there is one.
+
+        Raises ConfigError where it may not, and for a task that the run was not trained on.
+        """
+        names = [task.name for task in self.tasks]
+        if name is None and len(names) > 1:
+            raise ConfigError(
+                f"{self.directory}: trained on several tasks ({', '.join(names)})",
+                "say which one with --task NAME",
+            )
+        if name is not None and name not in names:
+            raise ConfigError(
+                f"--task {name!r}: {self.directory} was not trained on it", nearest(name, names)
+            )
+        return 0 if name is None else names.index(name)
 
     def build(self, device: str | None = None) -> Tuned:
         """Build the model on its backbone and load what was stored, strictly.
@@ -82,7 +106,7 @@ class Run:
                 f"({pretrained.fingerprint[:12]})",
                 "give the backbone that the run was trained on",
             )
-        tuned = _load(self.directory, experiment, self.task, self.header["sha256"], pretrained)
+        tuned = _load(self.directory, experiment, self.tasks, self.header["sha256"], pretrained)
         self._compare_probe(tuned)
         return tuned
 
@@ -102,12 +126,12 @@ class Run:
                 "its settings or a library have changed: restore them, or train it again",
             )
 
-    def rows(self, split: str, source: str | None = None) -> Dataset:
-        """Find the rows of a split again, by source and settings, and check them by hash."""
-        settings = self.experiment.data
+    def rows(self, split: str, source: str | None = None, place: int = 0) -> Dataset:
+        """Find the rows of a task's split again, by source and settings, and check them by hash."""
+        settings = self.experiment.data.each()[place]
         if source is not None:
             settings = settings.model_copy(update={"source": source, "prepared": None})
-        recorded = self.environment["data"]["splits"]
+        recorded = self._manifests[place]["splits"]
         if split not in recorded:
             raise DataError(f"split {split!r}: not in this run", f"choose {', '.join(recorded)}")
         found = data.prepare(settings).splits[split]
@@ -117,6 +141,11 @@ class Run:
                 "the source has changed; give the one that was used with --source",
             )
         return found
+
+    @property
+    def _manifests(self) -> list[dict[str, Any]]:
+        recorded = self.environment["data"]
+        return list(recorded["tasks"].values()) if len(self.tasks) > 1 else [recorded]
 
 
 def read(directory: Path) -> Run:
@@ -131,22 +160,30 @@ def read(directory: Path) -> Run:
     header = artifact.read_header(directory / MODEL)
     environment = artifact.read_object(directory / ENVIRONMENT)
     result = artifact.read_object(directory / RESULT)
-    formats.shaped(directory / MODEL, header, formats.Header)
-    formats.shaped(directory / ENVIRONMENT, environment, formats.Environment)
+    joint = "tasks" in header
+    formats.shaped(directory / MODEL, header, formats.JointHeader if joint else formats.Header)
+    expected = formats.JointEnvironment if joint else formats.Environment
+    formats.shaped(directory / ENVIRONMENT, environment, expected)
     formats.shaped(directory / RESULT, result, formats.Result)
     return Run(directory, read_experiment(directory), environment, header, result)
 
 
-def read_stored(directory: Path, experiment: Experiment, task: Task, trained: Tuned) -> Tuned:
+def read_stored(
+    directory: Path, experiment: Experiment, tasks: Sequence[Task], trained: Tuned
+) -> Tuned:
     """Build the model that an unfinished run has just stored, read back from its file."""
     header = artifact.read_header(directory / MODEL)
-    return _load(directory, experiment, task, header["sha256"], trained.pretrained)
+    return _load(directory, experiment, tasks, header["sha256"], trained.pretrained)
 
 
 def _load(
-    directory: Path, experiment: Experiment, task: Task, sha256: str, pretrained: Pretrained
+    directory: Path,
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    sha256: str,
+    pretrained: Pretrained,
 ) -> Tuned:
-    tuned = build(experiment, task.outputs, pretrained, folded=True)
+    tuned = build(experiment, [task.outputs for task in tasks], pretrained, folded=True)
     tuned.load(artifact.read_tensors(directory / MODEL, tuned.stored(), sha256))
     return tuned
 
@@ -264,15 +301,19 @@ class Writer:
         """Write what an interrupted loop goes on from."""
         artifact.write_tensors(self.directory / STATE, tensors, counters)
 
-    def model(self, tuned: Tuned, task: Task, method: str) -> Tensor:
+    def model(self, tuned: Tuned, tasks: Sequence[Task], method: str) -> Tensor:
         """Write the stored tensors and return the probe logits of the model that was trained."""
         tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tuned.stored().items()
         }
+        said = [
+            {key: value for key, value in asdict(task).items() if key in _TASK_KEYS}
+            for task in tasks
+        ]
         header = {
             "format_version": artifact.FORMAT,
             "method": method,
-            "task": {key: value for key, value in asdict(task).items() if key in _TASK_KEYS},
+            **({"task": said[0]} if len(said) == 1 else {"tasks": said}),
             "backbone": _backbone(tuned),
             "pooling": tuned.pooling,
             "precision": tuned.precision,
@@ -316,8 +357,9 @@ def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
 
 
 def probe(tuned: Tuned) -> Logits:
-    """Return the logits of the probe rows: a fingerprint without user text."""
-    return compute_logits(tuned, probe_rows(tuned))
+    """Return all heads' logits of the probe rows: a fingerprint without user text."""
+    rows, tasks = probe_rows(tuned), range(len(tuned.classifier.heads))
+    return np.concatenate([compute_logits(tuned, rows, task) for task in tasks], axis=1)
 
 
 def probe_rows(tuned: Tuned) -> Encoded:

@@ -123,6 +123,29 @@ CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
 REGRESSION_METRICS = ("spearman", "pearson", "mse")
 
 
+MEAN = "mean"
+
+
+def joint_name(tasks: Sequence[Task]) -> str:
+    """Return what tasks that train one backbone are called: their names, joined."""
+    return "+".join(task.name for task in tasks)
+
+
+def joint_metric(tasks: Sequence[Task]) -> str:
+    """Return what selects the best epoch: a task's own metric, or the mean over several."""
+    return tasks[0].metric if len(tasks) == 1 else MEAN
+
+
+def joint_scores(tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return one task's scores; of several the mean of their metrics, and all by "task.metric"."""
+    if len(tasks) == 1:
+        return dict(scores[0])
+    pairs = list(zip(tasks, scores, strict=True))
+    mean = sum(own[task.metric] for task, own in pairs) / len(pairs)
+    named = {f"{task.name}.{name}": own[name] for task, own in pairs for name in own}
+    return {MEAN: mean, **named}
+
+
 def is_better(metric: str, score: float, best: float) -> bool:
     """Say whether `score` is strictly better than `best`."""
     return score < best if metric == "mse" else score > best

@@ -5,7 +5,7 @@ step goes on exactly, from its tensors and a few counters.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.batches import Encoded, shuffled
+from unipelt_cli.batches import Encoded, interleaved
 from unipelt_cli.config import TrainSettings
 from unipelt_cli.errors import CheckError
 from unipelt_cli.evaluation import compute_logits, predictions
 from unipelt_cli.methods import Moment, Pass
 from unipelt_cli.modeling import Tuned
-from unipelt_cli.tasks import Task, is_better
+from unipelt_cli.tasks import Task, is_better, joint_metric, joint_scores
 
+Labelled = tuple[Encoded, NDArray[Any]]
 PREPARING = 2**32  # seeds from here on belong to passes before training
 
 
@@ -50,6 +51,15 @@ class Epoch:
     is_best: bool
 
 
+@dataclass(frozen=True)
+class Course:
+    """One task to train on, with its rows."""
+
+    task: Task
+    train: Labelled
+    dev: Labelled
+
+
 @dataclass
 class Progress:
     """The counters of a loop: with its tensors, all that going on needs."""
@@ -71,21 +81,29 @@ class Progress:
 
 
 class Training:
-    """A loop over one model: iterate over `events`, read `progress`, save `state` at any event."""
+    """A loop over one model: iterate over `events`, read `progress`, save `state` at any event.
+
+    The tasks of `more` train the same model: every batch is of one task and reaches its head only.
+    """
 
     def __init__(
         self,
         tuned: Tuned,
         task: Task,
-        train: tuple[Encoded, NDArray[Any]],
-        dev: tuple[Encoded, NDArray[Any]],
+        train: Labelled,
+        dev: Labelled,
         settings: TrainSettings,
+        more: Sequence[Course] = (),
     ) -> None:
         assert settings.learning_rate is not None
         self.tuned, self.task, self.settings = tuned, task, settings
         self.train, self.dev = train, dev
+        self.courses = (Course(task, train, dev), *more)
+        self.tasks = [course.task for course in self.courses]
         self.method = tuned.method
-        self.steps = -(-len(train[0]) // settings.batch_size)
+        sizes = [len(course.train[0]) for course in self.courses]
+        self.rows = sum(sizes)
+        self.steps = sum(-(-size // settings.batch_size) for size in sizes)
         self.lengths = [max(1, round(s.share * settings.epochs)) for s in self.method.stages]
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
@@ -152,16 +170,24 @@ class Training:
     def _losses(
         self, batch_size: int, rows: int | None = None, *, training: bool = False
     ) -> Iterator[Tensor]:
-        """Pass over the train rows in their order: see `methods.base.Losses`."""
-        encoded, labels = self.train
-        device, count = self.tuned.device, min(rows or len(encoded), len(encoded))
-        self.tuned.classifier.train(training)
-        for start in range(0, count, batch_size):
-            chosen = np.arange(start, min(start + batch_size, count))
-            target = torch.as_tensor(labels[chosen], device=device)
-            with _seeded(self.settings.seed, PREPARING + start, device):
-                logits = self.tuned.classifier(**encoded.batch(chosen.tolist(), device))
-                yield self._loss(logits, target)
+        """Pass over the train rows in their order: see `methods.base.Losses`.
+
+        Several tasks come one after the other, each with an equal share of `rows`.
+        """
+        classifier, device, before = self.tuned.classifier, self.tuned.device, 0
+        share = None if rows is None else -(-rows // len(self.courses))
+        classifier.train(training)
+        for place, course in enumerate(self.courses):
+            encoded, labels = course.train
+            count = min(share or len(encoded), len(encoded))
+            for start in range(0, count, batch_size):
+                chosen = np.arange(start, min(start + batch_size, count))
+                target = torch.as_tensor(labels[chosen], device=device)
+                classifier.select(place)
+                with _seeded(self.settings.seed, PREPARING + before + start, device):
+                    logits = classifier(**encoded.batch(chosen.tolist(), device))
+                    yield _loss(course.task, logits, target)
+            before += count
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and counters from which `restore` goes on exactly."""
@@ -191,37 +217,40 @@ class Training:
                 self.optimizer.state[self.parameters[name]][kind] = tensor
 
     def _train_epoch(self) -> Iterator[Step]:
-        rows, labels = self.train
         settings, progress = self.settings, self.progress
-        order = shuffled(rows.lengths, settings.batch_size, settings.seed, progress.epoch)
+        lengths = [course.train[0].lengths for course in self.courses]
+        order = interleaved(lengths, settings.batch_size, settings.seed, progress.epoch)
         while progress.step < self.steps:
             start = time.perf_counter()
-            chosen = order[progress.step]
-            loss = self._step(rows, labels, chosen)
+            place, chosen = order[progress.step]
+            loss = self._step(place, chosen)
             progress.step += 1
             progress.taken += 1
             progress.stage_taken += 1
             progress.loss_sum += loss * len(chosen)
-            progress.tokens += int(rows.lengths[chosen].sum())
+            progress.tokens += int(lengths[place][chosen].sum())
             progress.train_seconds += time.perf_counter() - start
             yield Step(progress.epoch, progress.step, self.steps, loss)
 
-    def _step(self, rows: Encoded, labels: NDArray[Any], chosen: NDArray[np.int64]) -> float:
+    def _step(self, place: int, chosen: NDArray[np.int64]) -> float:
+        """Take one step on some rows of one task."""
+        task, (rows, labels) = self.tasks[place], self.courses[place].train
         classifier, device, method = self.tuned.classifier, self.tuned.device, self.method
         backbone, moment = classifier.backbone, self._moment()
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         classifier.train()
+        classifier.select(place)
         inputs = rows.batch(chosen.tolist(), device)
         target = torch.as_tensor(labels[chosen], device=device)
         step = Pass(
             backbone,
             inputs,
             moment,
-            self.task.is_regression,
+            task.is_regression,
             lambda: classifier(**inputs),
-            lambda logits: self._loss(logits, target),
+            lambda logits: _loss(task, logits, target),
         )
         with _seeded(self.settings.seed, self.progress.taken, device):
             loss = method.loss(step)
@@ -244,11 +273,6 @@ class Training:
         steps = self.lengths[progress.stage] * self.steps
         return Moment(progress.stage, progress.stage_taken, steps)
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.task.is_regression:
-            return functional.mse_loss(logits[:, 0], labels.float())
-        return functional.cross_entropy(logits, labels)
-
     def _rate(self) -> float:
         """Return this step's rate: linear warm-up, then linear decay to 0 over the stage."""
         peak = self.settings.learning_rate
@@ -266,13 +290,11 @@ class Training:
         scores: dict[str, float] = {}
         is_best = False
         if self.method.stages[progress.stage].selects:
-            rows, labels = self.dev
-            logits = compute_logits(self.tuned, rows)
-            scores = self.task.score(predictions(self.task, logits), labels)
+            scores = joint_scores(self.tasks, list(map(self._score, range(len(self.tasks)))))
             is_best = self._select(scores)
         event = Epoch(
             progress.epoch,
-            progress.loss_sum / len(self.train[0]),
+            progress.loss_sum / self.rows,
             scores,
             progress.train_seconds,
             time.perf_counter() - start,
@@ -286,9 +308,13 @@ class Training:
         progress.loss_sum = progress.train_seconds = 0.0
         return event
 
+    def _score(self, place: int) -> dict[str, float]:
+        task, (rows, labels) = self.tasks[place], self.courses[place].dev
+        return task.score(predictions(task, compute_logits(self.tuned, rows, place)), labels)
+
     def _select(self, scores: dict[str, float]) -> bool:
         """Keep this epoch's tensors if it is the stage's best so far."""
-        progress, metric = self.progress, self.task.metric
+        progress, metric = self.progress, joint_metric(self.tasks)
         first = not progress.best_dev
         if not first and not is_better(metric, scores[metric], progress.best_score):
             return False
@@ -305,6 +331,12 @@ class Training:
                 own[name].copy_(tensor)
 
 
+def _loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    if task.is_regression:
+        return functional.mse_loss(logits[:, 0], labels.float())
+    return functional.cross_entropy(logits, labels)
+
+
 def _adamw(
     parameters: Mapping[str, nn.Parameter], settings: TrainSettings, tuned: Tuned
 ) -> torch.optim.AdamW:
@@ -314,7 +346,7 @@ def _adamw(
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        is_head = name.startswith("head.")
+        is_head = not name.startswith("backbone.")
         own = name.removeprefix("backbone.")
         factor = 1.0 if is_head else tuned.method.rate(own)
         is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1

@@ -26,7 +26,8 @@ class Site:
     """Where a method is attached.
 
     With `folded` the backbone gets the form that is stored. Randomness comes from `generator`
-    alone. What requires a gradient before `attach` belongs to the head.
+    alone. What requires a gradient before `attach` belongs to the head. With several `tasks` all
+    of them train one backbone: `Method.select` says whose rows come next.
     """
 
     layout: Layout
@@ -39,6 +40,7 @@ class Site:
     """Its other tokens that stand for no text."""
     fingerprint: str = ""
     """The backbone's, as a run's file has it."""
+    tasks: int = 1
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,9 @@ class Method:
     def attach(self, backbone: nn.Module, site: Site) -> None:
         """Change a backbone whose parameters are all frozen, and mark what trains."""
         raise TypeError(f"{type(self).__name__} does not say how it attaches")
+
+    def select(self, backbone: nn.Module, task: int) -> None:
+        """Make the next forward passes those of one task; a method that shares all ignores it."""
 
     def prepare(self, backbone: nn.Module, losses: Losses) -> None:
         """Look at the train rows once before training; must give the same when repeated."""

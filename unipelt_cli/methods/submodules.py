@@ -34,6 +34,7 @@ class ForwardState:
         self.pooling: Tensor | None = None  # (B, T) float32, sums to 1 over the pooled tokens
         self.prefix: Tensor | None = None  # (N, 2, P, D)
         self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
+        self.task = 0  # whose gate terms count, where tasks have some
 
 
 class LayerSubmodules(nn.Module):
@@ -58,6 +59,7 @@ class LayerSubmodules(nn.Module):
         self.record: dict[str, Tensor] = {}
         self.reads_table = False
         self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
+        self.task_gates = nn.ModuleList()  # by task, then by gate: what it adds to the shared gate
         self.adapter: Adapter | None = None
         self.parallel: ParallelAdapter | None = None
         self.parallel_scale = method.parallel_scale
@@ -157,6 +159,11 @@ class LayerSubmodules(nn.Module):
         gates = [cast(nn.Linear, self.gates[name]) for name in names]
         weight = torch.cat([gate.weight for gate in gates])
         bias = torch.cat([gate.bias for gate in gates])
+        if len(self.task_gates):
+            own = cast(nn.ModuleDict, self.task_gates[self.state.task])
+            terms = [cast(nn.Linear, own[name]) for name in names]
+            weight = weight + torch.cat([term.weight for term in terms])
+            bias = bias + torch.cat([term.bias for term in terms])
         with torch.autocast(x.device.type, enabled=False):
             opened = functional.linear(x.float(), weight, bias).sigmoid()  # (B, T, gates)
             return (opened * pooling[:, :, None]).sum(1)
