@@ -388,12 +388,19 @@ def presets() -> dict[str, Path]:
 
 
 def read_preset(name: str) -> Settings:
-    """Read a preset by path or by name; raise ConfigError when it is absent or not TOML."""
+    """Read a preset by path or by name; raise ConfigError when it is absent or not TOML.
+
+    A method's name is a preset too: its defaults, where no file says more.
+    """
     path = Path(name)
     if not path.is_file():
         shipped = presets()
+        if name not in shipped and name in methods.table():
+            rate = methods.get(name).learning_rate
+            return {"method": {"name": name}, "train": {"learning_rate": rate}}
         if name not in shipped:
-            raise ConfigError(f"preset {name!r}: no such file or preset", nearest(name, shipped))
+            known = [*shipped, *methods.table()]
+            raise ConfigError(f"preset {name!r}: no such file or preset", nearest(name, known))
         path = shipped[name]
     try:
         if path.stat().st_size > 1_000_000:

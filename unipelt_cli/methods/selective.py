@@ -108,7 +108,7 @@ METHODS = MappingProxyType(
         "full": Recipe(Full(), 2e-5, "full", "every tensor of the backbone", "Mao et al. 2022"),
         "head": Recipe(Head(), 1e-3, "partial", "nothing but the head", "Ben Zaken et al. 2022"),
         "bitfit": Recipe(
-            BitFit(), 1e-4, "partial", "the backbone's biases", "Ben Zaken et al. 2022"
+            BitFit(), 1e-3, "partial", "the backbone's biases", "Ben Zaken et al. 2022"
         ),
         "top-layers": Recipe(
             TopLayers(), 2e-5, "partial", "the last layers and the pooler", "Lee et al. 2019"
