@@ -23,6 +23,7 @@ from torch.nn import functional
 from unipelt_cli import adapterhub, methods
 from unipelt_cli.backbones import BACKBONES, Layout
 from unipelt_cli.config import resolve
+from unipelt_cli.errors import ConfigError
 from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods.bottlenecks import SparseAdapter, _pack, _unpack
 from unipelt_cli.methods.submodules import Submodules, record_gates
@@ -223,6 +224,37 @@ def test_a_free_union_has_the_gates_of_its_parts(backbone_dir: Backbones) -> Non
     without = experiment(backbone_dir("bert"), "union", options=options | {"gated": False})
     with record_gates(build(without, 2).classifier.backbone) as recorded:
         assert not recorded
+
+
+def test_every_part_may_have_a_rate_of_its_own(backbone_dir: Backbones) -> None:
+    factors = {"adapter": 0.2, "prefix": 0.4, "lora": 3.0, "bias": 5.0, "parallel": 7.0}
+    options = {f"{name}_rate": factor for name, factor in factors.items()}
+    options["parts"] = ",".join(factors)
+    tuned = build(experiment(backbone_dir("bert"), "union", options=options), 2)
+    optimizer = trained(tuned, epochs=1).optimizer
+    names = {id(p): name for name, p in tuned.classifier.named_parameters()}
+    found: dict[str, set[float]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)].removeprefix("backbone.submodules.")
+            kind = next((k for k in ("head", "gates", *factors) if f".{k}." in f".{name}"), name)
+            found.setdefault(kind, set()).add(group["factor"])
+    assert found == {"head": {1.0}, "gates": {1.0}, **{k: {f} for k, f in factors.items()}}
+
+
+def test_gates_start_where_their_bias_says(backbone_dir: Backbones) -> None:
+    opened = []
+    for bias in (-30.0, 0.0, 30.0):
+        settings = experiment(backbone_dir("bert"), "union", options={"gate_bias": bias})
+        tuned = build(settings, 2)
+        with record_gates(tuned.classifier.backbone) as recorded:
+            logits_of(tuned, SENTENCES)
+        opened.append(torch.stack([torch.stack([*layer.values()]) for layer in recorded]))
+    assert opened[0].max() < 1e-6
+    assert 0.3 < opened[1].min() < opened[1].max() < 0.7
+    assert opened[2].min() > 1 - 1e-6
+    with pytest.raises(ConfigError, match=r"gate_bias = 1.0: there is no gate"):
+        experiment(Path("minilm"), "union", options={"gated": False, "gate_bias": 1.0})
 
 
 def test_mam_is_the_glue_recipe() -> None:

@@ -1,4 +1,4 @@
-"""Adapter, prefix, LoRA and bias as submodules of every layer, each behind a learned gate.
+"""Adapter, prefix, LoRA and others as submodules of every layer, each behind a learned gate.
 
 Mao et al. 2022 (arXiv 2110.07577). The backbone's own modules stay in place: submodules reach
 them through forward hooks, so the backbone's tensors keep their names and can be merged or freed.
@@ -82,7 +82,8 @@ class LayerSubmodules(nn.Module):
                 assert isinstance(bias, Tensor)
                 self.bias[path.replace(".", "-")] = nn.Parameter(torch.zeros_like(bias))
         for name in method.gate_names():
-            self.gates[name] = new_linear(hidden, 1, generator)
+            self.gates[name] = gate = new_linear(hidden, 1, generator)
+            nn.init.constant_(gate.bias, method.gate_bias)
 
     def hooks(
         self, layer: nn.Module, layout: Layout, lengthens: bool
@@ -329,6 +330,16 @@ class Submodules(Method):
         Literal["shared", "separate"],
         Field(description="one LoRA gate a layer (the paper), or one for query and one for value"),
     ] = "shared"
+    gate_bias: Annotated[
+        float, Field(description="bias that every gate starts with: 0 is half open")
+    ] = 0.0
+    adapter_rate: Annotated[float, Field(gt=0, description="adapter: factor on the rate")] = 1.0
+    prefix_rate: Annotated[float, Field(gt=0, description="prefix: factor on the rate")] = 1.0
+    lora_rate: Annotated[float, Field(gt=0, description="LoRA: factor on the rate")] = 1.0
+    bias_rate: Annotated[float, Field(gt=0, description="biases: factor on the rate")] = 1.0
+    parallel_rate: Annotated[
+        float, Field(gt=0, description="parallel adapter: factor on the rate")
+    ] = 1.0
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if len(set(self.parts)) < len(self.parts):
@@ -340,6 +351,11 @@ class Submodules(Method):
             )
         if not self.gated and self.gate_pooling == "all":
             yield "gate_pooling = 'all': there is no gate", "leave it out, or set method.gated=true"
+        if not self.gated and self.gate_bias != 0:
+            yield (
+                f"gate_bias = {self.gate_bias}: there is no gate",
+                "leave it out, or set method.gated=true",
+            )
 
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         if "parallel" in self.parts:
@@ -348,6 +364,12 @@ class Submodules(Method):
     @property
     def pads_to_max_length(self) -> bool:
         return self.gated and self.gate_pooling == "all"
+
+    def rate(self, name: str) -> float:
+        """Return the factor of the part that a tensor belongs to; gates follow the run's rate."""
+        _, place, *rest = name.split(".")
+        part = place if place == "prefix" else rest[1]
+        return cast(float, getattr(self, f"{part}_rate", 1.0))
 
     def gate_names(self) -> tuple[str, ...]:
         """Return the names of a layer's gates."""
