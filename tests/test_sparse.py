@@ -16,7 +16,13 @@ from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods.base import Moment, Pass
 from unipelt_cli.methods.masked import pack, sparse, unpack
 from unipelt_cli.methods.overlay import Deltas, Overlay, top
-from unipelt_cli.methods.pruning import Differences, expected_gate, open_chance, sample_gate
+from unipelt_cli.methods.pruning import (
+    Differences,
+    expected_gate,
+    open_chance,
+    sample_gate,
+    sampled_difference,
+)
 from unipelt_cli.modeling import Tuned, build, merge
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import Epoch, Step, Training
@@ -309,6 +315,24 @@ def test_the_expected_gate_is_the_integral() -> None:
     t = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     exact = (alpha[:, None] - ((t + 1.5) / 3).logit()).sigmoid().mean(1)
     assert (expected_gate(alpha) - exact).abs().max() < 1e-6
+
+
+def test_a_sampled_difference_is_what_its_parts_give_with_their_gradients() -> None:
+    generator = torch.Generator().manual_seed(4)
+    start = [torch.randn(5000, generator=generator, dtype=torch.float64) for _ in range(3)]
+    results, gradients = [], []
+    for fused in (True, False):
+        w, alpha = (tensor.clone().requires_grad_() for tensor in start[:2])
+        gate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        torch.manual_seed(6)
+        result = sampled_difference(w, alpha, gate) if fused else w * (sample_gate(alpha) * gate)
+        (result * start[2]).sum().backward()
+        results.append(result.detach())
+        gradients.append([w.grad, alpha.grad, gate.grad])
+    assert torch.allclose(*results)
+    assert 0.2 < float((results[0] == 0).double().mean()) < 0.8
+    for ours, plain in zip(*gradients, strict=True):
+        assert torch.allclose(ours, plain)
 
 
 def test_the_penalty_is_the_expected_share_of_entries_that_differ(calm: Path) -> None:

@@ -3,9 +3,9 @@
 Guo, Rush and Kim 2021 (arXiv 2012.07463): diff pruning.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -50,6 +50,34 @@ def open_chance(alpha: Tensor) -> Tensor:
     return alpha.sigmoid()
 
 
+class SampledDifference(torch.autograd.Function):
+    """w * sample_gate(alpha) * gate, with a third of the memory traffic of separate operations.
+
+    Large tensors are allocated anew each time, and that is where the time goes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, alpha: Tensor, gate: Tensor) -> Tensor:  # (n,), (n,), ()
+        s = torch.empty_like(alpha).uniform_(RARE, 1 - RARE).logit_().add_(alpha).sigmoid_()
+        ctx.save_for_backward(w, s, gate)
+        return (s * (HIGH - LOW)).add_(LOW).clamp_(0, 1).mul_(gate).mul_(w)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        w, s, gate = ctx.saved_tensors
+        (of_result,) = gradients
+        of_w = (s * (HIGH - LOW)).add_(LOW)
+        is_inside = (of_w >= 0) & (of_w <= 1)
+        of_w.clamp_(0, 1).mul_(of_result)
+        of_gate = torch.dot(of_w, w)
+        of_alpha = (s * (HIGH - LOW)).mul_(1 - s).mul_(is_inside)
+        of_alpha.mul_(of_result).mul_(w).mul_(gate)
+        return of_w.mul_(gate), of_alpha, of_gate
+
+
+sampled_difference: Callable[[Tensor, Tensor, Tensor], Tensor] = SampledDifference.apply
+
+
 class Differences(Overlay):
     """Before pruning: pretrained + gate * group's gate * w, for every entry of N in T tensors."""
 
@@ -67,10 +95,12 @@ class Differences(Overlay):
 
     def gated(self) -> Iterator[Tensor]:
         """Yield each tensor's differences, flat: sampled in training, expected otherwise."""
-        gate = sample_gate if self.training else expected_gate
         parts = zip(self.split(self.w), self.split(self.alpha), self.groups, strict=True)
         for w, alpha, group in parts:
-            yield w * (gate(alpha) * gate(group))
+            if self.training:
+                yield sampled_difference(w, alpha, sample_gate(group))
+            else:
+                yield w * (expected_gate(alpha) * expected_gate(group))
 
     def weights(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for parameter, added in zip(self.own, self.gated(), strict=True):
