@@ -56,7 +56,8 @@ def activate(backbone: Any, *names: str) -> None:
     """Send the states through these modules, the first one first, in training and out of it."""
     from adapters.composition import Stack
 
-    backbone.set_active_adapters(Stack(*names))
+    # `set_active_adapters` would log that none is active yet, on its way to do this
+    backbone.adapters_config.active_setup = Stack(*names)
 
 
 def tensors(backbone: nn.Module, name: str) -> dict[str, nn.Parameter]:
