@@ -23,6 +23,10 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter.safetensors"
 HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
 UNKNOWN = frozenset({"camembert", "mpnet"})
 """Architectures of ours for which `adapters` has no model class."""
+UNWRITTEN: Mapping[str, str] = {
+    "t5": "its backbone is the encoder of a t5, and adapters counts its prefix as positions",
+}
+"""Architectures of `adapters` that no folder is written for, each with the reason."""
 
 PLACES: Mapping[str, tuple[str, str]] = {
     "distilbert": ("output_adapters", "self"),
@@ -48,7 +52,13 @@ LAYER_NAMES: Mapping[str, tuple[str, ...]] = {
 
 def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
     """Return why no folder holds this model and what to train instead, or None."""
-    method, model_type = tuned.method, tuned.pretrained.layout.model_type
+    method, layout = tuned.method, tuned.pretrained.layout
+    model_type = layout.model_type
+    if reason := UNWRITTEN.get(model_type):
+        remedy = "train on another backbone, such as a bert"
+        if not isinstance(method, Submodules):
+            remedy += " with --set model.pooling=native, and use --to hf"
+        return f"{run.directory}: {reason}", remedy
     if not isinstance(method, Submodules):
         native = "" if tuned.pooling == "native" else "train with --set model.pooling=native and "
         return (
@@ -169,7 +179,7 @@ def _head_config(run: Run, tuned: Tuned) -> dict[str, Any]:
         "head_type": "classification",
         "num_labels": run.task.outputs,
         "layers": 1 if head.dense is None else 2,
-        "activation_function": None if head.dense is None else native.activation,
+        "activation_function": native.activation if native and head.dense else None,
         "label2id": {label: index for index, label in enumerate(run.task.labels)} or None,
         "use_pooler": tuned.classifier.reads_pooler,
         "bias": True,

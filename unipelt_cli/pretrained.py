@@ -165,7 +165,7 @@ class Pretrained:
 
         Only a pooler may be missing: anything else would leave random weights in the backbone.
         """
-        has_pooler = self.layout.native.pooler
+        has_pooler = self.layout.has_pooler
         arguments = {"add_pooling_layer": pooler} if self._takes_pooler() else {}
         try:
             config = self.library_config()

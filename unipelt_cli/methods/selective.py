@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from types import MappingProxyType
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 from torch import nn
@@ -41,6 +42,10 @@ class BitFit(Selective):
 
     A search for names with "bias" would also catch what other methods add.
     """
+
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        if "bias" in layout.lacks:
+            yield layout.lacks["bias"], "choose another method or another backbone"
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         for module in self._biased(backbone, site.layout):

@@ -84,7 +84,8 @@ class LayerSubmodules(nn.Module):
 
         With `lengthens` the projections bring the prefix; otherwise an own attention does.
         """
-        handles = [layer.register_forward_pre_hook(self._open_gates, with_kwargs=True)]
+        reads = layer.get_submodule(layout.gates_read)
+        handles = [reads.register_forward_pre_hook(self._open_gates, with_kwargs=True)]
         for place in self.lora:
             module = _projection(layer, layout, place)
             handles.append(module.register_forward_hook(getattr(self, f"_lora_{place}")))
@@ -99,7 +100,10 @@ class LayerSubmodules(nn.Module):
             attention = layer.get_submodule(layout.attention)
             project = getattr(attention, layout.table)
             setattr(attention, layout.table, partial(self._read_table, project))
-        if self.adapter is not None:
+        if self.adapter is not None and layout.adapted is not None:
+            block = layer.get_submodule(layout.adapted)
+            handles.append(block.register_forward_hook(self._adapt_output))
+        elif self.adapter is not None:
             norm = layer.get_submodule(layout.output_norm)
             handles.append(norm.register_forward_pre_hook(self._adapt))
         return handles
@@ -183,12 +187,20 @@ class LayerSubmodules(nn.Module):
 
     def _adapt(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (summed,) = args
-        normed = norm.forward(summed)  # the frozen norm itself, without hooks
-        self._compute([name for name in self.gates if name == "adapter"], normed)
+        return (summed + self._adapted(norm.forward(summed)),)  # the frozen norm, without hooks
+
+    def _adapt_output(self, block: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + self._adapted(output[0]), *output[1:])
+        return output + self._adapted(output)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds, as far as its gate is open."""
+        self._compute([name for name in self.gates if name == "adapter"], x)
         assert self.adapter is not None
-        added = self.adapter(normed)
+        added: Tensor = self.adapter(x)
         gate = self.gate("adapter")
-        return (summed + (added if gate is None else gate.to(added.dtype) * added),)
+        return added if gate is None else gate.to(added.dtype) * added
 
     def merge_into(self, layer: nn.Module, layout: Layout) -> None:
         """Add the LoRA products and bias deltas to the layer's own tensors (ungated only)."""
@@ -304,6 +316,15 @@ class Submodules(Method):
             )
         if not self.gated and self.gate_pooling == "all":
             yield "gate_pooling = 'all': there is no gate", "leave it out, or set method.gated=true"
+
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        for part in self.parts:
+            if part in layout.lacks:
+                yield (
+                    f"it has the part {part!r}, and {layout.lacks[part]}",
+                    f"set method.parts to some of {', '.join(layout.parts)}, "
+                    "or choose another backbone",
+                )
 
     @property
     def pads_to_max_length(self) -> bool:
