@@ -98,6 +98,13 @@ OWN_SIZES = {"distilbert": DISTILBERT_SIZES, "t5": T5_SIZES}
 EXTRA: dict[str, dict[str, object]] = {
     "electra": {"embedding_size": 32},
     "albert": {"embedding_size": 16, "num_hidden_layers": 3},
+    # A global and a local layer, and a window smaller than the sentences.
+    "modernbert": {
+        "local_attention": 8,
+        "global_attn_every_n_layers": 2,
+        **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
+    },
     # As every version 3; twice the buckets is a length that tests pad to.
     "deberta-v2": {
         "relative_attention": True,

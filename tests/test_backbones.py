@@ -221,7 +221,7 @@ def test_a_t5_is_read_by_its_mean_and_knows_no_bound(backbone_dir: Callable[[str
     assert tuned.pooling == "mean"
     long = [" ".join(["good film"] * 280)]
     assert logits_of(tuned, long).shape == (1, 2)
-    with pytest.raises(BackboneError, match=r"model\.pooling = 'native': the library has no") as no:
+    with pytest.raises(BackboneError, match=r"model\.pooling = 'native': the library's seq") as no:
         build(experiment(directory, "head", model={"pooling": "native"}), 2)
     assert no.value.hint == "choose one of mean, cls, eos"
 
@@ -291,6 +291,33 @@ def test_merged_equals_unmerged(
     merge(tuned)
     assert not hasattr(tuned.classifier.backbone, "submodules")
     assert torch.allclose(logits_of(tuned, SENTENCES), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in KINDS.items() if not row.native])
+def test_backbones_without_a_native_head_merge_too(
+    backbone_dir: Callable[[str], Path], model_type: str
+) -> None:
+    backbone = attached(backbone_dir(model_type), "eager", ("lora",), gated=False)
+    (before,) = states(backbone, [SENTENCE])
+    Submodules(parts=("lora",), gated=False).merge(backbone)
+    plain, _ = find(str(backbone_dir(model_type))).load_backbone("eager", pooler=False)
+    assert backbone.state_dict().keys() == plain.state_dict().keys()
+    assert (states(backbone, [SENTENCE])[0] - before).abs().max() < 1e-5
+    assert (states(plain.eval(), [SENTENCE])[0] - before).abs().max() > 0.1
+
+
+def test_modernberts_loras_change_the_rows_of_query_and_value(
+    backbone_dir: Callable[[str], Path],
+) -> None:
+    backbone = attached(backbone_dir("modernbert"), "sdpa", ("lora",), gated=False, lora_scale=0.7)
+    plain, _ = find(str(backbone_dir("modernbert"))).load_backbone("sdpa", pooler=False)
+    with torch.no_grad():
+        for own, layer in zip(backbone.submodules.layers, plain.layers, strict=True):
+            for place, start in (("query", 0), ("value", 64)):
+                change = 0.7 * own.lora[place].b @ own.lora[place].a
+                layer.attn.Wqkv.weight[start : start + 32] += change
+    by_hand = states(plain.eval(), [SENTENCE])[0]
+    assert (states(backbone, [SENTENCE])[0] - by_hand).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from unipelt_cli.runs import Run
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter.safetensors"
 HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
-UNKNOWN = frozenset({"camembert", "mpnet"})
+UNKNOWN = frozenset({"camembert", "mpnet", "modernbert"})
 """Architectures of ours for which `adapters` has no model class."""
 UNWRITTEN: Mapping[str, str] = {
     "t5": "its backbone is the encoder of a t5, and adapters counts its prefix as positions",

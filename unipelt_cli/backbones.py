@@ -55,7 +55,7 @@ class Layout:
     output_norm: str
     embedding_norm: str
     native: NativeHead | None
-    """None where the library has no sequence classifier that reads this backbone."""
+    """None where the head of the library's own sequence classifier is another than ours."""
     inside: str
     """The name of the backbone inside the library's own sequence classifier."""
     attentions: tuple[Attention, ...] = ("eager", "sdpa")
@@ -83,6 +83,12 @@ class Layout:
     """The module whose input opens the gates, where it is not the layer's own."""
     lacks: Mapping[str, str] = field(default_factory=dict)
     """The parts that this architecture cannot have, each with the reason."""
+    no_native: str = ""
+    """Why there is no native head, where there is none."""
+    fused: bool = False
+    """Whether query, key and value are thirds, in this order, of one linear unit's output."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """Values of the library's config that are set whatever the checkpoint says."""
     encoder_class: str = ""
     """The library's class of the backbone, where it is not the architecture's `Model`."""
 
@@ -272,6 +278,7 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 output_norm="layer.1.layer_norm",
                 embedding_norm="",
                 native=None,
+                no_native="the library's sequence classifier reads a t5's decoder too",
                 inside="",
                 attentions=("eager",),
                 own_attention=("eager",),
@@ -279,6 +286,31 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 adapted="layer.1",
                 gates_read="layer.0.SelfAttention",
                 lacks={"bias": "a t5 has no biases"},
+            ),
+            Layout(
+                model_type="modernbert",
+                classes="ModernBert",
+                layers="layers",
+                query="attn.Wqkv",
+                key="attn.Wqkv",
+                value="attn.Wqkv",
+                fused=True,
+                attention="attn",
+                attention_output="attn.Wo",
+                attention_norm="mlp_norm",
+                intermediate="mlp.Wi",
+                output="mlp.Wo",
+                output_norm="mlp_norm",
+                embedding_norm="embeddings.norm",
+                native=None,
+                no_native="the head of the library's sequence classifier has a norm in it",
+                inside="model",
+                own_attention=("eager", "sdpa"),
+                is_plain=False,  # norms stand before the blocks, and projections are fused
+                adapted="",
+                gates_read="attn",
+                lacks={"bias": "a modernbert has no biases"},
+                settings={"reference_compile": False},  # hooks and own forwards must be seen
             ),
         )
     }

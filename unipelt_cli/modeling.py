@@ -208,8 +208,7 @@ def choose_pooling(wanted: str, pretrained: Pretrained, missing: frozenset[str])
     layout = pretrained.layout
     if wanted == "native" and layout.native is None:
         raise BackboneError(
-            f"model.pooling = 'native': the library has no sequence classifier that reads a "
-            f"{layout.model_type} as it is read here",
+            f"model.pooling = 'native': {layout.no_native}",
             "choose one of mean, cls, eos",
         )
     if wanted != "auto":

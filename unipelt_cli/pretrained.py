@@ -96,7 +96,8 @@ class Pretrained:
 
     def library_config(self) -> Any:
         """Return a config object of the transformers library, made from the checked keys."""
-        return getattr(transformers, f"{self.layout.classes}Config")(**self.config)
+        settings = {**self.config, **self.layout.settings}
+        return getattr(transformers, f"{self.layout.classes}Config")(**settings)
 
     @property
     def sentence_pooling(self) -> str | None:

@@ -23,6 +23,7 @@ from unipelt_cli.methods.attention import replace_attention
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, new_linear
 from unipelt_cli.methods.parts import Adapter, LowRank, Prefix
 
+THIRDS = ("query", "key", "value")
 Part = Literal["adapter", "prefix", "lora", "bias"]
 
 
@@ -56,6 +57,7 @@ class LayerSubmodules(nn.Module):
         )
         self.gate_values: dict[str, Tensor] = {}
         self.record: dict[str, Tensor] = {}
+        self.fused = layout.fused
         self.reads_table = False
         self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
         self.adapter: Adapter | None = None
@@ -67,7 +69,10 @@ class LayerSubmodules(nn.Module):
         if "lora" in method.parts:
             for place in ("query", "value"):
                 self.lora[place] = LowRank(
-                    _projection(layer, layout, place), method.rank, generator
+                    _projection(layer, layout, place),
+                    method.rank,
+                    generator,
+                    _width(layer, layout, place),
                 )
         if "bias" in method.parts:
             for path in layout.biased():
@@ -165,7 +170,11 @@ class LayerSubmodules(nn.Module):
         gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}", x)
         scale = self.scale if gate is None else gate.to(x.dtype)
         added: Tensor = self.lora[place](x, scale)
-        return output + added
+        if not self.fused:
+            return output + added
+        thirds = list(output.chunk(len(THIRDS), dim=-1))
+        thirds[THIRDS.index(place)] = thirds[THIRDS.index(place)] + added
+        return torch.cat(thirds, dim=-1)
 
     def _prefix_key(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return self._prepend(0, output)
@@ -206,7 +215,10 @@ class LayerSubmodules(nn.Module):
         """Add the LoRA products and bias deltas to the layer's own tensors (ungated only)."""
         for place, low_rank in self.lora.items():
             assert isinstance(low_rank, LowRank)
-            _projection(layer, layout, place).weight += self.scale * low_rank.b @ low_rank.a
+            weight = _projection(layer, layout, place).weight.detach()
+            if layout.fused:
+                weight = weight.chunk(len(THIRDS))[THIRDS.index(place)]
+            weight += self.scale * low_rank.b @ low_rank.a
         for name, delta in self.bias.items():
             bias = layer.get_submodule(name.replace("-", ".")).bias
             assert isinstance(bias, Tensor)
@@ -249,7 +261,7 @@ class Container(nn.Module):
         )
         self.prefix: Prefix | None = None
         if has_prefix:
-            hidden = _projection(layers[0], layout, "key").out_features
+            hidden = _width(layers[0], layout, "key")
             shape = (len(layers), method.prefix_length, hidden)
             self.prefix = Prefix(shape, method.prefix_width, generator, site.folded)
             if not self.lengthens:
@@ -451,6 +463,12 @@ def _container(backbone: nn.Module) -> Container:
     container = backbone.submodules
     assert isinstance(container, Container)
     return container
+
+
+def _width(layer: nn.Module, layout: Layout, place: str) -> int:
+    """Return how many numbers a token's query, key or value has."""
+    outputs = _projection(layer, layout, place).out_features
+    return outputs // len(THIRDS) if layout.fused else outputs
 
 
 def _projection(layer: nn.Module, layout: Layout, place: str) -> nn.Linear:
