@@ -85,9 +85,26 @@ DISTILBERT_SIZES = {
     "max_position_embeddings": 140,
     "pad_token_id": 0,
 }
+T5_SIZES = {
+    "vocab_size": 100,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+}
+OWN_SIZES = {"distilbert": DISTILBERT_SIZES, "t5": T5_SIZES}
 EXTRA: dict[str, dict[str, object]] = {
     "electra": {"embedding_size": 32},
     "albert": {"embedding_size": 16, "num_hidden_layers": 3},
+    # A global and a local layer, and a window smaller than the sentences.
+    "modernbert": {
+        "local_attention": 8,
+        "global_attn_every_n_layers": 2,
+        **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
+    },
     # As every version 3; twice the buckets is a length that tests pad to.
     "deberta-v2": {
         "relative_attention": True,
@@ -99,6 +116,7 @@ EXTRA: dict[str, dict[str, object]] = {
     },
 }
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu", "d_kv": 6}),
     "deberta-v2-separate": ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 3}),
     "deberta-v2-absolute": (
         "deberta-v2",
@@ -111,7 +129,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 def save_backbone(directory: Path, model_type: str, **changes: object) -> Path:
     """Save a tiny random backbone of one architecture, weights N(0, 0.3), with a tokenizer."""
     layout = BACKBONES[model_type]
-    sizes = DISTILBERT_SIZES if model_type == "distilbert" else SIZES
+    sizes = OWN_SIZES.get(model_type, SIZES)
     extra = EXTRA.get(model_type, {})
     config = getattr(transformers, f"{layout.classes}Config")(**{**sizes, **extra, **changes})
     generator = torch.Generator().manual_seed(7)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import SENTENCES, VARIANTS, disturbed, experiment, logits_of, save_backbone
 from torch import Tensor, nn
 
@@ -15,14 +16,17 @@ from unipelt_cli.methods.submodules import Container, Submodules, record_gates
 from unipelt_cli.modeling import build, merge
 from unipelt_cli.pretrained import find
 
-PARTS = {
-    "lora": ("lora",),
-    "prefix": ("prefix",),
-    "adapter": ("adapter",),
-    "bias": ("bias",),
-    "all": ("adapter", "prefix", "lora", "bias"),
-}
+PARTS = ("lora", "prefix", "adapter", "bias", "all")
 KINDS = {**BACKBONES, **{name: BACKBONES[kind] for name, (kind, _) in VARIANTS.items()}}
+ALL = ("adapter", "prefix", "lora", "bias")
+
+
+def parts_of(kind: str, named: str) -> tuple[str, ...]:
+    """Return the parts of a name that an architecture can have; `all` is their union."""
+    there = KINDS[kind].parts
+    return there if named == "all" else tuple(part for part in (named,) if part in there)
+
+
 CASES = [
     (model_type, attention)
     for model_type, layout in KINDS.items()
@@ -59,12 +63,14 @@ def states(backbone: nn.Module, rows: list[Tensor], length: int | None = None) -
     return [output[place, : len(row)] for place, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-@pytest.mark.parametrize(("model_type", "attention"), CASES)
+@pytest.mark.parametrize(
+    ("model_type", "attention", "parts"),
+    [(*case, parts) for case in CASES for parts in PARTS if parts_of(case[0], parts)],
+)
 def test_padding_and_neighbours_change_nothing(
-    backbone_dir: Callable[[str], Path], model_type: str, attention: str, parts: tuple[str, ...]
+    backbone_dir: Callable[[str], Path], model_type: str, attention: str, parts: str
 ) -> None:
-    backbone = attached(backbone_dir(model_type), attention, parts)
+    backbone = attached(backbone_dir(model_type), attention, parts_of(model_type, parts))
     (alone,) = states(backbone, [SENTENCE])
     (padded,) = states(backbone, [SENTENCE], 128)
     others = [torch.randint(5, 50, (length,)) for length in (16, 3, 11)]
@@ -73,16 +79,21 @@ def test_padding_and_neighbours_change_nothing(
     assert (alone - mixed).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 @pytest.mark.parametrize(
-    "model_type", [name for name, row in KINDS.items() if len(row.attentions) > 1]
+    ("model_type", "parts"),
+    [
+        (name, parts)
+        for name, row in KINDS.items()
+        for parts in PARTS
+        if len(row.attentions) > 1 and parts_of(name, parts)
+    ],
 )
 def test_attention_implementations_agree(
-    backbone_dir: Callable[[str], Path], model_type: str, parts: tuple[str, ...]
+    backbone_dir: Callable[[str], Path], model_type: str, parts: str
 ) -> None:
     rows = [SENTENCE, torch.arange(5, 17)]
     eager, fused = (
-        states(attached(backbone_dir(model_type), attention, parts), rows)
+        states(attached(backbone_dir(model_type), attention, parts_of(model_type, parts)), rows)
         for attention in ("eager", "sdpa")
     )
     assert max((a - b).abs().max() for a, b in zip(eager, fused, strict=True)) < 1e-5
@@ -115,8 +126,15 @@ def test_closed_prefix_is_no_prefix(
     assert max((a - b).abs().max() for a, b in zip(expected, opened, strict=True)) > 1e-2
 
 
-@pytest.mark.parametrize("model_type", KINDS)
-@pytest.mark.parametrize("part", ["adapter", "lora", "bias"])
+@pytest.mark.parametrize(
+    ("part", "model_type"),
+    [
+        (part, kind)
+        for kind in KINDS
+        for part in ("adapter", "lora", "bias")
+        if parts_of(kind, part)
+    ],
+)
 def test_submodules_that_add_nothing_change_nothing(
     backbone_dir: Callable[[str], Path], model_type: str, part: str
 ) -> None:
@@ -135,7 +153,7 @@ def test_submodules_that_add_nothing_change_nothing(
 
 def test_camembert_is_xlm_roberta_class_by_class(backbone_dir: Callable[[str], Path]) -> None:
     """`adapters` refuses camembert, so its parity is with the architecture it copies."""
-    parts = PARTS["all"]
+    parts = ALL
     camembert = attached(backbone_dir("camembert"), "eager", parts)
     twin = attached(backbone_dir("xlm-roberta"), "eager", parts)
     twin.load_state_dict(camembert.state_dict())
@@ -161,6 +179,64 @@ def test_gate_pooling_all_averages_over_padding(
     assert torch.allclose(by_hand, masked, atol=1e-6) == (length == 7)
 
 
+@pytest.mark.filterwarnings("ignore")  # adapters calls what transformers will remove
+@pytest.mark.parametrize("parts", [("lora",), ("adapter",), ("lora", "adapter")], ids="+".join)
+def test_t5_computes_what_adapters_computes(
+    backbone_dir: Callable[[str], Path], parts: tuple[str, ...]
+) -> None:
+    """Not the prefix: there it is counted as positions (a closed prefix shows it)."""
+    import adapters
+
+    directory = backbone_dir("t5")
+    ours = attached(directory, "eager", parts, rank=8, lora_gates="separate")
+    theirs = transformers.T5EncoderModel.from_pretrained(directory)
+    adapters.init(theirs)
+    configs = {
+        "lora": adapters.LoRAConfig(r=8, use_gating=True),
+        "adapter": adapters.SeqBnConfig(reduction_factor=4, use_gating=True),
+    }
+    union = adapters.ConfigUnion(*(configs[part] for part in parts))
+    theirs.add_adapter("x", config=union, set_active=True)
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+    for own, block in zip(ours.submodules.layers, theirs.encoder.block, strict=True):
+        for place, letter in (("query", "q"), ("value", "v")) if "lora" in parts else ():
+            lora = block.get_submodule(f"layer.0.SelfAttention.{letter}").loras["x"]
+            lora.lora_A.data, lora.lora_B.data = own.lora[place].a.data, own.lora[place].b.data
+            pairs.append((own.gates[f"lora_{place}"], lora.gate))
+        if "adapter" in parts:
+            there = block.layer[1].adapters["x"]
+            pairs += [(own.adapter.down, there.adapter_down[0]), (own.adapter.up, there.adapter_up)]
+            pairs.append((own.gates["adapter"], there.gate))
+    for own, there in pairs:
+        there.load_state_dict(own.state_dict())
+    plain = states(find(str(directory)).load_backbone("eager", pooler=False)[0].eval(), [SENTENCE])
+    expected = states(theirs.eval(), [SENTENCE])[0]
+    assert (states(ours, [SENTENCE])[0] - expected).abs().max() < 1e-5
+    assert (plain[0] - expected).abs().max() > 0.1
+
+
+def test_a_t5_is_read_by_its_mean_and_knows_no_bound(backbone_dir: Callable[[str], Path]) -> None:
+    directory = backbone_dir("t5")
+    tuned = build(experiment(directory, "unipelt-apl", model={"max_length": 512}), 2)
+    assert tuned.pooling == "mean"
+    long = [" ".join(["good film"] * 280)]
+    assert logits_of(tuned, long).shape == (1, 2)
+    with pytest.raises(BackboneError, match=r"model\.pooling = 'native': the library's seq") as no:
+        build(experiment(directory, "head", model={"pooling": "native"}), 2)
+    assert no.value.hint == "choose one of mean, cls, eos"
+
+
+def test_parts_that_an_architecture_lacks_are_refused(
+    backbone_dir: Callable[[str], Path],
+) -> None:
+    settings = experiment(backbone_dir("t5"), "lora", options={"parts": "lora,bias"})
+    with pytest.raises(BackboneError, match="it has the part 'bias', and a t5 has no bias") as no:
+        build(settings, 2)
+    assert no.value.hint.startswith("set method.parts to some of adapter, prefix, lora, or")
+    with pytest.raises(BackboneError, match=r"method 'bitfit' on .*: a t5 has no biases"):
+        build(experiment(backbone_dir("t5"), "bitfit"), 2)
+
+
 def test_a_shared_layer_has_gates_for_every_call(backbone_dir: Callable[[str], Path]) -> None:
     backbone = attached(backbone_dir("albert"), "eager", ("adapter", "lora"))
     (own,) = backbone.submodules.layers
@@ -181,7 +257,7 @@ def test_a_shared_layer_has_gates_for_every_call(backbone_dir: Callable[[str], P
 def test_albert_may_have_several_groups_of_layers(tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 4, "num_hidden_groups": 2, "inner_group_num": 2}
     directory = save_backbone(tmp_path / "albert", "albert", **sizes)
-    backbone = attached(directory, "eager", PARTS["all"])
+    backbone = attached(directory, "eager", ALL)
     assert len(backbone.submodules.layers) == 4
     with record_gates(backbone) as recorded:
         (alone,) = states(backbone, [SENTENCE])
@@ -190,7 +266,8 @@ def test_albert_may_have_several_groups_of_layers(tmp_path: Path) -> None:
     assert (alone - padded).abs().max() < 1e-5
 
 
-NEWER = sorted(KINDS.keys() - {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"})
+OLDER = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert"}
+NEWER = sorted(name for name, row in KINDS.items() if name not in OLDER and row.native)
 
 
 @pytest.mark.parametrize("model_type", NEWER)
@@ -214,6 +291,33 @@ def test_merged_equals_unmerged(
     merge(tuned)
     assert not hasattr(tuned.classifier.backbone, "submodules")
     assert torch.allclose(logits_of(tuned, SENTENCES), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", [name for name, row in KINDS.items() if not row.native])
+def test_backbones_without_a_native_head_merge_too(
+    backbone_dir: Callable[[str], Path], model_type: str
+) -> None:
+    backbone = attached(backbone_dir(model_type), "eager", ("lora",), gated=False)
+    (before,) = states(backbone, [SENTENCE])
+    Submodules(parts=("lora",), gated=False).merge(backbone)
+    plain, _ = find(str(backbone_dir(model_type))).load_backbone("eager", pooler=False)
+    assert backbone.state_dict().keys() == plain.state_dict().keys()
+    assert (states(backbone, [SENTENCE])[0] - before).abs().max() < 1e-5
+    assert (states(plain.eval(), [SENTENCE])[0] - before).abs().max() > 0.1
+
+
+def test_modernberts_loras_change_the_rows_of_query_and_value(
+    backbone_dir: Callable[[str], Path],
+) -> None:
+    backbone = attached(backbone_dir("modernbert"), "sdpa", ("lora",), gated=False, lora_scale=0.7)
+    plain, _ = find(str(backbone_dir("modernbert"))).load_backbone("sdpa", pooler=False)
+    with torch.no_grad():
+        for own, layer in zip(backbone.submodules.layers, plain.layers, strict=True):
+            for place, start in (("query", 0), ("value", 64)):
+                change = 0.7 * own.lora[place].b @ own.lora[place].a
+                layer.attn.Wqkv.weight[start : start + 32] += change
+    by_hand = states(plain.eval(), [SENTENCE])[0]
+    assert (states(backbone, [SENTENCE])[0] - by_hand).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,8 @@ UNIONS = {
     "prefix": ("prefix", {}),
     "lora": ("lora", {}),
 }
-KNOWN = sorted(BACKBONES.keys() - adapterhub.UNKNOWN)
+KNOWN = sorted(BACKBONES.keys() - adapterhub.UNKNOWN - adapterhub.UNWRITTEN.keys())
+NATIVE = sorted(name for name, row in BACKBONES.items() if row.native)
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +355,7 @@ def test_adapters_has_the_architectures_that_are_not_refused(adapters: Any) -> N
     for model_type, layout in BACKBONES.items():
         has = hasattr(adapters, f"{layout.classes}AdapterModel")
         assert has == (model_type not in adapterhub.UNKNOWN)
+    assert adapterhub.UNWRITTEN.keys() <= BACKBONES.keys()
 
 
 def test_adapters_is_imported_in_functions_of_one_module() -> None:
@@ -375,7 +377,7 @@ def test_adapters_is_imported_in_functions_of_one_module() -> None:
 
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("method", ["full", "bitfit", "head", "lora"])
-@pytest.mark.parametrize("model_type", sorted(BACKBONES.keys() - {"xlm-roberta"}))
+@pytest.mark.parametrize("model_type", NATIVE)
 def test_hf_folder_has_same_logits(
     backbone_dir: Backbones, tmp_path: Path, model_type: str, method: str
 ) -> None:
@@ -455,6 +457,9 @@ def test_hf_folder_holds_a_regression_and_a_trained_pooler(
             "is a camembert",
             "xlm-roberta, or try --to hf",
         ),
+        ("adapters", "t5", "unipelt-apl", "mean", "the encoder of a t5", "such as a bert"),
+        ("adapters", "t5", "head", "mean", "the encoder of a t5", "and use --to hf"),
+        ("hf", "t5", "lora", "mean", "does not read mean pooling", "such as a bert"),
         ("hf", "bert", "unipelt-apl", "native", "gates depend on the input", "use --to adapters"),
         ("hf", "bert", "adapter", "native", "what its adapter does", "use --to adapters"),
         (

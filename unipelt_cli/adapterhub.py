@@ -21,8 +21,12 @@ from unipelt_cli.runs import Run
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter.safetensors"
 HEAD_CONFIG, HEAD_WEIGHTS = "head_config.json", "model_head.safetensors"
-UNKNOWN = frozenset({"camembert", "mpnet"})
+UNKNOWN = frozenset({"camembert", "mpnet", "modernbert"})
 """Architectures of ours for which `adapters` has no model class."""
+UNWRITTEN: Mapping[str, str] = {
+    "t5": "its backbone is the encoder of a t5, and adapters counts its prefix as positions",
+}
+"""Architectures of `adapters` that no folder is written for, each with the reason."""
 
 PARTS = frozenset({"adapter", "prefix", "lora"})
 """The parts of ours that `adapters` has as the same function."""
@@ -51,12 +55,18 @@ LAYER_NAMES: Mapping[str, tuple[str, ...]] = {
 
 def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
     """Return why no folder holds this model and what to train instead, or None."""
-    method, model_type = tuned.method, tuned.pretrained.layout.model_type
+    method, layout = tuned.method, tuned.pretrained.layout
+    model_type = layout.model_type
     if not isinstance(method, Submodules) and method.unmergeable is not None:
         return (
             f"{run.directory}: method {run.experiment.method_name!r} adds what adapters has not",
             "train with --method unipelt-apl or one of its parts",
         )
+    if reason := UNWRITTEN.get(model_type):
+        remedy = "train on another backbone, such as a bert"
+        if not isinstance(method, Submodules):
+            remedy += " with --set model.pooling=native, and use --to hf"
+        return f"{run.directory}: {reason}", remedy
     if not isinstance(method, Submodules):
         native = "" if tuned.pooling == "native" else "train with --set model.pooling=native and "
         return (
@@ -183,7 +193,7 @@ def _head_config(run: Run, tuned: Tuned) -> dict[str, Any]:
         "head_type": "classification",
         "num_labels": run.task.outputs,
         "layers": 1 if head.dense is None else 2,
-        "activation_function": None if head.dense is None else native.activation,
+        "activation_function": native.activation if native and head.dense else None,
         "label2id": {label: index for index, label in enumerate(run.task.labels)} or None,
         "use_pooler": tuned.classifier.reads_pooler,
         "bias": True,

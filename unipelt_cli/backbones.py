@@ -5,15 +5,16 @@ own sequence classifier of that architecture reads (the `native` pooling).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from unipelt_cli.errors import BackboneError, nearest
 
 Attention = Literal["eager", "sdpa"]
+PARTS = ("adapter", "prefix", "lora", "bias")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Layout:
     output: str
     output_norm: str
     embedding_norm: str
-    native: NativeHead
+    native: NativeHead | None
+    """None where the head of the library's own sequence classifier is another than ours."""
     inside: str
     """The name of the backbone inside the library's own sequence classifier."""
     attention_added: str = "attention.output.dropout"
@@ -78,6 +80,18 @@ class Layout:
     table: str | None = None
     """The attention's function that sends a table of positions through query and key as well."""
 
+    adapted: str | None = None
+    """The module whose output the adapter reads and adds to, where no norm ends a layer."""
+    gates_read: str = ""
+    """The module whose input opens the gates, where it is not the layer's own."""
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    """The parts that this architecture cannot have, each with the reason."""
+    no_native: str = ""
+    """Why there is no native head, where there is none."""
+    fused: bool = False
+    """Whether query, key and value are thirds, in this order, of one linear unit's output."""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """Values of the library's config that are set whatever the checkpoint says."""
     encoder_class: str = ""
     """The library's class of the backbone, where it is not the architecture's `Model`."""
 
@@ -85,6 +99,21 @@ class Layout:
     def model(self) -> str:
         """The name of the library's class of the backbone."""
         return self.encoder_class or f"{self.classes}Model"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that this architecture can have."""
+        return tuple(part for part in PARTS if part not in self.lacks)
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether the library's own classifier reads the backbone's pooler."""
+        return self.native is not None and self.native.pooler
+
+    def positions(self, config: Any) -> int | None:
+        """Return how many tokens a row may have, or None where there is no bound."""
+        positions = getattr(config, "max_position_embeddings", None)
+        return None if positions is None else positions - self.position_offset
 
     def layer_paths(self, backbone: nn.Module) -> list[str]:
         """Return the paths of the layers of a backbone of this architecture."""
@@ -237,6 +266,56 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 table="disentangled_attention_bias",
                 also_biased=("encoder.LayerNorm", "encoder.conv.conv", "encoder.conv.LayerNorm"),
                 also_biased_inside=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+            ),
+            Layout(
+                model_type="t5",
+                classes="T5",
+                encoder_class="T5EncoderModel",
+                layers="encoder.block",
+                query="layer.0.SelfAttention.q",
+                key="layer.0.SelfAttention.k",
+                value="layer.0.SelfAttention.v",
+                attention="layer.0.SelfAttention",
+                attention_output="layer.0.SelfAttention.o",
+                attention_norm="layer.0.layer_norm",
+                intermediate="layer.1.DenseReluDense.wi",
+                output="layer.1.DenseReluDense.wo",
+                output_norm="layer.1.layer_norm",
+                embedding_norm="",
+                native=None,
+                no_native="the library's sequence classifier reads a t5's decoder too",
+                inside="",
+                attentions=("eager",),
+                own_attention=("eager",),
+                is_plain=False,  # norms stand before the blocks, and nothing has a bias
+                adapted="layer.1",
+                gates_read="layer.0.SelfAttention",
+                lacks={"bias": "a t5 has no biases"},
+            ),
+            Layout(
+                model_type="modernbert",
+                classes="ModernBert",
+                layers="layers",
+                query="attn.Wqkv",
+                key="attn.Wqkv",
+                value="attn.Wqkv",
+                fused=True,
+                attention="attn",
+                attention_output="attn.Wo",
+                attention_norm="mlp_norm",
+                intermediate="mlp.Wi",
+                output="mlp.Wo",
+                output_norm="mlp_norm",
+                embedding_norm="embeddings.norm",
+                native=None,
+                no_native="the head of the library's sequence classifier has a norm in it",
+                inside="model",
+                own_attention=("eager", "sdpa"),
+                is_plain=False,  # norms stand before the blocks, and projections are fused
+                adapted="",
+                gates_read="attn",
+                lacks={"bias": "a modernbert has no biases"},
+                settings={"reference_compile": False},  # hooks and own forwards must be seen
             ),
         )
     }

@@ -57,7 +57,8 @@ def _to_adapters(run: Run, tuned: Tuned, directory: Path) -> tuple[Parity, list[
     """Write a folder that `adapters` loads beside the backbone."""
     if problem := adapterhub.problem(run, tuned):
         message, remedy = problem
-        hint = f"{remedy}, or try --to hf" if isinstance(tuned.method, Submodules) else remedy
+        may_fold = isinstance(tuned.method, Submodules) and tuned.pretrained.layout.native
+        hint = f"{remedy}, or try --to hf" if may_fold else remedy
         raise RunError(message, hint)
     own = _copy(run, tuned)
     with _quiet(), _whole(directory) as temporary:
@@ -128,6 +129,8 @@ def _to_hf(run: Run, tuned: Tuned, directory: Path) -> tuple[Parity, list[str]]:
 def _hf_remedy(run: Run, tuned: Tuned) -> str:
     """Say what to do about a model that could not be merged (a copy: it may be spent here)."""
     problem = adapterhub.problem(run, tuned)
+    if tuned.pretrained.layout.native is None:
+        return problem[1] if problem else "use --to adapters"
     adapters = f"{problem[1]} and use --to adapters" if problem else "use --to adapters"
     try:
         tuned.method.merge(tuned.classifier.backbone)
@@ -142,6 +145,7 @@ def _plain_classifier(run: Run, merged: Tuned) -> Any:
     """Put a merged backbone and the head into the library's own classifier, strictly."""
     pretrained, labels, head = merged.pretrained, run.task.labels, merged.classifier.head
     layout = pretrained.layout
+    assert layout.native is not None  # only its pooling can be merged
     config = pretrained.library_config()
     config.num_labels = run.task.outputs
     if labels:

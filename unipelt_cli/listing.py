@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, get_args
 
 from unipelt_cli import config, methods, runs
-from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.backbones import BACKBONES, PARTS, Layout
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.modeling import Head, count
 from unipelt_cli.pretrained import BERT_BASE, Pretrained, find
@@ -97,11 +97,17 @@ def _backbones(_: Path) -> list[Entry]:
         {
             "architecture": layout.model_type,
             "attention": layout.attentions,
-            "parts": ("adapter", "prefix", "lora", "bias"),
-            "native head": "pooler + linear" if layout.native.pooler else "dense + linear",
+            **{part: "yes" if part in layout.parts else "no" for part in PARTS},
+            "native head": _native_head(layout),
         }
         for layout in BACKBONES.values()
     ]
+
+
+def _native_head(layout: Layout) -> str:
+    if layout.native is None:
+        return "none"
+    return "pooler + linear" if layout.native.pooler else "dense + linear"
 
 
 def _runs(directory: Path) -> list[Entry]:

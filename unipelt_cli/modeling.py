@@ -220,12 +220,23 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 
 def choose_pooling(wanted: str, pretrained: Pretrained, missing: frozenset[str]) -> str:
-    """Return the pooling; `auto` follows the backbone's own files, never an untrained pooler."""
+    """Return the pooling; `auto` follows the backbone's own files, never an untrained pooler.
+
+    Raises BackboneError for `native` where the library has no classifier to follow.
+    """
+    layout = pretrained.layout
+    if wanted == "native" and layout.native is None:
+        raise BackboneError(
+            f"model.pooling = 'native': {layout.no_native}",
+            "choose one of mean, cls, eos",
+        )
     if wanted != "auto":
         return wanted
     said = pretrained.sentence_pooling
     if said is not None:
         return said
+    if layout.native is None:
+        return "mean"
     return "cls" if missing else "native"
 
 
@@ -249,11 +260,11 @@ def build(
     method = experiment.method
     refuse(method, experiment.method_name, pretrained)
     attention = pretrained.attention(settings.attention, device.type)
-    native = pretrained.layout.native
-    wants_pooler = native.pooler and settings.pooling in ("auto", "native")
+    native, has_pooler = pretrained.layout.native, pretrained.layout.has_pooler
+    wants_pooler = has_pooler and settings.pooling in ("auto", "native")
     backbone, missing = pretrained.load_backbone(attention, pooler=wants_pooler)
     pooling = choose_pooling(settings.pooling, pretrained, missing)
-    reads_pooler = native.pooler and pooling == "native"
+    reads_pooler = has_pooler and pooling == "native"
     if wants_pooler and not reads_pooler:
         missing = frozenset()
         backbone.register_module("pooler", None)
@@ -268,7 +279,7 @@ def build(
         pooler = backbone.get_submodule(pretrained.layout.pooler)
         initialise(cast(nn.Linear, pooler), generator)
         backbone.get_submodule("pooler").requires_grad_(True)
-    activation = native.activation if pooling == "native" and native.dense else None
+    activation = native.activation if native and pooling == "native" and native.dense else None
     hidden = backbone.config.hidden_size
     size = sum(Head.size(hidden, own, has_dense=activation is not None) for own in outputs)
     tokenizer = pretrained.load_tokenizer()
@@ -349,8 +360,8 @@ def _replace_dropout(module: nn.Module) -> None:
 
 
 def _check_length(max_length: int, pretrained: Pretrained, backbone: PreTrainedModel) -> None:
-    positions = backbone.config.max_position_embeddings - pretrained.layout.position_offset
-    if max_length > positions:
+    positions = pretrained.layout.positions(backbone.config)
+    if positions is not None and max_length > positions:
         raise BackboneError(
             f"model.max_length = {max_length}: the backbone has {positions} positions",
             f"set model.max_length={positions} or less",

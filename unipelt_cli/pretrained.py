@@ -96,7 +96,8 @@ class Pretrained:
 
     def library_config(self) -> Any:
         """Return a config object of the transformers library, made from the checked keys."""
-        return getattr(transformers, f"{self.layout.classes}Config")(**self.config)
+        settings = {**self.config, **self.layout.settings}
+        return getattr(transformers, f"{self.layout.classes}Config")(**settings)
 
     @property
     def sentence_pooling(self) -> str | None:
@@ -165,7 +166,7 @@ class Pretrained:
 
         Only a pooler may be missing: anything else would leave random weights in the backbone.
         """
-        has_pooler = self.layout.native.pooler
+        has_pooler = self.layout.has_pooler
         arguments = {"add_pooling_layer": pooler} if self._takes_pooler() else {}
         try:
             config = self.library_config()

@@ -372,7 +372,7 @@ def probe_rows(tuned: Tuned) -> Encoded:
         or [(pad_id + 1) % config.vocab_size]
         for length in random.integers(4, 33, PROBE_ROWS)
     ]
-    limit = config.max_position_embeddings - tuned.pretrained.layout.position_offset
+    limit = tuned.pretrained.layout.positions(config)
     has_types = getattr(config, "type_vocab_size", 0) > 1
     return Encoded(
         [row[:limit] for row in ids],

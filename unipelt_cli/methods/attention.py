@@ -110,6 +110,79 @@ def deberta_eager(
     return context, weights if output_attentions else None
 
 
+def t5_eager(
+    attention: Any,
+    rows: Rows,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    layer_head_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **_: Any,
+) -> tuple[Tensor, ...]:
+    """Attend over prefix and tokens; the library's own would count the prefix as positions.
+
+    mask: (B, 1, 1, T), added to the scores; position_bias: (1 or B, H, T, T), which the first
+    layer makes, mask included, and hands to the others.
+    """
+    queries = _heads(attention.q(hidden_states), attention.n_heads)
+    keys = _heads(_prepend(rows, 0, attention.k(hidden_states)), attention.n_heads)
+    values = _heads(_prepend(rows, 1, attention.v(hidden_states)), attention.n_heads)
+    if position_bias is None:
+        length = hidden_states.shape[1]
+        position_bias = attention.compute_bias(length, length, device=queries.device)
+        assert position_bias is not None
+        position_bias = position_bias if mask is None else position_bias + mask
+    scores = queries @ keys.transpose(2, 3) + _lengthened(position_bias, keys)
+    dropout = partial(functional.dropout, p=attention.dropout, training=attention.training)
+    context, weights = _mix(scores.float(), values, dropout, layer_head_mask)
+    context = attention.o(context)
+    return (context, position_bias, weights) if output_attentions else (context, position_bias)
+
+
+def modernbert(
+    attention: Any,
+    rows: Rows,
+    hidden_states: Tensor,
+    output_attentions: bool = False,
+    *,
+    attention_mask: Tensor,
+    sliding_window_mask: Tensor,
+    position_ids: Tensor,
+    **_: Any,
+) -> tuple[Tensor, ...]:
+    """Attend over prefix and tokens, which alone are turned by their positions.
+
+    Both masks, (B, 1, T, T), are added to the scores; every window has the prefix in it.
+    """
+    projected = attention.Wqkv(hidden_states)
+    query, key, value = projected.chunk(3, dim=-1)
+    turn = attention.rotary_emb(projected, position_ids=position_ids)
+    queries = _turned(_heads(query, attention.num_heads), *turn)
+    keys = _turned(_heads(key, attention.num_heads), *turn)
+    keys = torch.cat([_heads(rows(0, key), attention.num_heads), keys], dim=2)
+    values = _heads(_prepend(rows, 1, value), attention.num_heads)
+    sees_all = attention.local_attention == (-1, -1)
+    mask = _lengthened(attention_mask if sees_all else sliding_window_mask, keys)
+    probability = attention.attention_dropout if attention.training else 0.0
+    if attention.config._attn_implementation == "sdpa" and not output_attentions:
+        context = functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, dropout_p=probability
+        )
+        return (attention.out_drop(attention.Wo(context.transpose(1, 2).flatten(2))),)
+    scores = queries @ keys.transpose(2, 3) * attention.head_dim**-0.5 + mask
+    dropout = partial(functional.dropout, p=probability)
+    context, weights = _mix(scores.float(), values, dropout)
+    context = attention.out_drop(attention.Wo(context))
+    return (context, weights) if output_attentions else (context,)
+
+
+def _turned(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn (B, H, T, D / H) by positions: cosine and sine are (1, T, D / H)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cosine[:, None] + torch.cat([-second, first], dim=-1) * sine[:, None]
+
+
 def _prepend(rows: Rows, place: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
     return torch.cat([rows(place, projected), projected], dim=1)
 
@@ -130,7 +203,7 @@ def _mix(
     head_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weigh values by scores (B, H, T, P + T); return (B, T, D) and the weights."""
-    weights = dropout(scores.softmax(dim=-1))
+    weights = dropout(scores.softmax(dim=-1).to(values.dtype))
     if head_mask is not None:
         weights = weights * head_mask
     return (weights @ values).transpose(1, 2).flatten(2), weights
@@ -140,6 +213,9 @@ OWN_ATTENTION: dict[tuple[str, str], Callable[..., tuple[Any, ...]]] = {
     ("distilbert", "eager"): distilbert_eager,
     ("mpnet", "eager"): mpnet_eager,
     ("deberta-v2", "eager"): deberta_eager,
+    ("t5", "eager"): t5_eager,
+    ("modernbert", "eager"): modernbert,
+    ("modernbert", "sdpa"): modernbert,
 }
 
 

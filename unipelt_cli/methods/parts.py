@@ -45,10 +45,13 @@ class Prefix(nn.Module):
 class LowRank(nn.Module):
     """A LoRA: x -> (x A^T) B^T, scaled; A kaiming-uniform, B zero, so it starts as nothing."""
 
-    def __init__(self, linear: nn.Linear, rank: int, generator: Generator) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, generator: Generator, outputs: int | None = None
+    ) -> None:
         super().__init__()
+        outputs = linear.out_features if outputs is None else outputs
         self.a = nn.Parameter(torch.empty(rank, linear.in_features))
-        self.b = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
         nn.init.kaiming_uniform_(self.a, a=5**0.5, generator=generator)
 
     def forward(self, x: Tensor, scale: Tensor | float) -> Tensor:  # (B, T, D) -> (B, T, D)

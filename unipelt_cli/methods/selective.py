@@ -87,6 +87,10 @@ class BitFit(Selective):
         Field(description="every bias, or the queries' and the first feed-forward units' alone"),
     ] = "all"
 
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        if "bias" in layout.lacks:
+            yield layout.lacks["bias"], "choose another method or another backbone"
+
     def attach(self, backbone: nn.Module, site: Site) -> None:
         for module in self._biased(backbone, site.layout):
             assert isinstance(module.bias, nn.Parameter)

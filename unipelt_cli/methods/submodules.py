@@ -23,6 +23,7 @@ from unipelt_cli.methods.attention import replace_attention
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, new_linear, refuse_unusual_layers
 from unipelt_cli.methods.parts import Adapter, LowRank, ParallelAdapter, Prefix
 
+THIRDS = ("query", "key", "value")
 Part = Literal["adapter", "prefix", "lora", "bias", "parallel"]
 
 
@@ -57,6 +58,7 @@ class LayerSubmodules(nn.Module):
         )
         self.gate_values: dict[str, Tensor] = {}
         self.record: dict[str, Tensor] = {}
+        self.fused = layout.fused
         self.reads_table = False
         self.lora, self.bias, self.gates = nn.ModuleDict(), nn.ParameterDict(), nn.ModuleDict()
         self.task_gates = nn.ModuleList()  # by task, then by gate: what it adds to the shared gate
@@ -74,7 +76,10 @@ class LayerSubmodules(nn.Module):
         if "lora" in method.parts:
             for place in ("query", "value"):
                 self.lora[place] = LowRank(
-                    _projection(layer, layout, place), method.rank, generator
+                    _projection(layer, layout, place),
+                    method.rank,
+                    generator,
+                    _width(layer, layout, place),
                 )
         if "bias" in method.parts:
             for path in layout.biased():
@@ -92,7 +97,8 @@ class LayerSubmodules(nn.Module):
 
         With `lengthens` the projections bring the prefix; otherwise an own attention does.
         """
-        handles = [layer.register_forward_pre_hook(self._open_gates, with_kwargs=True)]
+        reads = layer.get_submodule(layout.gates_read)
+        handles = [reads.register_forward_pre_hook(self._open_gates, with_kwargs=True)]
         for place in self.lora:
             module = _projection(layer, layout, place)
             handles.append(module.register_forward_hook(getattr(self, f"_lora_{place}")))
@@ -103,8 +109,8 @@ class LayerSubmodules(nn.Module):
             for place in ("key", "value"):
                 module = _projection(layer, layout, place)
                 handles.append(module.register_forward_hook(getattr(self, f"_prefix_{place}")))
-        norm = layer.get_submodule(layout.output_norm)
         if self.parallel is not None:
+            norm = layer.get_submodule(layout.output_norm)
             block = layer.get_submodule(layout.intermediate)
             handles.append(block.register_forward_pre_hook(self._read))
             handles.append(norm.register_forward_pre_hook(self._add_parallel))
@@ -112,7 +118,11 @@ class LayerSubmodules(nn.Module):
             attention = layer.get_submodule(layout.attention)
             project = getattr(attention, layout.table)
             setattr(attention, layout.table, partial(self._read_table, project))
-        if self.adapter is not None:
+        if self.adapter is not None and layout.adapted is not None:
+            block = layer.get_submodule(layout.adapted)
+            handles.append(block.register_forward_hook(self._adapt_output))
+        elif self.adapter is not None:
+            norm = layer.get_submodule(layout.output_norm)
             handles.append(norm.register_forward_pre_hook(self._adapt))
         return handles
 
@@ -179,7 +189,11 @@ class LayerSubmodules(nn.Module):
         gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}", x)
         scale = self.scale if gate is None else gate.to(x.dtype)
         added: Tensor = self.lora[place](x, scale)
-        return output + added
+        if not self.fused:
+            return output + added
+        thirds = list(output.chunk(len(THIRDS), dim=-1))
+        thirds[THIRDS.index(place)] = thirds[THIRDS.index(place)] + added
+        return torch.cat(thirds, dim=-1)
 
     def _prefix_key(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return self._prepend(0, output)
@@ -214,18 +228,29 @@ class LayerSubmodules(nn.Module):
 
     def _adapt(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (summed,) = args
-        normed = norm.forward(summed)  # the frozen norm itself, without hooks
-        self._compute([name for name in self.gates if name == "adapter"], normed)
+        return (summed + self._adapted(norm.forward(summed)),)  # the frozen norm, without hooks
+
+    def _adapt_output(self, block: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + self._adapted(output[0]), *output[1:])
+        return output + self._adapted(output)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds, as far as its gate is open."""
+        self._compute([name for name in self.gates if name == "adapter"], x)
         assert self.adapter is not None
-        added = self.adapter(normed)
+        added: Tensor = self.adapter(x)
         gate = self.gate("adapter")
-        return (summed + (added if gate is None else gate.to(added.dtype) * added),)
+        return added if gate is None else gate.to(added.dtype) * added
 
     def merge_into(self, layer: nn.Module, layout: Layout) -> None:
         """Add the LoRA products and bias deltas to the layer's own tensors (ungated only)."""
         for place, low_rank in self.lora.items():
             assert isinstance(low_rank, LowRank)
-            _projection(layer, layout, place).weight += self.scale * low_rank.b @ low_rank.a
+            weight = _projection(layer, layout, place).weight.detach()
+            if layout.fused:
+                weight = weight.chunk(len(THIRDS))[THIRDS.index(place)]
+            weight += self.scale * low_rank.b @ low_rank.a
         for name, delta in self.bias.items():
             bias = layer.get_submodule(name.replace("-", ".")).bias
             assert isinstance(bias, Tensor)
@@ -268,7 +293,7 @@ class Container(nn.Module):
         )
         self.prefix: Prefix | None = None
         if has_prefix:
-            hidden = _projection(layers[0], layout, "key").out_features
+            hidden = _width(layers[0], layout, "key")
             shape = (len(layers), method.prefix_length, hidden)
             self.prefix = Prefix(shape, method.prefix_width, generator, site.folded)
             if not self.lengthens:
@@ -360,6 +385,13 @@ class Submodules(Method):
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         if "parallel" in self.parts:
             yield from refuse_unusual_layers(layout)
+        for part in self.parts:
+            if part in layout.lacks:
+                yield (
+                    f"it has the part {part!r}, and {layout.lacks[part]}",
+                    f"set method.parts to some of {', '.join(layout.parts)}, "
+                    "or choose another backbone",
+                )
 
     @property
     def pads_to_max_length(self) -> bool:
@@ -515,6 +547,12 @@ def _container(backbone: nn.Module) -> Container:
     container = backbone.submodules
     assert isinstance(container, Container)
     return container
+
+
+def _width(layer: nn.Module, layout: Layout, place: str) -> int:
+    """Return how many numbers a token's query, key or value has."""
+    outputs = _projection(layer, layout, place).out_features
+    return outputs // len(THIRDS) if layout.fused else outputs
 
 
 def _projection(layer: nn.Module, layout: Layout, place: str) -> nn.Linear:
