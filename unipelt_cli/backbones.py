@@ -226,6 +226,7 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 attention="attention.attn",
                 attention_output="attention.attn.o",
                 attention_norm="attention.LayerNorm",
+                attention_added="attention.dropout",
                 native=_ROBERTA_HEAD,
                 inside="mpnet",
                 attentions=("eager",),

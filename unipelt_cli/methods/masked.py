@@ -1,6 +1,7 @@
 """Methods that change few of the backbone's entries, or each only at some steps."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Annotated
 
@@ -196,7 +197,7 @@ def _layers(backbone: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _is_in_layers(name: str) -> bool:
-    return name.startswith(tuple(f"{layout.layers}." for layout in BACKBONES.values()))
+    return any(fnmatchcase(name, f"{layout.layers}.*") for layout in BACKBONES.values())
 
 
 METHODS = MappingProxyType(
