@@ -335,8 +335,8 @@ def test_a_sampled_difference_is_what_its_parts_give_with_their_gradients() -> N
         assert torch.allclose(ours, plain)
 
 
-def test_the_penalty_is_the_expected_share_of_entries_that_differ(calm: Path) -> None:
-    tuned = made(calm, "diff-pruning", penalty=7.0)
+def test_the_penalty_is_the_expected_number_of_entries_that_differ(calm: Path) -> None:
+    tuned = made(calm, "diff-pruning", penalty=1e-3)
     differences = tuned.classifier.backbone.differences
     assert isinstance(differences, Differences)
     torch.manual_seed(8)
@@ -346,13 +346,13 @@ def test_the_penalty_is_the_expected_share_of_entries_that_differ(calm: Path) ->
         differences.groups.normal_(0.0, 2.0)
         drawn = torch.stack(
             [
-                torch.cat([(part != 0).float() for part in differences.train().gated()]).mean()
+                torch.cat([(part != 0).float() for part in differences.train().gated()]).sum()
                 for _ in range(400)
             ]
         )
-        share = float(differences.expected_share())
+        count = float(differences.expected_count())
     # the groups' gates open whole tensors at a time, so the mean is rough: 4 deviations
-    assert abs(share - float(drawn.mean())) < 4 * float(drawn.std()) / 20
+    assert abs(count - float(drawn.mean())) < 4 * float(drawn.std()) / 20
     step = Pass(
         tuned.classifier.backbone,
         {},
@@ -361,7 +361,7 @@ def test_the_penalty_is_the_expected_share_of_entries_that_differ(calm: Path) ->
         forward=lambda: torch.tensor([3.0]),
         criterion=lambda logits: logits.sum(),
     )
-    assert float(tuned.method.loss(step).detach()) == pytest.approx(3.0 + 7.0 * share)
+    assert float(tuned.method.loss(step).detach()) == pytest.approx(3.0 + 1e-3 * count)
 
 
 def test_evaluation_sees_expected_gates_and_training_sees_draws(calm: Path) -> None:

@@ -211,14 +211,14 @@ METHODS = MappingProxyType(
         ),
         "child-tuning-f": Recipe(
             ChildTuningF(),
-            5e-5,
+            1e-4,
             "partial",
             "every tensor, a random part of the gradient at a time",
             "Xu et al. 2021",
         ),
         "child-tuning-d": Recipe(
             ChildTuningD(),
-            5e-5,
+            1e-4,
             "partial",
             "embeddings and the layers' entries that matter most",
             "Xu et al. 2021",
