@@ -431,8 +431,16 @@ def test_madx_corrupts_text_alone_and_each_row_at_least_once(mask_id: int | None
 
 @pytest.mark.parametrize(
     ("name", "stop"),
-    [("adalora", 1), ("adalora", 2), ("adalora", 4), ("madx", 1), ("madx", 5), ("madx", 7)]
-    + [("adapter-fusion", 1), ("adapter-fusion", 9)],
+    [
+        ("adalora", 1),
+        ("adalora", 2),
+        ("adalora", 4),
+        ("madx", 1),
+        ("madx", 5),
+        ("madx", 7),
+        ("adapter-fusion", 1),
+        ("adapter-fusion", 9),
+    ],
 )
 def test_a_loop_that_was_stopped_in_a_stage_goes_on_to_the_bit(
     backbone_dir: Find, name: str, stop: int
