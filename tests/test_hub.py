@@ -261,8 +261,9 @@ def test_adaloras_penalty_and_importance_by_brute_force() -> None:
             smoothed[name] = 0.85 * smoothed[name] + 0.15 * now
             far = (now - smoothed[name]).abs()
             uncertain[name] = 0.85 * uncertain[name] + 0.15 * far
+        contest.observe(triplets, 0.85)
+        assert not contest.smoothed.requires_grad
         with torch.no_grad():
-            contest.observe(triplets, 0.85)
             triplets.values.add_(0.5)
     score = {name: smoothed[name] * uncertain[name] for name in smoothed}
     by_hand = [
@@ -426,6 +427,44 @@ def test_madx_corrupts_text_alone_and_each_row_at_least_once(mask_id: int | None
         assert len(corrupted[chosen].unique()) > 40
     else:
         assert 0.75 < (corrupted[chosen] == 4).float().mean() < 0.85
+
+
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [
+        ("adalora", 1),
+        ("adalora", 2),
+        ("adalora", 4),
+        ("madx", 1),
+        ("madx", 5),
+        ("madx", 7),
+        ("adapter-fusion", 1),
+        ("adapter-fusion", 9),
+    ],
+)
+def test_a_loop_that_was_stopped_in_a_stage_goes_on_to_the_bit(
+    backbone_dir: Find, name: str, stop: int
+) -> None:
+    settings = experiment(backbone_dir("bert"), name, train={"epochs": 8, "learning_rate": 1e-2})
+    rows = encode_rows(build(settings, 2), [SIXTEEN], 128)
+
+    def loop(tuned: Tuned) -> Training:
+        data = rows, LABELS
+        return Training(tuned, get_task("sst2"), data, data, settings.train)
+
+    whole, halted, resumed = (build(settings, 2) for _ in range(3))
+    list(loop(whole).events())
+    first = loop(halted)
+    for event in first.events():
+        if isinstance(event, Epoch) and event.epoch == stop:
+            break
+    else:
+        pytest.fail("it never came so far")
+    second = loop(resumed)
+    second.restore(*first.state())
+    list(second.events())
+    expected = whole.stored()
+    assert all(torch.equal(tensor, expected[n]) for n, tensor in resumed.stored().items())
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,11 @@ class Contest(nn.Module):
     def observe(self, triplets: Triplets, beta: float) -> None:
         """Take up this step's sensitivities |w g|, and how far they are from their own mean."""
         sensitivity = torch.cat(
-            [(p * p.grad).abs().flatten() for p in triplets.parameters() if p.grad is not None]
+            [
+                (p.detach() * p.grad).abs().flatten()
+                for p in triplets.parameters()
+                if p.grad is not None
+            ]
         )
         self.smoothed.lerp_(sensitivity, 1 - beta)
         self.uncertainty.lerp_((sensitivity - self.smoothed).abs(), 1 - beta)

@@ -4,7 +4,7 @@ Pfeiffer et al. 2020 (arXiv 2005.00052). The language part, an adapter a layer a
 adapter behind the embeddings, first learns to restore masked tokens; then it is frozen.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -54,7 +54,7 @@ class MadX(hub.OfLibrary):
     ] = 0.5
     masked: Annotated[float, Field(gt=0, lt=1, description="share of tokens to restore")] = 0.15
 
-    def refusals(self, layout: Layout, config: Any) -> Any:
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from super().refusals(layout, config)
         size = getattr(config, "embedding_size", config.hidden_size)
         if size != config.hidden_size:
