@@ -499,6 +499,11 @@ def test_without_task_terms_the_gates_are_the_plain_ones(bert: Path) -> None:
     assert not torch.equal(gates_of(multi, 0)[1]["prefix"], trained[1]["prefix"])
 
 
+def test_gates_that_see_the_task_cannot_be_left_out() -> None:
+    with pytest.raises(ConfigError, match=r"method.gated = False: there is no gate to see"):
+        experiment(Path("minilm"), "unipelt-multi", options={"gated": False})
+
+
 def test_a_tasks_gate_is_the_shared_one_plus_its_own_term(bert: Path) -> None:
     tuned = disturbed(build(experiment(bert, "unipelt-multi"), [2, 1]))
     backbone = tuned.classifier.backbone
