@@ -347,6 +347,19 @@ def test_a_method_that_ignores_tasks_shares_all_but_the_head(
     assert result["head_parameters"] == 33 * 2 + 33
 
 
+@pytest.mark.parametrize("method", sorted(methods.table()))
+def test_every_method_trains_on_two_tasks_and_reloads(bert: Path, method: str) -> None:
+    loop = training(bert, method)
+    epochs = [event for event in loop.events() if isinstance(event, Epoch)]
+    assert all(np.isfinite(epoch.train_loss) for epoch in epochs)
+    settings = experiment(bert, method, train={"batch_size": 4, "epochs": 1})
+    fresh = build(settings, [2, 1], folded=True)
+    fresh.load(loop.tuned.stored())
+    for place, course in enumerate(loop.courses):
+        logits = compute_logits(fresh, course.dev[0], place)
+        assert (logits == compute_logits(loop.tuned, course.dev[0], place)).all()
+
+
 # HyperFormer
 
 
