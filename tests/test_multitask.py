@@ -347,6 +347,19 @@ def test_a_method_that_ignores_tasks_shares_all_but_the_head(
     assert result["head_parameters"] == 33 * 2 + 33
 
 
+@pytest.mark.parametrize("method", sorted(methods.table()))
+def test_every_method_trains_on_two_tasks_and_reloads(bert: Path, method: str) -> None:
+    loop = training(bert, method)
+    epochs = [event for event in loop.events() if isinstance(event, Epoch)]
+    assert all(np.isfinite(epoch.train_loss) for epoch in epochs)
+    settings = experiment(bert, method, train={"batch_size": 4, "epochs": 1})
+    fresh = build(settings, [2, 1], folded=True)
+    fresh.load(loop.tuned.stored())
+    for place, course in enumerate(loop.courses):
+        logits = compute_logits(fresh, course.dev[0], place)
+        assert (logits == compute_logits(loop.tuned, course.dev[0], place)).all()
+
+
 # HyperFormer
 
 
@@ -497,6 +510,11 @@ def test_without_task_terms_the_gates_are_the_plain_ones(bert: Path) -> None:
             term.zero_()
     assert torch.equal(gates_of(multi, 0)[1]["prefix"], gates_of(multi, 1)[1]["prefix"])
     assert not torch.equal(gates_of(multi, 0)[1]["prefix"], trained[1]["prefix"])
+
+
+def test_gates_that_see_the_task_cannot_be_left_out() -> None:
+    with pytest.raises(ConfigError, match=r"method.gated = False: there is no gate to see"):
+        experiment(Path("minilm"), "unipelt-multi", options={"gated": False})
 
 
 def test_a_tasks_gate_is_the_shared_one_plus_its_own_term(bert: Path) -> None:

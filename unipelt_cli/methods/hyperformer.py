@@ -203,7 +203,7 @@ METHODS = MappingProxyType(
     {
         "hyperformer": Recipe(
             HyperFormer(),
-            1e-3,
+            1e-4,
             "additive",
             "a network that makes the adapters of every task and layer",
             "Karimi Mahabadi et al. 2021",

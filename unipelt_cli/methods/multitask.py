@@ -5,6 +5,7 @@ mean_t sigmoid((w + w_task) . x_t + b + b_task): it starts as the plain gate, w_
 A shift b_task alone would move too little in a few hundred steps.
 """
 
+from collections.abc import Iterator
 from types import MappingProxyType
 
 import torch
@@ -18,6 +19,11 @@ from unipelt_cli.methods.submodules import Container, LayerSubmodules, Submodule
 @dataclass(frozen=True, config=CHECKS)
 class TaskGatedSubmodules(Submodules):
     """A gated union of submodules that several tasks share, with a gate term for each task."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if not self.gated:
+            yield "gated = False: there is no gate to see the task", "use another method, ungated"
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         super().attach(backbone, site)
