@@ -223,7 +223,7 @@ METHODS = MappingProxyType(
         ),
         "sparse-adapter": Recipe(
             SparseAdapter(),
-            5e-4,
+            1e-3,
             "unified",
             "adapters twice as wide, half of their entries kept",
             "He et al. 2022 (SparseAdapter)",
