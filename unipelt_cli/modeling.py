@@ -263,7 +263,8 @@ def build(
     site = Site(pretrained.layout, generator, folded, size)
     method.attach(backbone, site)
     head = Head(hidden, outputs, settings.head_dropout, activation, generator)
-    classifier = Classifier(backbone, head, pooling, reads_pooler)
+    reads_last = native is not None and native.reads_last and pooling == "native"
+    classifier = Classifier(backbone, head, "eos" if reads_last else pooling, reads_pooler)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
     if device.type == "cpu":
