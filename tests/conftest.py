@@ -94,7 +94,18 @@ T5_SIZES = {
     "num_heads": 4,
     "pad_token_id": 0,
 }
-OWN_SIZES = {"distilbert": DISTILBERT_SIZES, "t5": T5_SIZES}
+BART_SIZES = {
+    "vocab_size": 100,
+    "d_model": 32,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+    "max_position_embeddings": 140,
+    "pad_token_id": 0,
+    **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 2),
+    "eos_token_id": 3,
+}
+OWN_SIZES = {"bart": BART_SIZES, "distilbert": DISTILBERT_SIZES, "t5": T5_SIZES}
 EXTRA: dict[str, dict[str, object]] = {
     "electra": {"embedding_size": 32},
     "albert": {"embedding_size": 16, "num_hidden_layers": 3},

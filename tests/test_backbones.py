@@ -36,7 +36,11 @@ SENTENCE = torch.tensor([2, 7, 9, 11, 30, 8, 3])
 
 
 def attached(
-    directory: Path, attention: str, parts: tuple[str, ...], **options: object
+    directory: Path,
+    attention: str,
+    parts: tuple[str, ...],
+    folded: bool = False,
+    **options: object,
 ) -> nn.Module:
     """Load a backbone with gated submodules whose every weight is N(0, 0.3)."""
     pretrained = find(str(directory))
@@ -44,7 +48,7 @@ def attached(
     backbone.requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
     method = Submodules(parts=parts, prefix_length=4, reduction=4, **options)
-    method.attach(backbone, Site(pretrained.layout, generator))
+    method.attach(backbone, Site(pretrained.layout, generator, folded))
     with torch.no_grad():
         for parameter in backbone.submodules.parameters():
             parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.3, generator=generator))
@@ -213,6 +217,65 @@ def test_t5_computes_what_adapters_computes(
     expected = states(theirs.eval(), [SENTENCE])[0]
     assert (states(ours, [SENTENCE])[0] - expected).abs().max() < 1e-5
     assert (plain[0] - expected).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("parts", "gated"), [(("prefix", "adapter"), True), (("prefix", "adapter", "lora"), False)]
+)
+def test_bart_computes_what_adapters_computes(
+    backbone_dir: Callable[[str], Path], parts: tuple[str, ...], gated: bool
+) -> None:
+    """Plain attention only: there the library's other one hides tokens behind the prefix.
+
+    Gated LoRA is not compared: there the gate of a value reads the encoder, here the query's side.
+    """
+    import adapters
+
+    directory = backbone_dir("bart")
+    ours = attached(directory, "eager", parts, rank=8, gated=gated, folded=True)
+    theirs = transformers.BartModel.from_pretrained(directory, attn_implementation="eager")
+    adapters.init(theirs)
+    configs = {
+        "prefix": adapters.PrefixTuningConfig(flat=True, prefix_length=4),
+        "adapter": adapters.SeqBnConfig(reduction_factor=4),
+        "lora": adapters.LoRAConfig(r=8, alpha=16),
+    }
+    union = adapters.ConfigUnion(*(configs[part].replace(use_gating=gated) for part in parts))
+    theirs.add_adapter("x", config=union, set_active=True)
+    rows = BACKBONES["bart"].sites(theirs)
+    assert len(rows) == len(ours.submodules.layers) == 6
+    for place, key in enumerate(("encoder", "self", "cross")):
+        prefix = ours.submodules.prefix.rows[2 * place : 2 * place + 2]
+        table = theirs.prefix_tuning.prefix_tunings["x"][f"{key}_prefix"].control_trans
+        table.data = prefix.data.permute(2, 0, 1, 3).flatten()
+    for own, (row, layer) in zip(ours.submodules.layers, rows, strict=True):
+        for name, low_rank in own.lora.items():
+            there = layer.get_submodule(getattr(row, name)).loras["x"]
+            there.lora_A.data, there.lora_B.data = low_rank.a.data, low_rank.b.data
+        pairs = []
+        if own.adapter is not None:
+            there = layer.output_adapters.adapters["x"]
+            pairs += [(own.adapter.down, there.adapter_down[0]), (own.adapter.up, there.adapter_up)]
+            pairs += [(own.gates["adapter"], there.gate)] if gated else []
+        if gated:
+            attention = layer.get_submodule(row.attention)
+            pairs.append((own.gates["prefix"], attention.prefix_tuning.prefix_gates["x"]))
+        for mine, yours in pairs:
+            yours.load_state_dict(mine.state_dict())
+    (expected,) = states(theirs.eval(), [SENTENCE])
+    plain = states(find(str(directory)).load_backbone("eager", pooler=False)[0].eval(), [SENTENCE])
+    assert (states(ours, [SENTENCE])[0] - expected).abs().max() < 1e-5
+    assert (plain[0] - expected).abs().max() > 0.1
+
+
+def test_bart_has_gates_in_both_stacks(backbone_dir: Callable[[str], Path]) -> None:
+    backbone = attached(backbone_dir("bart"), "eager", ("adapter", "prefix", "lora"))
+    with record_gates(backbone) as recorded:
+        states(backbone, [SENTENCE])
+    names = [set(gates) for gates in recorded]
+    whole, cross = {"adapter", "prefix", "lora"}, {"prefix", "lora"}
+    assert names == [whole, whole, whole, cross, whole, cross]
 
 
 def test_a_t5_is_read_by_its_mean_and_knows_no_bound(backbone_dir: Callable[[str], Path]) -> None:

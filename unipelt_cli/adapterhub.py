@@ -25,6 +25,7 @@ UNKNOWN = frozenset({"camembert", "mpnet", "modernbert"})
 """Architectures of ours for which `adapters` has no model class."""
 UNWRITTEN: Mapping[str, str] = {
     "t5": "its backbone is the encoder of a t5, and adapters counts its prefix as positions",
+    "bart": "its backbone is a bart, some of whose gates read other states in adapters",
 }
 """Architectures of `adapters` that no folder is written for, each with the reason."""
 

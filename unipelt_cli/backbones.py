@@ -5,7 +5,7 @@ own sequence classifier of that architecture reads (the `native` pooling).
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -22,12 +22,14 @@ class NativeHead:
     """The head of the library's own sequence classifier, by the names it has there.
 
     With `pooler` the backbone's own pooler is read and the head is one linear unit; otherwise
-    the head reads the first token through `dense` and `activation`.
+    the head reads one token through `dense` and `activation`.
     """
 
     out: str
     dense: str | None = None
     activation: Literal["tanh", "gelu", "relu"] = "tanh"
+    reads_last: bool = False
+    """Whether it reads a row's last token, the end mark, and not the first."""
 
     @property
     def pooler(self) -> bool:
@@ -92,6 +94,8 @@ class Layout:
     """Whether query, key and value are thirds, in this order, of one linear unit's output."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """Values of the library's config that are set whatever the checkpoint says."""
+    more: tuple["Layout", ...] = ()
+    """The other attentions of the architecture, in a second stack or beside the first in it."""
     encoder_class: str = ""
     """The library's class of the backbone, where it is not the architecture's `Model`."""
 
@@ -132,27 +136,33 @@ class Layout:
         """Return the layers of a backbone of this architecture."""
         return nn.ModuleList(backbone.get_submodule(path) for path in self.layer_paths(backbone))
 
+    def sites(self, backbone: nn.Module) -> list[tuple["Layout", nn.Module]]:
+        """Return every attention's layer, with the row that describes it."""
+        rows = (self, *self.more)
+        return [(row, layer) for row in rows for layer in row.layer_list(backbone)]
+
     def all_biased(self, backbone: nn.Module) -> list[nn.Module]:
         """Return the modules with a bias, in and outside the layers, without a pooler."""
         outside = (self.embedding_norm, *self.also_biased)
-        inside = (*self.biased(), *self.also_biased_inside)
-        layers = self.layer_paths(backbone)
         there = dict(backbone.named_modules())
-        paths = [*outside, *(f"{layer}.{path}" for layer in layers for path in inside)]
+        paths = list(outside)
+        for row in (self, *self.more):
+            inside = (*row.biased(), *row.also_biased_inside)
+            paths += [f"{layer}.{path}" for layer in row.layer_paths(backbone) for path in inside]
         return [there[path] for path in paths if path in there]
 
     def biased(self) -> tuple[str, ...]:
         """Return the paths of a layer's modules that have a bias: 4d + f + d + 2d numbers."""
-        return (
+        attention = (
             self.query,
             self.key,
             self.value,
             self.attention_output,
             self.attention_norm,
-            self.intermediate,
-            self.output,
-            self.output_norm,
         )
+        if "adapter" in self.lacks:  # the feed-forward block is another row's
+            return attention
+        return (*attention, self.intermediate, self.output, self.output_norm)
 
 
 _BERT = Layout(
@@ -181,6 +191,40 @@ def _like_bert(model_type: str, classes: str, **changes: object) -> Layout:
 
 _ROBERTA_HEAD = NativeHead(out="classifier.out_proj", dense="classifier.dense")
 _ROBERTA = {"native": _ROBERTA_HEAD, "inside": "roberta", "position_offset": 2}
+
+_BART = Layout(
+    model_type="bart",
+    classes="Bart",
+    layers="encoder.layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    attention="self_attn",
+    attention_output="self_attn.out_proj",
+    attention_norm="self_attn_layer_norm",
+    intermediate="fc1",
+    output="fc2",
+    output_norm="final_layer_norm",
+    embedding_norm="encoder.layernorm_embedding",
+    native=NativeHead("classification_head.out_proj", "classification_head.dense", reads_last=True),
+    inside="model",
+    own_attention=("eager", "sdpa"),
+    is_plain=False,  # a decoder reads what the encoder makes of the same row
+    also_biased=("decoder.layernorm_embedding",),
+    settings={"use_cache": False},
+)
+_BART_DECODER = replace(_BART, layers="decoder.layers")
+_BART_CROSS = replace(
+    _BART_DECODER,
+    query="encoder_attn.q_proj",
+    key="encoder_attn.k_proj",
+    value="encoder_attn.v_proj",
+    attention="encoder_attn",
+    attention_output="encoder_attn.out_proj",
+    attention_norm="encoder_attn_layer_norm",
+    gates_read="encoder_attn",
+    lacks={"adapter": "no feed-forward block follows it"},
+)
 
 BACKBONES: Mapping[str, Layout] = MappingProxyType(
     {
@@ -318,6 +362,7 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 lacks={"bias": "a modernbert has no biases"},
                 settings={"reference_compile": False},  # hooks and own forwards must be seen
             ),
+            replace(_BART, more=(_BART_DECODER, _BART_CROSS)),
         )
     }
 )

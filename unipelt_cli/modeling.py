@@ -295,7 +295,9 @@ def build(
     )
     method.attach(backbone, site)
     heads = [Head(hidden, own, settings.head_dropout, activation, generator) for own in outputs]
-    classifier = Classifier(backbone, heads, method, pooling, reads_pooler)
+    reads_last = native is not None and native.reads_last and pooling == "native"
+    read = "eos" if reads_last else pooling
+    classifier = Classifier(backbone, heads, method, read, reads_pooler)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
     if device.type == "cpu":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
 
 
 def gate_table(layers: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print gates as layers x submodules: a bar, the mean and the spread."""
+    """Print gates as layers x submodules: a bar, the mean and the spread; not all have each."""
     names = [name for name in layers[0] if name != "layer"]
     say(title)
     view = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -188,12 +189,13 @@ def gate_table(layers: Sequence[Mapping[str, Any]], title: str) -> None:
     for name in names:
         view.add_column(name)
     for layer in layers:
-        cells = [_gate_cell(layer[name]["mean"], layer[name]["std"]) for name in names]
+        cells = [_gate_cell(layer[name]) if name in layer else Text() for name in names]
         view.add_row(str(layer["layer"]), *cells)
     console().print(view)
 
 
-def _gate_cell(mean: float, std: float) -> Text:
+def _gate_cell(values: Mapping[str, float]) -> Text:
+    mean, std = values["mean"], values["std"]
     colour = ("blue", "cyan", "green", "yellow", "red")[min(4, int(mean * 5))]
     return Text.assemble((_bar(mean), colour), f" {mean:.2f} ±{std:.2f}")
 
@@ -212,7 +214,7 @@ def plot_gates(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
     from matplotlib import pyplot
 
     names = [name for name in layers[0] if name != "layer"]
-    means = [[layer[name]["mean"] for name in names] for layer in layers]
+    means = [[layer[name]["mean"] if name in layer else nan for name in names] for layer in layers]
     size = (1.2 * len(names) + 2.2, 0.38 * len(layers) + 1.4)
     figure, axes = pyplot.subplots(figsize=size, layout="constrained")
     image = axes.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
@@ -223,9 +225,8 @@ def plot_gates(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
     for row, values in enumerate(means):
         for column, value in enumerate(values):
             shade = "white" if value < 0.6 else "black"
-            axes.text(
-                column, row, f"{value:.2f}", ha="center", va="center", color=shade, fontsize=8
-            )
+            shown = "" if isnan(value) else f"{value:.2f}"
+            axes.text(column, row, shown, ha="center", va="center", color=shade, fontsize=8)
     figure.colorbar(image, ax=axes, label="gate")
     try:
         figure.savefig(path, dpi=150)

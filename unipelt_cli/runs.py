@@ -364,7 +364,7 @@ def probe(tuned: Tuned) -> Logits:
 
 def probe_rows(tuned: Tuned) -> Encoded:
     """Draw 64 rows of seeded random tokens that a model's backbone can read."""
-    config = tuned.classifier.backbone.config
+    config: Any = tuned.classifier.backbone.config
     random = np.random.default_rng(0)
     pad_id = config.pad_token_id or 0
     ids = [
@@ -372,6 +372,10 @@ def probe_rows(tuned: Tuned) -> Encoded:
         or [(pad_id + 1) % config.vocab_size]
         for length in random.integers(4, 33, PROBE_ROWS)
     ]
+    native = tuned.pretrained.layout.native
+    if native is not None and native.reads_last:  # its classifier looks for one end mark a row
+        end = config.eos_token_id
+        ids = [[*(token for token in row if token != end), end] for row in ids]
     limit = tuned.pretrained.layout.positions(config)
     has_types = getattr(config, "type_vocab_size", 0) > 1
     return Encoded(

@@ -165,16 +165,57 @@ def modernbert(
     sees_all = attention.local_attention == (-1, -1)
     mask = _lengthened(attention_mask if sees_all else sliding_window_mask, keys)
     probability = attention.attention_dropout if attention.training else 0.0
-    if attention.config._attn_implementation == "sdpa" and not output_attentions:
+    is_fused = attention.config._attn_implementation == "sdpa" and not output_attentions
+    context, weights = _attend(queries, keys, values, mask, probability, is_fused)
+    context = attention.out_drop(attention.Wo(context))
+    return (context,) if weights is None or not output_attentions else (context, weights)
+
+
+def bart(
+    attention: Any,
+    rows: Rows,
+    hidden_states: Tensor,
+    key_value_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over prefix and tokens, of this stack or (key_value_states) of the encoder.
+
+    The library's own takes its key length before projecting. attention_mask: (B, 1, T, S), added
+    to the scores; without one every token is read, in a decoder every one up to the query.
+    """
+    read = hidden_states if key_value_states is None else key_value_states
+    queries = _heads(attention.q_proj(hidden_states), attention.num_heads)
+    keys = _heads(_prepend(rows, 0, attention.k_proj(read)), attention.num_heads)
+    values = _heads(_prepend(rows, 1, attention.v_proj(read)), attention.num_heads)
+    if attention_mask is None:
+        closed = torch.finfo(queries.dtype).min if attention.is_causal else 0.0
+        length = hidden_states.shape[1]
+        attention_mask = queries.new_full((1, 1, length, read.shape[1]), closed).triu(1)
+    mask = _lengthened(attention_mask, keys)
+    probability = attention.dropout if attention.training else 0.0
+    is_fused = attention.config._attn_implementation == "sdpa" and not output_attentions
+    context, weights = _attend(queries, keys, values, mask, probability, is_fused)
+    return attention.out_proj(context), weights
+
+
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    probability: float,
+    is_fused: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over keys (B, H, P + T, D / H); return (B, T, D), and the weights where they are."""
+    if is_fused:
         context = functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, dropout_p=probability
         )
-        return (attention.out_drop(attention.Wo(context.transpose(1, 2).flatten(2))),)
-    scores = queries @ keys.transpose(2, 3) * attention.head_dim**-0.5 + mask
-    dropout = partial(functional.dropout, p=probability)
-    context, weights = _mix(scores.float(), values, dropout)
-    context = attention.out_drop(attention.Wo(context))
-    return (context, weights) if output_attentions else (context,)
+        return context.transpose(1, 2).flatten(2), None
+    scores = queries @ keys.transpose(2, 3) / math.sqrt(queries.shape[-1]) + mask
+    return _mix(scores.float(), values, partial(functional.dropout, p=probability))
 
 
 def _turned(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -216,6 +257,8 @@ OWN_ATTENTION: dict[tuple[str, str], Callable[..., tuple[Any, ...]]] = {
     ("t5", "eager"): t5_eager,
     ("modernbert", "eager"): modernbert,
     ("modernbert", "sdpa"): modernbert,
+    ("bart", "eager"): bart,
+    ("bart", "sdpa"): bart,
 }
 
 

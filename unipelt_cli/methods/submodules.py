@@ -5,7 +5,7 @@ them through forward hooks, so the backbone's tensors keep their names and can b
 Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottleneck M.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from functools import partial
@@ -69,11 +69,12 @@ class LayerSubmodules(nn.Module):
         query = layer.get_submodule(layout.query)
         assert isinstance(query, nn.Linear)
         hidden = query.in_features
-        if "adapter" in method.parts:
+        parts = [part for part in method.parts if part not in layout.lacks]
+        if "adapter" in parts:
             self.adapter = Adapter(hidden, max(1, hidden // method.reduction), generator)
-        if "parallel" in method.parts:
+        if "parallel" in parts:
             self.parallel = ParallelAdapter(hidden, method.parallel_bottleneck, generator)
-        if "lora" in method.parts:
+        if "lora" in parts:
             for place in ("query", "value"):
                 self.lora[place] = LowRank(
                     _projection(layer, layout, place),
@@ -81,12 +82,12 @@ class LayerSubmodules(nn.Module):
                     generator,
                     _width(layer, layout, place),
                 )
-        if "bias" in method.parts:
+        if "bias" in parts:
             for path in layout.biased():
                 bias = layer.get_submodule(path).bias
                 assert isinstance(bias, Tensor)
                 self.bias[path.replace(".", "-")] = nn.Parameter(torch.zeros_like(bias))
-        for name in method.gate_names():
+        for name in method.gate_names(parts):
             self.gates[name] = gate = new_linear(hidden, 1, generator)
             nn.init.constant_(gate.bias, method.gate_bias)
 
@@ -281,31 +282,31 @@ class Container(nn.Module):
         super().__init__()
         layout, generator = site.layout, site.generator
         self.layout = layout
-        layers = layout.layer_list(backbone)
+        self.sites = layout.sites(backbone)
         has_prefix = "prefix" in method.parts
         self.state = ForwardState(method.prefix_length if has_prefix else 0)
         self.masked = method.gate_pooling == "masked"
         implementation = str(getattr(backbone.config, "_attn_implementation", "eager"))
         self.lengthens = has_prefix and implementation not in layout.own_attention
         self.layers = nn.ModuleList(
-            LayerSubmodules(layer, layout, method, index, self.state, generator)
-            for index, layer in enumerate(layers)
+            LayerSubmodules(layer, row, method, index, self.state, generator)
+            for index, (row, layer) in enumerate(self.sites)
         )
         self.prefix: Prefix | None = None
         if has_prefix:
-            hidden = _width(layers[0], layout, "key")
-            shape = (len(layers), method.prefix_length, hidden)
+            hidden = _width(self.sites[0][1], layout, "key")
+            shape = (len(self.sites), method.prefix_length, hidden)
             self.prefix = Prefix(shape, method.prefix_width, generator, site.folded)
             if not self.lengthens:
-                for layer, own in zip(layers, self.layers, strict=True):
+                for (row, layer), own in zip(self.sites, self.layers, strict=True):
                     assert isinstance(own, LayerSubmodules)
-                    module = layer.get_submodule(layout.attention)
+                    module = layer.get_submodule(row.attention)
                     kind = layout.model_type, implementation
                     replace_attention(module, *kind, own.prefix_rows)
         self.handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for layer, own in zip(layers, self.layers, strict=True):
+        for (row, layer), own in zip(self.sites, self.layers, strict=True):
             assert isinstance(own, LayerSubmodules)
-            self.handles += own.hooks(layer, layout, self.lengthens)
+            self.handles += own.hooks(layer, row, self.lengthens)
 
     def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
@@ -403,14 +404,14 @@ class Submodules(Method):
         part = place if place == "prefix" else rest[1]
         return cast(float, getattr(self, f"{part}_rate", 1.0))
 
-    def gate_names(self) -> tuple[str, ...]:
-        """Return the names of a layer's gates."""
+    def gate_names(self, parts: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of the gates of a layer with some of the parts."""
         if not self.gated:
             return ()
         separate = self.lora_gates == "separate"
         return tuple(
             name
-            for part in self.parts
+            for part in parts
             for name in (("lora_query", "lora_value") if part == "lora" and separate else (part,))
         )
 
@@ -444,10 +445,9 @@ class Submodules(Method):
         super().merge(backbone)
         container = _container(backbone)
         with torch.no_grad():
-            layers = container.layout.layer_list(backbone)
-            for layer, own in zip(layers, container.layers, strict=True):
+            for (row, layer), own in zip(container.sites, container.layers, strict=True):
                 assert isinstance(own, LayerSubmodules)
-                own.merge_into(layer, container.layout)
+                own.merge_into(layer, row)
         for handle in container.handles:
             handle.remove()
         del backbone.submodules
