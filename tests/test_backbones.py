@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Site
-from unipelt_cli.methods.submodules import Container, Submodules, record_gates
+from unipelt_cli.methods.hooks import Container
+from unipelt_cli.methods.submodules import Submodules, record_gates
 from unipelt_cli.modeling import build, merge
 from unipelt_cli.pretrained import find
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unipelt_cli import artifact
 from unipelt_cli.errors import CheckError
-from unipelt_cli.methods.submodules import LayerSubmodules, Submodules
+from unipelt_cli.methods.hooks import LayerSubmodules
+from unipelt_cli.methods.submodules import Submodules
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.runs import Run
 

@@ -13,7 +13,8 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from unipelt_cli.methods.base import CHECKS, Recipe, Site
-from unipelt_cli.methods.submodules import Container, LayerSubmodules, Submodules
+from unipelt_cli.methods.hooks import Container, LayerSubmodules
+from unipelt_cli.methods.submodules import Submodules
 
 
 @dataclass(frozen=True, config=CHECKS)
