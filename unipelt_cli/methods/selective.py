@@ -115,7 +115,7 @@ METHODS = MappingProxyType(
             BitFit(), 1e-3, "partial", "the backbone's biases", "Ben Zaken et al. 2022"
         ),
         "top-layers": Recipe(
-            TopLayers(), 1e-4, "partial", "the last layers and the pooler", "Lee et al. 2019"
+            TopLayers(), 3e-4, "partial", "the last layers and the pooler", "Lee et al. 2019"
         ),
         "layernorm": Recipe(
             LayerNorms(), 1e-3, "partial", "the backbone's LayerNorms", "Liu et al. 2022"
