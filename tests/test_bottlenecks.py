@@ -23,7 +23,7 @@ from torch.nn import functional
 from unipelt_cli import adapterhub, methods
 from unipelt_cli.backbones import BACKBONES, Layout
 from unipelt_cli.config import resolve
-from unipelt_cli.errors import ConfigError
+from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods.bottlenecks import SparseAdapter, _pack, _unpack
 from unipelt_cli.methods.submodules import Submodules, record_gates
@@ -33,6 +33,7 @@ from unipelt_cli.training import Epoch, Training
 
 Backbones = Callable[[str], Path]
 PLAIN = sorted(name for name, layout in BACKBONES.items() if layout.is_plain)
+ABSOLUTE = [name for name in PLAIN if name != "mpnet"]
 IDS = torch.tensor([[2, 5, 9, 11, 30, 7, 3]])
 LABELS = np.array([0, 1] * 8)
 SIXTEEN = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(16)]
@@ -53,6 +54,7 @@ def layer_by_hand(
     attention: Change = keep,
     inner: Change = keep,
     output: Callable[[Tensor, Tensor], Tensor] = lambda h1, z: z,
+    apart: Tensor | float = 0.0,
 ) -> Tensor:
     """Compute a post-norm layer of 4 heads from its weights alone, for rows without padding."""
 
@@ -69,7 +71,7 @@ def layer_by_hand(
 
     q = heads(linear(layout.query, h))
     k, v = heads(key(linear(layout.key, h))), heads(value(linear(layout.value, h)))
-    weights = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+    weights = (q @ k.mT / math.sqrt(q.shape[-1]) + apart).softmax(-1)
     mixed = (weights @ v).transpose(1, 2).reshape(h.shape)
     h1 = norm(layout.attention_norm, h + attention(linear(layout.attention_output, mixed)))
     z = linear(layout.output, inner(functional.gelu(linear(layout.intermediate, h1))))
@@ -81,8 +83,11 @@ def by_hand(tuned: Tuned, **changes: Callable[[int], Any]) -> Tensor:
     backbone, layout = tuned.classifier.backbone, tuned.pretrained.layout
     embeddings = backbone.get_submodule("embeddings")
     h: Tensor = changes.pop("embedded", lambda x: x)(embeddings(input_ids=IDS))
+    biased: Any = getattr(backbone, "encoder", None)
+    apart = getattr(biased, "compute_position_bias", lambda _: 0.0)(h)  # mpnet's
     for index, layer in enumerate(layout.layer_list(backbone)):
-        h = layer_by_hand(layer, layout, h, **{k: make(index) for k, make in changes.items()})
+        made = {name: make(index) for name, make in changes.items()}
+        h = layer_by_hand(layer, layout, h, apart=apart, **made)
     return h
 
 
@@ -300,7 +305,7 @@ def test_ia3_merges_into_the_weights(backbone_dir: Backbones, model_type: str) -
     assert torch.allclose(logits_of(tuned, SENTENCES), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", PLAIN)
+@pytest.mark.parametrize("model_type", ABSOLUTE)
 def test_soft_tokens_stand_after_the_first_and_leave_again(
     backbone_dir: Backbones, model_type: str
 ) -> None:
@@ -316,7 +321,12 @@ def test_soft_tokens_stand_after_the_first_and_leave_again(
     assert not torch.allclose(expected, hidden_of(plain), atol=1e-2)
 
 
-@pytest.mark.parametrize("model_type", PLAIN)
+def test_soft_tokens_are_refused_where_distances_count(backbone_dir: Backbones) -> None:
+    with pytest.raises(BackboneError, match="mpnet counts how far tokens are apart"):
+        build(experiment(backbone_dir("mpnet"), "prompt"), 2)
+
+
+@pytest.mark.parametrize("model_type", ABSOLUTE)
 def test_soft_tokens_take_no_positions_from_a_row_of_full_length(
     backbone_dir: Backbones, model_type: str
 ) -> None:

@@ -80,6 +80,12 @@ class PromptTuning(Method):
 
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from refuse_unusual_layers(layout)
+        if hasattr(config, "relative_attention_num_buckets"):
+            yield (
+                f"{layout.model_type} counts how far tokens are apart, and soft tokens would "
+                "push the first from the rest",
+                "choose a backbone with absolute positions, such as bert-base-uncased",
+            )
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         backbone.prompt = Prompt(backbone, self._rows(backbone, site), site.layout)
