@@ -356,7 +356,8 @@ def test_madxs_inverse_undoes_its_invertible_adapter(backbone_dir: Find, model_t
 
 
 def test_madx_learns_the_language_first_and_then_leaves_it_alone(backbone_dir: Find) -> None:
-    tuned = disturbed(tuned_of(backbone_dir("bert"), "madx", options={"language_share": 3.0}))
+    options = {"language_share": 3.0, "language_rate": 1.0}
+    tuned = disturbed(tuned_of(backbone_dir("bert"), "madx", options=options))
     classifier = tuned.classifier
     start = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     at_change: dict[str, Tensor] = {}
@@ -403,6 +404,13 @@ def test_madxs_stack_with_an_idle_language_part_is_a_pfeiffer_adapter(backbone_d
             if "adapters.language.adapter_up" in name:
                 parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
         assert not torch.allclose(logits_of(stacked, SENTENCES), expected, atol=1e-2)
+
+
+def test_madxs_language_part_has_a_rate_of_its_own(backbone_dir: Find) -> None:
+    tuned = tuned_of(backbone_dir("bert"), "madx", options={"language_rate": 0.3})
+    rates = {name: tuned.method.rate(name) for name in tuned.method.fold(tuned.classifier.backbone)}
+    language = hub.tensors(tuned.classifier.backbone, "language").keys()
+    assert rates == {name: 0.3 if name in language else 1.0 for name in rates}
 
 
 @pytest.mark.parametrize("mask_id", [4, None])
