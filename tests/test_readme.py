@@ -96,12 +96,20 @@ def test_indented_commands_resolve() -> None:
     from unipelt_cli import config
 
     commands = re.findall(r"^    unipelt train (.*)$", README, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 4
     for arguments in commands:
         words = dict(zip(arguments.split()[::2], arguments.split()[1::2], strict=True))
         layers = [("", config.read_preset(words["--preset"]))] if "--preset" in words else []
-        data = {"task": words["--task"], "k": int(words["--k"])}
-        assert config.resolve([*layers, ("", {"data": data})]).data.k == 500
+        given: config.Settings = {"data": {"k": int(words["--k"])}, "method": {}}
+        if "--task" in words:
+            given["data"]["task"] = words["--task"]
+        else:
+            given["data"] |= {"tasks": words["--tasks"], "dev_size": int(words["--dev-size"])}
+        if "--method" in words:
+            given["method"]["name"] = words["--method"]
+        sets = [config.parse_assignment(words["--set"])] if "--set" in words else []
+        own = config.merge([given, *sets])
+        assert config.resolve([*layers, ("", own)]).data.k == int(words["--k"])
 
 
 def test_preset_headers_hold_commands_for_that_preset() -> None:
