@@ -291,7 +291,7 @@ def build(
         tokenizer.mask_token_id,
         frozenset(tokenizer.all_special_ids),
         pretrained.fingerprint,
-        len(outputs),
+        tasks=len(outputs),
     )
     method.attach(backbone, site)
     heads = [Head(hidden, own, settings.head_dropout, activation, generator) for own in outputs]
@@ -336,7 +336,7 @@ def count(
     for folded in (False, True):
         backbone = skeleton(pretrained).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        site = Site(pretrained.layout, generator, folded, head_parameters, tasks)
+        site = Site(pretrained.layout, generator, folded, head_parameters, tasks=tasks)
         method.attach(backbone, site)
         counted.append(backbone)
     return method.trainable(counted[0]), count_stored(method.fold(counted[1]))
