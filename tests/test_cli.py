@@ -22,7 +22,10 @@ from unipelt_cli import execution, network, runs
 from unipelt_cli.cli import app
 from unipelt_cli.training import Epoch
 
-FAST = ["--set", "train.epochs=3", "--set", "train.batch_size=8", "--device", "cpu"]
+FAST = [
+    *("--set", "train.epochs=3", "--set", "train.batch_size=8"),
+    *("--device", "cpu", "--precision", "fp32"),
+]
 
 
 def invoke(*arguments: str | Path, stdin: str | None = None) -> tuple[int, str, str]:
@@ -370,14 +373,12 @@ UNKNOWN = [
     (
         ["train", "--task", "mrpc", "--method", "unipelt"],
         "method.name = 'unipelt': no such method",
-        "did you mean unipelt-ap? otherwise choose one of adapter, ap-ungated, apl-ungated, "
-        "bitfit, full, head, lora, prefix, unipelt-ap, unipelt-apl, unipelt-aplb",
+        "did you mean unipelt-ap? otherwise see `unipelt list methods`",
     ),
     (
         ["train", "--task", "demo", "--preset", "papr"],
         "preset 'papr': no such file or preset",
-        "did you mean paper? otherwise choose one of adapter, ap-ungated, apl-ungated, bitfit, "
-        "full, head, lora, paper, prefix, unipelt-ap, unipelt-apl, unipelt-aplb",
+        "did you mean paper? otherwise see `unipelt list presets`",
     ),
     (
         ["train", "--task", "demo", "--set", "train.epoch=3"],

@@ -1,6 +1,6 @@
 """A run's submodules as a folder that the `adapters` library loads: names, configs, files.
 
-The only module that imports `adapters`, and only inside functions: the import takes seconds.
+Imports `adapters` inside functions alone, as `methods.hub` does: the import takes seconds.
 Written for 1.3.0, which merely logs what it misses or ignores in a folder; `load` checks that.
 """
 

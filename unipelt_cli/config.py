@@ -400,7 +400,10 @@ def read_preset(name: str) -> Settings:
             return {"method": {"name": name}, "train": {"learning_rate": rate}}
         if name not in shipped:
             known = [*shipped, *methods.table()]
-            raise ConfigError(f"preset {name!r}: no such file or preset", nearest(name, known))
+            raise ConfigError(
+                f"preset {name!r}: no such file or preset",
+                nearest(name, known, "unipelt list presets"),
+            )
         path = shipped[name]
     try:
         if path.stat().st_size > 1_000_000:

@@ -37,9 +37,12 @@ class CheckError(UnipeltError):
     exit_code = 1
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return the hint for an unknown `name`: the nearest choice first, then all of them."""
+def nearest(name: str, choices: Iterable[str], shown_by: str | None = None) -> str:
+    """Return the hint for an unknown `name`: the nearest choice first, then all of them.
+
+    Where they are many, `shown_by` is the command that shows them.
+    """
     names = sorted(choices)
     close = get_close_matches(name, names, n=1)
-    listed = f"choose one of {', '.join(names)}"
+    listed = f"choose one of {', '.join(names)}" if shown_by is None else f"see `{shown_by}`"
     return f"did you mean {close[0]}? otherwise {listed}" if close else listed

@@ -86,10 +86,11 @@ def methods_markdown() -> str:
 
 
 def _presets(_: Path) -> list[Entry]:
-    return [
-        {"name": name, "what": path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")}
-        for name, path in config.presets().items()
-    ]
+    """Return the shipped files, and every method without one: its name is a preset as well."""
+    said = {name: recipe.summary for name, recipe in methods.table().items()}
+    for name, path in config.presets().items():
+        said[name] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return [{"name": name, "what": what} for name, what in sorted(said.items())]
 
 
 def _backbones(_: Path) -> list[Entry]:

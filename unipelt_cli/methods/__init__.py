@@ -39,5 +39,6 @@ def table() -> Mapping[str, Recipe]:
 def get(name: str) -> Recipe:
     """Return the recipe called `name`; raise ConfigError with the nearest name if absent."""
     if name not in table():
-        raise ConfigError(f"method.name = {name!r}: no such method", nearest(name, table()))
+        hint = nearest(name, table(), "unipelt list methods")
+        raise ConfigError(f"method.name = {name!r}: no such method", hint)
     return table()[name]

@@ -1,6 +1,6 @@
 """Methods that the `adapters` library (1.3.0) computes as their papers do: Compacter, and MAD-X.
 
-Only this module of the package imports it, and only inside functions: the import takes seconds.
+Only this module of `methods` imports it, and only inside functions: the import takes seconds.
 The library attaches and computes; it draws from the global generator, so that every number is
 drawn again from the site's, and it leaves new tensors in float32, so that these methods run under
 autocast beside a bf16 backbone. Saving, which it does not do strictly, is ours.
