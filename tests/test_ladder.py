@@ -257,6 +257,17 @@ def test_side_tuning_sends_no_gradient_into_the_backbone(
     assert gradients["side.a"]
 
 
+def test_the_copied_layers_train_slower_than_the_share_and_the_head(
+    backbone_dir: Callable[[str], Path],
+) -> None:
+    settings = experiment(backbone_dir("bert"), "side-tuning", options={"copy_rate": 0.25})
+    tuned = build(settings, 2)
+    names = {name for name, p in tuned.classifier.backbone.named_parameters() if p.requires_grad}
+    slow = {name for name in names if tuned.method.rate(name) == 0.25}
+    assert names - slow == {"side.a"}
+    assert tuned.method.rate("side.a") == 1.0
+
+
 def best_weights(scores: list[float], count: int, epsilon: float) -> list[float]:
     """Maximise sum(w s) + epsilon * entropy(w), 0 <= w <= 1, sum(w) = count, by bisection."""
     low, high = -1e3, 1e3

@@ -243,7 +243,10 @@ class SideTuning(Method):
     layers: Annotated[int, Field(ge=1, description="layers of the side network")] = 2
     start: Annotated[
         float, Field(description="a at the start: the backbone's share is its sigmoid")
-    ] = 2.0
+    ] = 4.0  # at 0 an untrained side takes half of what the backbone says
+    copy_rate: Annotated[
+        float, Field(gt=0, le=1, description="the copied layers' rate over the run's")
+    ] = 0.03
 
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from refuse_unusual_layers(layout)
@@ -252,6 +255,10 @@ class SideTuning(Method):
                 f"method.layers = {self.layers}, and it has {config.num_hidden_layers} to copy",
                 f"set method.layers={config.num_hidden_layers} or less",
             )
+
+    def rate(self, name: str) -> float:
+        """Train the copied layers as pretrained ones are trained: far slower than a new head."""
+        return self.copy_rate if name.startswith("side.layers.") else 1.0
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         backbone.side = Side(backbone, self, site)
@@ -268,7 +275,7 @@ METHODS: Mapping[str, Recipe] = MappingProxyType(
         ),
         "side-tuning": Recipe(
             SideTuning(),
-            1e-4,
+            1e-3,
             "additive",
             "the frozen backbone blended with a trained copy of its lowest layers",
             "Zhang et al. 2020",
