@@ -88,7 +88,7 @@ def test_every_problem_is_said_at_once() -> None:
         (
             {"method": {"name": "lorra"}},
             "method.name = 'lorra': no such method",
-            "did you mean lora? otherwise choose one of",
+            "did you mean lora? otherwise see `unipelt list methods`",
         ),
         (
             {"train": {"learning_rate": -1.0}},

@@ -89,7 +89,8 @@ def _presets(_: Path) -> list[Entry]:
     """Return the shipped files, and every method without one: its name is a preset as well."""
     said = {name: recipe.summary for name, recipe in methods.table().items()}
     for name, path in config.presets().items():
-        said[name] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        said[name] = first.removeprefix(f"{name}: ")
     return [{"name": name, "what": what} for name, what in sorted(said.items())]
 
 

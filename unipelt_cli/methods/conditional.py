@@ -200,6 +200,12 @@ class Coda(Method):
 
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from refuse_unusual_layers(layout)
+        if hasattr(config, "relative_attention_num_buckets"):
+            yield (
+                f"{layout.model_type} counts how far tokens are apart, and routed tokens are "
+                "taken out of their row",
+                "choose a backbone with absolute positions, such as bert-base-uncased",
+            )
 
     @property
     def idle(self) -> Mapping[str, str]:
