@@ -323,7 +323,7 @@ METHODS = MappingProxyType(
     {
         "adamix": Recipe(
             AdaMix(),
-            4e-4,
+            1e-3,
             "unified",
             "adapters drawn at random, averaged into one",
             "Wang et al. 2022",
