@@ -14,6 +14,8 @@ RANKS = {
     "errors": 0,
     "network": 1,
     "artifact": 1,
+    "dropout": 1,
+    "workers": 1,
     "backbones": 1,
     "tasks": 1,
     "methods": 2,

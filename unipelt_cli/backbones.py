@@ -72,6 +72,10 @@ class Layout:
     """Whether its layers are BERT's: one stack, own weights each, a norm after each of two blocks,
     and a linear unit each for query, key and value."""
 
+    has_plain_scores: bool = True
+    """Whether attention reads scaled products alone, without a bias from positions."""
+    activation: str = "hidden_act"
+    """What the config calls the activation of the feed-forward block."""
     pooler: str = "pooler.dense"
     """The linear unit of the backbone's own pooler, where it has one."""
     also_biased: tuple[str, ...] = ()
@@ -259,11 +263,13 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 inside="distilbert",
                 attention_added="attention.out_lin",
                 output_added="ffn.dropout",
+                activation="activation",
                 own_attention=("eager",),
             ),
             _like_bert(
                 "mpnet",
                 "MPNet",
+                has_plain_scores=False,
                 query="attention.attn.q",
                 key="attention.attn.k",
                 value="attention.attn.v",

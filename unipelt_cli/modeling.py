@@ -10,30 +10,12 @@ from transformers import PreTrainedModel
 
 from unipelt_cli import methods
 from unipelt_cli.config import Experiment
+from unipelt_cli.dropout import Draws, Dropout
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.methods.base import Method, Site, count_stored, initialise, new_linear
 from unipelt_cli.pretrained import Pretrained, find
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
-
-
-class Dropout(nn.Module):
-    """Dropout whose mask costs a quarter of the random numbers: 16 bits decide for one element.
-
-    On a CPU the library's own draws one by one and takes a quarter of a training step.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p, self.threshold = p, round(p * 2**16)
-
-    def forward(self, x: Tensor) -> Tensor:  # any shape
-        if not self.training or self.threshold == 0:
-            return x
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = (bits >= self.threshold - 2**15).to(x.dtype)
-        return x * kept.mul_(2**16 / (2**16 - self.threshold))
 
 
 class Head(nn.Module):
@@ -269,8 +251,8 @@ def build(
         missing = frozenset()
         backbone.register_module("pooler", None)
     _check_length(settings.max_length, pretrained, backbone)
-    if device.type == "cpu":
-        _replace_dropout(backbone)  # before the method puts hooks on it
+    draws = Draws()
+    _replace_dropout(backbone, draws)  # before the method puts hooks on it
     backbone.requires_grad_(False)
     original = list(backbone.parameters())
     plain_buffers = frozenset(f"backbone.{name}" for name, _ in backbone.named_buffers())
@@ -300,9 +282,9 @@ def build(
     classifier = Classifier(backbone, heads, method, read, reads_pooler)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
-    if device.type == "cpu":
-        _replace_dropout(classifier)
+    _replace_dropout(classifier, draws)
     classifier.to(device)
+    method.hasten(backbone, site)
     return Tuned(
         classifier.eval(),
         tokenizer,
@@ -353,12 +335,12 @@ def _to_bf16(classifier: Classifier, original: list[nn.Parameter], method: Metho
         parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _replace_dropout(module: nn.Module) -> None:
+def _replace_dropout(module: nn.Module, draws: Draws) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Dropout):
-            setattr(module, name, Dropout(child.p))
+            setattr(module, name, Dropout(child.p, draws))
         else:
-            _replace_dropout(child)
+            _replace_dropout(child, draws)
 
 
 def _check_length(max_length: int, pretrained: Pretrained, backbone: PreTrainedModel) -> None:

@@ -19,6 +19,7 @@ from unipelt_cli.methods.base import Site, new_linear
 from unipelt_cli.methods.parts import Adapter, LowRank, ParallelAdapter, Prefix
 
 if TYPE_CHECKING:
+    from unipelt_cli.methods.stack import Stack
     from unipelt_cli.methods.submodules import Submodules
 
 THIRDS = ("query", "key", "value")
@@ -31,6 +32,7 @@ class ForwardState:
         self.prefix_length = prefix_length
         self.pooling: Tensor | None = None  # (B, T) float32, sums to 1 over the pooled tokens
         self.prefix: Tensor | None = None  # (N, 2, P, D)
+        self.is_fused = False  # whether `stack.Stack` computes this pass, and the hooks rest
         self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
         self.task = 0  # whose gate terms count, where tasks have some
 
@@ -145,6 +147,8 @@ class LayerSubmodules(nn.Module):
             self.reads_table = False
 
     def _open_gates(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.state.is_fused:
+            return
         hidden = args[0] if args else kwargs["hidden_states"]
         self.gate_values, self.record = {}, {}
         if self.state.recorded is not None:  # one entry a call: a module may serve several layers
@@ -300,6 +304,7 @@ class Container(nn.Module):
                     module = layer.get_submodule(row.attention)
                     kind = layout.model_type, implementation
                     replace_attention(module, *kind, own.prefix_rows)
+        self.stack: "Stack | None" = None
         self.handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for (row, layer), own in zip(self.sites, self.layers, strict=True):
             assert isinstance(own, LayerSubmodules)
@@ -308,6 +313,9 @@ class Container(nn.Module):
     def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
         mask = kwargs["attention_mask"]
+        self.state.is_fused = self.stack is not None and self.stack.begin(mask)
+        if self.state.is_fused:
+            return args, kwargs
         pooled = mask.float() if self.masked else torch.ones_like(mask, dtype=torch.float32)
         self.state.pooling = pooled / pooled.sum(1, keepdim=True)
         if self.state.recorded is not None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unipelt_cli.backbones import Layout
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
 from unipelt_cli.methods.hooks import Container, LayerSubmodules
+from unipelt_cli.methods.stack import PARTS, Stack
 
 Part = Literal["adapter", "prefix", "lora", "bias", "parallel"]
 
@@ -115,6 +116,17 @@ class Submodules(Method):
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         backbone.submodules = Container(backbone, self, site)
+
+    def hasten(self, backbone: nn.Module, site: Site) -> None:
+        """Put fused layers in the library's place where they compute the same."""
+        container = _container(backbone)
+        is_plain = site.layout.is_plain and site.layout.has_plain_scores
+        is_masked = self.gate_pooling == "masked"
+        if is_plain and is_masked and PARTS.issuperset(self.parts) and site.tasks == 1:
+            activation = getattr(backbone.config, site.layout.activation, None)
+            if activation == "gelu":
+                scale = 2.0 if self.lora_scale is None else self.lora_scale
+                container.stack = Stack(backbone, container, scale)
 
     def fold(self, backbone: nn.Module) -> dict[str, Tensor]:
         """Return the trained tensors with the prefix MLP folded away, which is exact."""

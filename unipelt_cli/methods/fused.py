@@ -1,0 +1,382 @@
+"""The layers of a frozen backbone with their submodules in few operations, forward and backward.
+
+It computes what the hooks of `hooks.py` compute, for BERT's kind of layer with adapter, prefix and
+LoRA, and takes their place where it can. Trained tensors have a leading run axis: several runs of
+one method share each pass over the frozen weights. On a CPU the rows are shared out over cores.
+Shapes: rows n, runs R, tokens T, hidden D, heads H, head size d, prefix length P, keys S >= P + T,
+rank r, bottleneck M, early gates E.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unipelt_cli.backbones import Layout
+from unipelt_cli.dropout import Dropout, Keys, masked
+
+ATEN: Any = torch.ops.aten
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a batch that go through all layers together."""
+
+    rows: Tensor  # (n,) their places in the batch
+    runs: slice
+    pooling: Tensor  # (n, T), sums to 1 over the real tokens
+    bias: Tensor | None  # (n, 1, S) added to scores; None where every row reads every key
+    keys: int  # S
+    prefix: int  # P
+
+    @property
+    def tokens(self) -> int:
+        """T: how many tokens its longest row has."""
+        return self.pooling.shape[1]
+
+    def by_run(self, x: Tensor) -> Tensor:
+        """View (n, T, ...) as (R, n / R * T, ...)."""
+        return x.view(self.runs.stop - self.runs.start, -1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A layer's submodules, each (R, ...), as one step's passes read them.
+
+    What reads the same input is one matrix: LoRA's two A with the early gates, the adapter's down
+    with its gate. Matrices are of the backbone's kind, gates float32.
+    """
+
+    reads: Tensor | None = None  # (R, 2r + E, D)
+    back: Tensor | None = None  # (R, 2r, 3D): LoRA's B, zero where query and value are not
+    early: Tensor | None = None  # (R, E, D): LoRA's one or two, then the prefix's
+    early_bias: Tensor | None = None  # (R, E)
+    late_reads: Tensor | None = None  # (R, M + 1, D), or M where nothing is gated
+    down_bias: Tensor | None = None  # (R, M)
+    up: Tensor | None = None  # (R, D, M)
+    up_bias: Tensor | None = None  # (R, D)
+    late: Tensor | None = None  # (R, 1, D)
+    late_bias: Tensor | None = None  # (R, 1)
+    prefix: Tensor | None = None  # (R, 2, P, D) float32
+    scale: float = 1.0
+    """LoRA's factor where nothing is gated."""
+
+    def of(self, runs: slice) -> "Trained":
+        """Return what some runs have."""
+        own = {k: v[runs] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Trained(**own, scale=self.scale)
+
+
+@dataclass
+class Masks:
+    """The dropout masks of one layer and part: after the softmax, and after each block."""
+
+    dropouts: Sequence[Dropout | None]
+    keys: Sequence[Keys | None]
+    made: dict[int, Tensor] = field(default_factory=dict)
+
+    def put(self, place: int, x: Tensor) -> Tensor:
+        """Drop numbers of x, unscaled; the same ones at every call."""
+        dropout, keys = self.dropouts[place], self.keys[place]
+        if dropout is None or keys is None:
+            return x
+        if place not in self.made:
+            self.made[place] = dropout.mask(keys, x.shape, x.device)
+        return masked(x, self.made[place])
+
+    def scale(self, place: int) -> float:
+        """Return what the numbers that are kept are multiplied by."""
+        dropout = self.dropouts[place]
+        return 1.0 if dropout is None else dropout.scale
+
+    def back(self, place: int, grad: Tensor) -> Tensor:
+        """Return the gradient of what was dropped from."""
+        kept, scale = self.put(place, grad), self.scale(place)
+        return kept if scale == 1.0 else kept * scale
+
+
+AFTER_SOFTMAX, AFTER_ATTENTION, AFTER_OUTPUT = range(3)
+
+
+class FusedLayer:
+    """One layer: its frozen tensors, as the fused operations read them."""
+
+    def __init__(self, layer: nn.Module, layout: Layout) -> None:
+        self.projections = [
+            cast(nn.Linear, layer.get_submodule(path))
+            for path in (layout.query, layout.key, layout.value)
+        ]
+        with torch.no_grad():
+            self.qkv = torch.cat([unit.weight for unit in self.projections])
+            self.qkv_bias = torch.cat([unit.bias for unit in self.projections])
+            for unit, third in zip(self.projections, self.qkv.chunk(3), strict=True):
+                unit.weight.data = third  # not kept twice
+        self.attention_output = cast(nn.Linear, layer.get_submodule(layout.attention_output))
+        self.attention_norm = cast(nn.LayerNorm, layer.get_submodule(layout.attention_norm))
+        self.intermediate = cast(nn.Linear, layer.get_submodule(layout.intermediate))
+        self.output = cast(nn.Linear, layer.get_submodule(layout.output))
+        self.output_norm = cast(nn.LayerNorm, layer.get_submodule(layout.output_norm))
+        paths = (f"{layout.attention}.dropout", layout.attention_added, layout.output_added)
+        found = [layer.get_submodule(path) for path in paths]
+        self.dropouts = [
+            module if isinstance(module, Dropout) and module.threshold else None for module in found
+        ]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether nobody has put other tensors in the place of those that were joined."""
+        first = self.projections[0].weight
+        return first.data_ptr() == self.qkv.data_ptr() and first.dtype == self.qkv.dtype
+
+    def forward(
+        self, x: Tensor, part: Part, own: Trained, heads: int, masks: Masks | None
+    ) -> tuple[Tensor, Tensors]:
+        """Return the layer's output (n, T, D) and, where masks say that it trains, what is saved."""
+        saved: Tensors = {"x": x}
+        gates = None
+        if own.early is not None and own.early_bias is not None:
+            saved["opened"], gates = _pool(x, own.early, own.early_bias, part)
+            saved["gates"] = gates
+        qkv = functional.linear(x, self.qkv, self.qkv_bias)
+        if own.reads is not None and own.back is not None:
+            low = part.by_run(x) @ own.reads[:, : own.back.shape[1]].mT
+            saved |= {"low": low, "scaled": _by_place(low, part, own, gates)}
+            part.by_run(qkv).baddbmm_(saved["scaled"], own.back)
+        context = _attend(qkv, part, own, gates, heads, masks, saved)
+        unit = self.attention_output
+        added = functional.linear(context, unit.weight, unit.bias)
+        summed = _plus(x, added, masks, AFTER_ATTENTION)
+        h = _norm(self.attention_norm, summed, "attention", saved)
+        inner = self._inner(h, masks, saved)
+        added = functional.linear(inner, self.output.weight, self.output.bias)
+        summed = _plus(h, added, masks, AFTER_OUTPUT)
+        if own.late_reads is not None:
+            summed = self._adapt(summed, part, own, saved)
+        return _norm(self.output_norm, summed, "output", saved), saved if masks else {}
+
+    def _inner(self, h: Tensor, masks: Masks | None, saved: Tensors) -> Tensor:
+        unit = self.intermediate
+        before = functional.linear(h, unit.weight, unit.bias)
+        if masks is not None:
+            saved["before"] = before
+        return functional.gelu(before)
+
+    def _adapt(self, summed: Tensor, part: Part, own: Trained, saved: Tensors) -> Tensor:
+        """Add the adapter's answer, as far as its gate is open, to what the last norm reads."""
+        assert own.late_reads is not None
+        assert own.down_bias is not None
+        assert own.up is not None
+        assert own.up_bias is not None
+        read = _norm(self.output_norm, summed, "read", saved)
+        bottleneck = own.down_bias.shape[1]
+        weight = own.late_reads[:, :bottleneck].mT
+        down = torch.baddbmm(own.down_bias[:, None], part.by_run(read), weight).relu_()
+        up = torch.baddbmm(own.up_bias[:, None], down, own.up.mT).view_as(summed)
+        saved |= {"read": read, "down": down, "up": up}
+        if own.late is None or own.late_bias is None:
+            return summed + up
+        saved["late_opened"], gate = _pool(read, own.late, own.late_bias, part)
+        saved["late_gate"] = gate = gate.to(up.dtype)[:, :, None]
+        return torch.addcmul(summed, up, gate)
+
+    def backward(
+        self,
+        grad: Tensor,
+        saved: Tensors,
+        part: Part,
+        own: Trained,
+        heads: int,
+        masks: Masks,
+        needs_input: bool,
+    ) -> tuple[Tensor | None, Tensors]:
+        """Return the gradients of the layer's input, if it is needed, and of `own`, by name."""
+        grads: Tensors = {}
+        grad = _norm_back(self.output_norm, grad, "output", saved)
+        if own.late_reads is not None:
+            grad = self._adapt_back(grad, saved, part, own, grads)
+        inner = masks.back(AFTER_OUTPUT, grad) @ self.output.weight
+        inner = ATEN.gelu_backward(inner, saved["before"])
+        grad = _plus_product(grad, inner, self.intermediate.weight)
+        grad = _norm_back(self.attention_norm, grad, "attention", saved)
+        context = masks.back(AFTER_ATTENTION, grad) @ self.attention_output.weight
+        qkv, rows = _attend_back(context, saved, part, heads, masks)
+        reads, gate_grads = [], []
+        if own.back is not None:
+            by_run = part.by_run(qkv)
+            grads["back"] = saved["scaled"].mT @ by_run
+            low = by_run @ own.back.mT
+            if own.early is not None:
+                gate_grads.append(_place_sums(low * saved["low"], part, own))
+            reads.append(_by_place(low, part, own, saved.get("gates")))
+        if own.prefix is not None:
+            grads["prefix"], gate_grad = _rows_back(rows, own.prefix, saved.get("gates"))
+            gate_grads += [] if gate_grad is None else [gate_grad]
+        if own.early is not None:
+            pooled = _pool_back(torch.cat(gate_grads, 1), saved["opened"], part)
+            grads["early_bias"] = part.by_run(pooled).sum(1)
+            reads.append(part.by_run(pooled).to(grad.dtype))
+        if own.reads is not None:
+            low = torch.cat(reads, -1)
+            grads["reads"] = low.mT @ part.by_run(saved["x"])
+            if needs_input:
+                grad = torch.baddbmm(part.by_run(grad), low, own.reads).view_as(grad)
+        return _plus_product(grad, qkv, self.qkv) if needs_input else None, grads
+
+    def _adapt_back(
+        self, grad: Tensor, saved: Tensors, part: Part, own: Trained, grads: Tensors
+    ) -> Tensor:
+        assert own.late_reads is not None
+        assert own.up is not None
+        is_gated = own.late is not None
+        up = part.by_run(grad * saved["late_gate"] if is_gated else grad)
+        down = (up @ own.up) * (saved["down"] > 0)
+        grads |= {"up": up.mT @ saved["down"], "up_bias": up.sum(1), "down_bias": down.sum(1)}
+        if is_gated:
+            gate = (grad * saved["up"]).sum((1, 2), dtype=torch.float32)[:, None]
+            pooled = part.by_run(_pool_back(gate, saved["late_opened"], part))
+            grads["late_bias"] = pooled.sum(1)
+            down = torch.cat([down, pooled.to(down.dtype)], -1)
+        grads["late_reads"] = down.mT @ part.by_run(saved["read"])
+        read = (down @ own.late_reads).view_as(grad)
+        return grad + _norm_back(self.output_norm, read, "read", saved)
+
+
+def _attend(
+    qkv: Tensor,
+    part: Part,
+    own: Trained,
+    gates: Tensor | None,
+    heads: int,
+    masks: Masks | None,
+    saved: Tensors,
+) -> Tensor:
+    """Attend over prefix and tokens: (n, T, 3D) -> (n, T, D)."""
+    n, tokens, _ = qkv.shape
+    query, *stored = qkv.view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (n, H, T, d) each
+    size = query.shape[-1]
+    both = qkv.new_zeros(2, n, heads, part.keys, size)
+    for place, projected in enumerate(stored):
+        both[place, :, :, part.prefix : part.prefix + tokens] = projected
+    if own.prefix is not None:
+        both[:, :, :, : part.prefix] = _rows(own.prefix, n, heads, gates)
+    query = query.reshape(n * heads, tokens, size)
+    keys, values = both.flatten(1, 2)
+    scores = query @ keys.mT
+    if part.bias is None:
+        scores *= size**-0.5
+    else:
+        bias = part.bias[:, None].expand(n, heads, 1, -1).reshape(n * heads, 1, -1)
+        scores = torch.add(bias, scores, alpha=size**-0.5)
+    weights = scores.softmax(-1)
+    used = weights
+    if masks is not None:
+        used = masks.put(AFTER_SOFTMAX, weights.view(n, heads, tokens, -1)).view_as(weights)
+        saved |= {"query": query, "keys": keys, "values": values, "weights": weights}
+    context = used @ values
+    if masks is not None:
+        context *= masks.scale(AFTER_SOFTMAX)
+    return context.view(n, heads, tokens, size).transpose(1, 2).reshape(n, tokens, -1)
+
+
+def _attend_back(
+    grad: Tensor, saved: Tensors, part: Part, heads: int, masks: Masks
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the projected tokens (n, T, 3D) and of the prefix (2, n, H, P, d)."""
+    n, tokens, hidden = grad.shape
+    size = hidden // heads
+    grad = grad.view(n, tokens, heads, size).transpose(1, 2).reshape(n * heads, tokens, size)
+    scale = masks.scale(AFTER_SOFTMAX)
+    grad = grad if scale == 1.0 else grad * scale
+    weights = saved["weights"]
+    shape = (n, heads, tokens, part.keys)
+    used = masks.put(AFTER_SOFTMAX, weights.view(shape)).view_as(weights)
+    dropped = masks.put(AFTER_SOFTMAX, (grad @ saved["values"].mT).view(shape)).view_as(weights)
+    scores = ATEN._softmax_backward_data(dropped, weights, -1, weights.dtype)
+    scores *= size**-0.5
+    both = torch.stack([scores.mT @ saved["query"], used.mT @ grad])
+    both = both.view(2, n, heads, part.keys, size)
+    qkv = grad.new_empty(n, tokens, 3, heads, size)
+    qkv[:, :, 0] = (scores @ saved["keys"]).view(n, heads, tokens, size).transpose(1, 2)
+    first, last = part.prefix, part.prefix + tokens
+    for place in range(2):
+        qkv[:, :, 1 + place] = both[place, :, :, first:last].transpose(1, 2)
+    return qkv.view(n, tokens, 3 * hidden), both[:, :, :, :first]
+
+
+def _rows(prefix: Tensor, n: int, heads: int, gates: Tensor | None) -> Tensor:
+    """Return the prefix (R, 2, P, D) as every row has it: (2, n, H, P, d)."""
+    runs, _, length, hidden = prefix.shape
+    rows = prefix.view(runs, 1, 2, length, heads, hidden // heads)
+    if gates is None:
+        rows = rows.expand(-1, n // runs, -1, -1, -1, -1)
+    else:
+        rows = rows * gates[:, -1].view(runs, -1, 1, 1, 1, 1)
+    return rows.reshape(n, 2, length, heads, -1).permute(1, 0, 3, 2, 4)
+
+
+def _rows_back(grad: Tensor, prefix: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the prefix (R, 2, P, D) and of its gate (n, 1)."""
+    runs = len(prefix)
+    by_run = grad.permute(1, 0, 3, 2, 4).float().reshape(runs, grad.shape[1] // runs, -1)
+    if gates is None:
+        return by_run.sum(1).view_as(prefix), None
+    gate = gates[:, -1].view(runs, 1, -1)
+    flat = prefix.reshape(runs, -1, 1)
+    return (gate @ by_run).view_as(prefix), (by_run @ flat).view(-1, 1)
+
+
+def _pool(x: Tensor, weight: Tensor, bias: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Return sigmoid(w.x + b) of every token (n, T, E), and its mean over real tokens (n, E)."""
+    opened = torch.baddbmm(bias[:, None], part.by_run(x).float(), weight.mT).sigmoid_()
+    opened = opened.view(*x.shape[:2], -1)
+    return opened, (part.pooling[:, None] @ opened)[:, 0]
+
+
+def _pool_back(grad: Tensor, opened: Tensor, part: Part) -> Tensor:
+    """Return the gradient (n, T, E) of what the sigmoids read."""
+    return grad[:, None] * part.pooling[:, :, None] * opened * (1 - opened)
+
+
+def _by_place(low: Tensor, part: Part, own: Trained, gates: Tensor | None) -> Tensor:
+    """Multiply LoRA's (R, n / R * T, 2r) by the gate of query and that of value, or the scale."""
+    if gates is None:
+        return low * own.scale
+    used = gates if own.prefix is None else gates[:, :-1]
+    used = used.to(low.dtype).view(len(gates), 1, -1, 1)
+    return (low.view(len(gates), part.tokens, 2, -1) * used).view_as(low)
+
+
+def _place_sums(product: Tensor, part: Part, own: Trained) -> Tensor:
+    """Return the gradients of LoRA's gates, (n, 1 or 2)."""
+    assert own.early is not None
+    count = own.early.shape[1] - (own.prefix is not None)
+    sums = product.view(-1, part.tokens, 2, product.shape[-1] // 2).sum((1, 3), dtype=torch.float32)
+    return sums.sum(1, keepdim=True) if count == 1 else sums
+
+
+def _plus(x: Tensor, added: Tensor, masks: Masks | None, place: int) -> Tensor:
+    if masks is None:
+        return x + added
+    return torch.add(x, masks.put(place, added), alpha=masks.scale(place))
+
+
+def _plus_product(x: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
+    return torch.addmm(x.flatten(0, 1), inner.flatten(0, 1), weight).view_as(x)
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor, name: str, saved: Tensors) -> Tensor:
+    shape = norm.normalized_shape
+    normed, mean, deviation = ATEN.native_layer_norm(x, shape, norm.weight, norm.bias, norm.eps)
+    saved |= {f"{name}_input": x, f"{name}_mean": mean, f"{name}_deviation": deviation}
+    return cast(Tensor, normed)
+
+
+def _norm_back(norm: nn.LayerNorm, grad: Tensor, name: str, saved: Mapping[str, Tensor]) -> Tensor:
+    x, mean, deviation = (saved[f"{name}_{kind}"] for kind in ("input", "mean", "deviation"))
+    wanted = (True, False, False)
+    given = (x, norm.normalized_shape, mean, deviation, norm.weight, norm.bias, wanted)
+    return cast(Tensor, ATEN.native_layer_norm_backward(grad, *given)[0])

@@ -1,0 +1,295 @@
+"""The fused layers of one backbone in the place of the library's own, one pass for all runs.
+
+The library still embeds the tokens and pools the answer; its first layer runs the whole stack and
+the others hand on what they are given. Where a pass is not one that the fused layers can compute
+exactly, the library's layers and the hooks do it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unipelt_cli.methods.fused import FusedLayer, Masks, Part, Tensors, Trained
+from unipelt_cli.methods.hooks import Container
+from unipelt_cli.workers import run_parts
+
+PARTS = frozenset({"adapter", "prefix", "lora"})
+EARLY = ("lora", "lora_query", "lora_value", "prefix")
+LEAST_TOKENS = 96  # fewer are not worth a core of their own
+
+
+@dataclass
+class Travel:
+    """One part's way through the layers: what `backward` needs of it."""
+
+    part: Part
+    masks: Sequence[Masks] | None  # a layer's each, in training
+    saved: list[Tensors] = field(default_factory=list)
+
+
+class Stack:
+    """The fused layers of a backbone that was attached `containers`' submodules, one for each run.
+
+    `containers` and `counts` (rows of each run, in their order) may be set for several runs.
+    """
+
+    def __init__(self, backbone: nn.Module, container: Container, scale: float) -> None:
+        self.layers = [FusedLayer(layer, row) for row, layer in container.sites]
+        self.containers = [container]
+        self.counts: list[int] | None = None
+        self.heads = int(backbone.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+        self.scale = scale
+        self.mask: Tensor | None = None  # of the pass that the stack computes, else None
+        for place, (_, layer) in enumerate(container.sites):
+            layer.forward = partial(self._forward, place, layer.forward)
+
+    def begin(self, mask: Tensor) -> bool:
+        """Take up a pass with this mask (N, T), if it is one that can be computed exactly."""
+        recorded = any(container.state.recorded is not None for container in self.containers)
+        is_exact = not recorded and all(layer.is_current for layer in self.layers)
+        self.mask = mask if is_exact and not torch.is_autocast_enabled(mask.device.type) else None
+        return self.mask is not None
+
+    def _forward(
+        self, place: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.mask is None:
+            return original(hidden, *args, **kwargs)
+        return (self._encode(hidden, self.mask) if place == 0 else hidden,)
+
+    def _encode(self, hidden: Tensor, mask: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
+        names, tensors = zip(*self._tensors(), strict=True)
+        travels = self._travels(hidden, mask)
+        if torch.is_grad_enabled():
+            return _Encode.apply(self, travels, names, hidden, *tensors)  # type: ignore[no-any-return]
+        return self.run(hidden, travels, self.ready(names, tensors, hidden.dtype))
+
+    def _tensors(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
+        """Yield the trained tensors of every layer under their names, with the run axis first."""
+        for place, layer in enumerate(self.containers[0].layers):
+            for name, _ in layer.named_parameters():
+                every = [c.layers[place].get_parameter(name) for c in self.containers]
+                yield (place, name), _stacked(every)
+        if self.containers[0].prefix is not None:
+            prefixes = [c.prefix() for c in self.containers if c.prefix is not None]
+            yield (-1, "prefix"), _stacked(prefixes)
+
+    def _travels(self, hidden: Tensor, mask: Tensor) -> list[Travel]:
+        length = self.containers[0].state.prefix_length
+        is_training = self.containers[0].training
+        drawn = [
+            [None if d is None or not is_training else d.draws.next(len(mask)) for d in layer.dropouts]
+            for layer in self.layers
+        ]
+        travels = []
+        for rows, runs in _parts(mask, self.counts or [len(mask)]):
+            part = _part(mask[rows], rows, runs, length, hidden.dtype)
+            masks = None
+            if is_training:
+                taken = [[key and key.take(rows.cpu()) for key in keys] for keys in drawn]
+                own = zip(self.layers, taken, strict=True)
+                masks = [Masks(layer.dropouts, keys) for layer, keys in own]
+            travels.append(Travel(part, masks))
+        return travels
+
+    def ready(
+        self, names: Sequence[tuple[int, str]], tensors: Sequence[Tensor], dtype: torch.dtype
+    ) -> list[Trained]:
+        """Make the trained tensors ready for a pass, by layer."""
+        given = dict(zip(names, tensors, strict=True))
+        prefix = given.pop((-1, "prefix"), None)
+        by_layer: list[Tensors] = [{} for _ in self.layers]
+        for (place, name), tensor in given.items():
+            by_layer[place][name] = tensor
+        return [
+            _ready(own, None if prefix is None else prefix[:, place], self.scale, dtype)
+            for place, own in enumerate(by_layer)
+        ]
+
+    def run(self, hidden: Tensor, travels: list[Travel], trained: list[Trained]) -> Tensor:
+        """Send every part through all layers."""
+        output = torch.zeros_like(hidden)
+
+        def travel(one: Travel) -> None:
+            part = one.part
+            x = hidden[part.rows, : part.tokens]
+            own = [layer.of(part.runs) for layer in trained]
+            for place, layer in enumerate(self.layers):
+                masks = None if one.masks is None else one.masks[place]
+                x, saved = layer.forward(x, part, own[place], self.heads, masks)
+                one.saved.append(saved)
+            output[part.rows, : part.tokens] = x
+
+        run_parts(travel, travels)
+        return output
+
+    def run_back(
+        self, grad: Tensor, travels: list[Travel], trained: list[Trained], needs_input: bool
+    ) -> tuple[Tensor | None, list[Tensors]]:
+        """Return the gradients of what `run` was given, the trained tensors' by layer."""
+        first = torch.zeros_like(grad) if needs_input else None
+
+        def travel(one: Travel) -> list[Tensors]:
+            part, grads = one.part, []
+            x: Tensor | None = grad[part.rows, : part.tokens]
+            for place in reversed(range(len(self.layers))):
+                assert x is not None
+                assert one.masks is not None
+                own, masks = trained[place].of(part.runs), one.masks[place]
+                needed = needs_input or place > 0
+                x, found = self.layers[place].backward(
+                    x, one.saved.pop(), part, own, self.heads, masks, needed
+                )
+                grads.append(found)
+            if first is not None and x is not None:
+                first[part.rows, : part.tokens] = x
+            return grads[::-1]
+
+        found = run_parts(travel, travels)
+        runs = [one.part.runs for one in travels]
+        return first, [_summed(own, runs, len(self.containers)) for own in zip(*found, strict=True)]
+
+
+class _Encode(torch.autograd.Function):
+    """All layers as one operation; the graph knows nothing of what is in it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        stack: Stack,
+        travels: list[Travel],
+        names: Sequence[tuple[int, str]],
+        hidden: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.stack, ctx.travels, ctx.names = stack, travels, names
+        ctx.trained = stack.ready(names, tensors, hidden.dtype)
+        ctx.set_materialize_grads(True)
+        return stack.run(hidden, travels, ctx.trained)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        needs_input = ctx.needs_input_grad[3]
+        first, found = ctx.stack.run_back(grad, ctx.travels, ctx.trained, needs_input)
+        parted: dict[tuple[int, str], Tensor] = {}
+        for place, grads in enumerate(found):
+            own = {name for at, name in ctx.names if at == place}
+            parted |= {(place, name): g for name, g in _parted(grads, own).items()}
+        if (-1, "prefix") in ctx.names:
+            parted[-1, "prefix"] = torch.stack([grads["prefix"] for grads in found], 1)
+        ctx.travels = ctx.trained = None
+        return None, None, None, first, *(parted[name] for name in ctx.names)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _ready(own: Tensors, prefix: Tensor | None, scale: float, dtype: torch.dtype) -> Trained:
+    """Join what reads the same input: see `Trained`."""
+    made: dict[str, Tensor | None] = {"prefix": prefix}
+    gates = [name for name in EARLY if f"gates.{name}.weight" in own]
+    reads = [own[f"lora.{place}.a"] for place in ("query", "value") if f"lora.{place}.a" in own]
+    if gates:
+        made["early"] = torch.cat([own[f"gates.{name}.weight"] for name in gates], 1)
+        made["early_bias"] = torch.cat([own[f"gates.{name}.bias"] for name in gates], 1)
+        reads.append(made["early"])
+    if reads:
+        made["reads"] = torch.cat(reads, 1).to(dtype)
+    if "lora.query.b" in own:
+        query, value = own["lora.query.b"], own["lora.value.b"]
+        runs, hidden, rank = query.shape
+        made["back"] = back = query.new_zeros(runs, 2 * rank, 3 * hidden, dtype=dtype)
+        back[:, :rank, :hidden] = query.mT
+        back[:, rank:, 2 * hidden :] = value.mT
+    if "adapter.up.weight" in own:
+        late = [own["adapter.down.weight"]]
+        if "gates.adapter.weight" in own:
+            made["late"], made["late_bias"] = own["gates.adapter.weight"], own["gates.adapter.bias"]
+            late.append(own["gates.adapter.weight"])
+        made["late_reads"] = torch.cat(late, 1).to(dtype)
+        made["down_bias"] = own["adapter.down.bias"].to(dtype)
+        made["up"] = own["adapter.up.weight"].to(dtype)
+        made["up_bias"] = own["adapter.up.bias"].to(dtype)
+    return Trained(**made, scale=scale)
+
+
+def _parted(grads: Tensors, names: set[str]) -> Tensors:
+    """Take gradients of joined tensors apart: the way back of `_ready`."""
+    parted: Tensors = {}
+    gates = [name for name in EARLY if f"gates.{name}.weight" in names]
+    at = 0
+    if "back" in grads:
+        rank, hidden = grads["back"].shape[1] // 2, grads["back"].shape[2] // 3
+        parted["lora.query.a"] = grads["reads"][:, :rank]
+        parted["lora.value.a"] = grads["reads"][:, rank : 2 * rank]
+        parted["lora.query.b"] = grads["back"][:, :rank, :hidden].mT
+        parted["lora.value.b"] = grads["back"][:, rank:, 2 * hidden :].mT
+        at = 2 * rank
+    for place, name in enumerate(gates):
+        parted[f"gates.{name}.weight"] = grads["reads"][:, at + place : at + place + 1]
+        parted[f"gates.{name}.bias"] = grads["early_bias"][:, place : place + 1]
+    if "up" in grads:
+        bottleneck = grads["down_bias"].shape[1]
+        parted["adapter.down.weight"] = grads["late_reads"][:, :bottleneck]
+        parted["adapter.down.bias"] = grads["down_bias"]
+        parted["adapter.up.weight"] = grads["up"]
+        parted["adapter.up.bias"] = grads["up_bias"]
+    if "late_bias" in grads:
+        parted["gates.adapter.weight"] = grads["late_reads"][:, bottleneck:]
+        parted["gates.adapter.bias"] = grads["late_bias"]
+    return {name: grad.float() for name, grad in parted.items()}
+
+
+def _summed(found: Sequence[Tensors], runs: Sequence[slice], count: int) -> Tensors:
+    """Add up what the parts found for one layer, each for its runs."""
+    total: Tensors = {}
+    for own, part in zip(found, runs, strict=True):
+        for name, grad in own.items():
+            if name not in total:
+                total[name] = grad.new_zeros(count, *grad.shape[1:], dtype=torch.float32)
+            total[name][part] += grad
+    return total
+
+
+def _parts(mask: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, slice]]:
+    """Share rows out: (places of rows, runs). On a CPU each part is of one run, of like lengths."""
+    runs = len(counts)
+    if mask.device.type != "cpu":
+        return [(torch.arange(len(mask), device=mask.device), slice(0, runs))]
+    threads = torch.get_num_threads()
+    lengths, start, parts = mask.sum(1), 0, []
+    for run, count in enumerate(counts):
+        rows = start + lengths[start : start + count].argsort(descending=True, stable=True)
+        worth = max(1, int(lengths[rows].sum()) // LEAST_TOKENS)
+        pieces = min(threads // math.gcd(threads, runs), worth, count)
+        done = lengths[rows].cumsum(0)
+        middles = done - lengths[rows] // 2
+        shares = (middles * pieces // int(done[-1])).clamp_(max=pieces - 1)
+        for piece in range(pieces):
+            if bool((chosen := shares == piece).any()):
+                parts.append((rows[chosen], slice(run, run + 1)))
+        start += count
+    return parts
+
+
+def _part(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch.dtype) -> Part:
+    """Describe a part: how far its rows go, and what they may read. mask: (n, T) of its rows."""
+    lengths = mask.sum(1)
+    tokens = int(lengths.max())
+    width = 32 if dtype.itemsize == 2 else 16  # a softmax over other numbers of keys is slow
+    keys = -(-(prefix + tokens) // width) * width
+    mask = mask[:, :tokens]
+    bias = None
+    if keys > prefix + tokens or int(lengths.min()) < tokens:
+        closed = torch.finfo(dtype).min
+        bias = torch.zeros(len(mask), 1, keys, dtype=dtype, device=mask.device)
+        bias[:, 0, prefix : prefix + tokens] = (1 - mask).to(dtype) * closed
+        bias[:, 0, prefix + tokens :] = closed
+    pooling = mask / lengths[:, None]
+    return Part(rows, runs, pooling.float(), bias, keys, prefix)
