@@ -110,7 +110,8 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # any shape, rows first
         if not self.training or self.threshold == 0:
             return x
-        dropped: Tensor = _Dropped.apply(x, self.mask(self.draws.next(len(x)), x.shape, x.device))
+        drop: Any = _Dropped.apply
+        dropped: Tensor = drop(x, self.mask(self.draws.next(len(x)), x.shape, x.device))
         return dropped * self.scale
 
     def mask(self, keys: Keys, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -127,5 +128,5 @@ class _Dropped(torch.autograd.Function):
         return masked(x, mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return masked(grad, ctx.saved_tensors[0]), None

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from unipelt_cli.batches import Encoded, by_length, encode
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.tasks import Task, Values
+from unipelt_cli.workers import shared_out
 
 Logits = NDArray[np.float32]
 
@@ -31,7 +32,7 @@ def compute_logits(tuned: Tuned, rows: Encoded, task: int = 0) -> Logits:
     tuned.classifier.select(task)
     outputs = tuned.classifier.heads[task].out.out_features
     logits = np.zeros((len(rows), outputs), dtype=np.float32)
-    with torch.inference_mode():
+    with torch.inference_mode(), shared_out(tuned.classifier.shares_rows):
         for batch in by_length(rows.lengths, rows.pad_to):
             output = tuned.classifier(**rows.batch(batch, tuned.device))
             logits[batch] = output.float().cpu().numpy()

@@ -64,6 +64,7 @@ class Classifier(nn.Module):
         self.method = method
         self.pooling, self.reads_pooler = pooling, reads_pooler
         self.autocast: torch.dtype | None = None
+        self.shares_rows = False
         self.select(0)
 
     @property
@@ -284,7 +285,7 @@ def build(
         _to_bf16(classifier, original, method)
     _replace_dropout(classifier, draws)
     classifier.to(device)
-    method.hasten(backbone, site)
+    classifier.shares_rows = method.hasten(backbone, site)
     return Tuned(
         classifier.eval(),
         tokenizer,

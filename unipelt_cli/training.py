@@ -23,6 +23,7 @@ from unipelt_cli.evaluation import compute_logits, predictions
 from unipelt_cli.methods import Moment, Pass
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.tasks import Task, is_better, joint_metric, joint_scores
+from unipelt_cli.workers import shared_out
 
 Labelled = tuple[Encoded, NDArray[Any]]
 PREPARING = 2**32  # seeds from here on belong to passes before training
@@ -223,7 +224,8 @@ class Training:
         while progress.step < self.steps:
             start = time.perf_counter()
             place, chosen = order[progress.step]
-            loss = self._step(place, chosen)
+            with shared_out(self.tuned.classifier.shares_rows):
+                loss = self._step(place, chosen)
             progress.step += 1
             progress.taken += 1
             progress.stage_taken += 1

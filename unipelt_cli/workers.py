@@ -5,8 +5,9 @@ whole parts of a batch wait for each other once.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import count
 from typing import TypeVar
@@ -17,34 +18,62 @@ Part = TypeVar("Part")
 Answer = TypeVar("Answer")
 
 
+_lanes = 1
+
+
+def lanes() -> int:
+    """Return how many parts run at the same time."""
+    return _lanes
+
+
+@contextmanager
+def shared_out(wanted: bool) -> Iterator[None]:
+    """Inside, torch's threads are lanes for parts, and each operation has one thread.
+
+    Threads that wait for the next small operation would take the cores from the other lanes.
+    """
+    global _lanes  # as torch's own number of threads is
+    before, threads = _lanes, torch.get_num_threads()
+    if not wanted or threads == 1:
+        yield
+        return
+    try:
+        _lanes = threads
+        torch.set_num_threads(1)
+        yield
+    finally:
+        _lanes = before
+        torch.set_num_threads(threads)
+
+
 @lru_cache(maxsize=1)
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="rows")
 
 
 def run_parts(function: Callable[[Part], Answer], parts: Sequence[Part]) -> list[Answer]:
-    """Call a function on every part, several at the same time; return the answers in their order.
+    """Call a function on every part, in several lanes; return the answers in their order.
 
-    torch's threads are divided among the parts; gradients are not recorded in the function.
+    Gradients are not recorded in the function.
     """
-    threads = torch.get_num_threads()
-    lanes = min(threads, len(parts))
     is_inference = torch.is_inference_mode_enabled()
     answers: dict[int, Answer] = {}
     turns = count()
 
     def work() -> None:
-        torch.set_num_threads(threads // lanes)  # of this thread
         with torch.inference_mode(is_inference), torch.no_grad():
             while (turn := next(turns)) < len(parts):
                 answers[turn] = function(parts[turn])
 
-    others = [_pool().submit(work) for _ in range(lanes - 1)]
+    def work_beside() -> None:
+        torch.set_num_threads(1)  # of this thread
+        work()
+
+    others = [_pool().submit(work_beside) for _ in range(min(_lanes, len(parts)) - 1)]
     try:
         work()
     finally:
         failures = [other.exception() for other in others]
-        torch.set_num_threads(threads)
     for failure in failures:
         if failure is not None:
             raise failure

@@ -120,8 +120,12 @@ class Method:
         """Change a backbone whose parameters are all frozen, and mark what trains."""
         raise TypeError(f"{type(self).__name__} does not say how it attaches")
 
-    def hasten(self, backbone: nn.Module, site: Site) -> None:
-        """Make passes faster, exactly, once the tensors' kinds and device are settled."""
+    def hasten(self, backbone: nn.Module, site: Site) -> bool:
+        """Make passes faster, exactly, once the tensors' kinds and device are settled.
+
+        Says whether they now share a batch's rows out: see `workers.shared_out`.
+        """
+        return False
 
     def select(self, backbone: nn.Module, task: int) -> None:
         """Make the next forward passes those of one task; a method that shares all ignores it."""

@@ -39,7 +39,7 @@ class Part:
         return self.pooling.shape[1]
 
     def by_run(self, x: Tensor) -> Tensor:
-        """View (n, T, ...) as (R, n / R * T, ...)."""
+        """View (n, T, C) as (R, n / R * T, C)."""
         return x.view(self.runs.stop - self.runs.start, -1, x.shape[-1])
 
 
@@ -91,7 +91,7 @@ class Masks:
     def scale(self, place: int) -> float:
         """Return what the numbers that are kept are multiplied by."""
         dropout = self.dropouts[place]
-        return 1.0 if dropout is None else dropout.scale
+        return 1.0 if dropout is None or self.keys[place] is None else dropout.scale
 
     def back(self, place: int, grad: Tensor) -> Tensor:
         """Return the gradient of what was dropped from."""
@@ -135,7 +135,7 @@ class FusedLayer:
     def forward(
         self, x: Tensor, part: Part, own: Trained, heads: int, masks: Masks | None
     ) -> tuple[Tensor, Tensors]:
-        """Return the layer's output (n, T, D) and, where masks say that it trains, what is saved."""
+        """Return the layer's output (n, T, D) and, with masks, what `backward` needs."""
         saved: Tensors = {"x": x}
         gates = None
         if own.early is not None and own.early_bias is not None:
@@ -233,7 +233,7 @@ class FusedLayer:
         assert own.up is not None
         is_gated = own.late is not None
         up = part.by_run(grad * saved["late_gate"] if is_gated else grad)
-        down = (up @ own.up) * (saved["down"] > 0)
+        down = ATEN.threshold_backward(up @ own.up, saved["down"], 0)
         grads |= {"up": up.mT @ saved["down"], "up_bias": up.sum(1), "down_bias": down.sum(1)}
         if is_gated:
             gate = (grad * saved["up"]).sum((1, 2), dtype=torch.float32)[:, None]
@@ -279,7 +279,8 @@ def _attend(
     context = used @ values
     if masks is not None:
         context *= masks.scale(AFTER_SOFTMAX)
-    return context.view(n, heads, tokens, size).transpose(1, 2).reshape(n, tokens, -1)
+    mixed: Tensor = context.view(n, heads, tokens, size).transpose(1, 2)
+    return mixed.reshape(n, tokens, -1)
 
 
 def _attend_back(
@@ -365,7 +366,8 @@ def _plus(x: Tensor, added: Tensor, masks: Masks | None, place: int) -> Tensor:
 
 
 def _plus_product(x: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
-    return torch.addmm(x.flatten(0, 1), inner.flatten(0, 1), weight).view_as(x)
+    product: Tensor = torch.addmm(x.flatten(0, 1), inner.flatten(0, 1), weight)
+    return product.view_as(x)
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, name: str, saved: Tensors) -> Tensor:

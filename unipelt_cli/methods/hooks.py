@@ -304,7 +304,7 @@ class Container(nn.Module):
                     module = layer.get_submodule(row.attention)
                     kind = layout.model_type, implementation
                     replace_attention(module, *kind, own.prefix_rows)
-        self.stack: "Stack | None" = None
+        self.stack: Stack | None = None
         self.handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for (row, layer), own in zip(self.sites, self.layers, strict=True):
             assert isinstance(own, LayerSubmodules)

@@ -9,18 +9,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unipelt_cli.methods.fused import FusedLayer, Masks, Part, Tensors, Trained
 from unipelt_cli.methods.hooks import Container
-from unipelt_cli.workers import run_parts
+from unipelt_cli.workers import lanes, run_parts
 
 PARTS = frozenset({"adapter", "prefix", "lora"})
 EARLY = ("lora", "lora_query", "lora_value", "prefix")
-LEAST_TOKENS = 96  # fewer are not worth a core of their own
+LEAST_TOKENS = 96  # fewer are not worth a lane of their own
+MOST_TOKENS = 512  # of more, what a layer works on does not fit a core's own cache
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Travel:
     """One part's way through the layers: what `backward` needs of it."""
 
     part: Part
-    masks: Sequence[Masks] | None  # a layer's each, in training
+    masks: Sequence[Masks] | None  # a layer's each, where gradients are wanted
     saved: list[Tensors] = field(default_factory=list)
 
 
@@ -38,11 +39,11 @@ class Stack:
     `containers` and `counts` (rows of each run, in their order) may be set for several runs.
     """
 
-    def __init__(self, backbone: nn.Module, container: Container, scale: float) -> None:
+    def __init__(self, backbone: Any, container: Container, scale: float) -> None:
         self.layers = [FusedLayer(layer, row) for row, layer in container.sites]
         self.containers = [container]
         self.counts: list[int] | None = None
-        self.heads = int(backbone.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+        self.heads = int(backbone.config.num_attention_heads)
         self.scale = scale
         self.mask: Tensor | None = None  # of the pass that the stack computes, else None
         for place, (_, layer) in enumerate(container.sites):
@@ -66,7 +67,8 @@ class Stack:
         names, tensors = zip(*self._tensors(), strict=True)
         travels = self._travels(hidden, mask)
         if torch.is_grad_enabled():
-            return _Encode.apply(self, travels, names, hidden, *tensors)  # type: ignore[no-any-return]
+            encode: Any = _Encode.apply
+            return cast(Tensor, encode(self, travels, names, hidden, *tensors))
         return self.run(hidden, travels, self.ready(names, tensors, hidden.dtype))
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
@@ -83,14 +85,17 @@ class Stack:
         length = self.containers[0].state.prefix_length
         is_training = self.containers[0].training
         drawn = [
-            [None if d is None or not is_training else d.draws.next(len(mask)) for d in layer.dropouts]
+            [
+                None if d is None or not is_training else d.draws.next(len(mask))
+                for d in layer.dropouts
+            ]
             for layer in self.layers
         ]
         travels = []
         for rows, runs in _parts(mask, self.counts or [len(mask)]):
             part = _part(mask[rows], rows, runs, length, hidden.dtype)
             masks = None
-            if is_training:
+            if torch.is_grad_enabled():
                 taken = [[key and key.take(rows.cpu()) for key in keys] for keys in drawn]
                 own = zip(self.layers, taken, strict=True)
                 masks = [Masks(layer.dropouts, keys) for layer, keys in own]
@@ -135,7 +140,8 @@ class Stack:
         first = torch.zeros_like(grad) if needs_input else None
 
         def travel(one: Travel) -> list[Tensors]:
-            part, grads = one.part, []
+            part = one.part
+            grads: list[Tensors] = []
             x: Tensor | None = grad[part.rows, : part.tokens]
             for place in reversed(range(len(self.layers))):
                 assert x is not None
@@ -173,7 +179,7 @@ class _Encode(torch.autograd.Function):
         return stack.run(hidden, travels, ctx.trained)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         needs_input = ctx.needs_input_grad[3]
         first, found = ctx.stack.run_back(grad, ctx.travels, ctx.trained, needs_input)
         parted: dict[tuple[int, str], Tensor] = {}
@@ -196,9 +202,10 @@ def _ready(own: Tensors, prefix: Tensor | None, scale: float, dtype: torch.dtype
     gates = [name for name in EARLY if f"gates.{name}.weight" in own]
     reads = [own[f"lora.{place}.a"] for place in ("query", "value") if f"lora.{place}.a" in own]
     if gates:
-        made["early"] = torch.cat([own[f"gates.{name}.weight"] for name in gates], 1)
+        early = torch.cat([own[f"gates.{name}.weight"] for name in gates], 1)
         made["early_bias"] = torch.cat([own[f"gates.{name}.bias"] for name in gates], 1)
-        reads.append(made["early"])
+        made["early"] = early
+        reads.append(early)
     if reads:
         made["reads"] = torch.cat(reads, 1).to(dtype)
     if "lora.query.b" in own:
@@ -262,12 +269,10 @@ def _parts(mask: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, slice]]:
     runs = len(counts)
     if mask.device.type != "cpu":
         return [(torch.arange(len(mask), device=mask.device), slice(0, runs))]
-    threads = torch.get_num_threads()
     lengths, start, parts = mask.sum(1), 0, []
     for run, count in enumerate(counts):
         rows = start + lengths[start : start + count].argsort(descending=True, stable=True)
-        worth = max(1, int(lengths[rows].sum()) // LEAST_TOKENS)
-        pieces = min(threads // math.gcd(threads, runs), worth, count)
+        pieces = min(_pieces(int(lengths[rows].sum()), runs), count)
         done = lengths[rows].cumsum(0)
         middles = done - lengths[rows] // 2
         shares = (middles * pieces // int(done[-1])).clamp_(max=pieces - 1)
@@ -276,6 +281,13 @@ def _parts(mask: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, slice]]:
                 parts.append((rows[chosen], slice(run, run + 1)))
         start += count
     return parts
+
+
+def _pieces(tokens: int, runs: int) -> int:
+    """Into how many parts a run's rows go, so that every lane gets as many."""
+    multiple = lanes() // math.gcd(lanes(), runs)
+    pieces = -(-max(1, tokens // MOST_TOKENS) // multiple) * multiple
+    return min(pieces, max(1, tokens // LEAST_TOKENS))
 
 
 def _part(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch.dtype) -> Part:

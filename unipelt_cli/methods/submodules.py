@@ -117,16 +117,22 @@ class Submodules(Method):
     def attach(self, backbone: nn.Module, site: Site) -> None:
         backbone.submodules = Container(backbone, self, site)
 
-    def hasten(self, backbone: nn.Module, site: Site) -> None:
+    def hasten(self, backbone: nn.Module, site: Site) -> bool:
         """Put fused layers in the library's place where they compute the same."""
-        container = _container(backbone)
-        is_plain = site.layout.is_plain and site.layout.has_plain_scores
-        is_masked = self.gate_pooling == "masked"
-        if is_plain and is_masked and PARTS.issuperset(self.parts) and site.tasks == 1:
-            activation = getattr(backbone.config, site.layout.activation, None)
-            if activation == "gelu":
-                scale = 2.0 if self.lora_scale is None else self.lora_scale
-                container.stack = Stack(backbone, container, scale)
+        layout, config = site.layout, cast(Any, backbone.config)
+        fits = (
+            layout.is_plain
+            and layout.has_plain_scores
+            and getattr(config, layout.activation, None) == "gelu"
+            and PARTS.issuperset(self.parts)
+            and self.gate_pooling == "masked"
+            and site.tasks == 1
+        )
+        if fits:
+            scale = 2.0 if self.lora_scale is None else self.lora_scale
+            container = _container(backbone)
+            container.stack = Stack(backbone, container, scale)
+        return fits
 
     def fold(self, backbone: nn.Module) -> dict[str, Tensor]:
         """Return the trained tensors with the prefix MLP folded away, which is exact."""
