@@ -5,7 +5,7 @@ step goes on exactly, from its tensors and a few counters.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +27,22 @@ from unipelt_cli.workers import shared_out
 
 Labelled = tuple[Encoded, NDArray[Any]]
 PREPARING = 2**32  # seeds from here on belong to passes before training
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one task for the next step; who drives the loop takes it, and sends `Taken` back."""
+
+    place: int
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step on a batch was taken."""
+
+    loss: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -132,11 +148,32 @@ class Training:
 
         Raises CheckError when the loss is no longer a number.
         """
+        yield from self.drive(self.turns())
+
+    def drive(self, turns: "Turns") -> Iterator[Step | Epoch]:
+        """Take the steps that turns ask for, and pass their events on."""
+        taken: Taken | None = None
+        while True:
+            try:
+                turn = turns.send(taken)
+            except StopIteration:
+                return
+            taken = None
+            if isinstance(turn, Batch):
+                start = time.perf_counter()
+                with shared_out(self.tuned.classifier.shares_rows):
+                    loss = self._step(turn)
+                taken = Taken(loss, time.perf_counter() - start)
+            else:
+                yield turn
+
+    def turns(self) -> "Turns":
+        """Do what `events` does, but ask for each step to be taken: several loops can share one."""
         self._prepare()
         while True:
             while not self.is_done:
-                yield from self._train_epoch()
-                yield self._score_epoch()
+                yield from self.train_epoch()
+                yield self.score_epoch()
             self._copy(self.best)
             if self.progress.stage + 1 == len(self.lengths):
                 return
@@ -185,7 +222,7 @@ class Training:
                 chosen = np.arange(start, min(start + batch_size, count))
                 target = torch.as_tensor(labels[chosen], device=device)
                 classifier.select(place)
-                with _seeded(self.settings.seed, PREPARING + before + start, device):
+                with _seeded(_seed(self.settings.seed, PREPARING + before + start), device):
                     logits = classifier(**encoded.batch(chosen.tolist(), device))
                     yield _loss(course.task, logits, target)
             before += count
@@ -217,47 +254,59 @@ class Training:
             for name, tensor in values.items():
                 self.optimizer.state[self.parameters[name]][kind] = tensor
 
-    def _train_epoch(self) -> Iterator[Step]:
+    def train_epoch(self) -> "Turns":
+        """Ask for the steps of the epoch that are not taken yet."""
         settings, progress = self.settings, self.progress
         lengths = [course.train[0].lengths for course in self.courses]
         order = interleaved(lengths, settings.batch_size, settings.seed, progress.epoch)
         while progress.step < self.steps:
-            start = time.perf_counter()
             place, chosen = order[progress.step]
-            with shared_out(self.tuned.classifier.shares_rows):
-                loss = self._step(place, chosen)
+            taken = yield Batch(place, chosen)
+            assert taken is not None
             progress.step += 1
             progress.taken += 1
             progress.stage_taken += 1
-            progress.loss_sum += loss * len(chosen)
+            progress.loss_sum += taken.loss * len(chosen)
             progress.tokens += int(lengths[place][chosen].sum())
-            progress.train_seconds += time.perf_counter() - start
-            yield Step(progress.epoch, progress.step, self.steps, loss)
+            progress.train_seconds += taken.seconds
+            yield Step(progress.epoch, progress.step, self.steps, taken.loss)
 
-    def _step(self, place: int, chosen: NDArray[np.int64]) -> float:
+    def _step(self, batch: Batch) -> float:
         """Take one step on some rows of one task."""
-        task, (rows, labels) = self.tasks[place], self.courses[place].train
-        classifier, device, method = self.tuned.classifier, self.tuned.device, self.method
-        backbone, moment = classifier.backbone, self._moment()
+        step = self.open(batch, lambda inputs: self.tuned.classifier(**inputs))
+        with _seeded(self.step_seed, self.tuned.device):
+            loss = self.method.loss(step)
+            torch.autograd.backward(loss)
+            self.method.after_backward(step.backbone, step.moment)
+        return self.close(loss, step.moment)
+
+    @property
+    def step_seed(self) -> int:
+        """What the next step draws from."""
+        return _seed(self.settings.seed, self.progress.taken)
+
+    def open(self, batch: Batch, forward: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
+        """Begin a step: the rate is set, the rows are tensors, `forward` turns them into logits."""
+        task, (rows, labels) = self.tasks[batch.place], self.courses[batch.place].train
+        classifier, device = self.tuned.classifier, self.tuned.device
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         classifier.train()
-        classifier.select(place)
-        inputs = rows.batch(chosen.tolist(), device)
-        target = torch.as_tensor(labels[chosen], device=device)
-        step = Pass(
-            backbone,
+        classifier.select(batch.place)
+        inputs = rows.batch(batch.rows.tolist(), device)
+        target = torch.as_tensor(labels[batch.rows], device=device)
+        return Pass(
+            classifier.backbone,
             inputs,
-            moment,
+            self._moment(),
             task.is_regression,
-            lambda: classifier(**inputs),
+            lambda: forward(inputs),
             lambda logits: _loss(task, logits, target),
         )
-        with _seeded(self.settings.seed, self.progress.taken, device):
-            loss = method.loss(step)
-            torch.autograd.backward(loss)
-            method.after_backward(backbone, moment)
+
+    def close(self, loss: Tensor, moment: Moment) -> float:
+        """End a step whose gradients are there: clip them, check the loss, move the tensors."""
         nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         value = loss.item()
         if not np.isfinite(value):
@@ -266,7 +315,7 @@ class Training:
                 f"lower train.learning_rate (now {self.settings.learning_rate})",
             )
         self.optimizer.step()
-        method.after_step(backbone, moment)
+        self.method.after_step(self.tuned.classifier.backbone, moment)
         self.optimizer.zero_grad(set_to_none=True)
         return value
 
@@ -286,7 +335,8 @@ class Training:
             return peak * (step + 1) / warm
         return peak * (total - step) / max(1, total - warm)
 
-    def _score_epoch(self) -> Epoch:
+    def score_epoch(self) -> Epoch:
+        """Score the epoch on dev and begin the next one."""
         start = time.perf_counter()
         progress = self.progress
         scores: dict[str, float] = {}
@@ -364,10 +414,16 @@ def _adamw(
     )
 
 
+Turns = Generator[Batch | Step | Epoch, Taken | None, None]
+
+
+def _seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1
+
+
 @contextmanager
-def _seeded(seed: int, step: int, device: torch.device) -> Iterator[None]:
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Give one step random numbers of its own and leave the process's generators as they were."""
-    own = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(int(own) >> 1)
+        torch.manual_seed(seed)
         yield

@@ -44,7 +44,7 @@ def loop_of(name: str) -> Training:
 def seconds(loop: Training) -> tuple[float, float]:
     """Return how long one epoch's training and one evaluation take."""
     start = time.perf_counter()
-    for _ in loop._train_epoch():
+    for _ in loop.drive(loop.train_epoch()):
         pass
     middle = time.perf_counter()
     loop.progress.step = 0

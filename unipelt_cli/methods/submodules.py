@@ -120,17 +120,17 @@ class Submodules(Method):
     def hasten(self, backbone: nn.Module, site: Site) -> bool:
         """Put fused layers in the library's place where they compute the same."""
         layout, config = site.layout, cast(Any, backbone.config)
+        container = _container(backbone)
         fits = (
             layout.is_plain
             and layout.has_plain_scores
             and getattr(config, layout.activation, None) == "gelu"
             and PARTS.issuperset(self.parts)
             and self.gate_pooling == "masked"
-            and site.tasks == 1
+            and not any(len(cast(LayerSubmodules, own).task_gates) for own in container.layers)
         )
         if fits:
             scale = 2.0 if self.lora_scale is None else self.lora_scale
-            container = _container(backbone)
             container.stack = Stack(backbone, container, scale)
         return fits
 
