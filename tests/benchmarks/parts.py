@@ -27,7 +27,14 @@ from tests.benchmarks.contenders import (
     ratios,
 )
 from tests.benchmarks.floor import matmul_rate, operations
-from tests.benchmarks.peers import PEERS, bare_model, forward, peer_epoch, peer_model
+from tests.benchmarks.peers import (
+    PEERS,
+    bare_model,
+    forward,
+    peer_epoch,
+    peer_model,
+    quieten,
+)
 from unipelt_cli.batches import Encoded, by_length
 from unipelt_cli.modeling import Tuned
 
@@ -51,14 +58,16 @@ def epoch(work: Work, rounds: int, scratch: str) -> Result:
             gc.collect()
             laps[name].append(run())
     tokens = int(rows.train[0].lengths.sum() + rows.dev[0].lengths.sum())
-    ours = [lap.seconds for lap in laps["ours"]]
+    ours = laps["ours"]
     contenders = {
         name: {
             "seconds": median(lap.seconds for lap in own),
+            "cpu_seconds": median(lap.cpu for lap in own),
             "training": median(lap.training for lap in own),
             "evaluation": median(lap.evaluation for lap in own),
             "tokens_per_second": tokens / median(lap.seconds for lap in own),
-            "ratio": ratios([lap.seconds for lap in own], ours),
+            "ratio": ratios([lap.seconds for lap in own], [lap.seconds for lap in ours]),
+            "cpu_ratio": ratios([lap.cpu for lap in own], [lap.cpu for lap in ours]),
         }
         for name, own in laps.items()
     }
@@ -186,6 +195,7 @@ def memory(work: Work, rounds: int, scratch: str) -> Result:
 
 def _peak(work: Work, name: str, scratch: str) -> dict[str, float]:
     """Return the MiB that this process holds before an epoch, and at most during it."""
+    quieten()
     torch.set_num_threads(work.threads)
     if name in PEERS:
         make = _peer(work, name, scratch)

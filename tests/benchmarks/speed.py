@@ -8,23 +8,21 @@ Without --source the rows are random words, as long as MRPC's. Peers need: pip i
 import argparse
 import gc
 import json
-import logging
-import os
 import platform
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.contenders import Work, save_backbone
 from tests.benchmarks.parts import epoch, floor, inference, memory, startup
+from tests.benchmarks.peers import quieten
 from unipelt_cli.pretrained import MINILM
 
 Result = dict[str, Any]
@@ -45,8 +43,10 @@ def epoch_table(result: Result) -> Table:
             f"{own['seconds']:.2f}",
             f"{own['training']:.2f}",
             f"{own['evaluation']:.2f}",
+            f"{own['cpu_seconds']:.1f}",
             f"{own['tokens_per_second']:,.0f}",
             _ratio(own["ratio"]),
+            f"{own['cpu_ratio']['median']:.2f}",
         )
         for name, own in result["contenders"].items()
     ]
@@ -56,7 +56,7 @@ def epoch_table(result: Result) -> Table:
         f"{result['tokens']:,} real tokens; ours, {result['precision']}: "
         f"{share:.0%} training, {1 - share:.0%} evaluation"
     )
-    heads = ("one epoch", "s", "train", "eval", "tokens/s", "times ours")
+    heads = ("one epoch", "s", "train", "eval", "CPU s", "tok/s", "times ours", "CPU")
     return _table(heads, rows, caption)
 
 
@@ -122,7 +122,7 @@ def _ratio(ratio: dict[str, float]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Row], caption: str) -> Table:
-    table = Table(caption=caption, caption_justify="left")
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for place, head in enumerate(heads):
         table.add_column(head, justify="left" if place == 0 else "right")
     for row in rows:
@@ -146,14 +146,6 @@ def options() -> argparse.Namespace:
     if unknown := set(chosen.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     return chosen
-
-
-def quieten() -> None:
-    """Keep the libraries' talk out of the tables; processes we start read the variables."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
 
 
 def machine(work: Work) -> Result:
