@@ -79,11 +79,11 @@ def floor_table(result: Result) -> Table:
 
 def inference_table(result: Result) -> Table:
     rows = [
-        (kind, name, own["precision"], f"{1000 * own['row_seconds']:.2f}", _ratio(own["ratio"]))
+        (kind, name, f"{1000 * own['row_seconds']:.2f}", _ratio(own["ratio"]))
         for kind, models in result["kinds"].items()
         for name, own in models.items()
     ]
-    heads = ("inference", "model", "", "ms a row", "times the bare model")
+    heads = ("inference", "model", "ms a row", "times the bare model")
     return _table(heads, rows, f"{result['single']} single sentences, {result['batched']} rows")
 
 
@@ -118,11 +118,12 @@ TABLES = {
 
 
 def _ratio(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]"
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Row], caption: str) -> Table:
-    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    table.show_edge, table.padding = False, (0, 1, 0, 0)  # the widest fits 80 columns
     for place, head in enumerate(heads):
         table.add_column(head, justify="left" if place == 0 else "right")
     for row in rows:
@@ -182,7 +183,7 @@ def main() -> None:
         console.print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
         for name in chosen.parts or PARTS:
             results[name] = PARTS[name](work, chosen.rounds, scratch)
-            console.print(TABLES[name](results[name]))
+            console.print("", TABLES[name](results[name]), sep="\n")
             gc.collect()
     if chosen.json:
         sys.stdout.write(json.dumps(results, indent=2) + "\n")
