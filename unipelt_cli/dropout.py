@@ -4,7 +4,8 @@ They do not depend on how far a batch is padded, on how it is split over cores, 
 A mask is computed from counters, which costs an eighth of drawing numbers one by one on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -36,22 +37,32 @@ class Keys:
 class Draws:
     """Where the dropouts of one model take their keys, one after the other.
 
-    By itself it draws from the global generator. Several runs in one pass have a generator each,
-    and every row says whose it is, and its place in that run's own batch.
+    By itself it draws from the global generator: see `of` for several runs.
     """
 
     def __init__(self) -> None:
-        self.generators: Sequence[Generator] = ()
-        self.runs: Tensor | None = None  # (N,) of each row
-        self.places: Tensor | None = None  # (N,)
+        self._generators: Sequence[Generator] = ()
+        self._runs = self._places = torch.zeros(0, dtype=torch.long)
+
+    @contextmanager
+    def of(self, generators: Sequence[Generator], counts: Sequence[int]) -> Iterator[None]:
+        """Inside, a batch holds so many rows of each run, and each run draws for itself."""
+        before = self._generators, self._runs, self._places
+        self._generators = generators
+        self._runs = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        self._places = torch.cat([torch.arange(count) for count in counts])
+        try:
+            yield
+        finally:
+            self._generators, self._runs, self._places = before
 
     def next(self, rows: int) -> Keys:
         """Draw the keys of the next mask, for a batch of so many rows."""
-        if self.runs is None or self.places is None:
+        if not self._generators:
             drawn = _draw(None)
             return Keys(_mixed(_words(rows) ^ drawn[0]), drawn[1:])
-        drawn = torch.stack([_draw(generator) for generator in self.generators])[self.runs]
-        words = _words(int(self.places.max()) + 1)[self.places]
+        drawn = torch.stack([_draw(generator) for generator in self._generators])[self._runs]
+        words = _words(int(self._places.max()) + 1)[self._places]
         return Keys(_mixed(words ^ drawn[:, 0]), drawn[:, 1])
 
 

@@ -146,9 +146,9 @@ def our_epoch(work: Work, tuned: Tuned, rows: Rows) -> Callable[[], Lap]:
 
     def run() -> Lap:
         start, cpu = time.perf_counter(), time.process_time()
-        for _ in loop._train_epoch():
+        for _ in loop.drive(loop.train_epoch()):
             pass
-        epoch = loop._score_epoch()
+        epoch = loop.score_epoch()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         return Lap(seconds, cpu, epoch.train_seconds, epoch.evaluation_seconds)
 

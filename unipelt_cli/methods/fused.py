@@ -113,8 +113,9 @@ class FusedLayer:
         with torch.no_grad():
             self.qkv = torch.cat([unit.weight for unit in self.projections])
             self.qkv_bias = torch.cat([unit.bias for unit in self.projections])
-            for unit, third in zip(self.projections, self.qkv.chunk(3), strict=True):
-                unit.weight.data = third  # not kept twice
+            thirds = zip(self.qkv.chunk(3), self.qkv_bias.chunk(3), strict=True)
+            for unit, (weight, bias) in zip(self.projections, thirds, strict=True):
+                unit.weight.data, unit.bias.data = weight, bias  # not kept twice
         self.attention_output = cast(nn.Linear, layer.get_submodule(layout.attention_output))
         self.attention_norm = cast(nn.LayerNorm, layer.get_submodule(layout.attention_norm))
         self.intermediate = cast(nn.Linear, layer.get_submodule(layout.intermediate))
@@ -129,8 +130,11 @@ class FusedLayer:
     @property
     def is_current(self) -> bool:
         """Whether nobody has put other tensors in the place of those that were joined."""
-        first = self.projections[0].weight
-        return first.data_ptr() == self.qkv.data_ptr() and first.dtype == self.qkv.dtype
+        thirds = zip(self.qkv.chunk(3), self.qkv_bias.chunk(3), strict=True)
+        return all(
+            unit.weight.data_ptr() == weight.data_ptr() and unit.bias.data_ptr() == bias.data_ptr()
+            for unit, (weight, bias) in zip(self.projections, thirds, strict=True)
+        )
 
     def forward(
         self, x: Tensor, part: Part, own: Trained, heads: int, masks: Masks | None

@@ -1,0 +1,197 @@
+"""The fused layers compute what the library's layers and the hooks compute."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SENTENCES, disturbed, experiment, logits_of
+from torch import Tensor
+from torch.nn import functional
+
+from unipelt_cli import methods
+from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.batches import Encoded
+from unipelt_cli.config import Experiment, resolve
+from unipelt_cli.methods.stack import Stack
+from unipelt_cli.methods.submodules import record_gates
+from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.pretrained import find
+from unipelt_cli.workers import lanes, run_parts, shared_out
+
+FUSED = ("adapter", "ap-ungated", "apl-ungated", "lora", "prefix", "unipelt-ap", "unipelt-apl")
+PLAIN = ("bert", "roberta", "electra", "distilbert")
+
+
+def stack_of(tuned: Tuned) -> Stack | None:
+    container: Any = tuned.classifier.backbone.submodules
+    stack: Stack | None = container.stack
+    return stack
+
+
+@contextmanager
+def by_hooks(tuned: Tuned) -> Iterator[None]:
+    """Inside, the library's layers and the hooks compute."""
+    stack, container = stack_of(tuned), tuned.classifier.backbone.submodules
+    assert stack is not None
+    stack.mask, container.stack = None, None  # type: ignore[union-attr, assignment]
+    try:
+        yield
+    finally:
+        container.stack = stack  # type: ignore[union-attr, assignment]
+
+
+def batch(count: int = 7) -> dict[str, Tensor]:
+    random = np.random.default_rng(0)
+    ids = [random.integers(5, 30, random.integers(3, 24)).tolist() for _ in range(count)]
+    return Encoded(ids, None, 0).batch(range(count), torch.device("cpu"))
+
+
+def gradients(tuned: Tuned, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Take logits and gradients of one training pass, with dropout."""
+    classifier = tuned.classifier.train()
+    classifier.zero_grad()
+    torch.manual_seed(11)
+    logits = classifier(**inputs)
+    functional.cross_entropy(logits, torch.arange(len(logits)) % 3).backward()
+    named = classifier.named_parameters()
+    return logits.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def with_options(settings: Experiment, options: dict[str, object]) -> Experiment:
+    changed = settings.settings()
+    changed["method"] |= options
+    return resolve([("", changed)])
+
+
+def far_apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-6))
+
+
+def check(tuned: Tuned, bound: float) -> None:
+    inputs = batch()
+    assert stack_of(tuned) is not None
+    with torch.inference_mode():
+        fast = tuned.classifier.eval()(**inputs)
+        with by_hooks(tuned):
+            slow = tuned.classifier(**inputs)
+    assert far_apart(fast, slow) < bound
+    logits, grads = gradients(tuned, inputs)
+    with by_hooks(tuned):
+        expected_logits, expected = gradients(tuned, inputs)
+    assert far_apart(logits, expected_logits) < bound
+    assert not torch.equal(logits, fast), "dropout must have dropped something"
+    assert grads.keys() == expected.keys()
+    worst = {name: far_apart(grads[name], expected[name]) for name in grads}
+    total = [torch.cat([g[name].flatten() for name in grads]) for g in (grads, expected)]
+    assert far_apart(*total) < bound
+    assert max(worst.values()) < 30 * bound, worst
+
+
+@pytest.mark.parametrize("model_type", PLAIN)
+@pytest.mark.parametrize("method", FUSED)
+def test_it_computes_what_the_hooks_do(
+    backbone_dir: Callable[[str], Path], model_type: str, method: str
+) -> None:
+    check(disturbed(build(experiment(backbone_dir(model_type), method), 3)), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_gates": "separate"},
+        {"parts": ["prefix"]},
+        {"parts": ["lora"]},
+        {"parts": ["adapter"]},
+    ],
+)
+def test_it_does_so_with_other_gates(
+    backbone_dir: Callable[[str], Path], options: dict[str, object]
+) -> None:
+    settings = with_options(experiment(backbone_dir("bert"), "union"), options)
+    check(disturbed(build(settings, 3)), 1e-5)
+
+
+def test_it_does_so_in_bf16(backbone_dir: Callable[[str], Path]) -> None:
+    settings = experiment(backbone_dir("bert"), "unipelt-apl", train={"precision": "bf16"})
+    check(disturbed(build(settings, 3)), 0.05)
+
+
+def test_it_does_so_in_the_stored_form(backbone_dir: Callable[[str], Path]) -> None:
+    settings = experiment(backbone_dir("bert"), "unipelt-apl")
+    check(disturbed(build(settings, 3, folded=True)), 1e-5)
+
+
+def test_rows_shared_out_over_cores_give_the_same(backbone_dir: Callable[[str], Path]) -> None:
+    tuned = disturbed(build(experiment(backbone_dir("bert"), "unipelt-apl"), 3))
+    inputs = batch(40)
+    logits, grads = gradients(tuned, inputs)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with shared_out(tuned.classifier.shares_rows):
+            assert lanes() == 3
+            shared, shared_grads = gradients(tuned, inputs)
+        assert (torch.get_num_threads(), lanes()) == (3, 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert far_apart(shared, logits) < 1e-5
+    assert all(far_apart(shared_grads[name], grads[name]) < 1e-4 for name in grads)
+
+
+def test_a_part_that_fails_fails_the_whole_and_all_threads_come_back() -> None:
+    def fail(part: int) -> int:
+        if part == 5:
+            raise ValueError(part)
+        return part
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(ValueError, match="5"), shared_out(wanted=True):
+            run_parts(fail, range(9))
+        assert (torch.get_num_threads(), lanes()) == (3, 1)
+        with shared_out(wanted=True):
+            assert run_parts(fail, range(5)) == [0, 1, 2, 3, 4]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_the_same_is_left_to_the_hooks(backbone_dir: Callable[[str], Path]) -> None:
+    for model_type in BACKBONES:
+        settings = experiment(backbone_dir(model_type), "lora")
+        if list(settings.method.refusals(find(settings.model.backbone).layout, None)):
+            continue
+        is_fused = stack_of(build(settings, 3)) is not None
+        assert is_fused == (model_type in (*PLAIN, "xlm-roberta", "camembert")), model_type
+    for method, options in (("unipelt-aplb", {}), ("mam", {}), ("union", {"gate_pooling": "all"})):
+        settings = with_options(experiment(backbone_dir("bert"), method), options)
+        assert stack_of(build(settings, 3)) is None, method
+    assert set(FUSED) < set(methods.table())
+
+
+def test_weights_put_in_place_of_the_joined_ones_are_read(
+    backbone_dir: Callable[[str], Path],
+) -> None:
+    tuned = disturbed(build(experiment(backbone_dir("bert"), "unipelt-apl"), 3))
+    before = logits_of(tuned, SENTENCES)
+    layer = tuned.classifier.backbone.encoder.layer[0].attention.self  # type: ignore[union-attr, index]
+    layer.query.weight.data = 3 * layer.query.weight.data  # type: ignore[operator, union-attr]
+    changed = logits_of(tuned, SENTENCES)
+    assert (changed - before).abs().max() > 1e-3
+    with by_hooks(tuned):
+        assert torch.equal(logits_of(tuned, SENTENCES), changed)
+
+
+def test_gates_are_recorded_by_the_hooks_and_are_those_that_were_used(
+    backbone_dir: Callable[[str], Path],
+) -> None:
+    tuned = disturbed(build(experiment(backbone_dir("bert"), "unipelt-apl"), 3))
+    before = logits_of(tuned, SENTENCES)
+    with record_gates(tuned.classifier.backbone) as recorded:
+        assert (logits_of(tuned, SENTENCES) - before).abs().max() < 1e-5
+    assert [sorted(layer) for layer in recorded] == [["adapter", "lora", "prefix"]] * len(recorded)
+    assert len(recorded) > 0
