@@ -4,6 +4,7 @@ They do not depend on how far a batch is padded, on how it is split over cores, 
 A mask is computed from counters, which costs an eighth of drawing numbers one by one on a CPU.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,16 +87,29 @@ def _mixed(words: Tensor) -> Tensor:
     return words
 
 
-def keep_mask(keys: Keys, shape: Sequence[int], threshold: int, device: torch.device) -> Tensor:
+def keep_mask(
+    keys: Keys,
+    shape: Sequence[int],
+    threshold: int,
+    device: torch.device,
+    chosen: Tensor | None = None,
+) -> Tensor:
     """Return int16 of a shape (N, ..., C): all bits where a number is kept, none where dropped.
 
     `threshold` of 2^15 numbers are dropped. A larger shape's mask begins with a smaller one's.
+    With places chosen among the N x ... x ones, the mask is (places, C).
     """
     words = keys.rows.to(device)
     for size in shape[1:-1]:
         words = _mixed(words[..., None] ^ (_words(size).to(device) * _MIXERS[1]))
     columns = _words(-(-shape[-1] // 2)).to(device) ^ keys.columns.to(device)[:, None]
-    columns = _mixed(columns).bitwise_or_(1).view(len(columns), *[1] * (len(shape) - 2), -1)
+    columns = _mixed(columns).bitwise_or_(1)
+    if chosen is not None:
+        words = words.view(-1)[chosen]
+        if len(columns) > 1:
+            columns = columns[chosen // math.prod(shape[1:-1])]
+    else:
+        columns = columns.view(len(columns), *[1] * (len(shape) - 2), -1)
     products = words[..., None].bitwise_or(1) * columns
     products ^= products >> 16
     bits = products.view(torch.int16)[..., : shape[-1]]
@@ -125,9 +139,15 @@ class Dropout(nn.Module):
         dropped: Tensor = drop(x, self.mask(self.draws.next(len(x)), x.shape, x.device))
         return dropped * self.scale
 
-    def mask(self, keys: Keys, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Return the mask of a shape (N, ..., C): see `keep_mask`."""
-        return keep_mask(keys, shape, self.threshold, device)
+    def mask(
+        self,
+        keys: Keys,
+        shape: Sequence[int],
+        device: torch.device,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
+        """Return the mask of a shape (N, ..., C), or of chosen places of it: see `keep_mask`."""
+        return keep_mask(keys, shape, self.threshold, device, chosen)
 
 
 class _Dropped(torch.autograd.Function):

@@ -2,13 +2,14 @@
 
 It computes what the hooks of `hooks.py` compute, for BERT's kind of layer with adapter, prefix and
 LoRA, and takes their place where it can. Trained tensors have a leading run axis: several runs of
-one method share each pass over the frozen weights. On a CPU the rows are shared out over cores.
-Shapes: rows n, runs R, tokens T, hidden D, heads H, head size d, prefix length P, keys S >= P + T,
-rank r, bottleneck M, early gates E.
+one method share each pass over the frozen weights. Padding exists in attention alone.
+Shapes: real tokens M, rows n, runs R, tokens of the longest row T, hidden D, heads H, head size d,
+prefix length P, keys S >= P + T, rank r, bottleneck m, early gates E.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -19,28 +20,45 @@ from unipelt_cli.backbones import Layout
 from unipelt_cli.dropout import Dropout, Keys, masked
 
 ATEN: Any = torch.ops.aten
+PACKED: Any = torch.ops.mkldnn
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a batch that go through all layers together."""
+    """Some rows of a batch that go through all layers together, their tokens one after another."""
 
     rows: Tensor  # (n,) their places in the batch
-    runs: slice
-    pooling: Tensor  # (n, T), sums to 1 over the real tokens
+    runs: slice  # the runs they belong to; each has as many of the tokens
+    row_of: Tensor  # (M,) each token's row in the part
+    grid: Tensor | None  # (M,) each token's place in n x T, None where it is its own
+    source: Tensor  # (M,) each token's place in the batch's rows x tokens
+    share: Tensor  # (M, 1) one over the number of real tokens of its row, 0 for padding
+    tokens: int  # T
     bias: Tensor | None  # (n, 1, S) added to scores; None where every row reads every key
     keys: int  # S
     prefix: int  # P
 
-    @property
-    def tokens(self) -> int:
-        """T: how many tokens its longest row has."""
-        return self.pooling.shape[1]
-
     def by_run(self, x: Tensor) -> Tensor:
-        """View (n, T, C) as (R, n / R * T, C)."""
+        """View (M, C) as (R, M / R, C)."""
         return x.view(self.runs.stop - self.runs.start, -1, x.shape[-1])
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Put tokens (M, C) where they stand in their rows, (n, T, C), with zeros as padding."""
+        n, width = len(self.rows), x.shape[-1]
+        if self.grid is None:
+            return x.view(n, self.tokens, width)
+        spread = x.new_zeros(n * self.tokens, width).index_copy_(0, self.grid, x)
+        return spread.view(n, self.tokens, width)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """Take the tokens (M, C) out of their rows: the way back of `spread`."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self.grid is None else flat.index_select(0, self.grid)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Sum (M, C) over the tokens of each row: (n, C)."""
+        return x.new_zeros(len(self.rows), x.shape[-1]).index_add_(0, self.row_of, x)
 
 
 @dataclass(frozen=True)
@@ -55,9 +73,9 @@ class Trained:
     back: Tensor | None = None  # (R, 2r, 3D): LoRA's B, zero where query and value are not
     early: Tensor | None = None  # (R, E, D): LoRA's one or two, then the prefix's
     early_bias: Tensor | None = None  # (R, E)
-    late_reads: Tensor | None = None  # (R, M + 1, D), or M where nothing is gated
-    down_bias: Tensor | None = None  # (R, M)
-    up: Tensor | None = None  # (R, D, M)
+    late_reads: Tensor | None = None  # (R, m + 1, D), or m where nothing is gated
+    down_bias: Tensor | None = None  # (R, m)
+    up: Tensor | None = None  # (R, D, m)
     up_bias: Tensor | None = None  # (R, D)
     late: Tensor | None = None  # (R, 1, D)
     late_bias: Tensor | None = None  # (R, 1)
@@ -75,17 +93,23 @@ class Trained:
 class Masks:
     """The dropout masks of one layer and part: after the softmax, and after each block."""
 
+    part: Part
     dropouts: Sequence[Dropout | None]
     keys: Sequence[Keys | None]
     made: dict[int, Tensor] = field(default_factory=dict)
 
     def put(self, place: int, x: Tensor) -> Tensor:
-        """Drop numbers of x, unscaled; the same ones at every call."""
-        dropout, keys = self.dropouts[place], self.keys[place]
+        """Drop numbers of x, (M, C) or (n, H, T, S), unscaled; the same ones at every call."""
+        dropout, keys, part = self.dropouts[place], self.keys[place], self.part
         if dropout is None or keys is None:
             return x
         if place not in self.made:
-            self.made[place] = dropout.mask(keys, x.shape, x.device)
+            if x.ndim > 2:
+                mask = dropout.mask(keys, x.shape, x.device)
+            else:
+                shape = (len(part.rows), part.tokens, x.shape[-1])
+                mask = dropout.mask(keys, shape, x.device, part.grid).view(x.shape)
+            self.made[place] = mask
         return masked(x, self.made[place])
 
     def scale(self, place: int) -> float:
@@ -102,72 +126,101 @@ class Masks:
 AFTER_SOFTMAX, AFTER_ATTENTION, AFTER_OUTPUT = range(3)
 
 
+class Frozen:
+    """A frozen linear unit; on a CPU its matrix lies as the products read it fastest."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+        self.can_pack = weight.device.type == "cpu" and hasattr(PACKED, "_linear_pointwise")
+
+    @cached_property
+    def ahead(self) -> Tensor:
+        """The matrix for the way forward."""
+        return cast(Tensor, PACKED._reorder_linear_weight(self.weight))
+
+    @cached_property
+    def behind(self) -> Tensor:
+        """The matrix for the way back."""
+        return cast(Tensor, PACKED._reorder_linear_weight(self.weight.t().contiguous()))
+
+    def __call__(self, x: Tensor) -> Tensor:  # (M, inputs) -> (M, outputs)
+        if not self.can_pack:
+            return functional.linear(x, self.weight, self.bias)
+        return cast(Tensor, PACKED._linear_pointwise(x, self.ahead, self.bias, "none", [], ""))
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Apply the unit and a GELU, where what is between them is not needed."""
+        if not self.can_pack:
+            return functional.gelu(functional.linear(x, self.weight, self.bias))
+        return cast(Tensor, PACKED._linear_pointwise(x, self.ahead, self.bias, "gelu", [], "none"))
+
+    def back(self, grad: Tensor) -> Tensor:  # (M, outputs) -> (M, inputs)
+        """Return the gradient of what the unit read."""
+        if not self.can_pack:
+            return grad @ self.weight
+        return cast(Tensor, PACKED._linear_pointwise(grad, self.behind, None, "none", [], ""))
+
+
 class FusedLayer:
     """One layer: its frozen tensors, as the fused operations read them."""
 
     def __init__(self, layer: nn.Module, layout: Layout) -> None:
-        self.projections = [
-            cast(nn.Linear, layer.get_submodule(path))
-            for path in (layout.query, layout.key, layout.value)
+        projections = [_unit(layer, path) for path in (layout.query, layout.key, layout.value)]
+        others = [
+            _unit(layer, path)
+            for path in (layout.attention_output, layout.intermediate, layout.output)
         ]
         with torch.no_grad():
-            self.qkv = torch.cat([unit.weight for unit in self.projections])
-            self.qkv_bias = torch.cat([unit.bias for unit in self.projections])
-            thirds = zip(self.qkv.chunk(3), self.qkv_bias.chunk(3), strict=True)
-            for unit, (weight, bias) in zip(self.projections, thirds, strict=True):
-                unit.weight.data, unit.bias.data = weight, bias  # not kept twice
-        self.attention_output = cast(nn.Linear, layer.get_submodule(layout.attention_output))
+            weight = torch.cat([unit.weight for unit in projections])
+            bias = torch.cat([unit.bias for unit in projections])
+            thirds = zip(weight.chunk(3), bias.chunk(3), strict=True)
+            for unit, (its_weight, its_bias) in zip(projections, thirds, strict=True):
+                unit.weight.data, unit.bias.data = its_weight, its_bias  # not kept twice
+        self.qkv = Frozen(weight, bias)
+        self.attention_output, self.intermediate, self.output = (
+            Frozen(unit.weight.detach(), unit.bias.detach()) for unit in others
+        )
         self.attention_norm = cast(nn.LayerNorm, layer.get_submodule(layout.attention_norm))
-        self.intermediate = cast(nn.Linear, layer.get_submodule(layout.intermediate))
-        self.output = cast(nn.Linear, layer.get_submodule(layout.output))
         self.output_norm = cast(nn.LayerNorm, layer.get_submodule(layout.output_norm))
         paths = (f"{layout.attention}.dropout", layout.attention_added, layout.output_added)
         found = [layer.get_submodule(path) for path in paths]
         self.dropouts = [
             module if isinstance(module, Dropout) and module.threshold else None for module in found
         ]
+        taken = [p for unit in projections + others for p in (unit.weight, unit.bias)]
+        self._taken = [(parameter, *_state(parameter)) for parameter in taken]
 
     @property
     def is_current(self) -> bool:
-        """Whether nobody has put other tensors in the place of those that were joined."""
-        thirds = zip(self.qkv.chunk(3), self.qkv_bias.chunk(3), strict=True)
-        return all(
-            unit.weight.data_ptr() == weight.data_ptr() and unit.bias.data_ptr() == bias.data_ptr()
-            for unit, (weight, bias) in zip(self.projections, thirds, strict=True)
-        )
+        """Whether the backbone's tensors are still those that were taken."""
+        return all(_state(parameter) == tuple(state) for parameter, *state in self._taken)
 
     def forward(
         self, x: Tensor, part: Part, own: Trained, heads: int, masks: Masks | None
     ) -> tuple[Tensor, Tensors]:
-        """Return the layer's output (n, T, D) and, with masks, what `backward` needs."""
+        """Return the layer's output (M, D) and, with masks, what `backward` needs."""
         saved: Tensors = {"x": x}
         gates = None
         if own.early is not None and own.early_bias is not None:
             saved["opened"], gates = _pool(x, own.early, own.early_bias, part)
             saved["gates"] = gates
-        qkv = functional.linear(x, self.qkv, self.qkv_bias)
+        qkv = self.qkv(x)
         if own.reads is not None and own.back is not None:
             low = part.by_run(x) @ own.reads[:, : own.back.shape[1]].mT
             saved |= {"low": low, "scaled": _by_place(low, part, own, gates)}
             part.by_run(qkv).baddbmm_(saved["scaled"], own.back)
         context = _attend(qkv, part, own, gates, heads, masks, saved)
-        unit = self.attention_output
-        added = functional.linear(context, unit.weight, unit.bias)
-        summed = _plus(x, added, masks, AFTER_ATTENTION)
+        summed = _plus(x, self.attention_output(context), masks, AFTER_ATTENTION)
         h = _norm(self.attention_norm, summed, "attention", saved)
-        inner = self._inner(h, masks, saved)
-        added = functional.linear(inner, self.output.weight, self.output.bias)
-        summed = _plus(h, added, masks, AFTER_OUTPUT)
+        if masks is None:
+            inner = self.intermediate.gelu(h)
+        else:
+            saved["before"] = self.intermediate(h)
+            inner = functional.gelu(saved["before"])
+        summed = _plus(h, self.output(inner), masks, AFTER_OUTPUT)
         if own.late_reads is not None:
             summed = self._adapt(summed, part, own, saved)
         return _norm(self.output_norm, summed, "output", saved), saved if masks else {}
-
-    def _inner(self, h: Tensor, masks: Masks | None, saved: Tensors) -> Tensor:
-        unit = self.intermediate
-        before = functional.linear(h, unit.weight, unit.bias)
-        if masks is not None:
-            saved["before"] = before
-        return functional.gelu(before)
 
     def _adapt(self, summed: Tensor, part: Part, own: Trained, saved: Tensors) -> Tensor:
         """Add the adapter's answer, as far as its gate is open, to what the last norm reads."""
@@ -184,7 +237,7 @@ class FusedLayer:
         if own.late is None or own.late_bias is None:
             return summed + up
         saved["late_opened"], gate = _pool(read, own.late, own.late_bias, part)
-        saved["late_gate"] = gate = gate.to(up.dtype)[:, :, None]
+        saved["late_gate"] = gate = gate.to(up.dtype)[part.row_of]  # (M, 1)
         return torch.addcmul(summed, up, gate)
 
     def backward(
@@ -202,11 +255,11 @@ class FusedLayer:
         grad = _norm_back(self.output_norm, grad, "output", saved)
         if own.late_reads is not None:
             grad = self._adapt_back(grad, saved, part, own, grads)
-        inner = masks.back(AFTER_OUTPUT, grad) @ self.output.weight
+        inner = self.output.back(masks.back(AFTER_OUTPUT, grad))
         inner = ATEN.gelu_backward(inner, saved["before"])
-        grad = _plus_product(grad, inner, self.intermediate.weight)
+        grad = grad + self.intermediate.back(inner)
         grad = _norm_back(self.attention_norm, grad, "attention", saved)
-        context = masks.back(AFTER_ATTENTION, grad) @ self.attention_output.weight
+        context = self.attention_output.back(masks.back(AFTER_ATTENTION, grad))
         qkv, rows = _attend_back(context, saved, part, heads, masks)
         reads, gate_grads = [], []
         if own.back is not None:
@@ -228,7 +281,7 @@ class FusedLayer:
             grads["reads"] = low.mT @ part.by_run(saved["x"])
             if needs_input:
                 grad = torch.baddbmm(part.by_run(grad), low, own.reads).view_as(grad)
-        return _plus_product(grad, qkv, self.qkv) if needs_input else None, grads
+        return grad + self.qkv.back(qkv) if needs_input else None, grads
 
     def _adapt_back(
         self, grad: Tensor, saved: Tensors, part: Part, own: Trained, grads: Tensors
@@ -240,13 +293,21 @@ class FusedLayer:
         down = ATEN.threshold_backward(up @ own.up, saved["down"], 0)
         grads |= {"up": up.mT @ saved["down"], "up_bias": up.sum(1), "down_bias": down.sum(1)}
         if is_gated:
-            gate = (grad * saved["up"]).sum((1, 2), dtype=torch.float32)[:, None]
+            gate = part.summed((grad * saved["up"]).sum(1, keepdim=True, dtype=torch.float32))
             pooled = part.by_run(_pool_back(gate, saved["late_opened"], part))
             grads["late_bias"] = pooled.sum(1)
             down = torch.cat([down, pooled.to(down.dtype)], -1)
         grads["late_reads"] = down.mT @ part.by_run(saved["read"])
         read = (down @ own.late_reads).view_as(grad)
         return grad + _norm_back(self.output_norm, read, "read", saved)
+
+
+def _unit(layer: nn.Module, path: str) -> nn.Linear:
+    return cast(nn.Linear, layer.get_submodule(path))
+
+
+def _state(parameter: Tensor) -> tuple[int, int]:
+    return parameter.data_ptr(), parameter._version
 
 
 def _attend(
@@ -258,9 +319,11 @@ def _attend(
     masks: Masks | None,
     saved: Tensors,
 ) -> Tensor:
-    """Attend over prefix and tokens: (n, T, 3D) -> (n, T, D)."""
-    n, tokens, _ = qkv.shape
-    query, *stored = qkv.view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)  # (n, H, T, d) each
+    """Attend over prefix and tokens: (M, 3D) -> (M, D)."""
+    n, tokens = len(part.rows), part.tokens
+    query, *stored = (
+        part.spread(qkv).view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    )  # (n, H, T, d) each
     size = query.shape[-1]
     both = qkv.new_zeros(2, n, heads, part.keys, size)
     for place, projected in enumerate(stored):
@@ -284,16 +347,21 @@ def _attend(
     if masks is not None:
         context *= masks.scale(AFTER_SOFTMAX)
     mixed: Tensor = context.view(n, heads, tokens, size).transpose(1, 2)
-    return mixed.reshape(n, tokens, -1)
+    return part.gathered(mixed.reshape(n, tokens, -1))
 
 
 def _attend_back(
     grad: Tensor, saved: Tensors, part: Part, heads: int, masks: Masks
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the projected tokens (n, T, 3D) and of the prefix (2, n, H, P, d)."""
-    n, tokens, hidden = grad.shape
+    """Return the gradients of the projected tokens (M, 3D) and of the prefix (2, n, H, P, d)."""
+    n, tokens, hidden = len(part.rows), part.tokens, grad.shape[-1]
     size = hidden // heads
-    grad = grad.view(n, tokens, heads, size).transpose(1, 2).reshape(n * heads, tokens, size)
+    grad = (
+        part.spread(grad)
+        .view(n, tokens, heads, size)
+        .transpose(1, 2)
+        .reshape(n * heads, tokens, size)
+    )
     scale = masks.scale(AFTER_SOFTMAX)
     grad = grad if scale == 1.0 else grad * scale
     weights = saved["weights"]
@@ -309,7 +377,7 @@ def _attend_back(
     first, last = part.prefix, part.prefix + tokens
     for place in range(2):
         qkv[:, :, 1 + place] = both[place, :, :, first:last].transpose(1, 2)
-    return qkv.view(n, tokens, 3 * hidden), both[:, :, :, :first]
+    return part.gathered(qkv.view(n, tokens, 3 * hidden)), both[:, :, :, :first]
 
 
 def _rows(prefix: Tensor, n: int, heads: int, gates: Tensor | None) -> Tensor:
@@ -335,31 +403,32 @@ def _rows_back(grad: Tensor, prefix: Tensor, gates: Tensor | None) -> tuple[Tens
 
 
 def _pool(x: Tensor, weight: Tensor, bias: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """Return sigmoid(w.x + b) of every token (n, T, E), and its mean over real tokens (n, E)."""
+    """Return sigmoid(w.x + b) of every token (M, E), and its mean over real tokens (n, E)."""
     opened = torch.baddbmm(bias[:, None], part.by_run(x).float(), weight.mT).sigmoid_()
-    opened = opened.view(*x.shape[:2], -1)
-    return opened, (part.pooling[:, None] @ opened)[:, 0]
+    opened = opened.view(len(x), -1)
+    return opened, part.summed(opened * part.share)
 
 
 def _pool_back(grad: Tensor, opened: Tensor, part: Part) -> Tensor:
-    """Return the gradient (n, T, E) of what the sigmoids read."""
-    return grad[:, None] * part.pooling[:, :, None] * opened * (1 - opened)
+    """Return the gradient (M, E) of what the sigmoids read."""
+    return grad[part.row_of] * part.share * opened * (1 - opened)
 
 
 def _by_place(low: Tensor, part: Part, own: Trained, gates: Tensor | None) -> Tensor:
-    """Multiply LoRA's (R, n / R * T, 2r) by the gate of query and that of value, or the scale."""
+    """Multiply LoRA's (R, M / R, 2r) by the gate of query and that of value, or the scale."""
     if gates is None:
         return low * own.scale
     used = gates if own.prefix is None else gates[:, :-1]
-    used = used.to(low.dtype).view(len(gates), 1, -1, 1)
-    return (low.view(len(gates), part.tokens, 2, -1) * used).view_as(low)
+    used = used.to(low.dtype)[part.row_of, :, None]
+    return (low.view(len(used), 2, -1) * used).view_as(low)
 
 
 def _place_sums(product: Tensor, part: Part, own: Trained) -> Tensor:
     """Return the gradients of LoRA's gates, (n, 1 or 2)."""
     assert own.early is not None
     count = own.early.shape[1] - (own.prefix is not None)
-    sums = product.view(-1, part.tokens, 2, product.shape[-1] // 2).sum((1, 3), dtype=torch.float32)
+    halves = product.view(-1, 2, product.shape[-1] // 2).sum(2, dtype=torch.float32)
+    sums = part.summed(halves)
     return sums.sum(1, keepdim=True) if count == 1 else sums
 
 
@@ -367,11 +436,6 @@ def _plus(x: Tensor, added: Tensor, masks: Masks | None, place: int) -> Tensor:
     if masks is None:
         return x + added
     return torch.add(x, masks.put(place, added), alpha=masks.scale(place))
-
-
-def _plus_product(x: Tensor, inner: Tensor, weight: Tensor) -> Tensor:
-    product: Tensor = torch.addmm(x.flatten(0, 1), inner.flatten(0, 1), weight)
-    return product.view_as(x)
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, name: str, saved: Tensors) -> Tensor:

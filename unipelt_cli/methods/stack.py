@@ -61,7 +61,10 @@ class Stack:
     ) -> Any:
         if self.mask is None:
             return original(hidden, *args, **kwargs)
-        return (self._encode(hidden, self.mask) if place == 0 else hidden,)
+        answer = self._encode(hidden, self.mask) if place == 0 else hidden
+        if place == len(self.layers) - 1:
+            self.mask = None  # the next pass begins anew, or is not ours
+        return (answer,)
 
     def _encode(self, hidden: Tensor, mask: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
         names, tensors = zip(*self._tensors(), strict=True)
@@ -93,12 +96,12 @@ class Stack:
         ]
         travels = []
         for rows, runs in _parts(mask, self.counts or [len(mask)]):
-            part = _part(mask[rows], rows, runs, length, hidden.dtype)
+            part = _part(mask, rows, runs, length, hidden.dtype)
             masks = None
             if torch.is_grad_enabled():
                 taken = [[key and key.take(rows.cpu()) for key in keys] for keys in drawn]
                 own = zip(self.layers, taken, strict=True)
-                masks = [Masks(layer.dropouts, keys) for layer, keys in own]
+                masks = [Masks(part, layer.dropouts, keys) for layer, keys in own]
             travels.append(Travel(part, masks))
         return travels
 
@@ -122,13 +125,13 @@ class Stack:
 
         def travel(one: Travel) -> None:
             part = one.part
-            x = hidden[part.rows, : part.tokens]
+            x = hidden.flatten(0, 1).index_select(0, part.source)
             own = [layer.of(part.runs) for layer in trained]
             for place, layer in enumerate(self.layers):
                 masks = None if one.masks is None else one.masks[place]
                 x, saved = layer.forward(x, part, own[place], self.heads, masks)
                 one.saved.append(saved)
-            output[part.rows, : part.tokens] = x
+            output.flatten(0, 1).index_copy_(0, part.source, x)
 
         run_parts(travel, travels)
         return output
@@ -142,7 +145,7 @@ class Stack:
         def travel(one: Travel) -> list[Tensors]:
             part = one.part
             grads: list[Tensors] = []
-            x: Tensor | None = grad[part.rows, : part.tokens]
+            x: Tensor | None = grad.flatten(0, 1).index_select(0, part.source)
             for place in reversed(range(len(self.layers))):
                 assert x is not None
                 assert one.masks is not None
@@ -153,7 +156,7 @@ class Stack:
                 )
                 grads.append(found)
             if first is not None and x is not None:
-                first[part.rows, : part.tokens] = x
+                first.flatten(0, 1).index_copy_(0, part.source, x)
             return grads[::-1]
 
         found = run_parts(travel, travels)
@@ -291,17 +294,26 @@ def _pieces(tokens: int, runs: int) -> int:
 
 
 def _part(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch.dtype) -> Part:
-    """Describe a part: how far its rows go, and what they may read. mask: (n, T) of its rows."""
-    lengths = mask.sum(1)
+    """Describe a part of a batch with this mask (N, T): where its tokens are, what they read."""
+    own = mask[rows]
+    lengths = own.sum(1)
     tokens = int(lengths.max())
     width = 32 if dtype.itemsize == 2 else 16  # a softmax over other numbers of keys is slow
     keys = -(-(prefix + tokens) // width) * width
-    mask = mask[:, :tokens]
+    own = own[:, :tokens]
+    is_full = int(lengths.min()) == tokens
     bias = None
-    if keys > prefix + tokens or int(lengths.min()) < tokens:
+    if keys > prefix + tokens or not is_full:
         closed = torch.finfo(dtype).min
-        bias = torch.zeros(len(mask), 1, keys, dtype=dtype, device=mask.device)
-        bias[:, 0, prefix : prefix + tokens] = (1 - mask).to(dtype) * closed
+        bias = torch.zeros(len(own), 1, keys, dtype=dtype, device=mask.device)
+        bias[:, 0, prefix : prefix + tokens] = (1 - own).to(dtype) * closed
         bias[:, 0, prefix + tokens :] = closed
-    pooling = mask / lengths[:, None]
-    return Part(rows, runs, pooling.float(), bias, keys, prefix)
+    if mask.device.type != "cpu":  # padding goes along, so that all runs have as many tokens
+        is_full = True
+    grid = torch.arange(own.numel()) if is_full else own.flatten().nonzero()[:, 0]
+    grid = grid.to(mask.device)
+    row_of = grid // tokens
+    source = rows[row_of] * mask.shape[1] + grid % tokens
+    share = (own.flatten()[grid] / lengths[row_of])[:, None].float()
+    kept = None if is_full else grid
+    return Part(rows, runs, row_of, kept, source, share, tokens, bias, keys, prefix)
