@@ -276,12 +276,8 @@ def _parts(mask: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, slice]]:
     for run, count in enumerate(counts):
         rows = start + lengths[start : start + count].argsort(descending=True, stable=True)
         pieces = min(_pieces(int(lengths[rows].sum()), runs), count)
-        done = lengths[rows].cumsum(0)
-        middles = done - lengths[rows] // 2
-        shares = (middles * pieces // int(done[-1])).clamp_(max=pieces - 1)
-        for piece in range(pieces):
-            if bool((chosen := shares == piece).any()):
-                parts.append((rows[chosen], slice(run, run + 1)))
+        for piece in range(pieces):  # of as many rows, and nearly as many tokens, each
+            parts.append((rows[piece::pieces], slice(run, run + 1)))
         start += count
     return parts
 
@@ -296,24 +292,41 @@ def _pieces(tokens: int, runs: int) -> int:
 def _part(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch.dtype) -> Part:
     """Describe a part of a batch with this mask (N, T): where its tokens are, what they read."""
     own = mask[rows]
-    lengths = own.sum(1)
-    tokens = int(lengths.max())
-    width = 32 if dtype.itemsize == 2 else 16  # a softmax over other numbers of keys is slow
-    keys = -(-(prefix + tokens) // width) * width
-    own = own[:, :tokens]
-    is_full = int(lengths.min()) == tokens
+    lengths, width = own.sum(1), mask.shape[1]
+    tokens = _rounded(int(lengths.max()), 8)
+    keys = _rounded(prefix + tokens, 32 if dtype.itemsize == 2 else 16)
+    spread = own.new_zeros(len(own), max(tokens, width))
+    spread[:, :width] = own
+    spread = spread[:, :tokens]
     bias = None
-    if keys > prefix + tokens or not is_full:
+    if keys > prefix + tokens or not bool(spread.all()):
         closed = torch.finfo(dtype).min
         bias = torch.zeros(len(own), 1, keys, dtype=dtype, device=mask.device)
-        bias[:, 0, prefix : prefix + tokens] = (1 - own).to(dtype) * closed
+        bias[:, 0, prefix : prefix + tokens] = (1 - spread).to(dtype) * closed
         bias[:, 0, prefix + tokens :] = closed
-    if mask.device.type != "cpu":  # padding goes along, so that all runs have as many tokens
-        is_full = True
-    grid = torch.arange(own.numel()) if is_full else own.flatten().nonzero()[:, 0]
-    grid = grid.to(mask.device)
-    row_of = grid // tokens
-    source = rows[row_of] * mask.shape[1] + grid % tokens
-    share = (own.flatten()[grid] / lengths[row_of])[:, None].float()
-    kept = None if is_full else grid
+    grid = _travellers(spread, width)
+    row_of, position = grid // tokens, grid % tokens
+    source = rows[row_of] * width + position
+    share = (own[row_of, position] / lengths[row_of])[:, None].float()
+    kept = None if len(grid) == spread.numel() else grid
     return Part(rows, runs, row_of, kept, source, share, tokens, bias, keys, prefix)
+
+
+def _rounded(count: int, step: int) -> int:
+    """Round up, so that few shapes exist: a processor's products are prepared for each anew."""
+    return -(-count // step) * step
+
+
+def _travellers(spread: Tensor, width: int) -> Tensor:
+    """Return the places of the tokens that go through the layers; spread: (n, T), 1 for real ones.
+
+    Some padding goes along to round their number; not on a CPU all of it, so that runs are alike.
+    """
+    flat = spread[:, :width].flatten() if width < spread.shape[1] else spread.flatten()
+    places = torch.arange(spread.numel(), device=spread.device).view_as(spread)
+    places = places[:, :width].flatten()
+    if spread.device.type != "cpu":
+        return places
+    count = min(_rounded(int(flat.sum()), 32), len(flat))
+    chosen = flat.argsort(descending=True, stable=True)[:count]
+    return places[chosen.sort().values]
