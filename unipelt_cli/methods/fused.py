@@ -119,8 +119,8 @@ class Masks:
 
     def back(self, place: int, grad: Tensor) -> Tensor:
         """Return the gradient of what was dropped from."""
-        kept, scale = self.put(place, grad), self.scale(place)
-        return kept if scale == 1.0 else kept * scale
+        kept = self.put(place, grad)
+        return kept if kept is grad else kept.mul_(self.scale(place))
 
 
 AFTER_SOFTMAX, AFTER_ATTENTION, AFTER_OUTPUT = range(3)
@@ -330,19 +330,15 @@ def _attend(
         both[place, :, :, part.prefix : part.prefix + tokens] = projected
     if own.prefix is not None:
         both[:, :, :, : part.prefix] = _rows(own.prefix, n, heads, gates)
-    query = query.reshape(n * heads, tokens, size)
+    query = torch.mul(query, size**-0.5, out=qkv.new_empty(n, heads, tokens, size)).flatten(0, 1)
     keys, values = both.flatten(1, 2)
     scores = query @ keys.mT
-    if part.bias is None:
-        scores *= size**-0.5
-    else:
-        bias = part.bias[:, None].expand(n, heads, 1, -1).reshape(n * heads, 1, -1)
-        scores = torch.add(bias, scores, alpha=size**-0.5)
-    weights = scores.softmax(-1)
-    used = weights
+    if part.bias is not None:
+        scores.view(n, heads, tokens, -1).add_(part.bias[:, None])
+    weights = used = scores.softmax(-1)
     if masks is not None:
         used = masks.put(AFTER_SOFTMAX, weights.view(n, heads, tokens, -1)).view_as(weights)
-        saved |= {"query": query, "keys": keys, "values": values, "weights": weights}
+        saved |= {"query": query, "keys": keys, "values": values, "weights": weights, "used": used}
     context = used @ values
     if masks is not None:
         context *= masks.scale(AFTER_SOFTMAX)
@@ -356,28 +352,22 @@ def _attend_back(
     """Return the gradients of the projected tokens (M, 3D) and of the prefix (2, n, H, P, d)."""
     n, tokens, hidden = len(part.rows), part.tokens, grad.shape[-1]
     size = hidden // heads
-    grad = (
-        part.spread(grad)
-        .view(n, tokens, heads, size)
-        .transpose(1, 2)
-        .reshape(n * heads, tokens, size)
-    )
-    scale = masks.scale(AFTER_SOFTMAX)
-    grad = grad if scale == 1.0 else grad * scale
+    by_head = part.spread(grad).view(n, tokens, heads, size).transpose(1, 2)
+    scaled = by_head.reshape(n * heads, tokens, size) * masks.scale(AFTER_SOFTMAX)
     weights = saved["weights"]
-    shape = (n, heads, tokens, part.keys)
-    used = masks.put(AFTER_SOFTMAX, weights.view(shape)).view_as(weights)
-    dropped = masks.put(AFTER_SOFTMAX, (grad @ saved["values"].mT).view(shape)).view_as(weights)
+    dropped = (scaled @ saved["values"].mT).view(n, heads, tokens, part.keys)
+    dropped = masks.put(AFTER_SOFTMAX, dropped).view_as(weights)
     scores = ATEN._softmax_backward_data(dropped, weights, -1, weights.dtype)
-    scores *= size**-0.5
-    both = torch.stack([scores.mT @ saved["query"], used.mT @ grad])
-    both = both.view(2, n, heads, part.keys, size)
-    qkv = grad.new_empty(n, tokens, 3, heads, size)
-    qkv[:, :, 0] = (scores @ saved["keys"]).view(n, heads, tokens, size).transpose(1, 2)
+    query = (scores @ saved["keys"]).mul_(size**-0.5)
+    stored = scores.mT @ saved["query"], saved["used"].mT @ scaled  # of keys, of values
+    keys, values = (one.view(n, heads, part.keys, size) for one in stored)
     first, last = part.prefix, part.prefix + tokens
-    for place in range(2):
-        qkv[:, :, 1 + place] = both[place, :, :, first:last].transpose(1, 2)
-    return part.gathered(qkv.view(n, tokens, 3 * hidden)), both[:, :, :, :first]
+    qkv = grad.new_empty(n, tokens, 3, heads, size)
+    qkv[:, :, 0] = query.view(n, heads, tokens, size).transpose(1, 2)
+    qkv[:, :, 1] = keys[:, :, first:last].transpose(1, 2)
+    qkv[:, :, 2] = values[:, :, first:last].transpose(1, 2)
+    rows = torch.stack([keys[:, :, :first], values[:, :, :first]])
+    return part.gathered(qkv.view(n, tokens, 3 * hidden)), rows
 
 
 def _rows(prefix: Tensor, n: int, heads: int, gates: Tensor | None) -> Tensor:
