@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from unipelt_cli import methods
 from unipelt_cli.config import Experiment
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.methods.base import Method, Site, count_stored, initialise, new_linear
 from unipelt_cli.pretrained import Pretrained, find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -70,7 +72,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        backbone: "PreTrainedModel",
         heads: Sequence[Head],
         method: Method,
         pooling: str,
@@ -361,7 +363,7 @@ def _replace_dropout(module: nn.Module) -> None:
             _replace_dropout(child)
 
 
-def _check_length(max_length: int, pretrained: Pretrained, backbone: PreTrainedModel) -> None:
+def _check_length(max_length: int, pretrained: Pretrained, backbone: "PreTrainedModel") -> None:
     positions = pretrained.layout.positions(backbone.config)
     if positions is not None and max_length > positions:
         raise BackboneError(
