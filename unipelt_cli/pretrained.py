@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -328,6 +328,14 @@ def _pairs(value: Any) -> list[tuple[str, Any]]:
 
 
 def _sha256(path: Path) -> str:
+    """Hash a file, once in a process: the packaged backbone is checked and then fingerprinted."""
+    now = path.stat()
+    return _sha256_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@cache
+def _sha256_of(path: Path, *state: int) -> str:
+    """Hash a file in this state."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
