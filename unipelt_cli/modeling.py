@@ -1,6 +1,7 @@
 """From an Experiment to a Tuned model: frozen backbone, attached method, pooling and head."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -331,12 +332,20 @@ def skeleton(pretrained: Pretrained) -> Any:
 
 
 def count(
-    method: Method, pretrained: Pretrained, head_parameters: int, tasks: int = 1
+    method: Method,
+    pretrained: Pretrained,
+    head_parameters: int,
+    tasks: int = 1,
+    bare: nn.Module | None = None,
 ) -> tuple[int, int]:
-    """Return how many numbers train and how many are stored, both without the heads."""
+    """Return how many numbers train and how many are stored, both without the heads.
+
+    Whoever counts several methods on one backbone makes its skeleton once, and gives it as `bare`.
+    """
+    bare = bare or skeleton(pretrained)
     counted = []
     for folded in (False, True):
-        backbone = skeleton(pretrained).requires_grad_(False)
+        backbone = deepcopy(bare).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         site = Site(pretrained.layout, generator, folded, head_parameters, tasks=tasks)
         method.attach(backbone, site)
