@@ -76,23 +76,41 @@ def prepare_each(settings: DataSettings) -> tuple[Prepared, ...]:
     Raises DataError as `prepare` does, and for tasks that cannot be trained and scored together.
     """
     found = tuple(prepare(alone) for alone in settings.each())
-    names = [prepared.task.name for prepared in found]
-    for prepared in found[1:]:
-        task = prepared.task
-        if names.count(task.name) > 1:
+    _check_together([prepared.manifest for prepared in found])
+    return found
+
+
+def read_drawn(settings: DataSettings) -> list[dict[str, Any]]:
+    """Return the manifests of the prepared directories that `settings` name, without the rows.
+
+    Raises DataError as `prepare_each` does, but for what is wrong with the rows.
+    """
+    manifests = []
+    for alone in settings.each():
+        assert isinstance(alone.prepared, str)
+        manifest = _read_manifest(Path(alone.prepared))
+        manifests.append(_asked_for(manifest, _task_of(manifest), Path(alone.prepared), alone)[1])
+    _check_together(manifests)
+    return manifests
+
+
+def _check_together(manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError for tasks that cannot be trained and scored together."""
+    names = [manifest["task"] for manifest in manifests]
+    for name, manifest in zip(names[1:], manifests[1:], strict=True):
+        if names.count(name) > 1:
             hint = "prepare own rows under other names, with --task NAME"
-            raise DataError(f"two of the tasks are called {task.name!r}", hint)
+            raise DataError(f"two of the tasks are called {name!r}", hint)
         for key in ("k", "data_seed", "dev_size"):
-            asked, there = found[0].manifest[key], prepared.manifest[key]
+            asked, there = manifests[0][key], manifest[key]
             if asked != there:
-                what = f"{names[0]} was drawn with {asked}, {task.name} with {there}"
+                what = f"{names[0]} was drawn with {asked}, {name} with {there}"
                 raise DataError(f"data.{key}: {what}", "prepare all tasks with the same settings")
-    for prepared in found:
-        if len(found) > 1 and prepared.task.metric == "mse":
-            what = f"the metric of {prepared.task.name} is 'mse', which no mean can hold"
+    for name, manifest in zip(names, manifests, strict=True):
+        if len(manifests) > 1 and manifest["metric"] == "mse":
+            what = f"the metric of {name} is 'mse', which no mean can hold"
             hint = f"choose one of {', '.join(REGRESSION_METRICS[:-1])}"
             raise DataError(f"data.metric: {what}", hint)
-    return found
 
 
 def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
@@ -169,14 +187,18 @@ def load(directory: Path) -> Prepared:
     Raises DataError when it is absent, foreign, of a newer format, or damaged.
     """
     manifest = _read_manifest(directory)
+    task, recorded = _task_of(manifest), manifest["splits"]
+    splits = {split: _read_split(directory, split, task, recorded[split]) for split in SPLITS}
+    return Prepared(task, splits, manifest)
+
+
+def _task_of(manifest: Mapping[str, Any]) -> Task:
     name, labels, text = manifest["task"], tuple(manifest["labels"]), tuple(manifest["text"])
     task = Task(name, text, labels, manifest["metric"], tuple(manifest["also"]))
     known = TASKS.get(name)
     if known and (known.text, known.labels) == (text, labels):
         task = replace(known, metric=task.metric, also=task.also)
-    recorded = manifest["splits"]
-    splits = {split: _read_split(directory, split, task, recorded[split]) for split in SPLITS}
-    return Prepared(task, splits, manifest)
+    return task
 
 
 def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Rows], list[str]]:
@@ -308,18 +330,26 @@ def _dumps(manifest: Mapping[str, Any]) -> bytes:
 def _reopen(directory: Path, settings: DataSettings) -> Prepared:
     """Load a prepared directory; it must be what the settings ask for, where they ask."""
     prepared = load(directory)
+    task, manifest = _asked_for(prepared.manifest, prepared.task, directory, settings)
+    return Prepared(task, prepared.splits, manifest)
+
+
+def _asked_for(
+    manifest: Mapping[str, Any], task: Task, directory: Path, settings: DataSettings
+) -> tuple[Task, dict[str, Any]]:
+    """Return a prepared task and its manifest with the metric that the settings ask for."""
     asked: dict[str, str | int | None] = {"task": settings.task, "k": settings.k}
     if "data_seed" in settings.model_fields_set:
         asked["data_seed"] = settings.data_seed
     for key, value in asked.items():
-        recorded = prepared.manifest[key]
+        recorded = manifest[key]
         if value is not None and value != recorded:
             was = "all rows" if recorded is None else repr(recorded)
             hint = f"leave out --{key.replace('_', '-')}, or prepare the data again"
             raise DataError(f"data.{key} = {value!r}: {directory} was prepared with {was}", hint)
-    task = with_metric(prepared.task, settings.metric)
+    task = with_metric(task, settings.metric)
     metrics = {"metric": task.metric, "also": list(task.also)}
-    return Prepared(task, prepared.splits, _sealed(prepared.manifest | metrics))
+    return task, _sealed({**manifest, **metrics})
 
 
 def _read_split(directory: Path, split: str, task: Task, recorded: Mapping[str, Any]) -> Rows:

@@ -61,7 +61,7 @@ def with_drawn_rows(experiment: Experiment) -> Experiment:
     """
     if experiment.data.prepared is None:
         return experiment
-    manifests = [prepared.manifest for prepared in data.prepare_each(experiment.data)]
+    manifests = data.read_drawn(experiment.data)
     drawn = {key: manifests[0][key] for key in ("task", "k", "data_seed", "dev_size")}
     if len(manifests) > 1:
         del drawn["task"]
