@@ -18,7 +18,7 @@ from conftest import write_rows
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from unipelt_cli import execution, network, runs
+from unipelt_cli import evaluation, execution, network, runs
 from unipelt_cli.cli import app
 from unipelt_cli.training import Epoch
 
@@ -264,6 +264,55 @@ def test_prepare_then_train_on_it_gives_the_same_run(
     )
     assert again[0] == 0, again[2]
     assert invoke("eval", out)[0] == 0
+
+
+FIRST_STEP = """
+import gc, sys
+from pathlib import Path
+from unipelt_cli import execution
+from unipelt_cli.config import resolve
+
+prepared, backbone, out = sys.argv[1:]
+data, model = {"prepared": prepared}, {"backbone": backbone}
+train = {"device": "cpu", "precision": "fp32"}
+experiment = resolve([("", {"data": data, "model": model, "train": train})])
+events = execution.execute(experiment, Path(out))
+while not isinstance(next(events), execution.Step):
+    pass
+heavy = {"adapters", "datasets", "matplotlib", "pandas", "pyarrow.parquet", "scipy", "sklearn"}
+print(sorted(heavy & sys.modules.keys()), gc.isenabled())
+events.close()
+import sklearn.metrics
+"""
+
+
+def test_the_first_step_does_not_wait_for_what_it_does_not_use(
+    bert: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    prepared = tmp_path / "prepared"
+    assert invoke("prepare", *own(rows_file), "--k", "24", "--out", prepared)[0] == 0
+    command = [sys.executable, "-c", FIRST_STEP, prepared, bert, tmp_path / "run"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.stdout.strip(), result.returncode) == ("[] True", 0), result.stderr
+
+
+def test_each_split_is_tokenized_once(
+    bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counted(columns: Any, *arguments: Any, **options: Any) -> Any:
+        sizes.append(len(columns[0]))
+        return encode(columns, *arguments, **options)
+
+    encode = evaluation.encode
+    monkeypatch.setattr(evaluation, "encode", counted)
+    out = tmp_path / "run"
+    code, _, stderr = invoke(
+        "train", *own(rows_file), "--k", "20", "--model", bert, *FAST, "--out", out
+    )
+    assert code == 0, stderr
+    assert sizes == [20, 28, 12]  # train, dev, test
 
 
 def test_a_prepared_directory_keeps_its_own_seed_and_size(

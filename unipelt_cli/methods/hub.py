@@ -43,7 +43,8 @@ def add(backbone: Any, configs: Mapping[str, Any], generator: Generator) -> None
     import adapters
 
     own = {id(parameter) for parameter in backbone.parameters()}
-    with torch.random.fork_rng(devices=[]):
+    # On a skeleton's device, counting costs no numbers: the library copies every linear unit.
+    with torch.random.fork_rng(devices=[]), next(backbone.parameters()).device:
         adapters.init(backbone)
         for name, config in configs.items():
             backbone.add_adapter(name, config=config)

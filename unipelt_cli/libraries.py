@@ -1,0 +1,58 @@
+"""How the heavy libraries are imported: once, when needed, and without what nothing here uses."""
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+
+@cache
+def transformers() -> Any:
+    """Import the transformers library, which asks once what it may use beside itself.
+
+    It takes scikit-learn and scipy as optional, for text generation and object detection: where
+    they are there it imports them with its models, for 1.4 s. So they look absent while it asks.
+    """
+    with importing():
+        with _absent("sklearn", "scipy"):
+            import transformers
+        # It imports what all its models need only when asked for such a name.
+        getattr(transformers, "PreTrainedModel")  # noqa: B009
+
+    return transformers
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import in this block without collecting garbage, which modules are not.
+
+    Python would look through all objects again and again: 0.6 s of 4 for torch and transformers.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    before = len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > before:
+            gc.freeze()  # nor need later collections look at what was imported
+        gc.enable()
+
+
+@contextmanager
+def _absent(*names: str) -> Iterator[None]:
+    """Make packages that are not imported yet look as if they were not installed.
+
+    None in `sys.modules` says so, to `import` and to `importlib.util.find_spec`.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
