@@ -7,14 +7,17 @@ the format. Nothing here knows which rows are wanted or why.
 import csv
 import io
 import json
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
 
 from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import Glue, Task
@@ -24,50 +27,6 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 LARGEST_VALUE = 1e15
 FILL_IN = "fill it in, or drop the row"
 GIVE_ROWS = "give a file with labelled rows"
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Checked rows in memory, read as a `Dataset` is: by column, by row, or all columns at once.
-
-    `datasets` itself, which takes half a second to import, is only asked for what is on the hub.
-    """
-
-    table: pa.Table
-
-    def __len__(self) -> int:
-        return int(self.table.num_rows)
-
-    @overload
-    def __getitem__(self, key: str) -> list[Any]: ...
-    @overload
-    def __getitem__(self, key: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, key: slice) -> dict[str, list[Any]]: ...
-    def __getitem__(self, key: str | int | slice) -> list[Any] | dict[str, Any]:
-        if isinstance(key, str):
-            column: list[Any] = self.table[key].to_pylist()
-            return column
-        if isinstance(key, slice):
-            places = range(len(self))[key]
-            part = self.table if len(places) == len(self) else self.table.take(list(places))
-            columns: dict[str, Any] = part.to_pydict()
-            return columns
-        place = range(len(self))[key]
-        row: dict[str, Any] = self.table.slice(place, 1).to_pylist()[0]
-        return row
-
-    @property
-    def column_names(self) -> list[str]:
-        return list(self.table.column_names)
-
-    def select(self, places: Sequence[int]) -> "Rows":
-        """Return the rows at these places, in this order."""
-        return Rows(self.table.take(pa.array(places, pa.int64())).combine_chunks())
-
-    def shuffle(self, seed: int) -> "Rows":
-        """Return the rows in the order that `Dataset.shuffle` gives them (the paper's draw)."""
-        return self.select(np.random.default_rng(seed).permutation(len(self)).tolist())
 
 
 @dataclass(frozen=True)
@@ -146,7 +105,7 @@ def require(origin: str, names: Iterable[str], found: Iterable[str]) -> None:
             raise DataError(f"{origin}: no column {short(name)}", f"columns found: {listed}")
 
 
-def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -> Rows:
+def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -> Dataset:
     """Build the checked rows of a task from the columns that hold its texts and label."""
     require(cells.origin, (*text, label), cells.columns)
     return encode(cells, task.text, text, _codes(cells, label, task))
@@ -154,14 +113,19 @@ def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -
 
 def encode(
     cells: Cells, names: Sequence[str], columns: Sequence[str], labels: pa.Array | None = None
-) -> Rows:
+) -> Dataset:
     """Build checked rows; `names` are our names of the text columns, `columns` the source's."""
     pairs = zip(names, columns, strict=True)
     arrays = {name: pa.array(cells.texts(column), pa.string()) for name, column in pairs}
     if labels is not None:
         arrays["label"] = labels
     arrays["row"] = pa.array(cells.rows, pa.int64())
-    return Rows(pa.table(arrays))
+    return as_dataset(pa.table(arrays))
+
+
+def as_dataset(table: pa.Table) -> Dataset:
+    """Wrap a table; a random fingerprint spares hashing it, and nothing here is cached by it."""
+    return Dataset(table.combine_chunks(), fingerprint=uuid.uuid4().hex[:16])
 
 
 def _codes(cells: Cells, column: str, task: Task) -> pa.Array:
@@ -322,8 +286,6 @@ def _jsonl(origin: str, text: str) -> Cells:
 
 
 def _parquet(origin: str, content: bytes) -> Cells:
-    import pyarrow.parquet as pq  # 0.1 s, for this format alone
-
     try:
         table = pq.ParquetFile(pa.BufferReader(content)).read()
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import numpy as np
 import pyarrow as pa
+from datasets import Dataset
 
 from unipelt_cli.cells import (
-    Rows,
+    as_dataset,
     encode,
     encode_labelled,
     parse_cells,
@@ -50,7 +52,7 @@ class Prepared:
     """
 
     task: Task
-    splits: Mapping[str, Rows]
+    splits: Mapping[str, Dataset]
     manifest: dict[str, Any]
 
 
@@ -60,6 +62,7 @@ def prepare(settings: DataSettings) -> Prepared:
     Raises DataError for a source that cannot be read, rows that cannot be used or too few rows,
     and ConfigError for an unknown task.
     """
+    datasets.disable_progress_bars()
     assert not isinstance(settings.prepared, tuple)
     directory = Path(settings.prepared) if settings.prepared else glue_root(settings)
     if directory and (settings.prepared or _has_manifest(directory)):
@@ -120,7 +123,7 @@ def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
     return {"tasks": {own.task.name: own.manifest for own in prepared}}
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Rows:
+def read_rows(path: Path, columns: Sequence[str]) -> Dataset:
     """Read the named text columns of a CSV, TSV, JSONL or Parquet file, and "row".
 
     Raises DataError for a file that cannot be read, a missing column, a missing or empty text.
@@ -128,7 +131,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Rows:
     return encode(read_cells(path), columns, columns)
 
 
-def labelled_rows(path: Path, prepared_task: Task, label_column: str) -> Rows:
+def labelled_rows(path: Path, prepared_task: Task, label_column: str) -> Dataset:
     """Read a file as rows of a task: columns as in a split, labels by the task's names.
 
     Raises DataError as `read_rows` does, and for a label that the task does not have.
@@ -147,10 +150,10 @@ def parse_lines(content: bytes, columns: Sequence[str]) -> list[list[str]]:
     return [cells.texts(column) for column in columns]
 
 
-def digest(rows: Rows) -> str:
+def digest(rows: Dataset) -> str:
     """Return the sha256 of the rows' content in their order: all columns but "row"."""
     names = [name for name in rows.column_names if name != "row"]
-    cells = rows[:]
+    cells = rows.with_format(None)[:]
     total = hashlib.sha256(json.dumps(names).encode())
     for row in zip(*(cells[name] for name in names), strict=True):
         total.update(b"\n" + json.dumps(row, ensure_ascii=False).encode())
@@ -168,7 +171,7 @@ def save(prepared: Prepared, directory: Path) -> None:
             raise DataError(f"{directory}: exists already", "choose another --out, or remove it")
         temporary.mkdir(parents=True)
         for split, rows in prepared.splits.items():
-            table = rows.table.replace_schema_metadata(None).combine_chunks()
+            table = rows.with_format("arrow")[:].replace_schema_metadata(None).combine_chunks()
             path = str(temporary / f"{split}.arrow")
             with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
@@ -201,7 +204,7 @@ def _task_of(manifest: Mapping[str, Any]) -> Task:
     return task
 
 
-def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Rows], list[str]]:
+def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Dataset], list[str]]:
     """Shuffle the train rows by the data seed and cut them: test (if none), train, dev.
 
     Without k, dev is cut before train, which is all the rest.
@@ -229,13 +232,17 @@ def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Rows], list[s
         "dev": range(first, first + dev),
         "test": range(test),
     }
-    shuffled = found.rows["train"].shuffle(settings.data_seed)
+    shuffled = found.rows["train"].shuffle(seed=settings.data_seed, keep_in_memory=True)
     splits = {
-        split: shuffled.select(places[split]) if places[split] else found.rows[split]
+        split: _part(shuffled, places[split]) if places[split] else found.rows[split]
         for split in SPLITS
     }
     _check_classes(found.task, splits["train"], k)
     return splits, [*found.notes, *_notes(settings, test, dev)]
+
+
+def _part(rows: Dataset, places: range) -> Dataset:
+    return as_dataset(rows.select(places, keep_in_memory=True).with_format("arrow")[:])
 
 
 def _notes(settings: DataSettings, test: int, dev: int) -> Iterator[str]:
@@ -248,7 +255,7 @@ def _notes(settings: DataSettings, test: int, dev: int) -> Iterator[str]:
         yield f"dev: {dev} rows instead of {settings.dev_size}, because there are too few"
 
 
-def _check_classes(task: Task, train: Rows, k: int | None) -> None:
+def _check_classes(task: Task, train: Dataset, k: int | None) -> None:
     drawn = set(train[:]["label"])
     if not task.is_regression and len(drawn) == 1:
         setting = "data.k is not set" if k is None else f"data.k = {k}"
@@ -260,7 +267,7 @@ def _check_classes(task: Task, train: Rows, k: int | None) -> None:
 
 
 def _manifest(
-    found: Found, settings: DataSettings, splits: Mapping[str, Rows], notes: Sequence[str]
+    found: Found, settings: DataSettings, splits: Mapping[str, Dataset], notes: Sequence[str]
 ) -> dict[str, Any]:
     """Record what was drawn and what is odd about it: the same settings give the same bytes."""
     task = found.task
@@ -289,7 +296,7 @@ def _manifest(
     return _sealed(content)
 
 
-def _describe(task: Task, rows: Rows, keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+def _describe(task: Task, rows: Dataset, keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
     labels: list[float] = rows[:]["label"]
     words = [sum(len(text.split()) for text in key) for key in keys]
     quantiles = np.quantile(words, (0, 0.25, 0.5, 0.75, 0.95, 1), method="lower").tolist()
@@ -308,7 +315,7 @@ def _describe(task: Task, rows: Rows, keys: Sequence[tuple[str, ...]]) -> dict[s
     }
 
 
-def _keys(task: Task, rows: Rows) -> list[tuple[str, ...]]:
+def _keys(task: Task, rows: Dataset) -> list[tuple[str, ...]]:
     """Return each row's texts without case and spacing, to find equal ones."""
     cells = rows[:]
     columns = ([" ".join(text.casefold().split()) for text in cells[name]] for name in task.text)
@@ -352,14 +359,14 @@ def _asked_for(
     return task, _sealed({**manifest, **metrics})
 
 
-def _read_split(directory: Path, split: str, task: Task, recorded: Mapping[str, Any]) -> Rows:
+def _read_split(directory: Path, split: str, task: Task, recorded: Mapping[str, Any]) -> Dataset:
     path = directory / f"{split}.arrow"
     label = pa.float64() if task.is_regression else pa.int64()
     columns = [*((name, pa.string()) for name in task.text), ("label", label), ("row", pa.int64())]
     try:
         table = pa.ipc.open_stream(read_bytes(path, (".arrow",))).read_all()
         table.validate(full=True)
-        rows = Rows(table.cast(pa.schema(columns)).combine_chunks())
+        rows = as_dataset(table.cast(pa.schema(columns)))
         found = (digest(rows), rows[:]["row"])
     except (OSError, ValueError, pa.ArrowException) as error:
         _damaged(directory, f"{path.name}: {reason(error)}", error)

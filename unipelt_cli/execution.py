@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 
 from unipelt_cli import data, runs
 from unipelt_cli.batches import Encoded
-from unipelt_cli.cells import Rows
 from unipelt_cli.config import Experiment
 from unipelt_cli.data import Prepared
 from unipelt_cli.errors import RunError
@@ -135,7 +135,7 @@ def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned
     return Training(tuned, first.task, first.train, first.dev, experiment.train, more)
 
 
-def encode_split(tuned: Tuned, task: Task, rows: Rows, experiment: Experiment) -> Encoded:
+def encode_split(tuned: Tuned, task: Task, rows: Dataset, experiment: Experiment) -> Encoded:
     """Tokenize the text columns of a split."""
     return encode_rows(tuned, [rows[column] for column in task.text], experiment.model.max_length)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
 
 from unipelt_cli.batches import by_length
-from unipelt_cli.cells import Rows
 from unipelt_cli.errors import RunError
 from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods.submodules import record_gates
@@ -24,7 +24,7 @@ class GateReport:
     """The gates of one split: values by layer, gate and row."""
 
     gates: Gates
-    rows: Rows
+    rows: Dataset
     labels: tuple[str, ...]
 
     @property
@@ -81,7 +81,7 @@ class GateReport:
         ]
 
 
-def inspect(run: Run, tuned: Tuned, rows: Rows, place: int = 0) -> GateReport:
+def inspect(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport:
     """Pass rows of one of a run's tasks through its model and collect its gates.
 
     Raises RunError for a method that has none.

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from unipelt_cli import __version__, artifact, data, formats
 from unipelt_cli.batches import Encoded
-from unipelt_cli.cells import Rows
 from unipelt_cli.config import Experiment, dump, read_preset, resolve
 from unipelt_cli.errors import CheckError, ConfigError, DataError, RunError, nearest
 from unipelt_cli.evaluation import Logits, compute_logits
@@ -126,7 +126,7 @@ class Run:
                 "its settings or a library have changed: restore them, or train it again",
             )
 
-    def rows(self, split: str, source: str | None = None, place: int = 0) -> Rows:
+    def rows(self, split: str, source: str | None = None, place: int = 0) -> Dataset:
         """Find the rows of a task's split again, by source and settings, and check them by hash."""
         settings = self.experiment.data.each()[place]
         if source is not None:

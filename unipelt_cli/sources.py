@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
+from datasets import Dataset
 
 from unipelt_cli.cells import (
     Cells,
-    Rows,
     as_number,
     encode_labelled,
     read_cells,
@@ -43,7 +44,7 @@ class Found:
 
     task: Task
     source: dict[str, Any]
-    rows: Mapping[str, Rows]
+    rows: Mapping[str, Dataset]
     notes: tuple[str, ...] = ()
     own: bool = False
 
@@ -209,11 +210,8 @@ def _ordered(labels: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(labels))
 
 
-def _from_hub(name: str, config: str | None, setting: str) -> dict[str, Any]:
+def _from_hub(name: str, config: str | None, setting: str) -> dict[str, Dataset]:
     """Load a data set of the hub, from its cache if it is there; any failure is a DataError."""
-    import datasets
-
-    datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
         return dict(datasets.load_dataset(name, config))
@@ -225,10 +223,8 @@ def _from_hub(name: str, config: str | None, setting: str) -> dict[str, Any]:
         ) from error
 
 
-def _hub_cells(origin: str, rows: Any, text: Sequence[str], label: str = "label") -> Cells:
+def _hub_cells(origin: str, rows: Dataset, text: Sequence[str], label: str = "label") -> Cells:
     """Take the columns of a hub split; rows without a label are left out and counted."""
-    import datasets
-
     require(origin, (*text, label), rows.column_names)
     table = rows.select_columns([*text, label]).with_format("arrow")[:]
     values = Cells(origin, {label: table[label]}, range(len(rows))).column(label)
