@@ -279,7 +279,7 @@ experiment = resolve([("", {"data": data, "model": model, "train": train})])
 events = execution.execute(experiment, Path(out))
 while not isinstance(next(events), execution.Step):
     pass
-heavy = {"adapters", "matplotlib", "pyarrow.parquet", "scipy", "sklearn"}
+heavy = {"adapters", "matplotlib", "scipy", "sklearn"}
 print(sorted(heavy & sys.modules.keys()), gc.isenabled())
 events.close()
 import sklearn.metrics

@@ -32,15 +32,16 @@ RANKS = {
     "training": 8,
     "runs": 8,
     "adapterhub": 9,
-    "execution": 9,
+    "together": 9,
+    "execution": 10,
     "inspection": 9,
     "listing": 9,
     "render": 9,
-    "export": 10,
-    "options": 10,
-    "shell": 10,
-    "cli": 11,
-    "__main__": 12,
+    "export": 11,
+    "options": 11,
+    "shell": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 MODULES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from unipelt_cli import data, runs
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment
 from unipelt_cli.data import Prepared
-from unipelt_cli.errors import RunError
+from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.evaluation import (
     compute_logits,
     encode_rows,
@@ -25,6 +25,8 @@ from unipelt_cli.evaluation import (
 )
 from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
+from unipelt_cli.together import can_share, share
+from unipelt_cli.together import events as events_together
 from unipelt_cli.training import Course, Epoch, Step, Training
 
 STATE_SECONDS = 60.0
@@ -49,6 +51,14 @@ class Finished:
 
     directory: Path
     result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run among others ended with an error."""
+
+    directory: Path
+    error: CheckError
 
 
 Event = Ready | Step | Epoch | Finished
@@ -85,42 +95,141 @@ def execute(
 
     Raises RunError for a directory that exists or belongs to another experiment.
     """
-    start = time.perf_counter()
-    writer = runs.Writer(directory)
-    experiment = with_drawn_rows(experiment)
-    resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
-    if resumes:
-        recorded = runs.read_experiment(directory)
-        _same(recorded, experiment, directory)
-        experiment = recorded
-        if (directory / runs.RESULT).is_file():
-            yield Finished(directory, runs.read(directory).result)
-            return
-    else:
-        # Before the slow part: a directory that cannot be written fails at once.
-        writer.check(overwrite=mode == "overwrite")
-    experiment, prepared, tuned = plan(experiment)
-    if not resumes:
-        writer.create()
-        writer.experiment(experiment)
-    manifest = data.joint_manifest(prepared)
-    if not (directory / runs.ENVIRONMENT).is_file():
-        writer.environment(tuned, manifest, runs.command_line())
-    elif resumes:
-        runs.check_rows(directory, manifest)
-    training = _training(experiment, prepared, tuned)
-    seconds_before = _restore(training, writer) if resumes else 0.0
-    yield Ready(
-        experiment,
-        tuple(own.manifest for own in prepared),
-        joint_metric(training.tasks),
-        tuned.parameter_counts(),
-        training.epochs,
-        training.progress.epoch - 1,
-    )
-    start -= seconds_before
-    yield from _loop(training, writer, start)
-    yield Finished(directory, _finish(experiment, prepared, training, writer, start))
+    session = _Session(experiment, directory, mode)
+    opened = session.open()
+    yield opened
+    if isinstance(opened, Finished):
+        return
+    try:
+        for event in session.training.events():
+            session.keep(event)
+            yield event
+    except GeneratorExit:
+        # Closed between two steps; anything else may have struck inside one.
+        session.interrupt()
+        raise
+    yield session.finish()
+
+
+def execute_together(
+    experiments: Sequence[Experiment], directories: Sequence[Path], mode: Mode = "new"
+) -> Generator[tuple[int, Event | Failed], None, None]:
+    """Run experiments that differ in seeds alone, in one pass each step where the method can.
+
+    Each writes its own directory, as if it had run alone; yields its place with each event. A run
+    that fails does not stop the others. Closing the iterator interrupts all of them resumably.
+    """
+    given = zip(experiments, directories, strict=True)
+    sessions = [_Session(experiment, directory, mode) for experiment, directory in given]
+    waiting = dict(enumerate(sessions))
+    for session in sessions:
+        session.check()
+    while waiting:
+        group: dict[int, _Session] = {}
+        for place in list(waiting):
+            if group and not can_share(next(iter(group.values())).tuned):
+                break  # each of them needs the backbone for itself
+            session = waiting.pop(place)
+            opened = session.open(next(iter(group.values())).tuned if group else None)
+            yield place, opened
+            if not isinstance(opened, Finished):
+                group[place] = session
+        yield from _train_group(group)
+
+
+def _train_group(
+    group: Mapping[int, "_Session"],
+) -> Generator[tuple[int, Event | Failed], None, None]:
+    """Train opened sessions to their end: several in one pass each step, one by itself."""
+    running = dict(group)
+    loops = {place: session.training for place, session in group.items()}
+    try:
+        for place, event in events_together(loops):
+            if event is None:
+                yield place, running.pop(place).finish()
+            elif isinstance(event, CheckError):
+                del running[place]
+                yield place, Failed(group[place].writer.directory, event)
+            else:
+                group[place].keep(event)
+                yield place, event
+    except GeneratorExit:
+        for session in running.values():
+            session.interrupt()
+        raise
+
+
+class _Session:
+    """One run from its checks to its result."""
+
+    def __init__(self, experiment: Experiment, directory: Path, mode: Mode) -> None:
+        self.start = time.perf_counter()
+        self.saved = self.start
+        self.writer, self.mode = runs.Writer(directory), mode
+        self.experiment = with_drawn_rows(experiment)
+        self.resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
+
+    def check(self) -> None:
+        """Raise before the slow part for a directory that cannot be written or is another's."""
+        directory = self.writer.directory
+        if self.resumes:
+            recorded = runs.read_experiment(directory)
+            _same(recorded, self.experiment, directory)
+            self.experiment = recorded
+        else:
+            self.writer.check(overwrite=self.mode == "overwrite")
+
+    def open(self, other: Tuned | None = None) -> Ready | Finished:
+        """Make data, model and loop ready; the model may share the backbone of another run's."""
+        self.check()
+        writer, directory = self.writer, self.writer.directory
+        if self.resumes and (directory / runs.RESULT).is_file():
+            return Finished(directory, runs.read(directory).result)
+        self.experiment, self.prepared, self.tuned = plan(self.experiment)
+        if other is not None:
+            share(other, self.tuned)
+        if not self.resumes:
+            writer.create()
+            writer.experiment(self.experiment)
+        manifest = data.joint_manifest(self.prepared)
+        if not (directory / runs.ENVIRONMENT).is_file():
+            writer.environment(self.tuned, manifest, runs.command_line())
+        elif self.resumes:
+            runs.check_rows(directory, manifest)
+        self.training = _training(self.experiment, self.prepared, self.tuned)
+        self.start -= _restore(self.training, writer) if self.resumes else 0.0
+        return Ready(
+            self.experiment,
+            tuple(own.manifest for own in self.prepared),
+            joint_metric(self.training.tasks),
+            self.tuned.parameter_counts(),
+            self.training.epochs,
+            self.training.progress.epoch - 1,
+        )
+
+    def keep(self, event: Step | Epoch) -> None:
+        """Log an epoch, and now and then what an interrupted loop goes on from."""
+        if isinstance(event, Epoch):
+            self.writer.metric("epoch", asdict(event))
+            if time.perf_counter() - self.saved > STATE_SECONDS:
+                self._save()
+                self.saved = time.perf_counter()
+
+    def interrupt(self) -> None:
+        """Keep the state between two steps."""
+        self._save()
+        progress = self.training.progress
+        self.writer.metric("interrupted", {"epoch": progress.epoch, "step": progress.step})
+
+    def finish(self) -> Finished:
+        """Store the model, score test, and write the result."""
+        given = (self.experiment, self.prepared, self.training, self.writer, self.start)
+        return Finished(self.writer.directory, _finish(*given))
+
+    def _save(self) -> None:
+        tensors, counters = self.training.state()
+        seconds = time.perf_counter() - self.start
+        self.writer.state(tensors, {**counters, "seconds": seconds})
 
 
 def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned) -> Training:
@@ -138,30 +247,6 @@ def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned
 def encode_split(tuned: Tuned, task: Task, rows: Dataset, experiment: Experiment) -> Encoded:
     """Tokenize the text columns of a split."""
     return encode_rows(tuned, [rows[column] for column in task.text], experiment.model.max_length)
-
-
-def _loop(training: Training, writer: runs.Writer, start: float) -> Iterator[Step | Epoch]:
-    """Pass the loop's events on; keep its state now and then, and when it is interrupted."""
-    saved = time.perf_counter()
-    try:
-        for event in training.events():
-            if isinstance(event, Epoch):
-                writer.metric("epoch", asdict(event))
-                if time.perf_counter() - saved > STATE_SECONDS:
-                    _save_state(training, writer, start)
-                    saved = time.perf_counter()
-            yield event
-    except GeneratorExit:
-        # Closed between two steps; anything else may have struck inside one.
-        _save_state(training, writer, start)
-        progress = training.progress
-        writer.metric("interrupted", {"epoch": progress.epoch, "step": progress.step})
-        raise
-
-
-def _save_state(training: Training, writer: runs.Writer, start: float) -> None:
-    tensors, counters = training.state()
-    writer.state(tensors, {**counters, "seconds": time.perf_counter() - start})
 
 
 def _restore(training: Training, writer: runs.Writer) -> float:

@@ -60,8 +60,10 @@ class Classifier(nn.Module):
         method: Method,
         pooling: str,
         reads_pooler: bool,
+        draws: Draws,
     ) -> None:
         super().__init__()
+        self.draws = draws
         self.backbone, self.head = backbone, heads[0]
         self.other_heads = nn.ModuleList(heads[1:])
         self.method = method
@@ -82,13 +84,20 @@ class Classifier(nn.Module):
 
     def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         """Return float32 logits (batch, outputs) for token ids (batch, length) and their mask."""
+        return self.read(self.features(attention_mask, **inputs))
+
+    def read(self, features: Tensor) -> Tensor:
+        """Return the logits of the task's head for features (batch, hidden)."""
+        logits: Tensor = self.heads[self.task](features)
+        return logits
+
+    def features(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Return what a head reads of each row, float32 (batch, hidden)."""
         with torch.autocast(
             attention_mask.device.type, self.autocast, enabled=self.autocast is not None
         ):
             output = self.backbone(attention_mask=attention_mask, **inputs)
-            features = self._pool(output, attention_mask)
-        logits: Tensor = self.heads[self.task](features.float())
-        return logits
+            return self._pool(output, attention_mask).float()
 
     def _pool(self, output: Any, mask: Tensor) -> Tensor:
         if self.reads_pooler:
@@ -283,7 +292,7 @@ def build(
     heads = [Head(hidden, own, settings.head_dropout, activation, generator) for own in outputs]
     reads_last = native is not None and native.reads_last and pooling == "native"
     read = "eos" if reads_last else pooling
-    classifier = Classifier(backbone, heads, method, read, reads_pooler)
+    classifier = Classifier(backbone, heads, method, read, reads_pooler, draws)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
     _replace_dropout(classifier, draws)

@@ -21,6 +21,11 @@ Answer = TypeVar("Answer")
 _lanes = 1
 
 
+def shares_out(device: torch.device) -> bool:
+    """Say whether a batch's rows are shared out on a device; others take them at once."""
+    return device.type == "cpu"
+
+
 def lanes() -> int:
     """Return how many parts run at the same time."""
     return _lanes

@@ -4,7 +4,8 @@ After `attach`, `requires_grad` alone says what trains. Most methods are hyperpa
 `attach`; every other operation has a default, so that the loop stays one loop.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -80,6 +81,19 @@ class Losses(Protocol):
     ) -> Iterator[Tensor]: ...
 
 
+class Joint(Protocol):
+    """The passes of a backbone, which those of other runs on the same one can join."""
+
+    def lend(self, other: Any) -> None:
+        """Let the passes of another run, of the same kind, read the frozen tensors of this one."""
+
+    def together(self, runs: Sequence[Any], counts: Sequence[int]) -> AbstractContextManager[None]:
+        """Inside, a batch holds so many rows of each run, one run after another.
+
+        On other devices than a CPU, as many of each.
+        """
+
+
 @checked_dataclass(frozen=True, config=CHECKS)
 class Method:
     """Base of all methods: the hyperparameters are the fields of the subclass."""
@@ -126,6 +140,10 @@ class Method:
         Says whether they now share a batch's rows out: see `workers.shared_out`.
         """
         return False
+
+    def joint(self, backbone: nn.Module) -> Joint | None:
+        """Return how runs of this method share passes, or None where each needs its own."""
+        return None
 
     def select(self, backbone: nn.Module, task: int) -> None:
         """Make the next forward passes those of one task; a method that shares all ignores it."""

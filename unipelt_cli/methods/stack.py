@@ -7,6 +7,7 @@ exactly, the library's layers and the hooks do it.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from unipelt_cli.methods.fused import FusedLayer, Masks, Part, Tensors, Trained
 from unipelt_cli.methods.hooks import Container
-from unipelt_cli.workers import lanes, run_parts
+from unipelt_cli.workers import lanes, run_parts, shares_out
 
 PARTS = frozenset({"adapter", "prefix", "lora"})
 EARLY = ("lora", "lora_query", "lora_value", "prefix")
@@ -34,10 +35,7 @@ class Travel:
 
 
 class Stack:
-    """The fused layers of a backbone that was attached `containers`' submodules, one for each run.
-
-    `containers` and `counts` (rows of each run, in their order) may be set for several runs.
-    """
+    """The fused layers of a backbone with the submodules of one run, or of several `together`."""
 
     def __init__(self, backbone: Any, container: Container, scale: float) -> None:
         self.layers = [FusedLayer(layer, row) for row, layer in container.sites]
@@ -49,12 +47,29 @@ class Stack:
         for place, (_, layer) in enumerate(container.sites):
             layer.forward = partial(self._forward, place, layer.forward)
 
+    def lend(self, other: "Stack") -> None:
+        """Let another run's passes read the frozen tensors of this one."""
+        other.layers = self.layers
+
+    @contextmanager
+    def together(self, runs: Sequence["Stack"], counts: Sequence[int]) -> Iterator[None]:
+        """Inside, a batch holds so many rows of each run, one run after another."""
+        before = self.containers, self.counts
+        self.containers, self.counts = [run.containers[0] for run in runs], list(counts)
+        try:
+            yield
+        finally:
+            self.containers, self.counts = before
+
     def begin(self, mask: Tensor) -> bool:
         """Take up a pass with this mask (N, T), if it is one that can be computed exactly."""
         recorded = any(container.state.recorded is not None for container in self.containers)
         is_exact = not recorded and all(layer.is_current for layer in self.layers)
-        self.mask = mask if is_exact and not torch.is_autocast_enabled(mask.device.type) else None
-        return self.mask is not None
+        is_exact = is_exact and not torch.is_autocast_enabled(mask.device.type)
+        if not is_exact and len(self.containers) > 1:
+            raise RuntimeError("several runs in one pass, and the backbone's tensors were replaced")
+        self.mask = mask if is_exact else None
+        return is_exact
 
     def _forward(
         self, place: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
@@ -161,7 +176,7 @@ class Stack:
 
         found = run_parts(travel, travels)
         runs = [one.part.runs for one in travels]
-        return first, [_summed(own, runs, len(self.containers)) for own in zip(*found, strict=True)]
+        return first, [_summed(own, runs) for own in zip(*found, strict=True)]
 
 
 class _Encode(torch.autograd.Function):
@@ -256,9 +271,10 @@ def _parted(grads: Tensors, names: set[str]) -> Tensors:
     return {name: grad.float() for name, grad in parted.items()}
 
 
-def _summed(found: Sequence[Tensors], runs: Sequence[slice], count: int) -> Tensors:
+def _summed(found: Sequence[Tensors], runs: Sequence[slice]) -> Tensors:
     """Add up what the parts found for one layer, each for its runs."""
     total: Tensors = {}
+    count = max(part.stop for part in runs)
     for own, part in zip(found, runs, strict=True):
         for name, grad in own.items():
             if name not in total:
@@ -270,7 +286,7 @@ def _summed(found: Sequence[Tensors], runs: Sequence[slice], count: int) -> Tens
 def _parts(mask: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, slice]]:
     """Share rows out: (places of rows, runs). On a CPU each part is of one run, of like lengths."""
     runs = len(counts)
-    if mask.device.type != "cpu":
+    if not shares_out(mask.device):
         return [(torch.arange(len(mask), device=mask.device), slice(0, runs))]
     lengths, start, parts = mask.sum(1), 0, []
     for run, count in enumerate(counts):
@@ -325,7 +341,7 @@ def _travellers(spread: Tensor, width: int) -> Tensor:
     flat = spread[:, :width].flatten() if width < spread.shape[1] else spread.flatten()
     places = torch.arange(spread.numel(), device=spread.device).view_as(spread)
     places = places[:, :width].flatten()
-    if spread.device.type != "cpu":
+    if not shares_out(spread.device):
         return places
     count = min(_rounded(int(flat.sum()), 32), len(flat))
     chosen = flat.argsort(descending=True, stable=True)[:count]

@@ -134,6 +134,10 @@ class Submodules(Method):
             container.stack = Stack(backbone, container, scale)
         return fits
 
+    def joint(self, backbone: nn.Module) -> Stack | None:
+        """Return the fused layers, where they are in place."""
+        return _container(backbone).stack
+
     def fold(self, backbone: nn.Module) -> dict[str, Tensor]:
         """Return the trained tensors with the prefix MLP folded away, which is exact."""
         container = _container(backbone)
