@@ -22,6 +22,7 @@ RANKS = {
     "methods": 2,
     "config": 3,
     "formats": 4,
+    "grid": 4,
     "pretrained": 4,
     "batches": 4,
     "cells": 4,

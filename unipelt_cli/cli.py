@@ -100,7 +100,9 @@ def train(
     method: options.MethodOption = None,
     model: options.ModelOption = None,
     data_seed: options.DataSeedOption = None,
+    data_seeds: options.DataSeedsOption = None,
     seed: options.SeedOption = None,
+    seeds: options.SeedsOption = None,
     preset: options.PresetOption = None,
     settings: options.SettingsOption = None,
     source: options.SourceOption = None,
@@ -124,7 +126,7 @@ def train(
 ) -> None:
     """Train a method on few rows, keep the best epoch by dev, score test once.
 
-    Example: unipelt train --task mrpc --k 500
+    Example: unipelt train --task mrpc --k 500 --data-seeds 111,222,333,444,555
     """
     flags = _data_flags(locals())
     flags["data"] |= {"tasks": tasks, "prepared": _directories(prepared)}
@@ -133,21 +135,31 @@ def train(
         "method": {"name": method},
         "train": {"seed": seed, "device": device, "precision": precision},
     }
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite contradict each other", "give one of them")
+    for one, other in (
+        ("--resume" if resume else None, "--overwrite" if overwrite else None),
+        (data_seed and f"--data-seed {data_seed}", data_seeds and f"--data-seeds {data_seeds}"),
+        (seed and f"--seed {seed}", seeds and f"--seeds {seeds}"),
+    ):
+        if one and other:
+            raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
     experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
     with importing():
         from unipelt_cli import execution
+    from unipelt_cli.grid import over_seeds
 
     experiment = execution.with_drawn_rows(experiment)
+    grid = over_seeds(experiment, data_seeds, seeds)
     if dry_run:
-        _dry_run(experiment, as_json)
+        _dry_run(next(iter(grid.values())), as_json, len(grid))
         return
-    directory = out or Path("runs") / _run_name(experiment)
     mode = "resume" if resume else "overwrite" if overwrite else "new"
-    result = _train(experiment, directory, mode)
+    if data_seeds is None and seeds is None:
+        directory = out or Path("runs") / _run_name(experiment)
+        answer = _train(experiment, directory, mode)
+    else:
+        answer = _train_together(grid, out or Path("runs"), mode)
     if as_json:
-        _print_json(result)
+        _print_json(answer)
 
 
 @app.command("eval")
@@ -492,7 +504,7 @@ def _run_name(experiment: "Experiment") -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
-def _dry_run(experiment: "Experiment", as_json: bool) -> None:
+def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
     from unipelt_cli import execution, render
 
     experiment, prepared, tuned = execution.plan(experiment)
@@ -502,7 +514,9 @@ def _dry_run(experiment: "Experiment", as_json: bool) -> None:
     render.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
     render.say(
         f"{experiment.method_name} on {experiment.model.backbone}, {tuned.pooling} pooling, "
-        f"{tuned.precision} on {tuned.device.type}; nothing was written"
+        f"{tuned.precision} on {tuned.device.type}; "
+        + (f"the first of {runs} runs; " if runs > 1 else "")
+        + "nothing was written"
     )
     if as_json:
         described = {
@@ -534,7 +548,7 @@ def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, An
                     _summarise(event.manifests)
                     _announce(event)
                 case training.Step():
-                    view.step(event.epoch, event.step, event.steps)
+                    view.step(event)
                 case training.Epoch():
                     view.epoch(asdict(event))
                 case execution.Finished():
@@ -545,6 +559,52 @@ def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, An
                 raise typer.Exit(INTERRUPTED)
     render.result_summary(result, directory)
     return result
+
+
+def _train_together(grid: "dict[str, Experiment]", directory: Path, mode: Any) -> dict[str, Any]:
+    """Consume the events of several runs; what fails is said at the end."""
+    from dataclasses import asdict
+
+    from unipelt_cli import execution, render, training
+
+    labels = list(grid)
+    directories = [directory / _run_name(experiment) for experiment in grid.values()]
+    view: Any = None
+    finished: dict[str, dict[str, Any]] = {}
+    failures: list[CheckError] = []
+    events = execution.execute_together(list(grid.values()), directories, mode)
+    with _stop_requests() as is_stopped, render.live() as show:
+        for place, event in events:
+            label = f"{labels[place]}  "
+            match event:
+                case execution.Ready():
+                    if view is None:
+                        view = show(event.metric, event.epochs)
+                        _summarise(event.manifests)
+                        _announce(event)
+                case training.Step():
+                    view.step(event, label)
+                case training.Epoch():
+                    view.epoch(asdict(event), label)
+                case execution.Finished():
+                    finished[labels[place]] = {"run": str(event.directory), **event.result}
+                case execution.Failed():
+                    failures.append(event.error)
+                    render.error(f"{event.directory}: {event.error.message}", event.error.hint)
+            if is_stopped() and len(finished) + len(failures) < len(grid):
+                events.close()
+                render.say(("interrupted", "yellow"), ": go on with the same command and --resume")
+                raise typer.Exit(INTERRUPTED)
+    ordered = {label: finished[label] for label in labels if label in finished}
+    if ordered:
+        render.runs_summary(ordered)
+        render.say("runs: ", (str(directory), "bold"))
+    if failures:
+        raise CheckError(
+            f"{len(failures)} of {len(grid)} runs failed, the first with: {failures[0].message}",
+            failures[0].hint,
+        )
+    return {"runs": list(ordered.values())}
 
 
 def _summarise(manifests: Sequence[dict[str, Any]]) -> None:

@@ -40,6 +40,10 @@ KOption = Annotated[int | None, _data("--k", "Train on so many rows. (default al
 DataSeedOption = Annotated[
     int | None, _data("--data-seed", "Draws the rows. (default 111)", show_default=False)
 ]
+DataSeedsOption = Annotated[
+    str | None,
+    _data("--data-seeds", "A run for each, all in one pass where the method can.", metavar="A,B,…"),
+]
 DevSizeOption = Annotated[
     int | None, _data("--dev-size", "Dev rows. (default 1000)", show_default=False)
 ]
@@ -74,6 +78,10 @@ SeedOption = Annotated[
     int | None,
     typer.Option(help="Initialises and shuffles. (default 42)", rich_help_panel=HOW),
 ]
+SeedsOption = Annotated[
+    str | None,
+    typer.Option("--seeds", metavar="A,B,…", help="A run for each.", rich_help_panel=HOW),
+]
 PresetOption = Annotated[
     str | None,
     typer.Option(
@@ -106,7 +114,8 @@ RunOption = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="The run directory. (default runs/TASK-kK-METHOD-BACKBONE-dSEED-sSEED)",
+        help="The run directory; of several runs, where theirs go. "
+        "(default runs/TASK-kK-METHOD-BACKBONE-dSEED-sSEED)",
         rich_help_panel=OUTPUT,
     ),
 ]

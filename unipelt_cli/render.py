@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isnan, nan
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from rich.console import Console
@@ -108,21 +109,26 @@ class TrainingView:
         )
         self.bar: TaskID | None = None
 
-    def step(self, epoch: int, step: int, steps: int) -> None:
-        """Move the bar."""
+    def step(self, event: Any, label: str = "") -> None:
+        """Move the bar; a label says which run's step it is, where there are several."""
         if self.bar is None:
-            self.bar = self.progress.add_task("", total=steps, note="")
-        description = f"epoch {epoch:>2}/{self.epochs}"
-        self.progress.update(self.bar, description=description, completed=step, total=steps)
+            self.bar = self.progress.add_task("", total=event.steps, note="")
+        self.progress.update(
+            self.bar,
+            description=f"{label}epoch {event.epoch:>2}/{self.epochs}",
+            completed=event.step,
+            total=event.steps,
+            note=f"{event.tokens_per_second:,.0f} tokens/s",
+        )
 
-    def epoch(self, event: Mapping[str, Any]) -> None:
+    def epoch(self, event: Mapping[str, Any], label: str = "") -> None:
         """Print an epoch's line; the best so far is marked."""
         score = event["dev"].get(self.metric)
         scored = "dev not scored" if score is None else f"dev {self.metric} {score:.4f}"
         star = " *" if event["is_best"] else ""
         seconds = event["train_seconds"] + event["evaluation_seconds"]
         line = (
-            f"epoch {event['epoch']:>2}/{self.epochs}  loss {event['train_loss']:.4f}  "
+            f"{label}epoch {event['epoch']:>2}/{self.epochs}  loss {event['train_loss']:.4f}  "
             f"{scored}  {seconds:5.1f} s{star}"
         )
         self.console.print(Text(line, style="bold" if event["is_best"] else ""))
@@ -178,6 +184,27 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
     if result["collapsed"]:
         say(("warning: ", "yellow"), "the run predicts the same for every test row: it collapsed")
     say("run: ", (str(directory), "bold"))
+
+
+def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what several finished runs reached, one line each under its label, and their mean."""
+    first = next(iter(results.values()))
+    metrics = list(first["test"])
+    columns = ("run", *(f"{split} {name}" for split in ("dev", "test") for name in metrics))
+    scores = {
+        label: [result[split][name] for split in ("dev", "test") for name in metrics]
+        for label, result in results.items()
+    }
+    rows = [[label, *(f"{value:.4f}" for value in own)] for label, own in scores.items()]
+    if len(rows) > 1:
+        spread = [
+            f"{mean(own):.4f} ±{stdev(own):.4f}" for own in zip(*scores.values(), strict=True)
+        ]
+        rows.append(["mean", *spread])
+    table(columns, rows)
+    for label, result in results.items():
+        if result["collapsed"]:
+            say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
 
 
 def gate_table(layers: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -53,6 +53,7 @@ class Step:
     step: int
     steps: int  # of this epoch
     loss: float
+    tokens_per_second: float  # real ones, since the epoch began
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,8 @@ class Training:
             progress.loss_sum += taken.loss * len(chosen)
             progress.tokens += int(lengths[place][chosen].sum())
             progress.train_seconds += taken.seconds
-            yield Step(progress.epoch, progress.step, self.steps, taken.loss)
+            rate = progress.tokens / max(progress.train_seconds, 1e-9)
+            yield Step(progress.epoch, progress.step, self.steps, taken.loss, rate)
 
     def _step(self, batch: Batch) -> float:
         """Take one step on some rows of one task."""

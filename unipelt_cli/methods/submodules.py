@@ -18,6 +18,7 @@ from unipelt_cli.backbones import Layout
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
 from unipelt_cli.methods.hooks import Container, LayerSubmodules
 from unipelt_cli.methods.stack import PARTS, Stack
+from unipelt_cli.workers import shared_out
 
 Part = Literal["adapter", "prefix", "lora", "bias", "parallel"]
 
@@ -147,7 +148,8 @@ class Submodules(Method):
             if not name.startswith("submodules.prefix.")
         }
         if container.prefix is not None:
-            with torch.no_grad():
+            # With as many threads as in a pass: other sums would be other numbers in bf16.
+            with torch.no_grad(), shared_out(container.stack is not None):
                 stored["submodules.prefix.rows"] = container.prefix().contiguous()
         return stored
 
