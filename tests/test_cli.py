@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from unipelt_cli import evaluation, execution, network, runs
 from unipelt_cli.cli import app
-from unipelt_cli.training import Epoch
+from unipelt_cli.errors import CheckError
+from unipelt_cli.training import Epoch, Training
 
 FAST = [
     *("--set", "train.epochs=3", "--set", "train.batch_size=8"),
@@ -329,6 +330,93 @@ def test_a_prepared_directory_keeps_its_own_seed_and_size(
     result = json.loads(stdout)
     assert (code, result["k"], result["data_seed"], result["task"]) == (0, 16, 222, "reviews")
     assert invoke("eval", out)[0] == 0
+
+
+def test_several_seeds_are_ordinary_runs_and_a_table(
+    bert: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    given = ("train", *own(rows_file), "--k", "24", "--model", bert, *FAST, "--out", tmp_path)
+    seeds = ("--data-seeds", "111,222", "--seeds", "1,2")
+    code, stdout, stderr = invoke(*given, *seeds, "--json")
+    assert code == 0, stderr
+    answer = json.loads(stdout)
+    found = [(result["data_seed"], result["seed"]) for result in answer["runs"]]
+    assert found == [(111, 1), (111, 2), (222, 1), (222, 2)]
+    scores = [result["test"]["accuracy"] for result in answer["runs"]]
+    assert answer["mean"]["test"]["accuracy"] == pytest.approx(sum(scores) / 4)
+    lines = stderr.splitlines()
+    assert max(len(line) for line in lines if "epoch" in line) <= 80
+    assert sum(line.startswith("d222 s2  epoch") for line in lines) == 3
+    assert "run      dev accuracy    test accuracy" in [line.rstrip() for line in lines]
+    assert any(line.startswith("mean     ") and "±" in line for line in lines)
+    for result in answer["runs"]:
+        directory = Path(result["run"])
+        assert directory.parent == tmp_path
+        assert runs.read(directory).result["test"] == result["test"]
+    assert invoke(*given, *seeds, "--json", "--resume")[0] == 0, "finished runs are returned"
+    message, hint = error_of(*given, *seeds)
+    assert message.endswith("-d111-s1: exists already")
+    assert hint == "go on with --resume, replace it with --overwrite, or give another --out"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "hint"),
+    [
+        (
+            ("--data-seeds", "1,x"),
+            "--data-seeds '1,x': not numbers with commas",
+            "write it like 111,222,333",
+        ),
+        (("--seeds", "4,04"), "--seeds '4,04': a number is there twice", "give each once"),
+        (
+            ("--seeds", "1,2", "--seed", "3"),
+            "--seed 3 and --seeds 1,2 contradict each other",
+            "give one of them",
+        ),
+        (
+            ("--data-seeds", "1,2", "--data-seed", "3"),
+            "--data-seed 3 and --data-seeds 1,2 contradict each other",
+            "give one of them",
+        ),
+    ],
+)
+def test_seeds_that_cannot_be_are_refused(
+    bert: Path, rows_file: Path, tmp_path: Path, flags: tuple[str, ...], message: str, hint: str
+) -> None:
+    given = ("train", *own(rows_file), "--model", bert, "--out", tmp_path / "none")
+    assert error_of(*given, *flags) == (message, hint)
+    assert not (tmp_path / "none").exists()
+
+
+def test_prepared_rows_are_drawn_already(bert: Path, rows_file: Path, tmp_path: Path) -> None:
+    prepared = tmp_path / "prepared"
+    assert invoke("prepare", *own(rows_file), "--k", "24", "--out", prepared)[0] == 0
+    assert error_of("train", "--prepared", prepared, "--model", bert, "--data-seeds", "1,2") == (
+        "--data-seeds 1,2: the rows of data.prepared are drawn already",
+        "drop --data-seeds, or --prepared",
+    )
+
+
+def test_a_run_that_fails_among_several_is_said_and_the_others_are_kept(
+    bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Training.close
+
+    def failing(self: Training, loss: torch.Tensor, moment: Any) -> float:
+        if self.settings.seed == 2:
+            raise CheckError("the loss is nan at step 1", "lower train.learning_rate (now 0.1)")
+        return close(self, loss, moment)
+
+    monkeypatch.setattr(Training, "close", failing)
+    given = ("train", *own(rows_file), "--k", "24", "--model", bert, *FAST, "--out", tmp_path)
+    code, stdout, stderr = invoke(*given, "--seeds", "1,2,3", "--json")
+    assert (code, stdout) == (1, "")
+    assert stderr.splitlines()[-2:] == [
+        "error: 1 of 3 runs failed, the first with: the loss is nan at step 1",
+        "hint: lower train.learning_rate (now 0.1)",
+    ]
+    states = {path.name[-2:]: (path / runs.RESULT).is_file() for path in tmp_path.iterdir()}
+    assert states == {"s1": True, "s2": False, "s3": True}
 
 
 def test_dry_run_says_everything_and_writes_nothing(

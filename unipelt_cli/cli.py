@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -604,7 +605,12 @@ def _train_together(grid: "dict[str, Experiment]", directory: Path, mode: Any) -
             f"{len(failures)} of {len(grid)} runs failed, the first with: {failures[0].message}",
             failures[0].hint,
         )
-    return {"runs": list(ordered.values())}
+    results = list(ordered.values())
+    means = {
+        split: {name: fmean(r[split][name] for r in results) for name in results[0][split]}
+        for split in ("dev", "test")
+    }
+    return {"runs": results, "mean": means}
 
 
 def _summarise(manifests: Sequence[dict[str, Any]]) -> None:
