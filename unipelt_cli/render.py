@@ -189,11 +189,10 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
 def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what several finished runs reached, one line each under its label, and their mean."""
     first = next(iter(results.values()))
-    metrics = list(first["test"])
-    columns = ("run", *(f"{split} {name}" for split in ("dev", "test") for name in metrics))
+    shown = [("dev", first["metric"]), *(("test", name) for name in first["test"])]
+    columns = ("run", *(" ".join(one) for one in shown))
     scores = {
-        label: [result[split][name] for split in ("dev", "test") for name in metrics]
-        for label, result in results.items()
+        label: [result[split][name] for split, name in shown] for label, result in results.items()
     }
     rows = [[label, *(f"{value:.4f}" for value in own)] for label, own in scores.items()]
     if len(rows) > 1:

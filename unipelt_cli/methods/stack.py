@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from unipelt_cli.methods.fused import FusedLayer, Masks, Part, Tensors, Trained
 from unipelt_cli.methods.hooks import Container
@@ -197,7 +198,10 @@ class _Encode(torch.autograd.Function):
         return stack.run(hidden, travels, ctx.trained)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if ctx.travels is None:
+            raise RuntimeError("the fused layers' backward pass runs once: it frees what it read")
         needs_input = ctx.needs_input_grad[3]
         first, found = ctx.stack.run_back(grad, ctx.travels, ctx.trained, needs_input)
         parted: dict[tuple[int, str], Tensor] = {}
