@@ -61,6 +61,8 @@ def run_parts(function: Callable[[Part], Answer], parts: Sequence[Part]) -> list
 
     Gradients are not recorded in the function.
     """
+    if len(parts) == 1 and _lanes > 1:
+        return [_with_all_threads(function, parts[0])]
     is_inference = torch.is_inference_mode_enabled()
     answers: dict[int, Answer] = {}
     turns = count()
@@ -83,3 +85,13 @@ def run_parts(function: Callable[[Part], Answer], parts: Sequence[Part]) -> list
         if failure is not None:
             raise failure
     return [answers[turn] for turn in range(len(parts))]
+
+
+def _with_all_threads(function: Callable[[Part], Answer], part: Part) -> Answer:
+    """Call a function on the only part there is: its operations are split instead."""
+    torch.set_num_threads(_lanes)
+    try:
+        with torch.no_grad():
+            return function(part)
+    finally:
+        torch.set_num_threads(1)

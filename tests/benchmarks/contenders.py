@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from unipelt_cli import data
+from unipelt_cli import data, together
 from unipelt_cli.batches import Encoded, encode
 from unipelt_cli.config import Experiment, resolve
 from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.pretrained import MINILM, TOKENIZER_FILES, TOKENIZER_SETTINGS, Pretrained, find
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Labelled, Training
+from unipelt_cli.training import Epoch, Labelled, Training
 
 TASK = "mrpc"
 METHOD = "unipelt-apl"
@@ -65,8 +65,8 @@ class Work:
     def pretrained(self) -> Pretrained:
         return find(self.backbone)
 
-    def experiment(self, precision: str | None = None) -> Experiment:
-        """Return our settings, with another precision if given."""
+    def experiment(self, precision: str | None = None, seed: int = 42) -> Experiment:
+        """Return our settings, with another precision or seed if given."""
         settings: dict[str, dict[str, Any]] = {
             "data": {"task": TASK, "k": self.k, "dev_size": self.dev_size},
             "model": {"backbone": self.backbone, "max_length": LENGTH},
@@ -75,6 +75,7 @@ class Work:
                 "epochs": ENOUGH_EPOCHS,
                 "batch_size": BATCH,
                 "precision": precision or self.precision,
+                "seed": seed,
             },
         }
         if self.source is not None:
@@ -151,6 +152,27 @@ def our_epoch(work: Work, tuned: Tuned, rows: Rows) -> Callable[[], Lap]:
         epoch = loop.score_epoch()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         return Lap(seconds, cpu, epoch.train_seconds, epoch.evaluation_seconds)
+
+    return run
+
+
+def our_epochs_together(work: Work, runs: int, rows: Rows) -> Callable[[], None]:
+    """Return a call that trains and evaluates several runs once, in one pass each step."""
+    tuned = [work.tuned() for _ in range(runs)]
+    for other in tuned[1:]:
+        together.share(tuned[0], other)
+
+    def run() -> None:
+        task = get_task(TASK)
+        loops = {
+            place: Training(one, task, rows.train, rows.dev, work.experiment(seed=place).train)
+            for place, one in enumerate(tuned)
+        }
+        epochs = 0
+        for _, event in together.events(loops):
+            epochs += isinstance(event, Epoch)
+            if epochs == runs:
+                return
 
     return run
 

@@ -24,6 +24,7 @@ from tests.benchmarks.contenders import (
     Work,
     alternate,
     our_epoch,
+    our_epochs_together,
     ratios,
 )
 from tests.benchmarks.floor import matmul_rate, operations
@@ -40,6 +41,7 @@ from unipelt_cli.modeling import Tuned
 
 SINGLE, BATCHED = 64, 512
 STARTS = 3
+RUNS = 5
 MEBIBYTE = 2**20
 Result = dict[str, Any]
 Make = Callable[[Rows], Callable[[], Lap]]
@@ -216,6 +218,26 @@ def _status(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     (kibibytes,) = (line.split()[1] for line in lines if line.startswith(f"{key}:"))
     return int(kibibytes) * 1024 / MEBIBYTE
+
+
+def runs(work: Work, rounds: int, scratch: str) -> Result:
+    """Time an epoch of several runs in one pass, of as many one after another, and of one."""
+    rows, tuned = work.rows(), work.tuned()
+    one = our_epoch(work, tuned, rows)
+    calls = {
+        "one": one,
+        "one after another": lambda: [one() for _ in range(RUNS)],
+        "together": our_epochs_together(work, RUNS, rows),
+    }
+    alternate(calls, 1)
+    spent = alternate(calls, rounds)
+    return {
+        "runs": RUNS,
+        "kinds": {
+            name: {"seconds": median(own), "ratio": ratios(own, spent["one"])}
+            for name, own in spent.items()
+        },
+    }
 
 
 def startup(work: Work, rounds: int, scratch: str) -> Result:

@@ -20,6 +20,7 @@ from transformers import BertModel, DataCollatorWithPadding, TrainingArguments
 
 from tests.benchmarks.contenders import BATCH, LENGTH, TASK, Lap, Rows, Work, timed
 from unipelt_cli.training import Labelled
+from unipelt_cli.workers import shared_out
 
 PEERS = {"adapters, dynamic": False, "adapters, to 128": True}  # padding: always to 128?
 Batches = Sequence[dict[str, Tensor]]
@@ -113,6 +114,6 @@ def bare_model(work: Work, precision: str, device: torch.device, batches: Batche
 
 def forward(model: nn.Module, batches: Batches) -> None:
     """Run a model over some batches."""
-    with torch.inference_mode():
+    with torch.inference_mode(), shared_out(getattr(model, "shares_rows", False)):
         for batch in batches:
             model(**batch)

@@ -1,6 +1,6 @@
 """Measure our tool and its peers side by side, in turn, on the same rows.
 
-    python -m tests.benchmarks.speed [epoch] [floor] [inference] [memory] [startup] [--json]
+    python -m tests.benchmarks.speed [epoch] [floor] [inference] [memory] [startup] [runs] [--json]
 
 Without --source the rows are random words, as long as MRPC's. Peers need: pip install accelerate
 """
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.contenders import Work, save_backbone
-from tests.benchmarks.parts import epoch, floor, inference, memory, startup
+from tests.benchmarks.parts import epoch, floor, inference, memory, runs, startup
 from tests.benchmarks.peers import quieten
 from unipelt_cli.pretrained import MINILM
 
@@ -33,6 +33,7 @@ PARTS: dict[str, Callable[[Work, int, str], Result]] = {
     "inference": inference,
     "memory": memory,
     "startup": startup,
+    "runs": runs,
 }
 
 
@@ -108,12 +109,22 @@ def startup_table(result: Result) -> Table:
     return _table(("startup", "wall s", "CPU s"), rows, f"median of {len(result['runs'])}")
 
 
+def runs_table(result: Result) -> Table:
+    rows = [
+        (name, f"{own['seconds']:.2f}", _ratio(own["ratio"]))
+        for name, own in result["kinds"].items()
+    ]
+    heads = (f"an epoch of {result['runs']} runs", "s", "times one run's")
+    return _table(heads, rows, "training and evaluation")
+
+
 TABLES = {
     "epoch": epoch_table,
     "floor": floor_table,
     "inference": inference_table,
     "memory": memory_table,
     "startup": startup_table,
+    "runs": runs_table,
 }
 
 

@@ -347,6 +347,7 @@ def _travellers(spread: Tensor, width: int) -> Tensor:
     places = places[:, :width].flatten()
     if not shares_out(spread.device):
         return places
-    count = min(_rounded(int(flat.sum()), 32), len(flat))
+    real = int(flat.sum())
+    count = min(_rounded(real, 32 if real > 256 else 16), len(flat))
     chosen = flat.argsort(descending=True, stable=True)[:count]
     return places[chosen.sort().values]
