@@ -50,7 +50,10 @@ Make = Callable[[Rows], Callable[[], Lap]]
 def epoch(work: Work, rounds: int, scratch: str) -> Result:
     """Time one whole epoch of every contender, in turn."""
     rows, tuned = work.rows(), work.tuned()
-    makes = {"ours": _ours(work, tuned)} | {name: _peer(work, name, scratch) for name in PEERS}
+    makes = {"ours": _ours(work, tuned)}
+    if tuned.precision != "fp32":
+        makes["ours, fp32"] = _ours(work, work.tuned("fp32"))
+    makes |= {name: _peer(work, name, scratch) for name in PEERS}
     laps: dict[str, list[Lap]] = {name: [] for name in makes}
     for make in makes.values():
         make(rows.head(*WARM_ROWS))()
@@ -61,6 +64,7 @@ def epoch(work: Work, rounds: int, scratch: str) -> Result:
             laps[name].append(run())
     tokens = int(rows.train[0].lengths.sum() + rows.dev[0].lengths.sum())
     ours = laps["ours"]
+    fp32 = laps.get("ours, fp32", ours)
     contenders = {
         name: {
             "seconds": median(lap.seconds for lap in own),
@@ -70,6 +74,7 @@ def epoch(work: Work, rounds: int, scratch: str) -> Result:
             "tokens_per_second": tokens / median(lap.seconds for lap in own),
             "ratio": ratios([lap.seconds for lap in own], [lap.seconds for lap in ours]),
             "cpu_ratio": ratios([lap.cpu for lap in own], [lap.cpu for lap in ours]),
+            "fp32_ratio": ratios([lap.seconds for lap in own], [lap.seconds for lap in fp32]),
         }
         for name, own in laps.items()
     }
