@@ -16,6 +16,7 @@ from unipelt_cli import methods
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment, resolve
+from unipelt_cli.methods import fused
 from unipelt_cli.methods.stack import Stack
 from unipelt_cli.methods.submodules import record_gates
 from unipelt_cli.modeling import Tuned, build
@@ -113,6 +114,23 @@ def test_it_does_so_with_other_gates(
 ) -> None:
     settings = with_options(experiment(backbone_dir("bert"), "union"), options)
     check(disturbed(build(settings, 3)), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_it_does_so_where_no_matrix_can_be_packed(
+    backbone_dir: Callable[[str], Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "_packs", lambda kind: False)
+    settings = experiment(backbone_dir("bert"), "unipelt-apl", train={"precision": kind})
+    check(disturbed(build(settings, 3)), 1e-5 if kind == "fp32" else 0.05)
+
+
+def test_the_backward_pass_runs_once(backbone_dir: Callable[[str], Path]) -> None:
+    tuned = build(experiment(backbone_dir("bert"), "unipelt-apl"), 3)
+    loss = tuned.classifier.train()(**batch()).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="runs once"):
+        loss.backward()
 
 
 def test_it_does_so_in_bf16(backbone_dir: Callable[[str], Path]) -> None:

@@ -9,7 +9,7 @@ prefix length P, keys S >= P + T, rank r, bottleneck m, early gates E.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
@@ -131,7 +131,7 @@ class Frozen:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
-        self.can_pack = weight.device.type == "cpu" and hasattr(PACKED, "_linear_pointwise")
+        self.can_pack = weight.device.type == "cpu" and _packs(weight.dtype)
 
     @cached_property
     def ahead(self) -> Tensor:
@@ -159,6 +159,17 @@ class Frozen:
         if not self.can_pack:
             return grad @ self.weight
         return cast(Tensor, PACKED._linear_pointwise(grad, self.behind, None, "none", [], ""))
+
+
+@lru_cache
+def _packs(kind: torch.dtype) -> bool:
+    """Whether this processor and this torch have products with packed matrices."""
+    try:
+        weight = PACKED._reorder_linear_weight(torch.zeros(32, 32, dtype=kind))
+        PACKED._linear_pointwise(torch.zeros(2, 32, dtype=kind), weight, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return False
+    return True
 
 
 class FusedLayer:
