@@ -294,7 +294,8 @@ class Training:
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        classifier.train()
+        if not classifier.training:  # it goes through all modules
+            classifier.train()
         classifier.select(batch.place)
         inputs = rows.batch(batch.rows.tolist(), device)
         target = torch.as_tensor(labels[batch.rows], device=device)
@@ -426,6 +427,9 @@ def _seed(seed: int, step: int) -> int:
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Give one step random numbers of its own and leave the process's generators as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
         yield

@@ -40,8 +40,13 @@ class Stack:
 
     def __init__(self, backbone: Any, container: Container, scale: float) -> None:
         self.layers = [FusedLayer(layer, row) for row, layer in container.sites]
-        self.containers = [container]
+        self.container, self.runs = container, [self]
         self.counts: list[int] | None = None
+        self.trained = {  # named once: looking for parameters takes longer than using them
+            (place, name): parameter
+            for place, layer in enumerate(container.layers)
+            for name, parameter in layer.named_parameters()
+        }
         self.heads = int(backbone.config.num_attention_heads)
         self.scale = scale
         self.mask: Tensor | None = None  # of the pass that the stack computes, else None
@@ -55,19 +60,19 @@ class Stack:
     @contextmanager
     def together(self, runs: Sequence["Stack"], counts: Sequence[int]) -> Iterator[None]:
         """Inside, a batch holds so many rows of each run, one run after another."""
-        before = self.containers, self.counts
-        self.containers, self.counts = [run.containers[0] for run in runs], list(counts)
+        before = self.runs, self.counts
+        self.runs, self.counts = list(runs), list(counts)
         try:
             yield
         finally:
-            self.containers, self.counts = before
+            self.runs, self.counts = before
 
     def begin(self, mask: Tensor) -> bool:
         """Take up a pass with this mask (N, T), if it is one that can be computed exactly."""
-        recorded = any(container.state.recorded is not None for container in self.containers)
-        is_exact = not recorded and all(layer.is_current for layer in self.layers)
+        is_recorded = self.container.state.recorded is not None
+        is_exact = not is_recorded and all(layer.is_current for layer in self.layers)
         is_exact = is_exact and not torch.is_autocast_enabled(mask.device.type)
-        if not is_exact and len(self.containers) > 1:
+        if not is_exact and len(self.runs) > 1:
             raise RuntimeError("several runs in one pass, and the backbone's tensors were replaced")
         self.mask = mask if is_exact else None
         return is_exact
@@ -92,17 +97,15 @@ class Stack:
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
         """Yield the trained tensors of every layer under their names, with the run axis first."""
-        for place, layer in enumerate(self.containers[0].layers):
-            for name, _ in layer.named_parameters():
-                every = [c.layers[place].get_parameter(name) for c in self.containers]
-                yield (place, name), _stacked(every)
-        if self.containers[0].prefix is not None:
-            prefixes = [c.prefix() for c in self.containers if c.prefix is not None]
+        for name in self.trained:
+            yield name, _stacked([run.trained[name] for run in self.runs])
+        prefixes = [run.container.prefix() for run in self.runs if run.container.prefix is not None]
+        if prefixes:
             yield (-1, "prefix"), _stacked(prefixes)
 
     def _travels(self, hidden: Tensor, mask: Tensor) -> list[Travel]:
-        length = self.containers[0].state.prefix_length
-        is_training = self.containers[0].training
+        length = self.container.state.prefix_length
+        is_training = self.container.training
         drawn = [
             [
                 None if d is None or not is_training else d.draws.next(len(mask))
