@@ -374,8 +374,8 @@ def test_several_seeds_are_ordinary_runs_and_a_table(
             "give one of them",
         ),
         (
-            ("--data-seeds", "1,2", "--data-seed", "3"),
-            "--data-seed 3 and --data-seeds 1,2 contradict each other",
+            ("--data-seeds", "1,2", "--data-seed", "0"),
+            "--data-seed 0 and --data-seeds 1,2 contradict each other",
             "give one of them",
         ),
     ],
@@ -410,10 +410,14 @@ def test_a_run_that_fails_among_several_is_said_and_the_others_are_kept(
     monkeypatch.setattr(Training, "close", failing)
     given = ("train", *own(rows_file), "--k", "24", "--model", bert, *FAST, "--out", tmp_path)
     code, stdout, stderr = invoke(*given, "--seeds", "1,2,3", "--json")
-    assert (code, stdout) == (1, "")
+    assert code == 1
+    answer = json.loads(stdout)
+    assert [result["seed"] for result in answer["runs"]] == [1, 3]
+    (failed,) = answer["failed"]
+    assert failed["error"] == "the loss is nan at step 1"
     assert stderr.splitlines()[-2:] == [
         "error: 1 of 3 runs failed, the first with: the loss is nan at step 1",
-        "hint: lower train.learning_rate (now 0.1)",
+        f"hint: see its directory {failed['run']}; the other runs are finished",
     ]
     states = {path.name[-2:]: (path / runs.RESULT).is_file() for path in tmp_path.iterdir()}
     assert states == {"s1": True, "s2": False, "s3": True}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from unipelt_cli.config import Experiment, resolve
 from unipelt_cli.methods import fused
 from unipelt_cli.methods.stack import Stack
 from unipelt_cli.methods.submodules import record_gates
-from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.modeling import Tuned, build, merge
 from unipelt_cli.pretrained import find
 from unipelt_cli.workers import lanes, run_parts, shared_out
 
@@ -213,3 +214,29 @@ def test_gates_are_recorded_by_the_hooks_and_are_those_that_were_used(
         assert (logits_of(tuned, SENTENCES) - before).abs().max() < 1e-5
     assert [sorted(layer) for layer in recorded] == [["adapter", "lora", "prefix"]] * len(recorded)
     assert len(recorded) > 0
+
+
+def test_what_the_library_alone_can_give_comes_from_it(backbone_dir: Callable[[str], Path]) -> None:
+    tuned = disturbed(build(experiment(backbone_dir("bert"), "unipelt-apl"), 3))
+    backbone: Any = tuned.classifier.backbone
+    inputs = batch()
+    real = inputs["attention_mask"].bool()
+    with torch.inference_mode():
+        fast = backbone(**inputs)
+        slow = backbone(**inputs, output_hidden_states=True)
+    assert far_apart(slow.last_hidden_state[real], fast.last_hidden_state[real]) < 1e-5
+    assert all(far_apart(one, other) > 1e-3 for one, other in pairwise(slow.hidden_states))
+
+
+def test_a_pass_that_fails_and_a_merge_leave_nothing_behind(
+    backbone_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = experiment(backbone_dir("bert"), "lora", model={"pooling": "native"})
+    tuned = disturbed(build(settings, 3))
+    expected = logits_of(tuned, SENTENCES)
+    with monkeypatch.context() as broken:
+        broken.setattr(Stack, "run", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError), torch.inference_mode():
+            tuned.classifier(**batch(3))
+    merge(tuned)
+    assert (logits_of(tuned, SENTENCES) - expected).abs().max() < 1e-4

@@ -1,6 +1,9 @@
 """Runs in one pass are what they are alone, and stop, fail and go on alone."""
 
+import gc
 import json
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.modeling import build
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Epoch, Step, Training
+from unipelt_cli.training import Step, Training
 
 FILES = ("model.safetensors", "probe.safetensors")
 
@@ -222,16 +225,61 @@ def test_a_directory_that_is_there_stops_all_before_any_begins(
     assert not directories[0].exists()
 
 
-def test_one_run_that_ends_early_leaves_the_pass(backbone_dir: Callable[[str], Path]) -> None:
-    loops = {
-        name: loop_of(backbone_dir("bert"), name, 12, epochs=epochs)
-        for name, epochs in ((0, 2), (1, 5))
-    }
+@pytest.mark.parametrize("global_seed", [0, 1])
+def test_one_run_that_ends_early_leaves_the_pass_as_it_was(
+    backbone_dir: Callable[[str], Path], global_seed: int
+) -> None:
+    def loop(name: int) -> Training:
+        return loop_of(backbone_dir("bert"), name, 12, epochs=(2, 5)[name])
+
+    alone = [event.loss for event in loop(1).events() if isinstance(event, Step)]
+    loops = {name: loop(name) for name in (0, 1)}
     together.share(loops[0].tuned, loops[1].tuned)
-    epochs: dict[int, int] = {0: 0, 1: 0}
+    torch.manual_seed(global_seed)
+    steps: dict[int, list[float]] = {0: [], 1: []}
     over = []
     for name, event in together.events(loops):
-        epochs[name] += isinstance(event, Epoch)
+        if isinstance(event, Step):
+            steps[name].append(event.loss)
         if event is None:
             over.append(name)
-    assert (epochs, over) == ({0: 2, 1: 5}, [0, 1])
+    assert over == [0, 1]
+    assert (len(steps[0]), len(steps[1])) == (4, 10)
+    assert steps[1] == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_run_that_cannot_be_stored_does_not_stop_the_others(
+    backbone_dir: Callable[[str], Path],
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    verify = runs.Writer.verify
+
+    def failing(self: runs.Writer, *given: Any) -> float:
+        if self.directory.name == "1":
+            raise CheckError("the reloaded model's logits differ", "report it")
+        return verify(self, *given)
+
+    monkeypatch.setattr(runs.Writer, "verify", failing)
+    each = experiments(backbone_dir("bert"), rows_file)
+    ended = finish(execution.execute_together(each, [tmp_path / str(place) for place in range(3)]))
+    kinds = {place: type(event).__name__ for place, event in ended.items()}
+    assert kinds == {0: "Finished", 1: "Failed", 2: "Finished"}
+
+
+def test_runs_one_after_another_take_their_own_time_and_are_let_go(
+    backbone_dir: Callable[[str], Path], rows_file: Path, tmp_path: Path
+) -> None:
+    each = experiments(backbone_dir("bert"), rows_file, "bitfit")
+    loops: list[weakref.ref[Training]] = []
+    start, seconds = time.perf_counter(), 0.0
+    for _, event in execution.execute_together(each, [tmp_path / str(n) for n in range(3)]):
+        if isinstance(event, execution.Ready):
+            gc.collect()
+            assert not any(loop() for loop in loops), "an earlier run is still held"
+            loops += [weakref.ref(o) for o in gc.get_objects() if type(o) is Training]
+        if isinstance(event, execution.Finished):
+            seconds += event.result["seconds"]
+    assert len(loops) == 3
+    assert seconds < time.perf_counter() - start

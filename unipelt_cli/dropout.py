@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+CPU = torch.device("cpu")
 _LEVELS = 2**15  # a mask decides on 15 random bits
 _MIXERS = (0x7FEB352D, -0x7B935975)  # odd; multiplying by them spreads every bit upwards
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -62,6 +63,7 @@ class Draws:
         if not self._generators:
             drawn = _draw(None)
             return Keys(_mixed(_words(rows) ^ drawn[0]), drawn[1:])
+        assert rows == len(self._runs)
         drawn = torch.stack([_draw(generator) for generator in self._generators])[self._runs]
         words = _words(int(self._places.max()) + 1)[self._places]
         return Keys(_mixed(words ^ drawn[:, 0]), drawn[:, 1])
@@ -72,11 +74,10 @@ def _draw(generator: Generator | None) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _words(count: int) -> Tensor:
+def _words(count: int, device: torch.device = CPU) -> Tensor:
     """Return fixed words, all different and without a pattern; a longer list begins alike."""
-    return torch.from_numpy(
-        np.random.default_rng(0).integers(-(2**31), 2**31, count, dtype=np.int64).astype(np.int32)
-    )
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, count, dtype=np.int64)
+    return torch.from_numpy(words.astype(np.int32)).to(device)
 
 
 def _mixed(words: Tensor) -> Tensor:
@@ -101,8 +102,8 @@ def keep_mask(
     """
     words = keys.rows.to(device)
     for size in shape[1:-1]:
-        words = _mixed(words[..., None] ^ (_words(size).to(device) * _MIXERS[1]))
-    columns = _words(-(-shape[-1] // 2)).to(device) ^ keys.columns.to(device)[:, None]
+        words = _mixed(words[..., None] ^ (_words(size, device) * _MIXERS[1]))
+    columns = _words(-(-shape[-1] // 2), device) ^ keys.columns.to(device)[:, None]
     columns = _mixed(columns).bitwise_or_(1)
     if chosen is not None:
         words = words.view(-1)[chosen]

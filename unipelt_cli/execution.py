@@ -1,9 +1,10 @@
 """Carry out one experiment: data, model, loop and run directory, as one stream of events."""
 
+import gc
 import resource
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from unipelt_cli import data, runs
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment
 from unipelt_cli.data import Prepared
-from unipelt_cli.errors import CheckError, RunError
+from unipelt_cli.errors import RunError, UnipeltError
 from unipelt_cli.evaluation import (
     compute_logits,
     encode_rows,
@@ -58,7 +59,7 @@ class Failed:
     """A run among others ended with an error."""
 
     directory: Path
-    error: CheckError
+    error: UnipeltError
 
 
 Event = Ready | Step | Epoch | Finished
@@ -120,41 +121,53 @@ def execute_together(
     that fails does not stop the others. Closing the iterator interrupts all of them resumably.
     """
     given = zip(experiments, directories, strict=True)
-    sessions = [_Session(experiment, directory, mode) for experiment, directory in given]
-    waiting = dict(enumerate(sessions))
-    for session in sessions:
+    waiting = [_Session(experiment, directory, mode) for experiment, directory in given]
+    for session in waiting:
         session.check()
+    places = iter(range(len(waiting)))
     while waiting:
         group: dict[int, _Session] = {}
-        for place in list(waiting):
-            if group and not can_share(next(iter(group.values())).tuned):
-                break  # each of them needs the backbone for itself
-            session = waiting.pop(place)
-            opened = session.open(next(iter(group.values())).tuned if group else None)
+        while waiting and (not group or can_share(next(iter(group.values())).tuned)):
+            place, session = next(places), waiting.pop(0)
+            try:
+                opened = session.open(next(iter(group.values())).tuned if group else None)
+            except UnipeltError as error:
+                if place == 0:
+                    raise  # it is likely that none can begin
+                yield place, Failed(session.writer.directory, error)
+                continue
             yield place, opened
             if not isinstance(opened, Finished):
                 group[place] = session
+        del session
         yield from _train_group(group)
+        group.clear()
+        gc.collect()  # models are cycles, and the next one may need the room
 
 
 def _train_group(
-    group: Mapping[int, "_Session"],
+    group: dict[int, "_Session"],
 ) -> Generator[tuple[int, Event | Failed], None, None]:
-    """Train opened sessions to their end: several in one pass each step, one by itself."""
-    running = dict(group)
+    """Train opened sessions to their end, taking each out of the group that is over."""
     loops = {place: session.training for place, session in group.items()}
     try:
         for place, event in events_together(loops):
-            if event is None:
-                yield place, running.pop(place).finish()
-            elif isinstance(event, CheckError):
-                del running[place]
-                yield place, Failed(group[place].writer.directory, event)
-            else:
-                group[place].keep(event)
+            session = group[place]
+            directory = session.writer.directory
+            if isinstance(event, Step | Epoch):
+                session.keep(event)
                 yield place, event
+                continue
+            del group[place]
+            try:
+                if event is not None:
+                    raise event
+                ended: Finished | Failed = session.finish()
+            except UnipeltError as error:
+                ended = Failed(directory, error)
+            yield place, ended
     except GeneratorExit:
-        for session in running.values():
+        for session in group.values():
             session.interrupt()
         raise
 
@@ -163,8 +176,6 @@ class _Session:
     """One run from its checks to its result."""
 
     def __init__(self, experiment: Experiment, directory: Path, mode: Mode) -> None:
-        self.start = time.perf_counter()
-        self.saved = self.start
         self.writer, self.mode = runs.Writer(directory), mode
         self.experiment = with_drawn_rows(experiment)
         self.resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
@@ -181,6 +192,7 @@ class _Session:
 
     def open(self, other: Tuned | None = None) -> Ready | Finished:
         """Make data, model and loop ready; the model may share the backbone of another run's."""
+        self.start = self.saved = time.perf_counter()
         self.check()
         writer, directory = self.writer, self.writer.directory
         if self.resumes and (directory / runs.RESULT).is_file():

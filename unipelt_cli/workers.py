@@ -79,6 +79,10 @@ def run_parts(function: Callable[[Part], Answer], parts: Sequence[Part]) -> list
     others = [_pool().submit(work_beside) for _ in range(min(_lanes, len(parts)) - 1)]
     try:
         work()
+    except BaseException:
+        for _ in parts:  # the others take no more
+            next(turns)
+        raise
     finally:
         failures = [other.exception() for other in others]
     for failure in failures:

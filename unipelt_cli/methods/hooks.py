@@ -313,7 +313,7 @@ class Container(nn.Module):
     def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
         mask = kwargs["attention_mask"]
-        self.state.is_fused = self.stack is not None and self.stack.begin(mask)
+        self.state.is_fused = self.stack is not None and self.stack.begin(kwargs)
         if self.state.is_fused:
             return args, kwargs
         pooled = mask.float() if self.masked else torch.ones_like(mask, dtype=torch.float32)

@@ -6,7 +6,7 @@ exactly, the library's layers and the hooks do it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unipelt_cli.dropout import Draws
 from unipelt_cli.methods.fused import FusedLayer, Masks, Part, Tensors, Trained
 from unipelt_cli.methods.hooks import Container
 from unipelt_cli.workers import lanes, run_parts, shares_out
 
 PARTS = frozenset({"adapter", "prefix", "lora"})
+WATCHED = ("output_attentions", "output_hidden_states")  # what only the library's layers give
 EARLY = ("lora", "lora_query", "lora_value", "prefix")
 LEAST_TOKENS = 96  # fewer are not worth a lane of their own
 MOST_TOKENS = 512  # of more, what a layer works on does not fit a core's own cache
@@ -50,8 +52,15 @@ class Stack:
         self.heads = int(backbone.config.num_attention_heads)
         self.scale = scale
         self.mask: Tensor | None = None  # of the pass that the stack computes, else None
+        found = (dropout.draws for layer in self.layers for dropout in layer.dropouts if dropout)
+        self.draws = next(found, Draws())  # this run's, whoever lends the layers
         for place, (_, layer) in enumerate(container.sites):
             layer.forward = partial(self._forward, place, layer.forward)
+
+    def leave(self) -> None:
+        """Give the layers back to the library."""
+        for _, layer in self.container.sites:
+            del layer.forward
 
     def lend(self, other: "Stack") -> None:
         """Let another run's passes read the frozen tensors of this one."""
@@ -67,10 +76,11 @@ class Stack:
         finally:
             self.runs, self.counts = before
 
-    def begin(self, mask: Tensor) -> bool:
-        """Take up a pass with this mask (N, T), if it is one that can be computed exactly."""
-        is_recorded = self.container.state.recorded is not None
-        is_exact = not is_recorded and all(layer.is_current for layer in self.layers)
+    def begin(self, inputs: Mapping[str, Any]) -> bool:
+        """Take up a pass with these inputs, if it is one that can be computed exactly."""
+        mask = inputs["attention_mask"]
+        is_watched = self.container.state.recorded is not None or any(map(inputs.get, WATCHED))
+        is_exact = not is_watched and all(layer.is_current for layer in self.layers)
         is_exact = is_exact and not torch.is_autocast_enabled(mask.device.type)
         if not is_exact and len(self.runs) > 1:
             raise RuntimeError("several runs in one pass, and the backbone's tensors were replaced")
@@ -82,10 +92,13 @@ class Stack:
     ) -> Any:
         if self.mask is None:
             return original(hidden, *args, **kwargs)
-        answer = self._encode(hidden, self.mask) if place == 0 else hidden
-        if place == len(self.layers) - 1:
-            self.mask = None  # the next pass begins anew, or is not ours
-        return (answer,)
+        mask = self.mask
+        if place in (0, len(self.layers) - 1):
+            self.mask = None  # a pass that fails, or the next one, is not ours
+        if place == 0:
+            hidden = self._encode(hidden, mask)
+            self.mask = mask if len(self.layers) > 1 else None
+        return (hidden,)
 
     def _encode(self, hidden: Tensor, mask: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
         names, tensors = zip(*self._tensors(), strict=True)
@@ -108,7 +121,7 @@ class Stack:
         is_training = self.container.training
         drawn = [
             [
-                None if d is None or not is_training else d.draws.next(len(mask))
+                None if d is None or not is_training else self.draws.next(len(mask))
                 for d in layer.dropouts
             ]
             for layer in self.layers
@@ -118,7 +131,8 @@ class Stack:
             part = _part(mask, rows, runs, length, hidden.dtype)
             masks = None
             if torch.is_grad_enabled():
-                taken = [[key and key.take(rows.cpu()) for key in keys] for keys in drawn]
+                own_rows = rows.cpu()
+                taken = [[key and key.take(own_rows) for key in keys] for keys in drawn]
                 own = zip(self.layers, taken, strict=True)
                 masks = [Masks(part, layer.dropouts, keys) for layer, keys in own]
             travels.append(Travel(part, masks))
@@ -345,7 +359,7 @@ def _travellers(spread: Tensor, width: int) -> Tensor:
 
     Some padding goes along to round their number; not on a CPU all of it, so that runs are alike.
     """
-    flat = spread[:, :width].flatten() if width < spread.shape[1] else spread.flatten()
+    flat = spread[:, :width].flatten()
     places = torch.arange(spread.numel(), device=spread.device).view_as(spread)
     places = places[:, :width].flatten()
     if not shares_out(spread.device):

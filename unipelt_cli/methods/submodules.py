@@ -172,6 +172,8 @@ class Submodules(Method):
                 own.merge_into(layer, row)
         for handle in container.handles:
             handle.remove()
+        if container.stack is not None:
+            container.stack.leave()
         del backbone.submodules
 
 
