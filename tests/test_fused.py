@@ -240,3 +240,26 @@ def test_a_pass_that_fails_and_a_merge_leave_nothing_behind(
             tuned.classifier(**batch(3))
     merge(tuned)
     assert (logits_of(tuned, SENTENCES) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("folded", [True, False])
+def test_what_is_kept_for_inference_follows_the_tensors(
+    backbone_dir: Callable[[str], Path], folded: bool
+) -> None:
+    tuned = disturbed(build(experiment(backbone_dir("bert"), "unipelt-apl"), 3, folded=folded))
+    stack = stack_of(tuned)
+    assert stack is not None
+    before = logits_of(tuned, SENTENCES)
+    kept = stack.kept
+    assert torch.equal(logits_of(tuned, SENTENCES), before)
+    assert stack.kept is kept, "made ready once"
+    for part in ("lora", "prefix", "adapter"):
+        named = tuned.classifier.named_parameters()
+        name, parameter = next((n, p) for n, p in named if part in n and p.requires_grad)
+        before = logits_of(tuned, SENTENCES)
+        with torch.no_grad():
+            parameter.mul_(3)
+        after = logits_of(tuned, SENTENCES)
+        assert (after - before).abs().max() > 1e-4, name
+        with by_hooks(tuned):
+            assert (logits_of(tuned, SENTENCES) - after).abs().max() < 1e-5

@@ -201,12 +201,12 @@ class FusedLayer:
             module if isinstance(module, Dropout) and module.threshold else None for module in found
         ]
         taken = [p for unit in projections + others for p in (unit.weight, unit.bias)]
-        self._taken = [(parameter, *_state(parameter)) for parameter in taken]
+        self._taken = [(parameter, *state_of(parameter)) for parameter in taken]
 
     @property
     def is_current(self) -> bool:
         """Whether the backbone's tensors are still those that were taken."""
-        return all(_state(parameter) == tuple(state) for parameter, *state in self._taken)
+        return all(state_of(parameter) == tuple(state) for parameter, *state in self._taken)
 
     def forward(
         self, x: Tensor, part: Part, own: Trained, heads: int, masks: Masks | None
@@ -319,7 +319,8 @@ def _unit(layer: nn.Module, path: str) -> nn.Linear:
     return cast(nn.Linear, layer.get_submodule(path))
 
 
-def _state(parameter: Tensor) -> tuple[int, int]:
+def state_of(parameter: Tensor) -> tuple[int, int]:
+    """Return what changes when a parameter is written or replaced."""
     return parameter.data_ptr(), parameter._version
 
 

@@ -310,6 +310,10 @@ class Container(nn.Module):
             assert isinstance(own, LayerSubmodules)
             self.handles += own.hooks(layer, row, self.lengthens)
 
+    def parameters_of_prefix(self) -> list[nn.Parameter]:
+        """Return what the prefix is made from."""
+        return [] if self.prefix is None else list(self.prefix.parameters())
+
     def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
         mask = kwargs["attention_mask"]

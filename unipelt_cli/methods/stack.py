@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unipelt_cli.dropout import Draws
-from unipelt_cli.methods.fused import FusedLayer, Masks, Part, Tensors, Trained
+from unipelt_cli.methods.fused import FusedLayer, Masks, Part, Tensors, Trained, state_of
 from unipelt_cli.methods.hooks import Container
 from unipelt_cli.workers import lanes, run_parts, shares_out
 
@@ -51,6 +51,7 @@ class Stack:
         }
         self.heads = int(backbone.config.num_attention_heads)
         self.scale = scale
+        self.kept: tuple[tuple[object, ...], list[Trained]] | None = None
         self.mask: Tensor | None = None  # of the pass that the stack computes, else None
         found = (dropout.draws for layer in self.layers for dropout in layer.dropouts if dropout)
         self.draws = next(found, Draws())  # this run's, whoever lends the layers
@@ -101,12 +102,21 @@ class Stack:
         return (hidden,)
 
     def _encode(self, hidden: Tensor, mask: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
-        names, tensors = zip(*self._tensors(), strict=True)
         travels = self._travels(hidden, mask)
-        if torch.is_grad_enabled():
-            encode: Any = _Encode.apply
-            return cast(Tensor, encode(self, travels, names, hidden, *tensors))
-        return self.run(hidden, travels, self.ready(names, tensors, hidden.dtype))
+        if not torch.is_grad_enabled():
+            return self.run(hidden, travels, self._kept(hidden.dtype))
+        names, tensors = zip(*self._tensors(), strict=True)
+        encode: Any = _Encode.apply
+        return cast(Tensor, encode(self, travels, names, hidden, *tensors))
+
+    def _kept(self, dtype: torch.dtype) -> list[Trained]:
+        """Return the trained tensors ready for a pass; of a stored run they are made so once."""
+        read = [*self.trained.values(), *self.container.parameters_of_prefix()]
+        state = (dtype, len(self.runs), *map(state_of, read))
+        if self.kept is None or self.kept[0] != state:
+            names, tensors = zip(*self._tensors(), strict=True)
+            self.kept = state, self.ready(names, tensors, dtype)
+        return self.kept[1]
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
         """Yield the trained tensors of every layer under their names, with the run axis first."""
