@@ -12,6 +12,7 @@ import torch
 from conftest import (
     SENTENCES,
     bert_base_counts,
+    by_the_hooks,
     disturbed,
     experiment,
     logits_of,
@@ -424,7 +425,7 @@ def test_packed_bits_come_back(entries: int) -> None:
 
 def test_everything_may_be_kept(calm: Path) -> None:
     tuned = build(experiment(calm, "sparse-adapter", options={"kept": 1.0, "reduction": 16}), 2)
-    plain = build(experiment(calm, "adapter"), 2)
+    plain = by_the_hooks(build(experiment(calm, "adapter"), 2))
     trained(tuned, epochs=1)._prepare()
     assert isinstance(tuned.method, SparseAdapter)
     assert torch.equal(hidden_of(tuned), hidden_of(plain))

@@ -34,6 +34,22 @@ def stack_of(tuned: Tuned) -> Stack | None:
     return stack
 
 
+def test_dev_is_scored_with_what_the_last_step_made(backbone_dir: Callable[[str], Path]) -> None:
+    settings = experiment(backbone_dir("bert"), "unipelt-apl", train={"precision": "bf16"})
+    tuned = build(settings, 3)
+    inputs = batch()
+    trained = [p for p in tuned.classifier.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05, fused=True)
+    for _ in range(3):
+        gradients(tuned, inputs)
+        optimizer.step()
+        with torch.inference_mode():
+            fast = tuned.classifier.eval()(**inputs)
+            with by_hooks(tuned):
+                slow = tuned.classifier(**inputs)
+        assert far_apart(fast, slow) < 0.05
+
+
 @contextmanager
 def by_hooks(tuned: Tuned) -> Iterator[None]:
     """Inside, the library's layers and the hooks compute."""
@@ -253,6 +269,7 @@ def test_what_is_kept_for_inference_follows_the_tensors(
     kept = stack.kept
     assert torch.equal(logits_of(tuned, SENTENCES), before)
     assert stack.kept is kept, "made ready once"
+    assert (kept is not None) == folded, "what trains is made ready every time"
     for part in ("lora", "prefix", "adapter"):
         named = tuned.classifier.named_parameters()
         name, parameter = next((n, p) for n, p in named if part in n and p.requires_grad)

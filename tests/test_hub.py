@@ -11,6 +11,7 @@ import torch
 from conftest import (
     SENTENCES,
     bert_base_counts,
+    by_the_hooks,
     disturbed,
     experiment,
     logits_of,
@@ -499,7 +500,7 @@ def fused_of(directory: Path, runs_: list[Path], **options: object) -> Tuned:
 def test_fusion_of_one_adapter_is_that_adapter(backbone_dir: Find) -> None:
     directory = backbone_dir("bert")
     single, fused = tuned_of(directory, "adapter"), tuned_of(directory, "adapter-fusion")
-    disturbed(single)
+    by_the_hooks(disturbed(single))
     backbone, others = fused.classifier.backbone, single.classifier.backbone.submodules.layers
     with torch.no_grad():
         fused.classifier.head.load_state_dict(single.classifier.head.state_dict())

@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SENTENCES, bert_base_counts, disturbed, experiment, logits_of, save_backbone
+from conftest import (
+    SENTENCES,
+    bert_base_counts,
+    by_the_hooks,
+    disturbed,
+    experiment,
+    logits_of,
+    save_backbone,
+)
 from torch import Tensor
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
@@ -157,11 +165,12 @@ def test_the_ladder_needs_less_memory_than_lora(tmp_path: Path) -> None:
         tmp_path / "bert", "bert", hidden_size=64, intermediate_size=256, num_hidden_layers=4
     )
     size = {
-        name: sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in saved_by(build(experiment(directory, name), 2))
+        name: sum(tensor.numel() * tensor.element_size() for tensor in saved_by(tuned))
+        for name, tuned in (
+            ("lst", build(experiment(directory, "lst"), 2)),
+            ("lora", by_the_hooks(build(experiment(directory, "lora"), 2))),
+            ("full", build(experiment(directory, "full"), 2)),
         )
-        for name in ("lst", "lora", "full")
     }
     assert size["lst"] < size["lora"] / 2 < size["full"] / 2
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import SENTENCES, WORDS, disturbed, experiment, logits_of, write_rows
+from conftest import SENTENCES, WORDS, by_the_hooks, disturbed, experiment, logits_of, write_rows
 from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -494,7 +494,7 @@ def task_terms(tuned: Tuned) -> Iterator[nn.Parameter]:
 
 
 def test_without_task_terms_the_gates_are_the_plain_ones(bert: Path) -> None:
-    plain = build(experiment(bert, "unipelt-apl"), 2)
+    plain = by_the_hooks(build(experiment(bert, "unipelt-apl"), 2))
     multi = build(experiment(bert, "unipelt-multi"), [2, 2])
     assert all(not term.any() for term in task_terms(multi))
     assert torch.equal(logits_of(plain, SENTENCES), logits_of(multi, SENTENCES))

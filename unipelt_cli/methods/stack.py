@@ -40,7 +40,9 @@ class Travel:
 class Stack:
     """The fused layers of a backbone with the submodules of one run, or of several `together`."""
 
-    def __init__(self, backbone: Any, container: Container, scale: float) -> None:
+    def __init__(
+        self, backbone: Any, container: Container, scale: float, *, is_stored: bool
+    ) -> None:
         self.layers = [FusedLayer(layer, row) for row, layer in container.sites]
         self.container, self.runs = container, [self]
         self.counts: list[int] | None = None
@@ -50,7 +52,7 @@ class Stack:
             for name, parameter in layer.named_parameters()
         }
         self.heads = int(backbone.config.num_attention_heads)
-        self.scale = scale
+        self.scale, self.is_stored = scale, is_stored
         self.kept: tuple[tuple[object, ...], list[Trained]] | None = None
         self.mask: Tensor | None = None  # of the pass that the stack computes, else None
         found = (dropout.draws for layer in self.layers for dropout in layer.dropouts if dropout)
@@ -105,6 +107,7 @@ class Stack:
         travels = self._travels(hidden, mask)
         if not torch.is_grad_enabled():
             return self.run(hidden, travels, self._kept(hidden.dtype))
+        self.kept = None
         names, tensors = zip(*self._tensors(), strict=True)
         encode: Any = _Encode.apply
         return cast(Tensor, encode(self, travels, names, hidden, *tensors))
@@ -112,10 +115,14 @@ class Stack:
     def _kept(self, dtype: torch.dtype) -> list[Trained]:
         """Return the trained tensors ready for a pass; of a stored run they are made so once."""
         read = [*self.trained.values(), *self.container.parameters_of_prefix()]
-        state = (dtype, len(self.runs), *map(state_of, read))
+        state = (dtype, *map(state_of, read))
         if self.kept is None or self.kept[0] != state:
             names, tensors = zip(*self._tensors(), strict=True)
-            self.kept = state, self.ready(names, tensors, dtype)
+            made = self.ready(names, tensors, dtype)
+            # An optimiser may write without a trace, so what trains is made ready every time.
+            if not self.is_stored:
+                return made
+            self.kept = state, made
         return self.kept[1]
 
     def _tensors(self) -> Iterator[tuple[tuple[int, str], Tensor]]:

@@ -132,7 +132,7 @@ class Submodules(Method):
         )
         if fits:
             scale = 2.0 if self.lora_scale is None else self.lora_scale
-            container.stack = Stack(backbone, container, scale)
+            container.stack = Stack(backbone, container, scale, is_stored=site.folded)
         return fits
 
     def joint(self, backbone: nn.Module) -> Stack | None:
