@@ -269,16 +269,26 @@ def test_a_run_that_cannot_be_stored_does_not_stop_the_others(
 
 
 def test_runs_one_after_another_take_their_own_time_and_are_let_go(
-    backbone_dir: Callable[[str], Path], rows_file: Path, tmp_path: Path
+    backbone_dir: Callable[[str], Path],
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     each = experiments(backbone_dir("bert"), rows_file, "bitfit")
     loops: list[weakref.ref[Training]] = []
+    make = execution._training
+
+    def making(*given: Any) -> Training:
+        loop = make(*given)
+        loops.append(weakref.ref(loop))
+        return loop
+
+    monkeypatch.setattr(execution, "_training", making)
     start, seconds = time.perf_counter(), 0.0
     for _, event in execution.execute_together(each, [tmp_path / str(n) for n in range(3)]):
         if isinstance(event, execution.Ready):
             gc.collect()
-            assert not any(loop() for loop in loops), "an earlier run is still held"
-            loops += [weakref.ref(o) for o in gc.get_objects() if type(o) is Training]
+            assert not any(loop() for loop in loops[:-1]), "an earlier run is still held"
         if isinstance(event, execution.Finished):
             seconds += event.result["seconds"]
     assert len(loops) == 3

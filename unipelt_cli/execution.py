@@ -97,6 +97,7 @@ def execute(
     Raises RunError for a directory that exists or belongs to another experiment.
     """
     session = _Session(experiment, directory, mode)
+    session.check()
     opened = session.open()
     yield opened
     if isinstance(opened, Finished):
@@ -191,9 +192,8 @@ class _Session:
             self.writer.check(overwrite=self.mode == "overwrite")
 
     def open(self, other: Tuned | None = None) -> Ready | Finished:
-        """Make data, model and loop ready; the model may share the backbone of another run's."""
+        """After `check`, make data, model and loop ready; the backbone may be another run's."""
         self.start = self.saved = time.perf_counter()
-        self.check()
         writer, directory = self.writer, self.writer.directory
         if self.resumes and (directory / runs.RESULT).is_file():
             return Finished(directory, runs.read(directory).result)

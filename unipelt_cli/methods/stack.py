@@ -228,7 +228,6 @@ class _Encode(torch.autograd.Function):
     ) -> Tensor:
         ctx.stack, ctx.travels, ctx.names = stack, travels, names
         ctx.trained = stack.ready(names, tensors, hidden.dtype)
-        ctx.set_materialize_grads(True)
         return stack.run(hidden, travels, ctx.trained)
 
     @staticmethod
