@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import reseal, write_rows
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from unipelt_cli import evaluation, execution, network, runs
+from unipelt_cli import artifact, evaluation, execution, network, runs, writer
 from unipelt_cli.cli import app
 from unipelt_cli.errors import CheckError
 from unipelt_cli.training import Epoch, Training
@@ -633,21 +633,32 @@ def test_a_label_of_the_test_file_that_train_lacks_is_named(bert: Path, tmp_path
 
 
 def damage_version(directory: Path) -> None:
-    tensors = load_file(directory / "model.safetensors")
-    header = {"format_version": 99}
-    save_file(tensors, directory / "model.safetensors", {"unipelt": json.dumps(header)})
+    path = directory / "model.safetensors"
+    artifact.write_tensors(path, load_file(path), {"format_version": 99})
+    reseal(directory)
 
 
-def change(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+def change(
+    edit: Callable[[dict[str, torch.Tensor]], object], seals: bool = True
+) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
-        from safetensors import safe_open
-
         path = directory / "model.safetensors"
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        tensors = load_file(path)
+        tensors, header = artifact.open_tensors(path)
         edit(tensors)
-        save_file(tensors, path, metadata)
+        if seals:
+            del header["sha256"]
+            artifact.write_tensors(path, tensors, header)
+        else:
+            save_file(tensors, path, {"unipelt": json.dumps(header)})
+        reseal(directory)
+
+    return damage
+
+
+def replace_file(name: str, content: bytes) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        (directory / name).write_bytes(content)
+        reseal(directory)
 
     return damage
 
@@ -673,21 +684,22 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
         "model.safetensors: tensor head.out.bias holds numbers that are not finite",
     ),
     (
-        change(lambda t: t[BIAS].add_(1)),
+        change(lambda t: t[BIAS].add_(1), seals=False),
         "model.safetensors: its tensors are not those that were written",
     ),
     (
+        replace_file("model.safetensors", b"\x10" * 100),
+        "model.safetensors: missing, damaged, or not written by unipelt",
+    ),
+    (
         lambda d: (d / "model.safetensors").write_bytes(b"\x10" * 100),
-        "model.safetensors: missing, damaged, or not written by unipelt",
+        "model.safetensors: changed since it was written",
     ),
+    (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: missing or damaged"),
+    (replace_file("environment.json", b"[]"), "environment.json: missing or damaged"),
     (
-        lambda d: (d / "model.safetensors").unlink(),
-        "model.safetensors: missing, damaged, or not written by unipelt",
-    ),
-    (lambda d: (d / "environment.json").write_text("[]"), "environment.json: missing or damaged"),
-    (
-        lambda d: (d / "environment.json").write_text("{}"),
-        "environment.json: damaged, data: field required",
+        replace_file("environment.json", b"{}"),
+        "environment.json: damaged, backbone: field required",
     ),
     (
         lambda d: (d / "result.json").write_text('{"metric": "f1"}'),
@@ -717,10 +729,12 @@ def test_another_backbone_is_refused_with_both_names(
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     text = (copy / "experiment.toml").read_text()
     (copy / "experiment.toml").write_text(text.replace(str(bert), str(other)))
+    reseal(copy)
     message, hint = error_of("eval", copy)
     assert message.startswith(f"{copy}: trained on backbone {bert} (")
     assert f"but {other} is (" in message
-    assert hint == "give the backbone that the run was trained on"
+    assert message.endswith(": other model.safetensors")
+    assert hint == "give the backbone that the run was trained on with --model"
 
 
 @pytest.mark.parametrize(
@@ -731,6 +745,7 @@ def test_a_run_that_computes_something_else_is_refused(copy: Path, old: str, new
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+    reseal(copy)
     if old == new:
         assert invoke("eval", copy)[0] == 0
         return
@@ -798,7 +813,8 @@ def test_resume_goes_on_with_the_recorded_settings(
 def test_overwrite_clears_what_a_killed_process_left(
     copy: Path, bert: Path, rows_file: Path
 ) -> None:
-    (copy / ".state.safetensors.123").write_bytes(b"half")
+    (copy / ".unipelt-x").mkdir()
+    (copy / ".unipelt-x" / "state.safetensors").write_bytes(b"half")
     arguments = ["train", *own(rows_file), "--k", "24", "--model", bert, *FAST, "--out", copy]
     assert invoke(*arguments, "--overwrite")[0] == 0
     assert not list(copy.glob(".*"))
@@ -817,7 +833,7 @@ def test_a_path_too_long_is_an_error_of_two_lines(bert: Path, rows_file: Path, o
 def test_a_directory_without_permission_fails_before_training(
     bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs.os, "access", lambda *_: False)
+    monkeypatch.setattr(writer.os, "access", lambda *_: False)
     out = tmp_path / "run"
     message, _ = error_of("train", *own(rows_file), "--model", bert, "--out", out)
     assert message == f"{out}: cannot be written (Permission denied)"
@@ -882,38 +898,6 @@ def test_a_directory_that_cannot_be_written_fails_before_training(
     message, hint = error_of("train", *own(rows_file), "--model", bert, "--out", blocked / "run")
     assert message == f"{blocked / 'run'}: cannot be written (Not a directory)"
     assert hint == "free space or give an --out that can be written"
-
-
-def test_a_full_disk_leaves_no_result(
-    bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    from unipelt_cli import artifact as module
-
-    real = os.fsync
-    calls: list[int] = []
-
-    def third_is_full(descriptor: int) -> None:
-        calls.append(descriptor)
-        (full if len(calls) >= 3 else real)(descriptor)
-
-    monkeypatch.setattr(module.os, "fsync", third_is_full)
-    out = tmp_path / "run"
-    arguments: list[Any] = ["train", *own(rows_file), "--k", "24", "--model", bert, *FAST]
-    code, _, stderr = invoke(*arguments, "--out", out)
-    lines = stderr.splitlines()
-    assert code == 2
-    assert (
-        lines[-2]
-        == f"error: {out / 'model.safetensors'}: cannot be written (No space left on device)"
-    )
-    assert {path.name for path in out.iterdir()} == {
-        "experiment.toml",
-        "environment.json",
-        "metrics.jsonl",
-    }
 
 
 def test_markup_and_control_characters_in_names_are_shown_harmless() -> None:

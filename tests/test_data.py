@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from unipelt_cli import data
 from unipelt_cli.config import DataSettings
-from unipelt_cli.errors import DataError, UnipeltError
+from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.tasks import TASKS, get_task
 
 OWN = {"text": "text", "label": "label"}
@@ -628,7 +628,7 @@ def test_saving_never_overwrites(tmp_path):
     prepared = prepare_own(own_file(tmp_path))
     (tmp_path / "there").mkdir()
     for name in ("there", "own.csv"):
-        with pytest.raises(DataError) as caught:
+        with pytest.raises(RunError) as caught:
             data.save(prepared, tmp_path / name)
         assert caught.value.message == f"{tmp_path / name}: exists already"
 
@@ -641,7 +641,7 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch, failure):
         raise failure
 
     monkeypatch.setattr(data.Path, "write_bytes", fail)
-    with pytest.raises((DataError, KeyboardInterrupt)) as caught:
+    with pytest.raises((RunError, KeyboardInterrupt)) as caught:
         data.save(prepared, tmp_path / "out/ready")
     if isinstance(failure, OSError):
         expected = f"{tmp_path / 'out/ready'}: cannot be written (No space left on device)"
@@ -815,7 +815,7 @@ def test_a_name_that_no_file_system_takes_is_told(tmp_path):
         lambda: prepare_glue(name, "rte"),
         lambda: prepare_own(name + ".csv"),
     ):
-        with pytest.raises(DataError, match="File name too long"):
+        with pytest.raises((DataError, RunError), match="File name too long"):
             use()
 
 

@@ -590,7 +590,7 @@ def test_fusion_refuses_what_is_no_finished_adapter_of_this_backbone(
     for directory, run, options, message in (
         (bert, tmp_path / "nowhere", {}, "no finished run"),
         (bert, unfinished, {}, "no finished run"),
-        (bert, torn, {}, "its tensors are not those that were written"),
+        (bert, torn, {}, r"its model.safetensors is damaged"),
         (bert, cut, {}, r"its model.safetensors is damaged"),
         (bert, lora, {}, "holds something other than one adapter a layer"),
         (bert, adapter, {"reduction": 8}, "its bottlenecks have 2 units, this run's 4"),

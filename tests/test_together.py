@@ -20,6 +20,7 @@ from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.modeling import build
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import Step, Training
+from unipelt_cli.writer import Writer
 
 FILES = ("model.safetensors", "probe.safetensors")
 
@@ -254,14 +255,14 @@ def test_a_run_that_cannot_be_stored_does_not_stop_the_others(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    verify = runs.Writer.verify
+    verify = Writer.verify
 
-    def failing(self: runs.Writer, *given: Any) -> float:
+    def failing(self: Writer, *given: Any) -> float:
         if self.directory.name == "1":
             raise CheckError("the reloaded model's logits differ", "report it")
         return verify(self, *given)
 
-    monkeypatch.setattr(runs.Writer, "verify", failing)
+    monkeypatch.setattr(Writer, "verify", failing)
     each = experiments(backbone_dir("bert"), rows_file)
     ended = finish(execution.execute_together(each, [tmp_path / str(place) for place in range(3)]))
     kinds = {place: type(event).__name__ for place, event in ended.items()}

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,33 +12,86 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from unipelt_cli.errors import RunError
 
 FORMAT = 1
+SEAL = "sha256"
 HEADER_KEY = "unipelt"  # one key: the library writes several in no fixed order
 REMEDY = "train the run again with --overwrite"
+TEMPORARY = ".unipelt-"  # what is being written, and what a killed process leaves
+_UNREADABLE = (
+    *(SafetensorError, OSError, ValueError, RecursionError),
+    *(AttributeError, KeyError, TypeError),  # other JSON than ours
+)
+_SAVING = "Error while serializing: I/O error: "
 
 
 def write(path: Path, content: bytes) -> None:
     """Write a file atomically: whole, on the disk, then renamed into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with _replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object as JSON, atomically."""
-    write(path, (json.dumps(value, indent=2) + "\n").encode())
+    write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors, atomically; the header is one JSON string, and seals them."""
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sealed = {**header, SEAL: digest(own, header)}
+    with _replacing(path) as temporary:
+        save_file(own, temporary, {HEADER_KEY: json.dumps(sealed, sort_keys=True)})
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the hash of all else in it, by which damage is told."""
+    content = {key: own for key, own in value.items() if key != SEAL}
+    return content | {SEAL: hashlib.sha256(_canonical(content)).hexdigest()}
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, in a new directory beside `path`; then let it take its place.
+
+    Nobody can have put a link there, and what a killed process leaves has a name of its own.
+    """
+    with writing(path):
+        own = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+        try:
+            yield own / path.name
+            (own / path.name).chmod(0o666 & ~_umask())  # the tensors' library lets nobody else in
+            sync(own / path.name)
+            (own / path.name).replace(path)
+            sync(path.parent)
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+
+
+@contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Give a directory to write in; it becomes `directory` only when all went well.
+
+    Parents are made. Raises RunError when it exists already or cannot be written.
+    """
+    with writing(directory):
+        if os.path.lexists(directory):
+            raise RunError(f"{directory}: exists already", "give another --out, or remove it")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=directory.parent))
+        try:
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            temporary.chmod(0o777 & ~_umask())  # `mkdtemp` lets nobody else in
+            temporary.rename(directory)
+            sync(directory.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -44,77 +99,132 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a failure to write below `path` into a RunError."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(_SAVING)
         raise RunError(
-            f"{path}: cannot be written ({error.strerror or error})",
+            f"{path}: cannot be written ({reason})",
             "free space or give an --out that can be written",
         ) from error
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None
-) -> None:
-    """Write tensors as safetensors, atomically; a header is kept as one JSON string."""
-    metadata = None if header is None else {HEADER_KEY: json.dumps(header, sort_keys=True)}
-    write(path, save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata))
+def sync(path: Path) -> None:
+    """Have what was written there on the disk, so that a rename cannot overtake it."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, shapes and bytes in the order of the names."""
-    total = hashlib.sha256()
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Hash a header, and names, shapes and bytes in the order of the names."""
+    total = hashlib.sha256(_canonical(header))
     for name in sorted(tensors):
         tensor = tensors[name]
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.numpy().tobytes())
+        total.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        # As bytes: numpy has no bfloat16. A scalar has no bytes to view.
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True).encode()
+
+
+def file_digest(path: Path) -> str:
+    """Return the sha256 of a file of a run; raise RunError when it is not there."""
+    try:
+        with own_file(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise RunError(f"{path}: missing or damaged ({error.strerror})", REMEDY) from None
+
+
+def read_text(path: Path) -> str:
+    """Read a file of a run as text; raise RunError when it is missing or not UTF-8."""
+    try:
+        return own_file(path).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise RunError(f"{path}: missing or damaged", REMEDY) from None
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise RunError when it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise RunError(f"{path}: missing or damaged", REMEDY)
     return value
 
 
+def own_file(path: Path) -> Path:
+    """Return the path of a regular file; raise RunError for a link out of its directory."""
+    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+        raise RunError(
+            f"{path}: a link that leads out of its directory", "put the file itself there"
+        )
+    if not path.is_file():
+        raise RunError(f"{path}: missing or damaged", REMEDY)
+    return path
+
+
 def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read all tensors and the header of a file that `write_tensors` wrote.
+    """Read all tensors and the header of a file that `write_tensors` wrote, and its seal.
 
     Raises RunError when it is missing, damaged, or foreign.
     """
+    header = read_header(path)
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER_KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(header)  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        raise RunError(f"{path}: missing, damaged, or not written by unipelt", REMEDY) from None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except _UNREADABLE:
+        raise _foreign(path) from None
+    if digest(tensors, {key: own for key, own in header.items() if key != SEAL}) != header[SEAL]:
+        raise RunError(f"{path}: its tensors are not those that were written", REMEDY)
+    return tensors, header
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read a model file's header alone; raise RunError for a newer format or a foreign file."""
+    """Read a tensor file's header alone; raise RunError for a newer format or a foreign file."""
     try:
-        with safe_open(path, "pt") as file:
-            header = dict(json.loads((file.metadata() or {})[HEADER_KEY]))
-        version = int(header["format_version"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        raise RunError(f"{path}: missing, damaged, or not written by unipelt", REMEDY) from None
+        with safe_open(own_file(path), "pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER_KEY])
+        version = header.get("format_version", FORMAT)
+        if not isinstance(header[SEAL], str) or not isinstance(version, int):
+            raise TypeError
+    except (
+        SafetensorError,
+        OSError,
+        AttributeError,
+        KeyError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
+        raise _foreign(path) from None
     if version > FORMAT:
         raise RunError(
             f"{path}: format {version}, this unipelt reads up to {FORMAT}", "upgrade unipelt"
         )
-    return header
+    return dict(header)
 
 
-def read_tensors(path: Path, expected: Mapping[str, Tensor], sha256: str) -> dict[str, Tensor]:
+def _foreign(path: Path) -> RunError:
+    return RunError(f"{path}: missing, damaged, or not written by unipelt", REMEDY)
+
+
+def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read stored tensors; every name, shape and number must be what the model expects."""
     tensors, _ = open_tensors(path)
-    problem = next(_differences(tensors, expected), None)
-    if problem is None and digest(tensors) != sha256:
-        problem = "its tensors are not those that were written"
-    if problem is not None:
+    if problem := next(_differences(tensors, expected), None):
         raise RunError(f"{path}: {problem}", REMEDY)
     return tensors
 

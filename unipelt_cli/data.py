@@ -8,8 +8,6 @@ same bytes. `save` writes what was prepared as one Arrow stream for each split b
 import hashlib
 import json
 import math
-import shutil
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from unipelt_cli import artifact
 from unipelt_cli.cells import (
     as_dataset,
     encode,
@@ -163,25 +162,15 @@ def digest(rows: Dataset) -> str:
 def save(prepared: Prepared, directory: Path) -> None:
     """Write a prepared directory, whole or not at all; parents are made.
 
-    Raises DataError when it exists already or cannot be written.
+    Raises RunError when it exists already or cannot be written.
     """
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        if directory.exists():
-            raise DataError(f"{directory}: exists already", "choose another --out, or remove it")
-        temporary.mkdir(parents=True)
+    with artifact.new_directory(directory) as temporary:
         for split, rows in prepared.splits.items():
             table = rows.with_format("arrow")[:].replace_schema_metadata(None).combine_chunks()
             path = str(temporary / f"{split}.arrow")
             with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
         (temporary / MANIFEST).write_bytes(_dumps(prepared.manifest))
-        temporary.rename(directory)
-    except (OSError, ValueError) as error:
-        hint = "choose another --out, or check the folder's rights and space"
-        raise DataError(f"{directory}: cannot be written ({reason(error)})", hint) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load(directory: Path) -> Prepared:

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +30,10 @@ from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
 from unipelt_cli.together import can_share, share
 from unipelt_cli.together import events as events_together
 from unipelt_cli.training import Course, Epoch, Step, Training
+from unipelt_cli.writer import Writer, command_line
 
-STATE_SECONDS = 60.0
+STATE_SECONDS = 60.0  # how much of a long epoch a crash may cost
+STATE_SHARE = 0.01  # of a run's time that may go into keeping its state
 Mode = Literal["new", "resume", "overwrite"]
 
 
@@ -97,20 +100,21 @@ def execute(
     Raises RunError for a directory that exists or belongs to another experiment.
     """
     session = _Session(experiment, directory, mode)
-    session.check()
-    opened = session.open()
-    yield opened
-    if isinstance(opened, Finished):
-        return
-    try:
-        for event in session.training.events():
-            session.keep(event)
-            yield event
-    except GeneratorExit:
-        # Closed between two steps; anything else may have struck inside one.
-        session.interrupt()
-        raise
-    yield session.finish()
+    with closing(session.writer):
+        session.check()
+        opened = session.open()
+        yield opened
+        if isinstance(opened, Finished):
+            return
+        try:
+            for event in session.training.events():
+                session.keep(event)
+                yield event
+        except GeneratorExit:
+            # Closed between two steps; anything else may have struck inside one.
+            session.interrupt()
+            raise
+        yield session.finish()
 
 
 def execute_together(
@@ -123,8 +127,18 @@ def execute_together(
     """
     given = zip(experiments, directories, strict=True)
     waiting = [_Session(experiment, directory, mode) for experiment, directory in given]
-    for session in waiting:
-        session.check()
+    with ExitStack() as stack:
+        for session in waiting:
+            stack.callback(session.writer.close)
+            session.check()
+        del session  # each is let go with its model when it is over
+        yield from _train_all(waiting)
+
+
+def _train_all(
+    waiting: list["_Session"],
+) -> Generator[tuple[int, Event | Failed], None, None]:
+    """Open the sessions, and train together those that can share a pass."""
     places = iter(range(len(waiting)))
     while waiting:
         group: dict[int, _Session] = {}
@@ -177,14 +191,17 @@ class _Session:
     """One run from its checks to its result."""
 
     def __init__(self, experiment: Experiment, directory: Path, mode: Mode) -> None:
-        self.writer, self.mode = runs.Writer(directory), mode
+        self.writer, self.mode = Writer(directory), mode
         self.experiment = with_drawn_rows(experiment)
         self.resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
+        self.save_seconds = 0.0
 
     def check(self) -> None:
         """Raise before the slow part for a directory that cannot be written or is another's."""
         directory = self.writer.directory
         if self.resumes:
+            self.writer.claim()
+            self.writer.sweep()
             recorded = runs.read_experiment(directory)
             _same(recorded, self.experiment, directory)
             self.experiment = recorded
@@ -201,13 +218,13 @@ class _Session:
         if other is not None:
             share(other, self.tuned)
         if not self.resumes:
-            writer.create()
+            writer.create(overwrite=self.mode == "overwrite")
             writer.experiment(self.experiment)
         manifest = data.joint_manifest(self.prepared)
         if not (directory / runs.ENVIRONMENT).is_file():
-            writer.environment(self.tuned, manifest, runs.command_line())
+            writer.environment(self.tuned, manifest, command_line())
         elif self.resumes:
-            runs.check_rows(directory, manifest)
+            runs.check_started(directory, self.tuned, manifest)
         self.training = _training(self.experiment, self.prepared, self.tuned)
         self.start -= _restore(self.training, writer) if self.resumes else 0.0
         return Ready(
@@ -220,12 +237,17 @@ class _Session:
         )
 
     def keep(self, event: Step | Epoch) -> None:
-        """Log an epoch, and now and then what an interrupted loop goes on from."""
-        if isinstance(event, Epoch):
+        """Log an epoch, and save what a killed loop goes on from.
+
+        That is every epoch, and now and then in a long one. Where saving would take more than its
+        share of the time, it waits until it does not: a crash costs seconds then as well.
+        """
+        is_epoch = isinstance(event, Epoch)
+        if is_epoch:
             self.writer.metric("epoch", asdict(event))
-            if time.perf_counter() - self.saved > STATE_SECONDS:
-                self._save()
-                self.saved = time.perf_counter()
+        since = time.perf_counter() - self.saved
+        if since > max(self.save_seconds / STATE_SHARE, 0.0 if is_epoch else STATE_SECONDS):
+            self._save()
 
     def interrupt(self) -> None:
         """Keep the state between two steps."""
@@ -236,12 +258,16 @@ class _Session:
     def finish(self) -> Finished:
         """Store the model, score test, and write the result."""
         given = (self.experiment, self.prepared, self.training, self.writer, self.start)
-        return Finished(self.writer.directory, _finish(*given))
+        finished = Finished(self.writer.directory, _finish(*given))
+        self.writer.close()
+        return finished
 
     def _save(self) -> None:
+        start = time.perf_counter()
         tensors, counters = self.training.state()
-        seconds = time.perf_counter() - self.start
-        self.writer.state(tensors, {**counters, "seconds": seconds})
+        self.writer.state(tensors, counters, start - self.start)
+        self.saved = time.perf_counter()
+        self.save_seconds = self.saved - start
 
 
 def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned) -> Training:
@@ -261,30 +287,29 @@ def encode_split(tuned: Tuned, task: Task, rows: Dataset, experiment: Experiment
     return encode_rows(tuned, [rows[column] for column in task.text], experiment.model.max_length)
 
 
-def _restore(training: Training, writer: runs.Writer) -> float:
+def _restore(training: Training, writer: Writer) -> float:
     """Take up the state of an interrupted run; return the seconds it had taken."""
     directory = writer.directory
     saved = runs.read_state(directory)
     if saved is None:
         writer.rewind(training.progress.epoch)
         return 0.0
-    tensors, counters = saved
-    seconds = float(counters.pop("seconds", 0.0))
+    tensors, header = saved
     try:
-        training.restore(tensors, counters)
-    except (KeyError, RuntimeError, TypeError):
+        training.restore(tensors, header["counters"])
+    except (KeyError, RuntimeError, TypeError, ValueError):
         raise RunError(
             f"{directory / runs.STATE}: not the state of this run", "start again with --overwrite"
         ) from None
     writer.rewind(training.progress.epoch)
-    return seconds
+    return float(header["seconds"])
 
 
 def _finish(
     experiment: Experiment,
     prepared: Sequence[Prepared],
     training: Training,
-    writer: runs.Writer,
+    writer: Writer,
     start: float,
 ) -> dict[str, Any]:
     """Store the model, read it back, and score test once with what was read back."""
@@ -325,8 +350,7 @@ def _finish(
     }
     if measured := stored.method.report(backbone):
         result["measured"] = measured
-    writer.result(result)
-    return result
+    return writer.result(result)
 
 
 def _peak_memory(device: torch.device) -> int:

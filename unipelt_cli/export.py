@@ -1,8 +1,6 @@
 """Write a run in another tool's format, load it there, and check that it computes the same."""
 
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from unipelt_cli import adapterhub, modeling, runs
+from unipelt_cli import adapterhub, artifact, modeling, runs
 from unipelt_cli.batches import Encoded
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.methods import CannotMerge
@@ -40,8 +38,6 @@ def export(run: Run, tuned: Tuned, to: str, directory: Path) -> dict[str, Any]:
             f"{run.directory}: trained on several tasks, and no other format holds their heads",
             "train one task alone, with --task, and export that run",
         )
-    if os.path.lexists(directory):
-        raise RunError(f"{directory}: exists already", "give another --out")
     parity, notes = _WRITERS[to](run, tuned, directory)
     if tuned.precision != "fp32":
         notes.append(f"this run computes in {tuned.precision}; the parity is that of float32")
@@ -61,7 +57,7 @@ def _to_adapters(run: Run, tuned: Tuned, directory: Path) -> tuple[Parity, list[
         hint = f"{remedy}, or try --to hf" if may_fold else remedy
         raise RunError(message, hint)
     own = _copy(run, tuned)
-    with _quiet(), _whole(directory) as temporary:
+    with _quiet(), artifact.new_directory(directory) as temporary:
         adapterhub.write(run, own, temporary)
         parity = _adapters_parity(own, adapterhub.load(own, temporary))
     return parity, list(_adapters_notes(run, own, directory))
@@ -112,7 +108,7 @@ def _to_hf(run: Run, tuned: Tuned, directory: Path) -> tuple[Parity, list[str]]:
             f"{run.directory}: no plain classifier computes the same, {reason}",
             _hf_remedy(run, merged),
         ) from None
-    with _quiet(), _whole(directory) as temporary:
+    with _quiet(), artifact.new_directory(directory) as temporary:
         _plain_classifier(run, merged).save_pretrained(temporary, safe_serialization=True)
         own.tokenizer.save_pretrained(temporary)
         model = _load_plain(temporary)
@@ -212,24 +208,6 @@ def _parity(
         "mean_abs_logit_diff": float(differences.mean()),
         "label_flips": sum(map(int, flipped)),
     }
-
-
-@contextmanager
-def _whole(directory: Path) -> Iterator[Path]:
-    """Give a directory to write in, and rename it to `directory` only when all went well."""
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same number
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(directory)
-    except OSError as error:
-        raise RunError(
-            f"{directory}: cannot be written ({error.strerror or error})",
-            "free space or give an --out that can be written",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -18,7 +18,20 @@ class _Data(BaseModel):
     splits: dict[str, _Split]
 
 
-class Environment(BaseModel):
+class _StartedOn(BaseModel):
+    name: str
+    revision: str | None
+    fingerprint: str
+    files: dict[str, str]
+
+
+class Started(BaseModel):
+    """What going on with an interrupted run relies on in environment.json."""
+
+    backbone: _StartedOn
+
+
+class Environment(Started):
     """What reading relies on in environment.json."""
 
     data: _Data
@@ -28,10 +41,18 @@ class _JointData(BaseModel):
     tasks: dict[str, _Data] = Field(min_length=2)
 
 
-class JointEnvironment(BaseModel):
+class JointEnvironment(Started):
     """What reading relies on in environment.json where several tasks trained one model."""
 
     data: _JointData
+
+
+class _Files(BaseModel):
+    experiment: str = Field(alias="experiment.toml")
+    environment: str = Field(alias="environment.json")
+    probe: str = Field(alias="probe.safetensors")
+    metrics: str = Field(alias="metrics.jsonl")
+    model: str = Field(alias="model.safetensors")
 
 
 class Result(BaseModel):
@@ -48,6 +69,8 @@ class Result(BaseModel):
     head_parameters: int
     artifact_bytes: int
     collapsed: bool
+    sha256: str
+    files: _Files
 
     @model_validator(mode="after")
     def _is_scored(self) -> Self:
@@ -64,25 +87,23 @@ class _Task(BaseModel):
     also: list[Metric]
 
 
-class _Backbone(BaseModel):
-    name: str
-    fingerprint: str
+class State(BaseModel):
+    """What going on relies on in the header of state.safetensors."""
+
+    counters: dict[str, Any]
+    seconds: float = Field(ge=0)
 
 
 class Header(BaseModel):
     """What reading relies on in the header of model.safetensors."""
 
     task: _Task
-    backbone: _Backbone
-    sha256: str
 
 
 class JointHeader(BaseModel):
     """What reading relies on in that header where several tasks trained one model."""
 
     tasks: list[_Task] = Field(min_length=2)
-    backbone: _Backbone
-    sha256: str
 
 
 def shaped(path: Path, value: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:

@@ -83,14 +83,25 @@ class Pretrained:
     config: dict[str, Any]
 
     @cached_property
+    def digests(self) -> dict[str, str]:
+        """Return the sha256 of each file that decides what the backbone computes."""
+        names = ("config.json", "model.safetensors", *TOKENIZER_FILES, *TOKENIZER_SETTINGS)
+        paths = {name: self.directory / name for name in names}
+        return {name: _sha256(path) for name, path in paths.items() if path.is_file()}
+
+    @property
     def fingerprint(self) -> str:
         """Return a sha256 over the weights, the config and the tokenizer's files."""
         total = hashlib.sha256()
-        for name in ("config.json", "model.safetensors", *TOKENIZER_FILES, *TOKENIZER_SETTINGS):
-            path = self.directory / name
-            if path.is_file():
-                total.update(f"{name} {_sha256(path)}\n".encode())
+        for name, digest in self.digests.items():
+            total.update(f"{name} {digest}\n".encode())
         return total.hexdigest()
+
+    @property
+    def revision(self) -> str | None:
+        """Return the hub's commit that the files are of, where they came from there."""
+        folder = self.directory
+        return folder.name if folder.parent.name == "snapshots" else None
 
     def library_config(self) -> Any:
         """Return a config object of the transformers library, made from the checked keys."""

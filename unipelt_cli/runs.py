@@ -1,15 +1,9 @@
-"""The run directory: what a run writes, in which order, and how it is read back strictly.
+"""The run directory: what it holds, and how it is read back strictly."""
 
-`result.json` is written last and atomically: its presence means that the run is finished.
-"""
-
-import importlib.metadata
 import json
 import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +13,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from unipelt_cli import __version__, artifact, data, formats
+from unipelt_cli import artifact, data, formats
 from unipelt_cli.batches import Encoded
-from unipelt_cli.config import Experiment, dump, read_preset, resolve
-from unipelt_cli.errors import CheckError, ConfigError, DataError, RunError, nearest
+from unipelt_cli.config import Experiment, read_preset, resolve
+from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
 from unipelt_cli.evaluation import Logits, compute_logits
 from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.pretrained import Pretrained, find
@@ -35,11 +29,11 @@ METRICS, MODEL, RESULT, STATE = (
     "result.json",
     "state.safetensors",
 )
-FILES = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, RESULT, STATE)
+RECORDED = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL)
+"""The files whose hashes the result holds."""
 PROBE_ROWS = 64
 PROBE_TOLERANCE = 1e-4
 ROUGH_TOLERANCE = 0.1  # in bf16, and on another kind of device
-PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -88,43 +82,47 @@ class Run:
             )
         return 0 if name is None else names.index(name)
 
-    def build(self, device: str | None = None) -> Tuned:
+    def build(self, device: str | None = None, backbone: str | None = None) -> Tuned:
         """Build the model on its backbone and load what was stored, strictly.
 
-        Raises RunError when the backbone is another one, or a tensor is missing, extra,
-        reshaped, not finite or changed.
+        `backbone` says where the run's backbone is now. Raises RunError when it is another one,
+        or a tensor is missing, extra, reshaped, not finite or changed.
         """
         experiment = self.experiment
         if device is not None:
             experiment = experiment.replace("train", device=device)
-        pretrained = find(experiment.model.backbone)
-        expected = self.header["backbone"]
-        if pretrained.fingerprint != expected["fingerprint"]:
-            raise RunError(
-                f"{self.directory}: trained on backbone {expected['name']} "
-                f"({expected['fingerprint'][:12]}), but {pretrained.name} is "
-                f"({pretrained.fingerprint[:12]})",
-                "give the backbone that the run was trained on",
-            )
-        tuned = _load(self.directory, experiment, self.tasks, self.header["sha256"], pretrained)
+        pretrained = find(backbone or experiment.model.backbone)
+        self.check_backbone(pretrained)
+        tuned = _load(self.directory, experiment, self.tasks, pretrained)
         self._compare_probe(tuned)
         return tuned
 
+    def check_backbone(self, found: Pretrained) -> None:
+        """Raise RunError when a backbone is not the one that the run was trained on."""
+        check_backbone(self.directory, self.environment["backbone"], found)
+
     def _compare_probe(self, tuned: Tuned) -> None:
         """Raise RunError when the model computes something else than when it was saved."""
-        stored = artifact.open_tensors(self.directory / PROBE)[0].get("logits")
-        logits = torch.from_numpy(probe(tuned))
-        same = (tuned.precision, tuned.device.type) == ("fp32", self.result["device"])
-        bound = PROBE_TOLERANCE if same else ROUGH_TOLERANCE
-        if stored is None or stored.shape != logits.shape:
-            raise RunError(f"{self.directory / PROBE}: damaged", artifact.REMEDY)
-        difference = float((logits - stored).abs().max())
+        difference, bound = self.probe_difference(tuned)
         if not difference <= bound:
             raise RunError(
                 f"{self.directory}: computes other logits than when it was saved "
                 f"(they differ by {difference:.2g})",
                 "its settings or a library have changed: restore them, or train it again",
             )
+
+    def probe_difference(self, tuned: Tuned) -> tuple[float, float]:
+        """Return how far a model's probe logits are from the stored ones, and how far they may be.
+
+        Raises RunError for stored logits of another shape.
+        """
+        stored = artifact.open_tensors(self.directory / PROBE)[0].get("logits")
+        logits = torch.from_numpy(probe(tuned))
+        same = (tuned.precision, tuned.device.type) == ("fp32", self.result["device"])
+        bound = PROBE_TOLERANCE if same else ROUGH_TOLERANCE
+        if stored is None or stored.shape != logits.shape:
+            raise RunError(f"{self.directory / PROBE}: damaged", artifact.REMEDY)
+        return float((logits - stored).abs().max()), bound
 
     def rows(self, split: str, source: str | None = None, place: int = 0) -> Dataset:
         """Find the rows of a task's split again, by source and settings, and check them by hash."""
@@ -152,55 +150,85 @@ def read(directory: Path) -> Run:
     """Read a finished run; raise RunError when it is absent, unfinished, damaged or newer."""
     if not (directory / EXPERIMENT).is_file():
         raise RunError(f"{directory}: not a run directory", "give a directory that `train` wrote")
-    if not (directory / RESULT).is_file():
+    if not os.path.lexists(directory / RESULT):
         raise RunError(
             f"{directory}: unfinished, {describe_progress(directory)}",
             "go on with `unipelt train ... --resume`, or start again with --overwrite",
         )
+    result = artifact.read_object(directory / RESULT)
+    formats.shaped(directory / RESULT, result, formats.Result)
+    if artifact.sealed(result) != result:
+        raise RunError(f"{directory / RESULT}: changed since it was written", artifact.REMEDY)
+    for name in RECORDED:
+        if name != METRICS:
+            check_file(directory / name, result["files"][name])
     header = artifact.read_header(directory / MODEL)
     environment = artifact.read_object(directory / ENVIRONMENT)
-    result = artifact.read_object(directory / RESULT)
     joint = "tasks" in header
     formats.shaped(directory / MODEL, header, formats.JointHeader if joint else formats.Header)
     expected = formats.JointEnvironment if joint else formats.Environment
     formats.shaped(directory / ENVIRONMENT, environment, expected)
-    formats.shaped(directory / RESULT, result, formats.Result)
     return Run(directory, read_experiment(directory), environment, header, result)
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Raise RunError when a file of a finished run is not what was written."""
+    if artifact.file_digest(path) != sha256:
+        raise RunError(
+            f"{path}: changed since it was written",
+            "restore it, or train the run again; for a backbone or data that moved "
+            "there are --model and --source",
+        )
 
 
 def read_stored(
     directory: Path, experiment: Experiment, tasks: Sequence[Task], trained: Tuned
 ) -> Tuned:
     """Build the model that an unfinished run has just stored, read back from its file."""
-    header = artifact.read_header(directory / MODEL)
-    return _load(directory, experiment, tasks, header["sha256"], trained.pretrained)
+    return _load(directory, experiment, tasks, trained.pretrained)
 
 
 def _load(
-    directory: Path,
-    experiment: Experiment,
-    tasks: Sequence[Task],
-    sha256: str,
-    pretrained: Pretrained,
+    directory: Path, experiment: Experiment, tasks: Sequence[Task], pretrained: Pretrained
 ) -> Tuned:
     tuned = build(experiment, [task.outputs for task in tasks], pretrained, folded=True)
-    tuned.load(artifact.read_tensors(directory / MODEL, tuned.stored(), sha256))
+    tuned.load(artifact.read_tensors(directory / MODEL, tuned.stored()))
     return tuned
 
 
-def check_rows(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise DataError when rows found now are not those that a run started with."""
+def check_started(directory: Path, tuned: Tuned, manifest: Mapping[str, Any]) -> None:
+    """Raise RunError or DataError when backbone or rows are not those that a run started with."""
     environment = artifact.read_object(directory / ENVIRONMENT)
     if environment.get("data") != manifest:
         raise DataError(
             f"{directory}: the rows have changed since the run started",
             "restore them, or start again with --overwrite",
         )
+    started = formats.shaped(directory / ENVIRONMENT, environment, formats.Started)["backbone"]
+    check_backbone(directory, started, tuned.pretrained)
+
+
+def check_backbone(directory: Path, expected: Mapping[str, Any], found: Pretrained) -> None:
+    """Raise RunError, with both names and the files that differ, for another backbone."""
+    if found.fingerprint == expected["fingerprint"]:
+        return
+    own, there = found.digests, expected["files"]
+    differ = ", ".join(n for n in sorted(own.keys() | there.keys()) if own.get(n) != there.get(n))
+    raise RunError(
+        f"{directory}: trained on backbone {expected['name']}{_revision(expected['revision'])} "
+        f"({expected['fingerprint'][:12]}), but {found.name}{_revision(found.revision)} is "
+        f"({found.fingerprint[:12]}): other {differ}",
+        "give the backbone that the run was trained on with --model",
+    )
+
+
+def _revision(name: str | None) -> str:
+    return f" at revision {name[:12]}" if name else ""
 
 
 def read_experiment(directory: Path) -> Experiment:
     """Read the resolved experiment of a run directory."""
-    return resolve([("", read_preset(str(directory / EXPERIMENT)))])
+    return resolve([("", read_preset(str(artifact.own_file(directory / EXPERIMENT))))])
 
 
 def describe_progress(directory: Path) -> str:
@@ -212,148 +240,27 @@ def describe_progress(directory: Path) -> str:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Return the events of metrics.jsonl; a last line cut short by a crash is left out."""
     path = directory / METRICS
-    events = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    events: list[dict[str, Any]] = []
+    if not os.path.lexists(path):
+        return events
+    with artifact.own_file(path).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(event, dict):
+            if isinstance(event, dict) and isinstance(event.get("epoch"), int):
                 events.append(event)
     return events
-
-
-class Writer:
-    """Writes one run directory, file by file, each one whole or not there."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def check(self, *, overwrite: bool = False) -> None:
-        """Raise RunError now for a directory that `create` could not make later.
-
-        One that exists needs `overwrite`, and may hold no file that no run wrote.
-        """
-        directory = self.directory
-        nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-        with artifact.writing(directory):
-            if not nearest.is_dir():
-                raise NotADirectoryError(None, "Not a directory")
-            if not os.access(nearest, os.W_OK | os.X_OK):
-                raise PermissionError(None, "Permission denied")
-            there = [path.name for path in directory.iterdir()] if nearest == directory else []
-        if there and not overwrite:
-            raise RunError(
-                f"{directory}: exists already",
-                "go on with --resume, replace it with --overwrite, or give another --out",
-            )
-        if foreign := sorted(name for name in there if not _is_ours(name)):
-            raise RunError(
-                f"{directory}: holds files that no run wrote, such as {foreign[0]}",
-                "give another --out",
-            )
-
-    def create(self) -> None:
-        """Make the directory, or empty it of an earlier run's files."""
-        with artifact.writing(self.directory):
-            # The result goes first: what is left of an emptied run must not look finished.
-            (self.directory / RESULT).unlink(missing_ok=True)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for path in self.directory.iterdir():
-                path.unlink()
-
-    def experiment(self, experiment: Experiment) -> None:
-        """Write the resolved experiment, the first file of a run."""
-        artifact.write(self.directory / EXPERIMENT, dump(experiment).encode())
-
-    def environment(self, tuned: Tuned, manifest: Mapping[str, Any], command: list[str]) -> None:
-        """Write what the result depends on beside the experiment."""
-        artifact.write_json(
-            self.directory / ENVIRONMENT,
-            {
-                "unipelt": __version__,
-                "python": platform.python_version(),
-                "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-                "platform": platform.platform(),
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "device": _device_name(tuned.device),
-                "command": command,
-                "backbone": _backbone(tuned),
-                "data": manifest,
-            },
-        )
-
-    def metric(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Append one event to metrics.jsonl."""
-        path = self.directory / METRICS
-        with artifact.writing(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
-
-    def rewind(self, epoch: int) -> None:
-        """Drop the events that a resumed loop will log again: from `epoch` on, and the stop."""
-        kept = [event for event in read_metrics(self.directory) if event.get("epoch", 0) < epoch]
-        lines = "".join(json.dumps(event) + "\n" for event in kept)
-        artifact.write(self.directory / METRICS, lines.encode())
-
-    def state(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Write what an interrupted loop goes on from."""
-        artifact.write_tensors(self.directory / STATE, tensors, counters)
-
-    def model(self, tuned: Tuned, tasks: Sequence[Task], method: str) -> Tensor:
-        """Write the stored tensors and return the probe logits of the model that was trained."""
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in tuned.stored().items()
-        }
-        said = [
-            {key: value for key, value in asdict(task).items() if key in _TASK_KEYS}
-            for task in tasks
-        ]
-        header = {
-            "format_version": artifact.FORMAT,
-            "method": method,
-            **({"task": said[0]} if len(said) == 1 else {"tasks": said}),
-            "backbone": _backbone(tuned),
-            "pooling": tuned.pooling,
-            "precision": tuned.precision,
-            "sha256": artifact.digest(tensors),
-        }
-        artifact.write_tensors(self.directory / MODEL, tensors, header)
-        return torch.from_numpy(probe(tuned))
-
-    def verify(self, reloaded: Tuned, trained: Tensor) -> float:
-        """Compare the reloaded model's probe logits with the trained one's, and store them.
-
-        Raises CheckError when they differ: then what was stored is not what was trained.
-        """
-        logits = torch.from_numpy(probe(reloaded))
-        difference = float((logits - trained).abs().max())
-        if not difference <= PROBE_TOLERANCE:
-            raise CheckError(
-                f"{self.directory}: the reloaded model's logits differ by {difference:.2g}",
-                "this is a bug in unipelt: please report it with the experiment.toml",
-            )
-        artifact.write_tensors(self.directory / PROBE, {"logits": logits}, {"rows": PROBE_ROWS})
-        return difference
-
-    def result(self, result: Mapping[str, Any]) -> None:
-        """Write the result, the last file: now the run is finished."""
-        artifact.write_json(self.directory / RESULT, result)
-        (self.directory / STATE).unlink(missing_ok=True)
-
-
-def _is_ours(name: str) -> bool:
-    """Say whether a run wrote a file of this name; a killed one leaves temporary files."""
-    return name in FILES or any(name.startswith(f".{own}.") for own in FILES)
 
 
 def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return the saved loop state of an interrupted run, or None where there is none."""
     path = directory / STATE
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    return artifact.open_tensors(path)
+    tensors, header = artifact.open_tensors(path)
+    return tensors, formats.shaped(path, header, formats.State)
 
 
 def probe(tuned: Tuned) -> Logits:
@@ -383,26 +290,3 @@ def probe_rows(tuned: Tuned) -> Encoded:
         [[0] * len(row[:limit]) for row in ids] if has_types else None,
         pad_id,
     )
-
-
-_TASK_KEYS = ("name", "text", "labels", "metric", "also")
-
-
-def _backbone(tuned: Tuned) -> dict[str, str]:
-    pretrained = tuned.pretrained
-    return {
-        "name": pretrained.name,
-        "model_type": pretrained.layout.model_type,
-        "fingerprint": pretrained.fingerprint,
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return device.type
-
-
-def command_line() -> list[str]:
-    """Return the command that runs, without the directory the program lies in."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]

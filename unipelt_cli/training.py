@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -78,23 +80,26 @@ class Course:
     dev: Labelled
 
 
-@dataclass
+Count = Annotated[int, Field(ge=0)]
+
+
+@checked(config=ConfigDict(strict=True, extra="forbid"))
 class Progress:
     """The counters of a loop: with its tensors, all that going on needs."""
 
-    epoch: int = 1
-    step: int = 0  # within the epoch
-    taken: int = 0
-    stage: int = 0
-    stage_epochs: int = 0  # epochs that were over when the stage began
-    stage_taken: int = 0  # steps taken in the stage
+    epoch: Annotated[int, Field(ge=1)] = 1
+    step: Count = 0  # within the epoch
+    taken: Count = 0
+    stage: Count = 0
+    stage_epochs: Count = 0  # epochs that were over when the stage began
+    stage_taken: Count = 0  # steps taken in the stage
     loss_sum: float = 0.0
-    tokens: int = 0
+    tokens: Count = 0
     train_seconds: float = 0.0
-    best_epoch: int = 0
+    best_epoch: Count = 0
     best_score: float = 0.0
     best_dev: dict[str, float] = field(default_factory=dict)
-    total_tokens: int = 0
+    total_tokens: Count = 0
     total_train_seconds: float = 0.0
 
 
@@ -239,8 +244,13 @@ class Training:
         return tensors, asdict(self.progress)
 
     def restore(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Take up a saved state; a KeyError or RuntimeError means that it is another run's."""
+        """Take up a saved state.
+
+        A KeyError, RuntimeError, TypeError or ValueError means that it is another run's.
+        """
         saved = Progress(**counters)
+        if saved.stage >= len(self.lengths):
+            raise ValueError("no such stage")
         self._prepare()
         for stage in range(1, saved.stage + 1):
             self._enter(stage)
