@@ -27,9 +27,14 @@ class Claim:
         """Claim an existing directory; raise RunError while another process holds it."""
         self.path = directory / LOCK
         with writing(self.path):
-            self._number: int | None = self._take()
-            os.ftruncate(self._number, 0)
-            os.pwrite(self._number, json.dumps(_here()).encode(), 0)
+            number = self._take()
+            try:
+                os.ftruncate(number, 0)
+                os.pwrite(number, json.dumps(_here()).encode(), 0)
+            except OSError:
+                os.close(number)
+                raise
+        self._number: int | None = number
 
     def _take(self) -> int:
         while True:
