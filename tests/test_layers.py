@@ -41,6 +41,7 @@ RANKS = {
     "listing": 9,
     "render": 9,
     "export": 11,
+    "provenance": 11,
     "options": 11,
     "shell": 11,
     "cli": 12,

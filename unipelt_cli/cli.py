@@ -179,6 +179,7 @@ def evaluate(
     label: options.LabelOption = None,
     source: options.SourceOption = None,
     device: options.DeviceOption = None,
+    model: options.MovedModelOption = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -186,10 +187,10 @@ def evaluate(
 
     Example: unipelt eval runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
-    found = _read_run(run, offline, source)
+    found = _read_run(run, offline, source, model)
     each = task is None and file is None
     places = list(range(len(found.tasks))) if each else [found.place(task)]
-    tuned = found.build(device)
+    tuned = found.build(device, model)
     from unipelt_cli import data, evaluation, render
     from unipelt_cli.tasks import joint_scores
 
@@ -222,6 +223,7 @@ def predict(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="Rows to label; - reads stdin.")],
     task: options.OneTaskOption = None,
     device: options.DeviceOption = None,
+    model: options.MovedModelOption = None,
     offline: options.Offline = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="The output is always JSON, an object a line.")
@@ -233,9 +235,9 @@ def predict(
 
     Example: echo "my parcel never came" | unipelt predict RUN -
     """
-    found = _read_run(run, offline)
+    found = _read_run(run, offline, model=model)
     place = found.place(task)
-    tuned = found.build(device)
+    tuned = found.build(device, model)
     from unipelt_cli import data, evaluation
 
     one = found.tasks[place]
@@ -267,6 +269,7 @@ def inspect_gates(
     ] = None,
     source: options.SourceOption = None,
     device: options.DeviceOption = None,
+    model: options.MovedModelOption = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -276,9 +279,9 @@ def inspect_gates(
     """
     if by not in ("layer", "class", "example"):
         raise ConfigError(f"--by {by!r}: no such view", "choose one of layer, class, example")
-    found = _read_run(run, offline, source)
+    found = _read_run(run, offline, source, model)
     place = found.place(task)
-    tuned = found.build(device)
+    tuned = found.build(device, model)
     from unipelt_cli import inspection, render
 
     report = inspection.inspect(found, tuned, found.rows(split, _absolute(source), place), place)
@@ -311,6 +314,7 @@ def export(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to. (default RUN-FORMAT)")
     ] = None,
+    model: options.MovedModelOption = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -320,8 +324,8 @@ def export(
     """
     if to not in ("adapters", "hf"):
         raise ConfigError(f"--to {to!r}: no such format", nearest(to, ("adapters", "hf")))
-    found = _read_run(run, offline)
-    tuned = found.build("cpu")
+    found = _read_run(run, offline, model=model)
+    tuned = found.build("cpu", model)
     from unipelt_cli import export as exports
     from unipelt_cli import render
 
@@ -340,6 +344,87 @@ def export(
         raise CheckError(
             f"{report['path']}: logits differ by {parity['max_abs_logit_diff']:.2g}",
             "do not use this export; please report it with the run's experiment.toml",
+        )
+
+
+@app.command()
+def verify(
+    run: options.RunPath,
+    source: options.SourceOption = None,
+    model: options.MovedModelOption = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Check a run: its files' hashes, its backbone, its tensors and logits, its rows.
+
+    Example: unipelt verify runs/mrpc-k500-unipelt-apl-minilm-d111-s42
+    """
+    _settle_run(run, offline, source, model)
+    from unipelt_cli import provenance, render
+
+    checks = list(provenance.verify(run, _absolute(source), model))
+    render.check_table([(check.what, check.passed, check.said) for check in checks])
+    failed = [check for check in checks if check.passed is False]
+    if as_json:
+        _print_json(
+            {
+                "run": str(run),
+                "ok": not failed,
+                "checks": [
+                    {"what": check.what, "passed": check.passed, "said": check.said}
+                    for check in checks
+                ],
+            }
+        )
+    if failed:
+        raise CheckError(
+            f"{run}: {len(failed)} of {len(checks)} checks failed, the first: {failed[0].said}",
+            "do not use this run: restore it, or train it again",
+        )
+
+
+@app.command()
+def reproduce(
+    run: options.RunPath,
+    source: options.SourceOption = None,
+    model: options.MovedModelOption = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to. (default RUN-reproduced)")
+    ] = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a run again from its own settings, and say what differs.
+
+    Example: unipelt reproduce runs/mrpc-k500-unipelt-apl-minilm-d111-s42
+    """
+    found = _read_run(run, offline, source, model)
+    from unipelt_cli import provenance, render, runs
+
+    target = out or run.resolve().with_name(f"{run.resolve().name}-reproduced")
+    mode = "new" if (target / runs.RESULT).is_file() else "resume"
+    with provenance.as_trained(found):
+        _train(provenance.repetition(found, _absolute(source), model), target, mode)
+    again = runs.read(target)
+    differences, is_equal = provenance.differences(found, again), provenance.is_equal(found, again)
+    if differences:
+        shown = [[d["what"], _cell(d["there"]), _cell(d["here"])] for d in differences]
+        render.table(("", str(run), str(target)), shown)
+    if is_equal:
+        render.say("reproduced: the same scores and, to the byte, the same model")
+    if as_json:
+        _print_json(
+            {
+                "run": str(run),
+                "reproduction": str(target),
+                "equal": is_equal,
+                "differences": differences,
+            }
+        )
+    if not is_equal:
+        raise CheckError(
+            f"{run}: not reproduced in {target}",
+            "see what differs above; equal bytes need fp32, the same machine and versions",
         )
 
 
@@ -486,8 +571,18 @@ def _settle_backbone(name: str, offline: bool) -> None:
     network.require_cached(backbone=backbone, dataset=None)
 
 
-def _read_run(directory: Path, offline: bool, source: str | None = None) -> "Run":
+def _read_run(
+    directory: Path, offline: bool, source: str | None = None, model: str | None = None
+) -> "Run":
     """Read a finished run, and settle whether the network is used to build its model."""
+    _settle_run(directory, offline, source, model)
+    from unipelt_cli import runs
+
+    return runs.read(directory)
+
+
+def _settle_run(directory: Path, offline: bool, source: str | None, model: str | None) -> None:
+    """Settle whether the network is used for a run's rows and backbone, or where they are now."""
     with importing():
         from unipelt_cli import config
 
@@ -496,10 +591,9 @@ def _read_run(directory: Path, offline: bool, source: str | None = None) -> "Run
         experiment = config.resolve([("", config.read_preset(str(path)))])
         if source is not None:
             experiment = experiment.replace("data", source=source)
+        if model is not None:
+            experiment = experiment.replace("model", backbone=model)
         _settle_network(experiment, offline)
-    from unipelt_cli import runs
-
-    return runs.read(directory)
 
 
 def _run_name(experiment: "Experiment") -> str:

@@ -165,6 +165,8 @@ def _train_group(
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Train opened sessions to their end, taking each out of the group that is over."""
     loops = {place: session.training for place, session in group.items()}
+    for session in group.values():
+        session.together = len(group)
     try:
         for place, event in events_together(loops):
             session = group[place]
@@ -195,6 +197,7 @@ class _Session:
         self.experiment = with_drawn_rows(experiment)
         self.resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
         self.save_seconds = 0.0
+        self.together = 1  # runs that shared its passes
 
     def check(self) -> None:
         """Raise before the slow part for a directory that cannot be written or is another's."""
@@ -257,8 +260,9 @@ class _Session:
 
     def finish(self) -> Finished:
         """Store the model, score test, and write the result."""
-        given = (self.experiment, self.prepared, self.training, self.writer, self.start)
-        finished = Finished(self.writer.directory, _finish(*given))
+        given = (self.experiment, self.prepared, self.training, self.writer)
+        result = _finish(*given, start=self.start, together=self.together)
+        finished = Finished(self.writer.directory, result)
         self.writer.close()
         return finished
 
@@ -310,7 +314,9 @@ def _finish(
     prepared: Sequence[Prepared],
     training: Training,
     writer: Writer,
+    *,
     start: float,
+    together: int,
 ) -> dict[str, Any]:
     """Store the model, read it back, and score test once with what was read back."""
     tasks, tuned, progress = training.tasks, training.tuned, training.progress
@@ -346,6 +352,7 @@ def _finish(
         "pooling": tuned.pooling,
         "precision": tuned.precision,
         "device": tuned.device.type,
+        "together": together,
         "collapsed": any(map(has_collapsed, predicted)),
     }
     if measured := stored.method.report(backbone):

@@ -14,8 +14,14 @@ class _Split(BaseModel):
     digest: str
 
 
+class _Splits(BaseModel):
+    train: _Split
+    dev: _Split
+    test: _Split
+
+
 class _Data(BaseModel):
-    splits: dict[str, _Split]
+    splits: _Splits
 
 
 class _StartedOn(BaseModel):
@@ -35,16 +41,18 @@ class Environment(Started):
     """What reading relies on in environment.json."""
 
     data: _Data
+    threads: int = Field(ge=1, le=4096)
+    packages: dict[str, str]
 
 
 class _JointData(BaseModel):
     tasks: dict[str, _Data] = Field(min_length=2)
 
 
-class JointEnvironment(Started):
+class JointEnvironment(Environment):
     """What reading relies on in environment.json where several tasks trained one model."""
 
-    data: _JointData
+    data: _JointData  # type: ignore[assignment]
 
 
 class _Files(BaseModel):

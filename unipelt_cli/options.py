@@ -74,6 +74,10 @@ ModelOption = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+MovedModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="Where the run's backbone is now."),
+]
 SeedOption = Annotated[
     int | None,
     typer.Option(help="Initialises and shuffles. (default 42)", rich_help_panel=HOW),

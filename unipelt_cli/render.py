@@ -65,6 +65,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     console().print(view)
 
 
+def check_table(checks: Sequence[tuple[str, bool | None, str]]) -> None:
+    """Print what was checked: whether it holds, and what was found."""
+    words = {
+        True: Text("ok", "green"),
+        False: Text("FAILED", "bold red"),
+        None: Text("not checked"),
+    }
+    table(("check", "", "found"), [[what, words[passed], said] for what, passed, said in checks])
+
+
 def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
     """Print the methods by category, with what they train and store on a backbone."""
     view = Table(box=None, pad_edge=False)

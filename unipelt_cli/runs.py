@@ -126,19 +126,27 @@ class Run:
 
     def rows(self, split: str, source: str | None = None, place: int = 0) -> Dataset:
         """Find the rows of a task's split again, by source and settings, and check them by hash."""
-        settings = self.experiment.data.each()[place]
-        if source is not None:
-            settings = settings.model_copy(update={"source": source, "prepared": None})
         recorded = self._manifests[place]["splits"]
         if split not in recorded:
             raise DataError(f"split {split!r}: not in this run", f"choose {', '.join(recorded)}")
-        found = data.prepare(settings).splits[split]
-        if data.digest(found) != recorded[split]["digest"]:
+        found = self.prepared(source, place).splits[split]
+        if data.digest(found) != self.digest_of(split, place):
             raise DataError(
                 f"the {split} rows found now are not those of {self.directory}",
                 "the source has changed; give the one that was used with --source",
             )
         return found
+
+    def prepared(self, source: str | None = None, place: int = 0) -> data.Prepared:
+        """Find and draw a task's rows again; whether they are the same is not checked."""
+        settings = self.experiment.data.each()[place]
+        if source is not None:
+            settings = settings.model_copy(update={"source": source, "prepared": None})
+        return data.prepare(settings)
+
+    def digest_of(self, split: str, place: int = 0) -> str:
+        """Return the recorded hash of the rows of a task's split."""
+        return str(self._manifests[place]["splits"][split]["digest"])
 
     @property
     def _manifests(self) -> list[dict[str, Any]]:
@@ -157,8 +165,7 @@ def read(directory: Path) -> Run:
         )
     result = artifact.read_object(directory / RESULT)
     formats.shaped(directory / RESULT, result, formats.Result)
-    if artifact.sealed(result) != result:
-        raise RunError(f"{directory / RESULT}: changed since it was written", artifact.REMEDY)
+    check_seal(directory / RESULT, result)
     for name in RECORDED:
         if name != METRICS:
             check_file(directory / name, result["files"][name])
@@ -169,6 +176,12 @@ def read(directory: Path) -> Run:
     expected = formats.JointEnvironment if joint else formats.Environment
     formats.shaped(directory / ENVIRONMENT, environment, expected)
     return Run(directory, read_experiment(directory), environment, header, result)
+
+
+def check_seal(path: Path, value: Mapping[str, Any]) -> None:
+    """Raise RunError when a sealed object is not what was written."""
+    if artifact.sealed(value) != value:
+        raise RunError(f"{path}: changed since it was written", artifact.REMEDY)
 
 
 def check_file(path: Path, sha256: str) -> None:
