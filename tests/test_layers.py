@@ -16,6 +16,7 @@ RANKS = {
     "network": 1,
     "artifact": 1,
     "dropout": 1,
+    "memory": 1,
     "workers": 1,
     "backbones": 1,
     "claims": 2,

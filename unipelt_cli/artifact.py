@@ -37,7 +37,12 @@ def write(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write an object as JSON, atomically."""
-    write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write(path, dumps(value).encode())
+
+
+def dumps(value: Mapping[str, Any]) -> str:
+    """Return an object as the JSON that `write_json` writes."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:

@@ -653,6 +653,8 @@ def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, An
                     _announce(event)
                 case training.Step():
                     view.step(event)
+                case training.Halved():
+                    view.halved(event)
                 case training.Epoch():
                     view.epoch(asdict(event))
                 case execution.Finished():
@@ -688,6 +690,8 @@ def _train_together(grid: "dict[str, Experiment]", directory: Path, mode: Any) -
                         _announce(event)
                 case training.Step():
                     view.step(event, label)
+                case training.Halved():
+                    view.halved(event, label)
                 case training.Epoch():
                     view.epoch(asdict(event), label)
                 case execution.Finished():

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from unipelt_cli.batches import Encoded, by_length, encode
+from unipelt_cli.memory import is_exhausted, release, too_large
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.tasks import Task, Values
 from unipelt_cli.workers import shared_out
@@ -33,9 +34,21 @@ def compute_logits(tuned: Tuned, rows: Encoded, task: int = 0) -> Logits:
     outputs = tuned.classifier.heads[task].out.out_features
     logits = np.zeros((len(rows), outputs), dtype=np.float32)
     with torch.inference_mode(), shared_out(tuned.classifier.shares_rows):
-        for batch in by_length(rows.lengths, rows.pad_to):
-            output = tuned.classifier(**rows.batch(batch, tuned.device))
-            logits[batch] = output.float().cpu().numpy()
+        waiting = list(by_length(rows.lengths, rows.pad_to))[::-1]
+        while waiting:
+            batch = waiting.pop()
+            try:
+                output = tuned.classifier(**rows.batch(batch, tuned.device))
+                logits[batch] = output.float().cpu().numpy()
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_exhausted(error):
+                    raise
+            if len(batch) == 1:
+                raise too_large()
+            release()
+            half = len(batch) // 2
+            waiting += [batch[half:], batch[:half]]
     return logits
 
 

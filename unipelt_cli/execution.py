@@ -29,7 +29,7 @@ from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
 from unipelt_cli.together import can_share, share
 from unipelt_cli.together import events as events_together
-from unipelt_cli.training import Course, Epoch, Step, Training
+from unipelt_cli.training import Course, Epoch, Halved, Happening, Training
 from unipelt_cli.writer import Writer, command_line
 
 STATE_SECONDS = 60.0  # how much of a long epoch a crash may cost
@@ -65,7 +65,7 @@ class Failed:
     error: UnipeltError
 
 
-Event = Ready | Step | Epoch | Finished
+Event = Ready | Happening | Finished
 
 
 def with_drawn_rows(experiment: Experiment) -> Experiment:
@@ -171,7 +171,7 @@ def _train_group(
         for place, event in events_together(loops):
             session = group[place]
             directory = session.writer.directory
-            if isinstance(event, Step | Epoch):
+            if isinstance(event, Happening):
                 session.keep(event)
                 yield place, event
                 continue
@@ -239,12 +239,14 @@ class _Session:
             self.training.progress.epoch - 1,
         )
 
-    def keep(self, event: Step | Epoch) -> None:
+    def keep(self, event: Happening) -> None:
         """Log an epoch, and save what a killed loop goes on from.
 
         That is every epoch, and now and then in a long one. Where saving would take more than its
         share of the time, it waits until it does not: a crash costs seconds then as well.
         """
+        if isinstance(event, Halved):
+            return  # in the middle of a step
         is_epoch = isinstance(event, Epoch)
         if is_epoch:
             self.writer.metric("epoch", asdict(event))
@@ -353,6 +355,7 @@ def _finish(
         "precision": tuned.precision,
         "device": tuned.device.type,
         "together": together,
+        "micro_batch_size": progress.micro_batch_size or experiment.train.batch_size,
         "collapsed": any(map(has_collapsed, predicted)),
     }
     if measured := stored.method.report(backbone):

@@ -131,6 +131,14 @@ class TrainingView:
             note=f"{event.tokens_per_second:,.0f} tokens/s",
         )
 
+    def halved(self, event: Any, label: str = "") -> None:
+        """Say that batches are computed in parts from now on."""
+        size = event.micro_batch_size
+        line = (
+            f"{label}out of memory: batches are computed {size} rows at a time, steps stay the same"
+        )
+        self.console.print(Text(line, style="yellow"))
+
     def epoch(self, event: Mapping[str, Any], label: str = "") -> None:
         """Print an epoch's line; the best so far is marked."""
         score = event["dev"].get(self.metric)

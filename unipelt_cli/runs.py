@@ -179,8 +179,8 @@ def read(directory: Path) -> Run:
 
 
 def check_seal(path: Path, value: Mapping[str, Any]) -> None:
-    """Raise RunError when a sealed object is not what was written."""
-    if artifact.sealed(value) != value:
+    """Raise RunError when the object that was read from `path` is not what was sealed there."""
+    if artifact.dumps(artifact.sealed(value)) != artifact.read_text(path):
         raise RunError(f"{path}: changed since it was written", artifact.REMEDY)
 
 

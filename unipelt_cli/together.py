@@ -14,8 +14,9 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from unipelt_cli.errors import CheckError
+from unipelt_cli.memory import is_exhausted, release
 from unipelt_cli.modeling import Tuned
-from unipelt_cli.training import Batch, Epoch, Step, Taken, Training
+from unipelt_cli.training import Batch, Halved, Happening, Step, Taken, Training
 from unipelt_cli.workers import shared_out, shares_out
 
 
@@ -41,7 +42,7 @@ def share(first: Tuned, other: Tuned) -> None:
 
 def events(
     loops: Mapping[int, Training],
-) -> Iterator[tuple[int, Step | Epoch | CheckError | None]]:
+) -> Iterator[tuple[int, Happening | CheckError | None]]:
     """Train the loops, whose models share a backbone; yield each event with its loop's name.
 
     None says that a loop is over, an error that it failed; the others go on. Between two events
@@ -51,6 +52,7 @@ def events(
         yield from _alone(*next(iter(loops.items())))
         return
     turns = {name: loop.turns() for name, loop in loops.items()}
+    fits = True
     while turns:
         batches: dict[int, Batch] = {}
         for name in list(turns):
@@ -64,8 +66,15 @@ def events(
                 yield name, None
         if not batches:
             continue
-        taken = _take([loops[name] for name in batches], list(batches.values()))
-        happened: list[tuple[int, Step | CheckError]] = []
+        happened: list[tuple[int, Happening | CheckError]] = []
+        own = [loops[name] for name in batches]
+        taken = _try(own, list(batches.values())) if fits else None
+        if taken is None:
+            fits, taken = False, []
+            for name, loop in zip(batches, own, strict=True):
+                answer, halved = _take_alone(loop, batches[name])
+                taken.append(answer)
+                happened += [(name, event) for event in halved]
         # Every loop knows of its step before anyone can stop them.
         for name, answer in zip(batches, taken, strict=True):
             if isinstance(answer, CheckError):
@@ -78,7 +87,7 @@ def events(
         yield from happened
 
 
-def _alone(name: int, loop: Training) -> Iterator[tuple[int, Step | Epoch | CheckError | None]]:
+def _alone(name: int, loop: Training) -> Iterator[tuple[int, Happening | CheckError | None]]:
     try:
         for event in loop.events():
             yield name, event
@@ -86,6 +95,31 @@ def _alone(name: int, loop: Training) -> Iterator[tuple[int, Step | Epoch | Chec
         yield name, error
     else:
         yield name, None
+
+
+def _try(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | CheckError] | None:
+    """Take one step of every loop in one pass; None where that does not fit into memory."""
+    try:
+        return _take(loops, batches)
+    except (RuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
+            raise
+    for loop in loops:
+        loop.optimizer.zero_grad(set_to_none=True)
+    release()
+    return None
+
+
+def _take_alone(loop: Training, batch: Batch) -> tuple[Taken | CheckError, list[Halved]]:
+    """Take one step of one loop, in smaller parts if memory asks for it."""
+    halved, taking = [], loop.take(batch)
+    while True:
+        try:
+            halved.append(next(taking))
+        except StopIteration as stop:
+            return stop.value, halved
+        except CheckError as error:
+            return error, halved
 
 
 def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | CheckError]:

@@ -22,6 +22,7 @@ from unipelt_cli.batches import Encoded, interleaved
 from unipelt_cli.config import TrainSettings
 from unipelt_cli.errors import CheckError
 from unipelt_cli.evaluation import compute_logits, predictions
+from unipelt_cli.memory import is_exhausted, release, too_large
 from unipelt_cli.methods import Moment, Pass
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.tasks import Task, is_better, joint_metric, joint_scores
@@ -59,6 +60,16 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Halved:
+    """A batch did not fit into memory: from now on it is computed so many rows at a time.
+
+    The step stays the same: the gradients of the parts are added up.
+    """
+
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
 class Epoch:
     """One epoch was trained, and scored on dev unless its stage selects nothing."""
 
@@ -69,6 +80,9 @@ class Epoch:
     evaluation_seconds: float
     tokens: int  # real tokens trained on
     is_best: bool
+
+
+Happening = Step | Halved | Epoch
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,7 @@ class Progress:
     best_epoch: Count = 0
     best_score: float = 0.0
     best_dev: dict[str, float] = field(default_factory=dict)
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None  # where a batch did not fit
     total_tokens: Count = 0
     total_train_seconds: float = 0.0
 
@@ -149,14 +164,14 @@ class Training:
         """How many epochs all stages take, if none ends early."""
         return sum(self.lengths)
 
-    def events(self) -> Iterator[Step | Epoch]:
+    def events(self) -> Iterator[Happening]:
         """Train every stage until patience or epochs end, then put its best epoch back.
 
         Raises CheckError when the loss is no longer a number.
         """
         yield from self.drive(self.turns())
 
-    def drive(self, turns: "Turns") -> Iterator[Step | Epoch]:
+    def drive(self, turns: "Turns") -> Iterator[Happening]:
         """Take the steps that turns ask for, and pass their events on."""
         taken: Taken | None = None
         while True:
@@ -166,10 +181,7 @@ class Training:
                 return
             taken = None
             if isinstance(turn, Batch):
-                start = time.perf_counter()
-                with shared_out(self.tuned.classifier.shares_rows):
-                    loss = self._step(turn)
-                taken = Taken(loss, time.perf_counter() - start)
+                taken = yield from self.take(turn)
             else:
                 yield turn
 
@@ -283,19 +295,51 @@ class Training:
             rate = progress.tokens / max(progress.train_seconds, 1e-9)
             yield Step(progress.epoch, progress.step, self.steps, taken.loss, rate)
 
+    def take(self, batch: Batch) -> Generator[Halved, None, Taken]:
+        """Take one step on some rows of one task, in smaller parts if memory asks for it."""
+        start = time.perf_counter()
+        while True:
+            try:
+                with shared_out(self.tuned.classifier.shares_rows):
+                    loss = self._step(batch)
+                return Taken(loss, time.perf_counter() - start)
+            except (RuntimeError, MemoryError) as error:
+                size = min(len(batch.rows), self.progress.micro_batch_size or len(batch.rows))
+                if not is_exhausted(error):
+                    raise
+            if size == 1:
+                raise too_large()
+            self.optimizer.zero_grad(set_to_none=True)
+            release()
+            self.progress.micro_batch_size = size // 2
+            yield Halved(size // 2)
+
     def _step(self, batch: Batch) -> float:
-        """Take one step on some rows of one task."""
-        step = self.open(batch, lambda inputs: self.tuned.classifier(**inputs))
-        with _seeded(self.step_seed, self.tuned.device):
-            loss = self.method.loss(step)
-            torch.autograd.backward(loss)
-            self.method.after_backward(step.backbone, step.moment)
-        return self.close(loss, step.moment)
+        """Add up the gradients of a batch's parts, most often one, and move the tensors."""
+        rows, size = batch.rows, self.progress.micro_batch_size or len(batch.rows)
+        total: Tensor | float = 0.0
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            step = self.open(
+                Batch(batch.place, part), lambda inputs: self.tuned.classifier(**inputs)
+            )
+            with _seeded(self._part_seed(first), self.tuned.device):
+                loss = self.method.loss(step) * (len(part) / len(rows))
+                torch.autograd.backward(loss)
+                total = total + loss.detach()
+                if first + size >= len(rows):
+                    self.method.after_backward(step.backbone, step.moment)
+        assert isinstance(total, Tensor)
+        return self.close(total, step.moment)
 
     @property
     def step_seed(self) -> int:
         """What the next step draws from."""
         return _seed(self.settings.seed, self.progress.taken)
+
+    def _part_seed(self, first: int) -> int:
+        """Return what a part of a step that begins at this row draws from."""
+        return _seed(self.step_seed, first) if first else self.step_seed
 
     def open(self, batch: Batch, forward: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
         """Begin a step: the rate is set, the rows are tensors, `forward` turns them into logits."""
