@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unipelt_cli import __version__, options
-from unipelt_cli.errors import CheckError, ConfigError, nearest
+from unipelt_cli.errors import CheckError, ConfigError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
 from unipelt_cli.shell import INTERRUPTED, Commands
 
@@ -359,7 +359,12 @@ def verify(
 
     Example: unipelt verify runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
-    _settle_run(run, offline, source, model)
+    from unipelt_cli import network
+
+    try:
+        _settle_run(run, offline, source, model)
+    except UnipeltError:  # the checks will say what is wrong
+        network.settle(offline=True, needed=False)
     from unipelt_cli import provenance, render
 
     checks = list(provenance.verify(run, _absolute(source), model))
