@@ -31,7 +31,7 @@ _SAVING = "Error while serializing: I/O error: "
 
 def write(path: Path, content: bytes) -> None:
     """Write a file atomically: whole, on the disk, then renamed into place."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
@@ -49,7 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Write tensors as safetensors, atomically; the header is one JSON string, and seals them."""
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sealed = {**header, SEAL: digest(own, header)}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(own, temporary, {HEADER_KEY: json.dumps(sealed, sort_keys=True)})
 
 
@@ -60,7 +60,7 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to, in a new directory beside `path`; then let it take its place.
 
     Nobody can have put a link there, and what a killed process leaves has a name of its own.

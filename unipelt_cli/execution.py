@@ -33,7 +33,7 @@ from unipelt_cli.training import Course, Epoch, Halved, Happening, Training
 from unipelt_cli.writer import Writer, command_line
 
 STATE_SECONDS = 60.0  # how much of a long epoch a crash may cost
-STATE_SHARE = 0.01  # of a run's time that may go into keeping its state
+STATE_SHARE = 0.015  # of the time since the last time, that may go into keeping the state
 Mode = Literal["new", "resume", "overwrite"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -59,7 +59,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     view = Table(box=None, pad_edge=False)
     for place, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(str(row[place])) for row in rows)
-        view.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        justify: JustifyMethod = "right" if numeric else "left"
+        view.add_column(Text(_plain(column)), justify=justify, overflow="fold")
     for row in rows:
         view.add_row(*(Text(_plain(c)) if isinstance(c, str) else c for c in row))
     console().print(view)
@@ -257,6 +258,8 @@ def plot_gates(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from unipelt_cli import artifact
+
     names = [name for name in layers[0] if name != "layer"]
     means = [[layer[name]["mean"] if name in layer else nan for name in names] for layer in layers]
     size = (1.2 * len(names) + 2.2, 0.38 * len(layers) + 1.4)
@@ -265,7 +268,7 @@ def plot_gates(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
     axes.set_ylabel("layer")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     for row, values in enumerate(means):
         for column, value in enumerate(values):
             shade = "white" if value < 0.6 else "black"
@@ -273,8 +276,9 @@ def plot_gates(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> N
             axes.text(column, row, shown, ha="center", va="center", color=shade, fontsize=8)
     figure.colorbar(image, ax=axes, label="gate")
     try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as failure:
+        with artifact.replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+    except ValueError as failure:
         raise RunError(
             f"{path}: cannot be drawn ({failure})", "give a path ending in .png, .pdf or .svg"
         ) from None

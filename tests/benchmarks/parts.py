@@ -36,8 +36,11 @@ from tests.benchmarks.peers import (
     peer_model,
     quieten,
 )
+from unipelt_cli import execution
 from unipelt_cli.batches import Encoded, by_length
 from unipelt_cli.modeling import Tuned
+from unipelt_cli.runs import STATE
+from unipelt_cli.training import Epoch
 
 SINGLE, BATCHED = 64, 512
 STARTS = 3
@@ -45,6 +48,8 @@ RUNS = 5
 MEBIBYTE = 2**20
 Result = dict[str, Any]
 Make = Callable[[Rows], Callable[[], Lap]]
+
+EPOCHS_KEPT = 10
 
 
 def epoch(work: Work, rounds: int, scratch: str) -> Result:
@@ -243,6 +248,38 @@ def runs(work: Work, rounds: int, scratch: str) -> Result:
             for name, own in spent.items()
         },
     }
+
+
+def saving(work: Work, rounds: int, scratch: str) -> Result:
+    """Time what keeping the state takes of a run, epoch by epoch as a user's run keeps it."""
+    experiment = work.experiment().replace("train", epochs=EPOCHS_KEPT, patience=EPOCHS_KEPT)
+    if work.source is None:
+        rows = {"task": "demo", "k": min(work.k, 100), "dev_size": min(work.dev_size, 200)}
+        experiment = experiment.replace("data", **rows)
+    spent: list[float] = []
+    save = execution._Session._save
+
+    def timed(session: Any) -> None:
+        start = time.perf_counter()
+        save(session)
+        spent.append(time.perf_counter() - start)
+
+    runs = []
+    execution._Session._save = timed  # type: ignore[method-assign]
+    try:
+        for turn in range(rounds):
+            spent.clear()
+            start, directory = time.perf_counter(), Path(scratch) / f"kept-{turn}"
+            for event in execution.execute(experiment, directory):
+                if isinstance(event, Epoch) and event.epoch == EPOCHS_KEPT:
+                    size = (directory / STATE).stat().st_size
+            whole = time.perf_counter() - start
+            runs.append({"seconds": whole, "saves": len(spent), "share": sum(spent) / whole})
+    finally:
+        execution._Session._save = save  # type: ignore[method-assign]
+    shares = [run["share"] for run in runs]
+    share = {"median": median(shares), "min": min(shares), "max": max(shares)}
+    return {"epochs": EPOCHS_KEPT, "bytes": size, "runs": runs, "share": share}
 
 
 def startup(work: Work, rounds: int, scratch: str) -> Result:

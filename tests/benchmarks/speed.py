@@ -1,6 +1,6 @@
 """Measure our tool and its peers side by side, in turn, on the same rows.
 
-    python -m tests.benchmarks.speed [epoch] [floor] [inference] [memory] [startup] [runs] [--json]
+    python -m tests.benchmarks.speed [PART]... [--source DIR] [--json]
 
 Without --source the rows are random words, as long as MRPC's. Peers need: pip install accelerate
 """
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.contenders import Work, save_backbone
-from tests.benchmarks.parts import epoch, floor, inference, memory, runs, startup
+from tests.benchmarks.parts import epoch, floor, inference, memory, runs, saving, startup
 from tests.benchmarks.peers import quieten
 from unipelt_cli.pretrained import MINILM
 
@@ -34,6 +34,7 @@ PARTS: dict[str, Callable[[Work, int, str], Result]] = {
     "memory": memory,
     "startup": startup,
     "runs": runs,
+    "saving": saving,
 }
 
 
@@ -118,6 +119,15 @@ def runs_table(result: Result) -> Table:
     return _table(heads, rows, "training and evaluation")
 
 
+def saving_table(result: Result) -> Table:
+    rows = [
+        (str(turn), f"{run['seconds']:.1f}", str(run["saves"]), f"{run['share']:.2%}")
+        for turn, run in enumerate(result["runs"], 1)
+    ]
+    heads = (f"a run of {result['epochs']} epochs", "s", "saves", "share of time")
+    return _table(heads, rows, f"a state is {result['bytes'] / 2**20:.0f} MiB")
+
+
 TABLES = {
     "epoch": epoch_table,
     "floor": floor_table,
@@ -125,6 +135,7 @@ TABLES = {
     "memory": memory_table,
     "startup": startup_table,
     "runs": runs_table,
+    "saving": saving_table,
 }
 
 
