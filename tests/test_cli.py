@@ -272,13 +272,14 @@ import gc, sys
 from pathlib import Path
 from unipelt_cli import execution
 from unipelt_cli.config import resolve
+from unipelt_cli.training import Step
 
 prepared, backbone, out = sys.argv[1:]
 data, model = {"prepared": prepared}, {"backbone": backbone}
 train = {"device": "cpu", "precision": "fp32"}
 experiment = resolve([("", {"data": data, "model": model, "train": train})])
 events = execution.execute(experiment, Path(out))
-while not isinstance(next(events), execution.Step):
+while not isinstance(next(events), Step):
     pass
 heavy = {"adapters", "matplotlib", "scipy", "sklearn"}
 print(sorted(heavy & sys.modules.keys()), gc.isenabled())
