@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unipelt_cli.errors import RunError
+from unipelt_cli.strict import parse_json
 
 FORMAT = 1
 SEAL = "sha256"
@@ -23,7 +24,7 @@ HEADER_KEY = "unipelt"  # one key: the library writes several in no fixed order
 REMEDY = "train the run again with --overwrite"
 TEMPORARY = ".unipelt-"  # what is being written, and what a killed process leaves
 _UNREADABLE = (
-    *(SafetensorError, OSError, ValueError, RecursionError),
+    *(SafetensorError, OSError, ValueError),
     *(AttributeError, KeyError, TypeError),  # other JSON than ours
 )
 _SAVING = "Error while serializing: I/O error: "
@@ -162,8 +163,8 @@ def read_text(path: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object; raise RunError when it is missing or damaged."""
     try:
-        value = json.loads(read_text(path))
-    except (ValueError, RecursionError):
+        value = parse_json(read_text(path))
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise RunError(f"{path}: missing or damaged", REMEDY)
@@ -201,7 +202,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """Read a tensor file's header alone; raise RunError for a newer format or a foreign file."""
     try:
         with safe_open(own_file(path), "pt") as file:
-            header = json.loads((file.metadata() or {})[HEADER_KEY])
+            header = parse_json((file.metadata() or {})[HEADER_KEY])
         version = header.get("format_version", FORMAT)
         if not isinstance(header[SEAL], str) or not isinstance(version, int):
             raise TypeError

@@ -11,6 +11,7 @@ from typing import Any
 
 from unipelt_cli.artifact import writing
 from unipelt_cli.errors import RunError
+from unipelt_cli.strict import parse_json
 
 LOCK = ".lock"
 
@@ -94,9 +95,9 @@ def _here() -> dict[str, Any]:
 def _owner(number: int) -> dict[str, Any] | None:
     """Read who wrote a lock file; None where nobody did, or not whole."""
     try:
-        said = json.loads(os.pread(number, 1000, 0))
+        said = parse_json(os.pread(number, 1000, 0))
         return {"pid": int(said["pid"]), "host": str(said["host"])}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

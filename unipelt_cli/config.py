@@ -7,7 +7,6 @@ Checking reports every problem at once, each with `section.key`, the value and w
 import dataclasses
 import json
 import math
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from unipelt_cli import methods
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.methods import Method
+from unipelt_cli.strict import LARGEST_SETTINGS, parse_toml
 from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, TASKS, Glue, get_task
 
 Settings = dict[str, dict[str, Any]]
@@ -363,10 +363,10 @@ def parse_assignment(text: str) -> Settings:
             "write --set section.key=value, for example --set train.epochs=20",
         )
     try:
-        parsed = tomllib.loads(f"value = {value.strip()}")
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"value = {value.strip()}")
+    except ValueError:
         parsed = {"value": value.strip()}
-    return {section: {key: parsed["value"]}}
+    return {section: {key: parsed.get("value")}}
 
 
 def merge(layers: Sequence[Settings]) -> Settings:
@@ -406,12 +406,12 @@ def read_preset(name: str) -> Settings:
             )
         path = shipped[name]
     try:
-        if path.stat().st_size > 1_000_000:
+        if path.stat().st_size > LARGEST_SETTINGS:
             raise ConfigError(f"{path}: larger than a settings file can be", "give a TOML preset")
-        settings: Settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings: Settings = parse_toml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: not TOML ({error})", "mend the line it names") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", "check the path and its rights") from None

@@ -1,6 +1,5 @@
 """The run directory: what it holds, and how it is read back strictly."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
 from unipelt_cli.evaluation import Logits, compute_logits
 from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.pretrained import Pretrained, find
+from unipelt_cli.strict import parse_json
 from unipelt_cli.tasks import Task
 
 EXPERIMENT, ENVIRONMENT, PROBE = "experiment.toml", "environment.json", "probe.safetensors"
@@ -259,8 +259,8 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     with artifact.own_file(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
+                event = parse_json(line)
+            except ValueError:
                 continue
             if isinstance(event, dict) and isinstance(event.get("epoch"), int):
                 events.append(event)

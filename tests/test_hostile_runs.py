@@ -1,0 +1,327 @@
+"""Run directories that somebody damaged, by accident or not: read right, or refused in words."""
+
+import json
+import random
+import resource
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import experiment, reseal
+
+from unipelt_cli import artifact, execution, provenance, runs
+from unipelt_cli.errors import UnipeltError
+
+FLIPPED = 600  # damaged bytes, over all files
+CHANGED = 900  # other values, with hashes that vouch for them
+STATES = 300
+SECONDS = 10
+MEMORY = 300 * 2**20  # beside the library's own
+HOSTILE: list[Any] = [
+    *(None, True, -1, 0, 3, 2**31, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf")),
+    *("", "x" * 5000, "../../etc/passwd", "\x1b[31m\u202e", "\ud800", "hub", "minilm"),
+    *([], {}, [None], [[]], {"": {}}, ["x"] * 1000, json.loads("[" * 200 + "]" * 200)),
+]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    backbone_dir: Callable[[str], Path], rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a finished run, and beside it one that was stopped."""
+    rows = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label", "k": 24}
+    planned = experiment(
+        backbone_dir("bert"),
+        "unipelt-apl",
+        data=rows,
+        options={"prefix_length": 3, "prefix_width": 8, "rank": 2},
+        train={"epochs": 2, "batch_size": 8},
+    )
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    for _ in execution.execute(planned, out):
+        pass
+    events = execution.execute(planned, out.with_name("stopped"))
+    for _ in range(3):
+        next(events)
+    events.close()
+    return out
+
+
+@pytest.fixture(scope="module")
+def stopped(whole: Path) -> Path:
+    return whole.with_name("stopped")
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Let no case hang, nor take memory as it likes."""
+
+    def late(*_: object) -> None:
+        raise AssertionError(f"a case took more than {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(read: Callable[[], object]) -> str:
+    """Read something; anything but an answer or an error of ours ends the test."""
+    refusal: UnipeltError | None = None
+    with limited():
+        try:
+            read()
+        except UnipeltError as error:
+            refusal = error
+    if refusal is None:
+        return "read"
+    assert len(refusal.message.splitlines()) == 1
+    assert refusal.hint
+    return "refused"
+
+
+def tell(what: str, seen: Counter[str]) -> None:
+    """Say what came of the cases, where pytest is asked to show it (-s)."""
+    sys.stdout.write(f"{what}: {dict(seen)}\n")
+
+
+def damaged(content: bytes, chosen: random.Random) -> bytes:
+    """Return bytes with a bit flipped, cut short, or with a piece put in, out or twice."""
+    at, size = chosen.randrange(len(content)), chosen.choice([1, 7, 64, 4096])
+    match chosen.randrange(6):
+        case 0:
+            return content[:at]
+        case 1:
+            return content[:at] + chosen.randbytes(size) + content[at:]
+        case 2:
+            return content[:at] + content[at + size :]
+        case 3:
+            return content + content
+        case _:
+            flipped = content[at] ^ (1 << chosen.randrange(8))
+            return content[:at] + bytes([flipped]) + content[at + 1 :]
+
+
+def changed(value: Any, chosen: random.Random) -> Any:
+    """Return a JSON value with one of its parts replaced, dropped or given another name."""
+    if isinstance(value, dict) and value and chosen.random() < 0.9:
+        key = chosen.choice(list(value))
+        own = dict(value)
+        match chosen.randrange(8):
+            case 0:
+                del own[key]
+            case 1:
+                own[chosen.choice(["x", "", "epoch", "sha256"])] = own.pop(key)
+            case _:
+                own[key] = changed(own[key], chosen)
+        return own
+    if isinstance(value, list) and value and chosen.random() < 0.7:
+        at = chosen.randrange(len(value))
+        return [*value[:at], changed(value[at], chosen), *value[at + 1 :]]
+    return chosen.choice(HOSTILE)
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def test_no_damaged_byte_of_a_finished_run_passes(whole: Path, copy: Path) -> None:
+    chosen, seen = random.Random(1), Counter[str]()
+    names = [*runs.RECORDED, runs.RESULT]
+    for turn in range(FLIPPED):
+        name = names[turn % len(names)]
+        content = (whole / name).read_bytes()
+        other = damaged(content, chosen)
+        if other == content:
+            continue
+        (copy / name).write_bytes(other)
+        with limited():
+            checks = list(provenance.verify(copy))
+        assert any(check.passed is False for check in checks), (turn, name)
+        if name != runs.METRICS:  # which only `verify` looks at
+            assert outcome(lambda: runs.read(copy)) == "refused", (turn, name)
+        seen[name] += 1
+        (copy / name).write_bytes(content)
+    assert min(seen[name] for name in names) > FLIPPED / 10
+    runs.read(copy).build()
+    tell("damaged bytes, all refused", seen)
+
+
+@pytest.mark.parametrize("name", [runs.EXPERIMENT, runs.ENVIRONMENT, runs.RESULT, runs.METRICS])
+def test_other_values_under_right_hashes_are_read_or_refused(copy: Path, name: str) -> None:
+    chosen, seen = random.Random(name), Counter[str]()
+    path = copy / name
+    text = path.read_text()
+    for _ in range(CHANGED // 4):
+        if name == runs.EXPERIMENT:
+            path.write_bytes(changed_lines(text, chosen))
+        elif name == runs.METRICS:
+            lines = [changed(json.loads(line), chosen) for line in text.splitlines()]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        else:
+            path.write_text(json.dumps(changed(json.loads(text), chosen)))
+        if name == runs.RESULT:
+            value = json.loads(path.read_text())
+            if isinstance(value, dict):
+                path.write_text(json.dumps(artifact.sealed(value), indent=2) + "\n")
+        else:
+            reseal(copy)
+
+        def read() -> None:
+            run = runs.read(copy)
+            runs.describe_progress(copy)
+            provenance.differences(run, run)
+            list(provenance.verify(copy))
+
+        seen[outcome(read)] += 1
+    assert seen["read"] > 3
+    assert name == runs.METRICS or seen["refused"] > CHANGED / 20
+    tell(f"{name}, other values", seen)
+
+
+def changed_lines(text: str, chosen: random.Random) -> bytes:
+    """Return TOML with one of its lines damaged."""
+    lines = text.encode().splitlines()
+    at = chosen.randrange(len(lines))
+    key = lines[at].partition(b" = ")[0]
+    values = [
+        *(b"1" * 5000, b"-1", b"nan", b"inf", b"1979-05-27T07:32:00Z", b'"\\ud800"', b"{a = {}}"),
+        *(b"[" * 3000, b"[" * 50 + b"]" * 50, b"'''", b"true", b'""', b"1e400", b"0x" + b"f" * 300),
+    ]
+    match chosen.randrange(4):
+        case 0:
+            lines[at] = key + b" = " + chosen.choice(values)
+        case 1:
+            lines.insert(at, lines[at])
+        case 2:
+            lines[at] = damaged(lines[at] or b"x", chosen)
+        case _:
+            del lines[at]
+    return b"\n".join(lines)
+
+
+@pytest.mark.parametrize("name", [runs.MODEL, runs.PROBE])
+def test_tensor_files_with_other_headers_are_read_or_refused(copy: Path, name: str) -> None:
+    chosen, seen = random.Random(name), Counter[str]()
+    tensors, header = artifact.open_tensors(copy / name)
+    del header[artifact.SEAL]
+    for _ in range(CHANGED // 12):
+        other = changed(header, chosen)
+        if not isinstance(other, dict):
+            continue
+        artifact.write_tensors(copy / name, tensors, other)
+        reseal(copy)
+        seen[outcome(lambda: runs.read(copy).build())] += 1
+    assert seen["refused"] > 3 or name == runs.PROBE
+    assert seen["read"] > 3
+    tell(f"{name}, other headers", seen)
+
+
+def foreign(header: bytes, data: bytes = b"", size: int | None = None) -> bytes:
+    return (len(header) if size is None else size).to_bytes(8, "little") + header + data
+
+
+FOREIGN = {
+    "nothing": b"",
+    "zeros": bytes(64),
+    "a huge header": foreign(b"{}", size=2**62),
+    "a header longer than the file": foreign(b"{}", size=10_000),
+    "no object": foreign(b"[]"),
+    "deep": foreign(b"[" * 100_000),
+    "no header of ours": foreign(
+        b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', bytes(4)
+    ),
+    "a huge shape": foreign(
+        b'{"x":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,4]}}', bytes(4)
+    ),
+    "offsets beyond": foreign(b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4000000000]}}'),
+    "offsets backwards": foreign(
+        b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', bytes(4)
+    ),
+    "tensors that overlap": foreign(
+        b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"y":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        bytes(4),
+    ),
+    "a name twice": foreign(
+        b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        bytes(4),
+    ),
+    "a type of its own": foreign(
+        b'{"x":{"dtype":"Q7","shape":[1],"data_offsets":[0,4]}}', bytes(4)
+    ),
+    "a pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x07builtin\x94.",
+    "a zip": b"PK\x03\x04" + bytes(40),
+    **{
+        f"our header is {text}": foreign(json.dumps({"__metadata__": {"unipelt": text}}).encode())
+        for text in ("", "[]", "null", "{}", '{"sha256": 1}', '{"sha256": ""}', "[" * 2000)
+    },
+}
+
+
+@pytest.mark.parametrize("name", [runs.MODEL, runs.PROBE, runs.STATE])
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
+def test_foreign_tensor_files_are_refused(
+    copy: Path, stopped: Path, tmp_path: Path, content: bytes, name: str
+) -> None:
+    if name == runs.STATE:
+        copy = Path(shutil.copytree(stopped, tmp_path / "stopped"))
+    (copy / name).write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if name == runs.STATE:
+        assert outcome(lambda: take_up(copy)) == "refused"
+    else:
+        reseal(copy)
+        assert outcome(lambda: runs.read(copy).build()) == "refused"
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
+
+
+def take_up(directory: Path) -> None:
+    """Take up what a stopped run goes on from."""
+    session = execution._Session(runs.read_experiment(directory), directory, "resume")
+    with closing(session.writer):
+        session.check()
+        session.open()
+
+
+def test_states_with_other_values_are_taken_up_or_refused(stopped: Path, tmp_path: Path) -> None:
+    chosen, seen = random.Random(3), Counter[str]()
+    copy = Path(shutil.copytree(stopped, tmp_path / "stopped"))
+    path = copy / runs.STATE
+    content = path.read_bytes()
+    tensors, header = artifact.open_tensors(path)
+    del header[artifact.SEAL]
+    for turn in range(STATES):
+        if turn % 3 == 0:
+            path.write_bytes(damaged(content, chosen))
+            assert outcome(lambda: runs.read_state(copy)) == "refused", turn
+            seen["damaged"] += 1
+            continue
+        own = dict(tensors)
+        if turn % 3 == 1:
+            name = chosen.choice(list(own))
+            tensor = own.pop(name)
+            other = chosen.choice(
+                [tensor.reshape(-1)[:0], tensor.double(), tensor.unsqueeze(0), None]
+            )
+            if other is not None:
+                own[name] = other
+            else:
+                own[chosen.choice(["now.x", "exp_avg.", "x", "best.x"])] = tensor
+            artifact.write_tensors(path, own, header)
+        elif isinstance(other := changed(header, chosen), dict):
+            artifact.write_tensors(path, own, {**header, **other})
+        seen[outcome(lambda: take_up(copy))] += 1
+    assert min(seen["refused"], seen["read"], seen["damaged"]) > 10
+    tell("states", seen)
