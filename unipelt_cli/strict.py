@@ -16,7 +16,8 @@ LARGEST_TEXT = 256 * 2**20
 DEEPEST = 64
 MOST_DIGITS = 300
 MOST_BITS = 996  # 300 digits
-LARGEST_SETTINGS = 10**6
+LARGEST_SETTINGS = 100_000
+MOST_DOTS = 100  # of a line: the parser's memory grows with the square of a dotted key's parts
 # Every quantifier is possessive, and a string may lack its end: no text makes these look twice.
 _JSON_PART = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
@@ -46,11 +47,14 @@ def parse_json(text: str | bytes) -> Any:
 def parse_toml(text: str) -> dict[str, Any]:
     """Parse TOML; raise ValueError, with the reason in plain words, for what is not TOML.
 
-    Refused besides malformed text: more than 64 levels, integers of more than 300 digits, more
-    than 1 MB.
+    Refused besides malformed text: more than 64 levels, integers of more than 300 digits, a line
+    with more than 100 dots, more than 100 kB.
     """
     if len(text) > LARGEST_SETTINGS:
-        raise ValueError(f"larger than {LARGEST_SETTINGS // 10**6} MB")
+        raise ValueError(f"larger than {LARGEST_SETTINGS // 1000} kB")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > MOST_DOTS:
+            raise ValueError(f"line {number} has more than {MOST_DOTS} dots")
     try:
         value = tomllib.loads(text)
     except RecursionError:
