@@ -264,6 +264,8 @@ def test_bart_computes_what_adapters_computes(
             pairs.append((own.gates["prefix"], attention.prefix_tuning.prefix_gates["x"]))
         for mine, yours in pairs:
             yours.load_state_dict(mine.state_dict())
+    if not gated:  # gates are float32; elsewhere some processors' roundings grow over the bound
+        ours, theirs = ours.double(), theirs.double()
     (expected,) = states(theirs.eval(), [SENTENCE])
     plain = states(find(str(directory)).load_backbone("eager", pooler=False)[0].eval(), [SENTENCE])
     assert (states(ours, [SENTENCE])[0] - expected).abs().max() < 1e-5

@@ -21,6 +21,7 @@ RANKS = {
     "workers": 1,
     "backbones": 1,
     "claims": 2,
+    "untrusted": 3,
     "tasks": 1,
     "methods": 2,
     "config": 3,

@@ -96,6 +96,8 @@ class Layout:
     """Why there is no native head, where there is none."""
     fused: bool = False
     """Whether query, key and value are thirds, in this order, of one linear unit's output."""
+    also_read: Mapping[str, object] = field(default_factory=dict)
+    """Settings that the library reads beside those its config class names, with defaults."""
     settings: Mapping[str, object] = field(default_factory=dict)
     """Values of the library's config that are set whatever the checkpoint says."""
     more: tuple["Layout", ...] = ()
@@ -317,6 +319,13 @@ BACKBONES: Mapping[str, Layout] = MappingProxyType(
                 table="disentangled_attention_bias",
                 also_biased=("encoder.LayerNorm", "encoder.conv.conv", "encoder.conv.LayerNorm"),
                 also_biased_inside=("attention.self.pos_key_proj", "attention.self.pos_query_proj"),
+                also_read={
+                    **dict.fromkeys(
+                        ("conv_kernel_size", "embedding_size", "attention_head_size"), 0
+                    ),
+                    **{"position_buckets": -1, "share_att_key": False, "norm_rel_ebd": "none"},
+                    **{"conv_act": "tanh", "conv_groups": 1, "pooler_hidden_size": 1},
+                },
             ),
             Layout(
                 model_type="t5",

@@ -6,19 +6,19 @@ class sees it, only safetensors are read, and nothing in it can name code to run
 
 import hashlib
 import importlib.util
-import json
-import re
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unipelt_cli import libraries
+from unipelt_cli import libraries, untrusted
 from unipelt_cli.backbones import Attention, Layout, get_layout, refuse_unsound
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.network import is_path
@@ -58,19 +58,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-JSON_LIMIT = 10_000_000
-_RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines", "quantization_config")
-_REFUSED = re.compile(r"_attn_implementation(_internal)?|" + "|".join(_RUNS_CODE))
-_DROPPED = {
-    "attn_implementation",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "torchscript",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-}
+TOKENIZER_LIMIT = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -81,6 +69,7 @@ class Pretrained:
     directory: Path
     layout: Layout
     config: dict[str, Any]
+    shapes: untrusted.Shapes = field(default_factory=dict)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -114,7 +103,7 @@ class Pretrained:
         path = self.directory / "1_Pooling" / "config.json"
         if not path.is_file():
             return None
-        said = _read_json(path)
+        said = untrusted.read_json(path)
         for pooling, key in (
             ("mean", "pooling_mode_mean_tokens"),
             ("cls", "pooling_mode_cls_token"),
@@ -141,19 +130,32 @@ class Pretrained:
 
     def load_tokenizer(self) -> Any:
         """Load the fast tokenizer from the local files."""
-        if not any((self.directory / name).is_file() for name in TOKENIZER_FILES):
+        files = [path for name in TOKENIZER_FILES if (path := self.directory / name).is_file()]
+        if not files:
             raise BackboneError(
                 f"{self.directory}: no tokenizer there", "save the tokenizer beside the backbone"
             )
+        for path in files:
+            if path.stat().st_size > TOKENIZER_LIMIT:
+                raise BackboneError(
+                    f"{path}: larger than a tokenizer can be", "download or save it again"
+                )
         try:
-            tokenizer = libraries.transformers().AutoTokenizer.from_pretrained(
-                self.directory, use_fast=True, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:  # the library raises whatever its parser raised
+            with _silenced(), _mute():
+                tokenizer = libraries.transformers().AutoTokenizer.from_pretrained(
+                    self.directory,
+                    config=self.library_config(),
+                    use_fast=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                )
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever the parser raised: Rust's panics are no Exception
             raise BackboneError(
                 f"{self.directory}: the tokenizer cannot be read ({_first_line(error)})",
                 "save it again with save_pretrained of a fast tokenizer",
-            ) from error
+            ) from None
         if not tokenizer.is_fast or tokenizer.pad_token_id is None:
             raise BackboneError(
                 f"{self.directory}: the tokenizer is not a fast one with a padding token",
@@ -166,6 +168,7 @@ class Pretrained:
                 "give the tokenizer that belongs to the backbone",
             )
         tokenizer.padding_side = tokenizer.truncation_side = "right"
+        tokenizer.chat_template = None  # its names would become names of files when saved
         return tokenizer
 
     def load_backbone(
@@ -196,6 +199,14 @@ class Pretrained:
                 f"{self.directory}: the weights cannot be read ({_first_line(error)})",
                 "download or save the backbone again",
             ) from error
+        for own, parameter in backbone.named_parameters():
+            if not bool(torch.isfinite(parameter.detach().sum())) and not bool(
+                torch.isfinite(parameter.detach()).all()
+            ):
+                raise BackboneError(
+                    f"{self.directory}: tensor {own} holds numbers that are not finite",
+                    "download or save the backbone again",
+                )
         missing = frozenset(info["missing_keys"])
         lost = sorted(name for name in missing if not (has_pooler and name.startswith("pooler.")))
         if lost or info["mismatched_keys"]:
@@ -218,7 +229,7 @@ class Pretrained:
         return "add_pooling_layer" in self.library_class.__init__.__code__.co_varnames
 
 
-BERT_BASE = Pretrained("bert-base", Path("bert-base"), get_layout("bert"), {"model_type": "bert"})
+BERT_BASE = Pretrained("bert-base", Path("bert-base"), get_layout("bert"), {})
 """The shape of BERT-base, without files: what the papers count on."""
 
 
@@ -234,18 +245,23 @@ def find(name: str) -> Pretrained:
         raise BackboneError(
             f"{directory}: no config.json there", "give the directory of a saved encoder"
         )
-    config = _checked(_read_json(path), path)
-    tokenizer = directory / "tokenizer_config.json"
-    if tokenizer.is_file():
-        _checked(_read_json(tokenizer), tokenizer)
-    if not (directory / "model.safetensors").is_file():
+    said = untrusted.read_json(path)
+    untrusted.check_keys(said, path)
+    for tokenizer in (directory / name for name in TOKENIZER_SETTINGS):
+        if tokenizer.is_file():
+            untrusted.check_tokenizer(untrusted.read_json(tokenizer), tokenizer)
+    weights = directory / "model.safetensors"
+    if not weights.is_file():
         raise BackboneError(
             f"{directory}: no model.safetensors there, and no other format is read",
             "save it with save_pretrained(..., safe_serialization=True), in one file",
         )
-    layout = get_layout(str(config.get("model_type")))
+    layout = get_layout(str(said.get("model_type")))
+    config = untrusted.settings(said, layout, path)
     refuse_unsound(config)
-    return Pretrained(name, directory, layout, config)
+    found = Pretrained(name, directory, layout, config, untrusted.read_shapes(weights))
+    untrusted.check_sizes(found.library_config(), found.shapes, path)
+    return found
 
 
 def _directory(name: str) -> Path:
@@ -300,44 +316,6 @@ def _minilm() -> Path:
     return directory
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise BackboneError(f"{path}: larger than a config can be", "download it again")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BackboneError(
-            f"{path}: cannot be read ({_first_line(error)})", "download or save it again"
-        ) from None
-    if not isinstance(value, dict):
-        raise BackboneError(f"{path}: not a JSON object", "download or save it again")
-    return value
-
-
-def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Refuse keys that make a library fetch or run something; drop what the library sets itself."""
-    for key, value in _pairs(config):
-        if _REFUSED.fullmatch(key) and value not in (None, False, {}):
-            raise BackboneError(
-                f"{path}: holds {key}, which can make a library fetch or run code",
-                "remove the key if you trust the file, or choose another backbone",
-            )
-    return {
-        key: value
-        for key, value in config.items()
-        if not key.startswith("_") and key not in _DROPPED and not _REFUSED.fullmatch(key)
-    }
-
-
-def _pairs(value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        inner = [pair for item in value.values() for pair in _pairs(item)]
-        return [*value.items(), *inner]
-    if isinstance(value, list):
-        return [pair for item in value for pair in _pairs(item)]
-    return []
-
-
 def _sha256(path: Path) -> str:
     """Hash a file, once in a process: the packaged backbone is checked and then fingerprinted."""
     now = path.stat()
@@ -354,6 +332,20 @@ def _sha256_of(path: Path, *state: int) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Keep off the terminal what a library in another language writes there when it panics."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @contextmanager
