@@ -12,6 +12,7 @@ import unipelt_cli
 PACKAGE = Path(unipelt_cli.__file__).parent
 RANKS = {
     "errors": 0,
+    "strict": 1,
     "libraries": 1,
     "network": 1,
     "artifact": 1,
