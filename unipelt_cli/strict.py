@@ -1,17 +1,16 @@
 """Parse JSON and TOML that anybody may have written: what is odd is refused, never guessed.
 
-The standard parsers keep the last of two equal keys, take NaN, make integers of any length and
-recurse, or take time by the square, as deep as a text nests. Each of these ends as a ValueError.
+The standard parsers keep the last of two equal keys, take NaN and infinities, recurse as deep as
+a text nests, and one takes memory by the square. Each of these ends as a ValueError.
 """
 
 import json
 import math
 import re
 import tomllib
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
-# Settings, manifests, tokenizers and headers are far below each of these.
+# Manifests, tokenizers and headers are far below each of these.
 LARGEST_TEXT = 256 * 2**20
 DEEPEST = 64
 MOST_DIGITS = 300
@@ -34,14 +33,10 @@ def parse_json(text: str | bytes) -> Any:
     if isinstance(text, bytes):
         text = _decoded(text)
     if text.count("[") + text.count("{") > DEEPEST:
-        _check_depth(_JSON_PART.findall(text))
-    return json.loads(
-        text,
-        object_pairs_hook=_object,
-        parse_constant=_refuse_constant,
-        parse_int=_integer,
-        parse_float=_float,
-    )
+        _check_depth(_JSON_PART, text)
+    if text.startswith("\ufeff"):
+        raise ValueError("it starts with a byte order mark")
+    return _DECODER.decode(text)
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -79,15 +74,16 @@ def _decoded(content: bytes) -> str:
         raise ValueError(f"not UTF-8 ({what})") from None
 
 
-def _check_depth(parts: Sequence[str]) -> None:
+def _check_depth(parts: re.Pattern[str], text: str) -> None:
     """Raise ValueError where brackets, among strings that may hold some, nest too deeply."""
     depth = 0
-    for part in parts:
-        if part in ("[", "{"):
+    for match in parts.finditer(text):
+        start = text[match.start()]
+        if start in "[{":
             depth += 1
             if depth > DEEPEST:
                 raise ValueError(f"nested more than {DEEPEST} levels deep")
-        elif part in ("]", "}"):
+        elif start in "]}":
             depth -= 1
 
 
@@ -117,6 +113,14 @@ def _float(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {digits[:40]} is too large")
     return value
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_constant=_refuse_constant,
+    parse_int=_integer,
+    parse_float=_float,
+)
 
 
 def _short(key: str) -> str:
