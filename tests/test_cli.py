@@ -552,7 +552,7 @@ UNKNOWN = [
         ["trian"],
         "No such command 'trian'",
         "did you mean train? otherwise choose one of eval, export, "
-        "inspect-gates, list, predict, prepare, train",
+        "inspect-gates, list, predict, prepare, reproduce, train, verify",
     ),
     (
         ["train", "--tsk", "x"],

@@ -4,30 +4,21 @@ import json
 import random
 import resource
 import shutil
-import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import experiment, reseal
+from hostile import changed, damaged, limited, outcome, tell
 
 from unipelt_cli import artifact, execution, provenance, runs
-from unipelt_cli.errors import UnipeltError
 
 FLIPPED = 600  # damaged bytes, over all files
 CHANGED = 900  # other values, with hashes that vouch for them
 STATES = 300
-SECONDS = 10
 MEMORY = 300 * 2**20  # beside the library's own
-HOSTILE: list[Any] = [
-    *(None, True, -1, 0, 3, 2**31, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf")),
-    *("", "x" * 5000, "../../etc/passwd", "\x1b[31m\u202e", "\ud800", "hub", "minilm"),
-    *([], {}, [None], [[]], {"": {}}, ["x"] * 1000, json.loads("[" * 200 + "]" * 200)),
-]
 
 
 @pytest.fixture(scope="module")
@@ -56,78 +47,6 @@ def whole(
 @pytest.fixture(scope="module")
 def stopped(whole: Path) -> Path:
     return whole.with_name("stopped")
-
-
-@contextmanager
-def limited() -> Iterator[None]:
-    """Let no case hang, nor take memory as it likes."""
-
-    def late(*_: object) -> None:
-        raise AssertionError(f"a case took more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def outcome(read: Callable[[], object]) -> str:
-    """Read something; anything but an answer or an error of ours ends the test."""
-    refusal: UnipeltError | None = None
-    with limited():
-        try:
-            read()
-        except UnipeltError as error:
-            refusal = error
-    if refusal is None:
-        return "read"
-    assert len(refusal.message.splitlines()) == 1
-    assert refusal.hint
-    return "refused"
-
-
-def tell(what: str, seen: Counter[str]) -> None:
-    """Say what came of the cases, where pytest is asked to show it (-s)."""
-    sys.stdout.write(f"{what}: {dict(seen)}\n")
-
-
-def damaged(content: bytes, chosen: random.Random) -> bytes:
-    """Return bytes with a bit flipped, cut short, or with a piece put in, out or twice."""
-    at, size = chosen.randrange(len(content)), chosen.choice([1, 7, 64, 4096])
-    match chosen.randrange(6):
-        case 0:
-            return content[:at]
-        case 1:
-            return content[:at] + chosen.randbytes(size) + content[at:]
-        case 2:
-            return content[:at] + content[at + size :]
-        case 3:
-            return content + content
-        case _:
-            flipped = content[at] ^ (1 << chosen.randrange(8))
-            return content[:at] + bytes([flipped]) + content[at + 1 :]
-
-
-def changed(value: Any, chosen: random.Random) -> Any:
-    """Return a JSON value with one of its parts replaced, dropped or given another name."""
-    if isinstance(value, dict) and value and chosen.random() < 0.9:
-        key = chosen.choice(list(value))
-        own = dict(value)
-        match chosen.randrange(8):
-            case 0:
-                del own[key]
-            case 1:
-                own[chosen.choice(["x", "", "epoch", "sha256"])] = own.pop(key)
-            case _:
-                own[key] = changed(own[key], chosen)
-        return own
-    if isinstance(value, list) and value and chosen.random() < 0.7:
-        at = chosen.randrange(len(value))
-        return [*value[:at], changed(value[at], chosen), *value[at + 1 :]]
-    return chosen.choice(HOSTILE)
 
 
 @pytest.fixture

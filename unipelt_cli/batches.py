@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unipelt_cli import libraries
+from unipelt_cli.errors import BackboneError
+
 TOKEN_BUDGET = 4096  # tokens of an evaluation batch, padding included
 WINDOW = 4  # batches whose rows are sorted by length together in training
 
@@ -58,8 +61,16 @@ def encode(
     max_length: int,
     pad_to_max: bool = False,
 ) -> Encoded:
-    """Tokenize one or two text columns, cut to `max_length` tokens, for a backbone's config."""
-    tokens = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+    """Tokenize one or two text columns, cut to `max_length` tokens, for a backbone's config.
+
+    Raises BackboneError for a tokenizer that fails, gives a row no token, or one too many.
+    """
+    with libraries.guarded(_refuse):
+        tokens = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+    for ids in tokens["input_ids"]:
+        if not 0 < len(ids) <= max_length or max(ids) >= config.vocab_size:
+            numbers = f", numbered up to {max(ids)} of {config.vocab_size}" if ids else ""
+            raise _refuse(f"a row has {len(ids)} tokens{numbers}")
     wants_types = getattr(config, "type_vocab_size", 0) > 1
     pad_id = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
     return Encoded(
@@ -67,6 +78,13 @@ def encode(
         tokens["token_type_ids"] if wants_types and "token_type_ids" in tokens else None,
         pad_id,
         max_length if pad_to_max else None,
+    )
+
+
+def _refuse(reason: str) -> BackboneError:
+    return BackboneError(
+        f"the backbone's tokenizer cannot read the rows ({reason})",
+        "save it again with save_pretrained of a fast tokenizer",
     )
 
 

@@ -1,8 +1,9 @@
 """How the heavy libraries are imported: once, when needed, and without what nothing here uses."""
 
 import gc
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -56,3 +57,38 @@ def _absent(*names: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+@contextmanager
+def guarded(refusal: Callable[[str], Exception]) -> Iterator[None]:
+    """Turn whatever a library raises over somebody's files into a refusal with its first line.
+
+    A library in Rust may panic: that is no Exception, and writes to the terminal before.
+    """
+    try:
+        with _mute():
+            yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        lines = str(error).strip().splitlines()
+        raise refusal(lines[0][:200] if lines else type(error).__name__) from None
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Send what is written to the terminal's error output nowhere."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed already
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

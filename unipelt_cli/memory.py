@@ -1,10 +1,12 @@
-"""How a computation says that it took more memory than there is, and how that is mended."""
+"""How much memory there is, how a computation says that it took more, and how that is mended."""
 
 import gc
+import os
+from pathlib import Path
 
 import torch
 
-from unipelt_cli.errors import RunError
+from unipelt_cli.errors import BackboneError, RunError
 
 _SAID = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -29,3 +31,51 @@ def too_large() -> RunError:
         "not even one row fits into memory",
         "lower model.max_length, or give a smaller backbone or another --device",
     )
+
+
+def require(numbers: int, times: int, what: str, device: torch.device) -> None:
+    """Raise BackboneError before float32 numbers, so many times each, are made that cannot fit.
+
+    Nothing is refused where the machine does not say what it has.
+    """
+    needed = numbers * 4 * times
+    free = available(device)
+    if free is not None and needed > free:
+        raise BackboneError(
+            f"{what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
+            "give a smaller backbone, a method that trains less, or a machine with more memory",
+        )
+
+
+def available(device: torch.device) -> int | None:
+    """Return the bytes that a device can still give, or None where that cannot be known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = [bound for bound in (_free(), _limit()) if bound is not None]
+    return min(known, default=None)
+
+
+def _free() -> int | None:
+    """Return what the system would give without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _limit() -> int | None:
+    """Return the limit of the container, in either of the ways in which Linux says it."""
+    for path in _LIMITS:
+        try:
+            limit = int(Path(path).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        if limit < 2**60:
+            return limit
+    return None
+
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -1,5 +1,6 @@
 """From an Experiment to a Tuned model: frozen backbone, attached method, pooling and head."""
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from unipelt_cli import methods
+from unipelt_cli import memory, methods
 from unipelt_cli.config import Experiment
 from unipelt_cli.dropout import Draws, Dropout
 from unipelt_cli.errors import BackboneError, ConfigError
@@ -18,6 +19,7 @@ from unipelt_cli.pretrained import Pretrained, find
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+OPTIMISED = 3  # a gradient and two moments for each number that trains
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
@@ -257,6 +259,8 @@ def build(
     attention = pretrained.attention(settings.attention, device.type)
     native, has_pooler = pretrained.layout.native, pretrained.layout.has_pooler
     wants_pooler = has_pooler and settings.pooling in ("auto", "native")
+    numbers = sum(map(math.prod, pretrained.shapes.values()))
+    memory.require(numbers, 1, f"backbone {pretrained.name}", torch.device("cpu"))
     backbone, missing = pretrained.load_backbone(attention, pooler=wants_pooler)
     pooling = choose_pooling(settings.pooling, pretrained, missing)
     reads_pooler = has_pooler and pooling == "native"
@@ -289,6 +293,10 @@ def build(
         tasks=len(outputs),
     )
     method.attach(backbone, site)
+    if not folded:
+        numbers = sum(own.numel() for own in backbone.parameters() if own.requires_grad)
+        what = f"training {numbers:,} numbers"
+        memory.require(numbers, OPTIMISED, what, device)
     heads = [Head(hidden, own, settings.head_dropout, activation, generator) for own in outputs]
     reads_last = native is not None and native.reads_last and pooling == "native"
     read = "eos" if reads_last else pooling

@@ -6,8 +6,6 @@ class sees it, only safetensors are read, and nothing in it can name code to run
 
 import hashlib
 import importlib.util
-import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,22 +138,14 @@ class Pretrained:
                 raise BackboneError(
                     f"{path}: larger than a tokenizer can be", "download or save it again"
                 )
-        try:
-            with _silenced(), _mute():
-                tokenizer = libraries.transformers().AutoTokenizer.from_pretrained(
-                    self.directory,
-                    config=self.library_config(),
-                    use_fast=True,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                )
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # whatever the parser raised: Rust's panics are no Exception
-            raise BackboneError(
-                f"{self.directory}: the tokenizer cannot be read ({_first_line(error)})",
-                "save it again with save_pretrained of a fast tokenizer",
-            ) from None
+        with libraries.guarded(self._refuse_tokenizer), _silenced():
+            tokenizer = libraries.transformers().AutoTokenizer.from_pretrained(
+                self.directory,
+                config=self.library_config(),
+                use_fast=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
         if not tokenizer.is_fast or tokenizer.pad_token_id is None:
             raise BackboneError(
                 f"{self.directory}: the tokenizer is not a fast one with a padding token",
@@ -171,6 +161,12 @@ class Pretrained:
         tokenizer.chat_template = None  # its names would become names of files when saved
         return tokenizer
 
+    def _refuse_tokenizer(self, reason: str) -> BackboneError:
+        return BackboneError(
+            f"{self.directory}: the tokenizer cannot be read ({reason})",
+            "save it again with save_pretrained of a fast tokenizer",
+        )
+
     def load_backbone(
         self, attention: Attention, *, pooler: bool
     ) -> tuple["PreTrainedModel", frozenset[str]]:
@@ -180,25 +176,19 @@ class Pretrained:
         """
         has_pooler = self.layout.has_pooler
         arguments = {"add_pooling_layer": pooler} if self._takes_pooler() else {}
-        try:
+        with libraries.guarded(self._refuse_weights), _silenced():
             config = self.library_config()
             config._attn_implementation = attention
-            with _silenced():
-                backbone, info = self.library_class.from_pretrained(
-                    self.directory,
-                    config=config,
-                    attn_implementation=attention,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    local_files_only=True,
-                    output_loading_info=True,
-                    **arguments,
-                )
-        except Exception as error:  # foreign files: the library raises whatever it trips over
-            raise BackboneError(
-                f"{self.directory}: the weights cannot be read ({_first_line(error)})",
-                "download or save the backbone again",
-            ) from error
+            backbone, info = self.library_class.from_pretrained(
+                self.directory,
+                config=config,
+                attn_implementation=attention,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
         for own, parameter in backbone.named_parameters():
             if not bool(torch.isfinite(parameter.detach().sum())) and not bool(
                 torch.isfinite(parameter.detach()).all()
@@ -217,6 +207,12 @@ class Pretrained:
             )
         assert backbone.config._attn_implementation == attention
         return backbone, missing
+
+    def _refuse_weights(self, reason: str) -> BackboneError:
+        return BackboneError(
+            f"{self.directory}: the weights cannot be read ({reason})",
+            "download or save the backbone again",
+        )
 
     @property
     def library_class(self) -> Any:
@@ -332,20 +328,6 @@ def _sha256_of(path: Path, *state: int) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-@contextmanager
-def _mute() -> Iterator[None]:
-    """Keep off the terminal what a library in another language writes there when it panics."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 @contextmanager
