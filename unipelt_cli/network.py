@@ -73,18 +73,17 @@ def _hub_answers() -> bool:
     """Probe the hub's port; resolving names can hang, so it runs in a thread with a deadline."""
     if is_offline():
         return False
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    if proxy:
-        endpoint = urlsplit(proxy)
+    endpoint = proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     answered = threading.Event()
 
     def probe() -> None:
         try:
-            address = (endpoint.hostname or "", endpoint.port or 443)
+            parts = urlsplit(endpoint)
+            address = (parts.hostname or "", parts.port or 443)
             socket.create_connection(address, PROBE_SECONDS).close()
             answered.set()
-        except OSError:
+        except (OSError, ValueError):  # no answer, or no address
             pass
 
     thread = threading.Thread(target=probe, daemon=True)

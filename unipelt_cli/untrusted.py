@@ -75,7 +75,7 @@ def check_tokenizer(config: Mapping[str, Any], path: Path) -> None:
                 "remove the key, and put the file beside the config",
             )
     name = config.get("tokenizer_class")
-    if name is not None and name not in _tokenizer_classes():
+    if name is not None and name not in tuple(_tokenizer_classes()):
         raise BackboneError(
             f"{path}: tokenizer_class = {name!r} is not that of a supported architecture",
             "save it again with save_pretrained of a fast tokenizer",
@@ -103,7 +103,11 @@ def settings(config: Mapping[str, Any], layout: Layout, path: Path) -> dict[str,
     signature = inspect.signature(_config_class(layout).__init__).parameters
     known = {name: own.default for name, own in signature.items() if name not in _NOT_SETTINGS}
     known = {**_COMMON, **known, **layout.also_read}
-    found = {key: value for key, value in config.items() if key in known}
+    found = {
+        key: value
+        for key, value in config.items()
+        if key in known and (value is not None or known[key] is None or key.endswith("_token_id"))
+    }
     for key, value in found.items():
         if value is not None and (problem := _problem(key, value, known[key])):
             said = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
