@@ -1,12 +1,13 @@
-"""Parse JSON that anybody may have written: what is odd is refused, never guessed.
+"""Parse JSON and TOML that anybody may have written: what is odd is refused, never guessed.
 
-The standard parser keeps the last of two equal keys, takes NaN and infinities, and recurses as
-deep as a text nests. Each of these ends as a ValueError.
+The standard parsers keep the last of two equal keys, take NaN and integers of any length, and
+recurse, or take time by the square, as deep as a text nests. Each of these ends as a ValueError.
 """
 
 import json
 import math
 import re
+import tomllib
 from typing import Any, NoReturn
 
 # Manifests, tokenizers and headers are far below each of these.
@@ -15,6 +16,15 @@ DEEPEST = 64
 MOST_DIGITS = 300
 # Every quantifier is possessive, and a string may lack its end: no text makes these look twice.
 _JSON_PART = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_TOML_QUOTED = re.compile(
+    r'"""(?:[^"\\]++|\\.|"(?!""))*+(?:"{3,5}+)?'
+    r"|'''(?:[^']++|'(?!''))*+(?:'{3,5}+)?"
+    r'|"(?:[^"\\\n]++|\\.)*+"?'
+    r"|'[^'\n]*+'?|#[^\n]*+",
+    re.DOTALL,
+)
+_DOTTED = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{DEEPEST}}}")
+_BRACKET = re.compile(r"[\[\]{}]")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -33,6 +43,36 @@ def parse_json(text: str | bytes) -> Any:
     if text.startswith("\ufeff"):
         raise ValueError("it starts with a byte order mark")
     return _DECODER.decode(text)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML; raise ValueError, with the reason in plain words, for what is not.
+
+    Refused besides malformed text: integers of more than TOML's 64 bits, more than 64 levels of
+    brackets or of dotted keys, more than 256 MB.
+    """
+    if len(text) > LARGEST_TEXT:
+        raise ValueError(f"larger than {LARGEST_TEXT // 2**20} MB")
+    bare = _TOML_QUOTED.sub("_", text)
+    _check_depth(_BRACKET, bare)
+    if _DOTTED.search(bare):
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("an integer of more than 64 bits") from None
+    waiting: list[Any] = [found]
+    while waiting:
+        match waiting.pop():
+            case int() as number if not -(2**63) <= number < 2**63:
+                raise ValueError("an integer of more than 64 bits")
+            case dict() as table:
+                waiting += table.values()
+            case list() as values:
+                waiting += values
+    return found
 
 
 def _decoded(content: bytes) -> str:
