@@ -243,7 +243,8 @@ def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Dataset], lis
         for split in SPLITS
     }
     _check_classes(found.task, splits["train"], k)
-    return splits, [*found.notes, *_notes(settings, test, dev)]
+    unseen = _unseen_labels(found.task, splits)
+    return splits, [*found.notes, *_notes(settings, test, dev), *unseen]
 
 
 def _part(rows: Dataset, places: range) -> Dataset:
@@ -258,6 +259,21 @@ def _notes(settings: DataSettings, test: int, dev: int) -> Iterator[str]:
         yield f"dev: the {'next' if test else 'first'} {dev} of the shuffled rows; train: the rest"
     if 0 < dev < settings.dev_size:
         yield f"dev: {dev} rows instead of {settings.dev_size}, because there are too few"
+
+
+def _unseen_labels(task: Task, splits: Mapping[str, Dataset]) -> Iterator[str]:
+    """Say which labels dev and test ask for that training never shows."""
+    if task.is_regression:
+        return
+    drawn = set(splits["train"][:]["label"])
+    for split in SPLITS[1:]:
+        unseen = Counter(label for label in splits[split][:]["label"] if label not in drawn)
+        if unseen:
+            count, names = unseen.total(), [short(task.labels[label]) for label in sorted(unseen)]
+            listed = ", ".join([*names[:20], *(["..."] if len(names) > 20 else [])])
+            rows = f"{count} rows have" if count > 1 else "1 row has"
+            labels = "labels" if len(names) > 1 else "a label"
+            yield f"{split}: {rows} {labels} that no train row has: {listed}"
 
 
 def _check_classes(task: Task, train: Dataset, k: int | None) -> None:
