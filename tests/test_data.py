@@ -673,7 +673,11 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch, failure):
         ("a.csv", "text,label\na,\n", "{}, line 2: the label is missing"),
         ("a.csv", "text,label\na,x\nb,NaN\n", "{}, line 3: the label is missing"),
         ("a.jsonl", '{"text": "a", "label": null}', "{}, line 1: the label is missing"),
-        ("a.jsonl", '{"text": "a", "label": NaN}', "{}, line 1: the label is missing"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": NaN}',
+            "{}, line 1: malformed JSON (NaN is not a number of JSON)",
+        ),
         (
             "a.jsonl",
             '{"text": "a", "label": 1}\n{"text": "b"}',
@@ -691,7 +695,16 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch, failure):
         ("a.tsv", "text\tlabel\na\tx\n \ty\n", "{}, line 3: 'text' is empty"),
         ("a.jsonl", '{"text": "", "label": 1}', "{}, line 1: 'text' is empty"),
         ("a.jsonl", '{"text": null, "label": 1}', "{}, line 1: 'text' is missing"),
-        ("a.jsonl", '{"text": NaN, "label": 1}', "{}, line 1: 'text' is missing"),
+        (
+            "a.jsonl",
+            '{"text": 1e999, "label": 1}',
+            "{}, line 1: malformed JSON (the number 1e999 is too large)",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1, "text": "b"}',
+            "{}, line 1: malformed JSON (key 'text' is there twice)",
+        ),
         ("a.jsonl", '{"text": ["a"], "label": 1}', "{}, line 1: 'text' is not text but list"),
         ("a.jsonl", '{"text": {"a": 1}, "label": 1}', "{}, line 1: 'text' is not text but dict"),
         ("a.jsonl", '{"text": true, "label": 1}', "{}, line 1: 'text' is not text but bool"),

@@ -13,6 +13,7 @@ PACKAGE = Path(unipelt_cli.__file__).parent
 RANKS = {
     "errors": 0,
     "strict": 0,
+    "columnar": 1,
     "libraries": 1,
     "network": 1,
     "artifact": 1,
@@ -30,6 +31,7 @@ RANKS = {
     "pretrained": 4,
     "batches": 4,
     "cells": 4,
+    "manifest": 4,
     "sources": 5,
     "modeling": 6,
     "data": 6,

@@ -7,24 +7,31 @@ the format. Nothing here knows which rows are wanted or why.
 import csv
 import io
 import json
+import stat
+import sys
 import uuid
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
+from unipelt_cli import columnar
 from unipelt_cli.errors import DataError
+from unipelt_cli.strict import parse_json
 from unipelt_cli.tasks import Glue, Task
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Far inside float32's range, so that squares of labels and their sums stay finite.
 LARGEST_VALUE = 1e15
+# What is read is held in memory, many times over.
+LARGEST_FILE = 2**31
 FILL_IN = "fill it in, or drop the row"
 GIVE_ROWS = "give a file with labelled rows"
 
@@ -51,12 +58,13 @@ class Cells:
     def column(self, name: str) -> Sequence[Any]:
         """Return a column's cells; raise DataError if it is missing or of no usable type."""
         require(self.origin, [name], self.columns)
-        values = self.columns[name]
-        if not isinstance(values, pa.ChunkedArray):
-            return values
         try:
+            values = self.columns[name]
+            if not isinstance(values, pa.ChunkedArray):
+                return values
+            columnar.check_type(values.type)
             cells: list[Any] = values.to_pylist()
-        except (ValueError, OverflowError, pa.ArrowException) as error:
+        except columnar.ERRORS as error:
             what = f"column {short(name)} cannot be read ({reason(error)})"
             hint = "give texts as UTF-8 strings, labels as strings or numbers"
             raise DataError(f"{self.origin}: {what}", hint) from error
@@ -174,9 +182,9 @@ def read_cells(path: Path, header: bool = True, published: bool = False) -> Cell
     if suffix == ".jsonl":
         return _jsonl(origin, text)
     if suffix == ".csv":
-        records = list(_csv_records(origin, text))
+        records = _csv_records(origin, text)
     else:
-        records = [(number, line.split("\t")) for number, line in _lines(text)]
+        records = ((number, line.split("\t")) for number, line in _lines(text))
     return _grid(origin, records, header, published)
 
 
@@ -193,27 +201,50 @@ def parse_cells(origin: str, content: bytes, columns: Sequence[str]) -> Cells:
         raise DataError(f"{origin}: empty", hint)
     if text.lstrip().startswith("{"):
         return _jsonl(origin, text)
-    if len(columns) == 1:
-        records = [(number, [line]) for number, line in _lines(text) if line.strip()]
-    else:
-        records = [(number, line.split("\t")) for number, line in _lines(text)]
-    for number, texts in records:
+    found: dict[str, list[str]] = {name: [] for name in columns}
+    numbers = array("q")
+    for number, line in _lines(text):
+        if len(columns) == 1 and not line.strip():
+            continue
+        texts = [line] if len(columns) == 1 else line.split("\t")
         if len(texts) != len(columns):
             what = f"texts between tabs: {len(texts)} instead of {len(columns)}"
             raise DataError(f"{origin}, line {number}: {what}", hint)
-    found = dict(zip(columns, zip(*(texts for _, texts in records), strict=True), strict=True))
-    return Cells(origin, found, range(len(records)), [number for number, _ in records])
+        _append(found.values(), texts)
+        numbers.append(number)
+    return Cells(origin, found, range(len(numbers)), numbers)
 
 
 def read_bytes(path: Path, suffixes: Sequence[str]) -> bytes:
-    """Read a file of one of these types; raise DataError for another, or if it cannot be read."""
+    """Read a regular file of one of these types; raise DataError for what is none, or too large.
+
+    What is no file, such as a pipe that nobody writes to or an endless device, is not opened.
+    """
     try:
+        found = path.stat()
+        if path.suffix.lower() not in suffixes and not stat.S_ISDIR(found.st_mode):
+            what = f"unknown file type {path.suffix!r}"
+            raise DataError(f"{path}: {what}", f"give {', '.join(suffixes)}")
+        if not stat.S_ISREG(found.st_mode):
+            what = "Is a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+            raise DataError(f"{path}: {what}", "give the path of a file")
+        if found.st_size > LARGEST_FILE:
+            what = f"{found.st_size} bytes, more than {LARGEST_FILE}"
+            raise DataError(f"{path}: {what}", "split it into smaller files")
         with path.open("rb") as file:
-            if path.suffix.lower() in suffixes:
-                return file.read()
-    except (OSError, ValueError) as error:
+            return file.read(found.st_size)
+    except (OSError, ValueError, MemoryError) as error:
         raise DataError(f"{path}: {reason(error)}", "check the path and its rights") from error
-    raise DataError(f"{path}: unknown file type {path.suffix!r}", f"give {', '.join(suffixes)}")
+
+
+def read_input(stream: BinaryIO) -> bytes:
+    """Read a pipe to its end; raise DataError where it holds more than a file may."""
+    content = bytearray()
+    while piece := stream.read(2**20):
+        content += piece
+        if len(content) > LARGEST_FILE:
+            raise DataError(f"stdin: more than {LARGEST_FILE} bytes", "give smaller parts of it")
+    return bytes(content)
 
 
 def _decoded(origin: str, content: bytes) -> str:
@@ -228,8 +259,9 @@ def _decoded(origin: str, content: bytes) -> str:
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        yield number, line.removesuffix("\r")
+    """Yield numbered lines one by one: a list of them all is many times the text."""
+    for number, line in enumerate(io.StringIO(text, newline="\n"), 1):
+        yield number, line.removesuffix("\n").removesuffix("\r")
 
 
 def _csv_records(origin: str, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -246,56 +278,94 @@ def _csv_records(origin: str, text: str) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{origin}, line {line}: malformed CSV ({error})", hint) from error
 
 
-def _grid(origin: str, rows: list[tuple[int, list[str]]], header: bool, published: bool) -> Cells:
+def _grid(
+    origin: str, records: Iterator[tuple[int, list[str]]], header: bool, published: bool
+) -> Cells:
     """Turn records into columns; of published files, up to 1 % of garbled rows are left out."""
-    names = rows.pop(0)[1] if header else [str(index) for index in range(len(rows[0][1]))]
+    start, first = next(records)
+    names = first if header else [str(index) for index in range(len(first))]
     _check_names(origin, names)
-    good = [index for index, (_, fields) in enumerate(rows) if len(fields) == len(names)]
-    bad = [row for row in rows if len(row[1]) != len(names)]
-    if len(bad) > (len(rows) // 100 if published else 0):
-        line, fields = bad[0]
-        raise DataError(
-            f"{origin}, line {line}: {len(fields)} fields, where the first line has {len(names)}",
-            "mend the line; .csv fields that hold commas need quotes, .tsv is read without quoting",
+    columns: list[list[str]] = [[] for _ in names]
+    lines, rows = array("q"), array("q")
+    bad, wrong = 0, ""
+    for row, (line, fields) in enumerate(records if header else chain([(start, first)], records)):
+        if len(fields) == len(names):
+            _append(columns, fields)
+            lines.append(line)
+            rows.append(row)
+            continue
+        bad += 1
+        wrong = wrong or (
+            f"{origin}, line {line}: {len(fields)} fields, where the first line has {len(names)}"
         )
-    if not good:
+        if not published:
+            break
+    if bad > ((len(rows) + bad) // 100 if published else 0):
+        hint = (
+            "mend the line; .csv fields that hold commas need quotes, .tsv is read without quoting"
+        )
+        raise DataError(wrong, hint)
+    if not rows:
         raise DataError(f"{origin}: a header but no rows", GIVE_ROWS)
-    notes = (f"{origin}: garbled rows left out: {len(bad)}",) if bad else ()
-    columns = dict(zip(names, zip(*(rows[index][1] for index in good), strict=True), strict=True))
-    return Cells(origin, columns, good, [rows[index][0] for index in good], published, notes)
+    notes = (f"{origin}: garbled rows left out: {bad}",) if bad else ()
+    return Cells(origin, dict(zip(names, columns, strict=True)), rows, lines, published, notes)
+
+
+def _append(columns: Iterable[list[str]], fields: Sequence[str]) -> None:
+    for column, field in zip(columns, fields, strict=True):
+        column.append(field)
+
+
+class _Objects(Mapping[str, list[object]]):
+    """The columns of JSON objects, each made when it is asked for.
+
+    All at once they would hold a cell for each key of any line in each line.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, object]]) -> None:
+        self._rows = rows
+        self._names = dict.fromkeys(name for row in rows for name in row)
+
+    def __getitem__(self, name: str) -> list[object]:
+        if name not in self._names:
+            raise KeyError(name)
+        return [row.get(name) for row in self._rows]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _jsonl(origin: str, text: str) -> Cells:
     rows: list[dict[str, object]] = []
     hint = "write one JSON object on each line"
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in _lines(text):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if "\\u" in line:
                 json.dumps(row, ensure_ascii=False).encode()  # Refuses half a surrogate pair.
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             what = f"malformed JSON ({reason(error)})"
             raise DataError(f"{origin}, line {number}: {what}", hint) from error
         if not isinstance(row, dict):
             what = f"not an object but {type(row).__name__}"
             raise DataError(f"{origin}, line {number}: {what}", hint)
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: [row.get(name) for row in rows] for name in names}
-    return Cells(origin, columns, range(len(rows)), range(1, len(rows) + 1))
+        rows.append({sys.intern(name): value for name, value in row.items()})
+    return Cells(origin, _Objects(rows), range(len(rows)), range(1, len(rows) + 1))
 
 
 def _parquet(origin: str, content: bytes) -> Cells:
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read()
-    except (OSError, ValueError, pa.ArrowException) as error:
+        columns = columnar.ParquetColumns(content)
+    except columnar.ERRORS as error:
         what = f"not a Parquet file ({reason(error)})" if content else "empty file"
         raise DataError(f"{origin}: {what}", "write it again, or give .csv or .jsonl") from error
-    _check_names(origin, table.column_names)
-    if not table.num_rows:
+    _check_names(origin, columns.names)
+    if columns.rows < 1:
         raise DataError(f"{origin}: a header but no rows", GIVE_ROWS)
-    columns = dict(zip(table.column_names, table.columns, strict=True))
-    return Cells(origin, columns, range(table.num_rows))
+    return Cells(origin, columns, range(columns.rows))
 
 
 def _check_names(origin: str, names: Sequence[str]) -> None:

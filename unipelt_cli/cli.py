@@ -85,7 +85,8 @@ def prepare(
     prepared = data.prepare(experiment.data)
     chosen = experiment.data
     name = f"{prepared.task.name}-k{chosen.k or 'all'}-d{chosen.data_seed}"
-    target = out or Path("prepared") / name
+    # A task's name may be a stranger's, and say "../".
+    target = out or Path("prepared") / re.sub(r"[^\w.-]+", "-", name)
     data.save(prepared, target)
     render.data_summary(prepared.manifest)
     render.say("prepared: ", (str(target), "bold"))
@@ -238,11 +239,11 @@ def predict(
     found = _read_run(run, offline, model=model)
     place = found.place(task)
     tuned = found.build(device, model)
-    from unipelt_cli import data, evaluation
+    from unipelt_cli import cells, data, evaluation
 
     one = found.tasks[place]
     if file == "-":
-        columns = data.parse_lines(sys.stdin.buffer.read(), one.text)
+        columns = data.parse_lines(cells.read_input(sys.stdin.buffer), one.text)
     else:
         rows = data.read_rows(Path(file), one.text)
         columns = [list(rows[column]) for column in one.text]
@@ -507,7 +508,12 @@ def _directories(prepared: str | None) -> str | list[str] | None:
 
 def _absolute(path: str | None) -> str | None:
     """Keep a run's paths good from any directory; the word hub is not a path."""
-    return path if path in (None, "hub") else str(Path(path).expanduser().resolve())
+    if path is None or path == "hub":
+        return path
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError):
+        return path  # No such home, or no path at all: said by whoever reads from there.
 
 
 def _with_absolute_paths(settings: "Settings") -> "Settings":

@@ -7,7 +7,9 @@ Checking reports every problem at once, each with `section.key`, the value and w
 import dataclasses
 import json
 import math
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +18,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from unipelt_cli import methods
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.methods import Method
-from unipelt_cli.strict import LARGEST_SETTINGS, parse_toml
+from unipelt_cli.strict import parse_toml
 from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, TASKS, Glue, get_task
 
 Settings = dict[str, dict[str, Any]]
+LARGEST_FILE = 1_000_000
+MOST_PROBLEMS = 20
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["auto", "native", "cls", "mean", "eos"]
@@ -55,7 +59,7 @@ class DataSettings(Section):
     tasks: Names | None = Field(None, description="several tasks of the table, trained at once")
     k: Annotated[int, Field(ge=1)] | None = Field(None, description="train rows; all without it")
     data_seed: int = Field(111, ge=0, lt=2**63, description="draws the rows")
-    dev_size: int = Field(1000, ge=1, description="dev rows, drawn after the train rows")
+    dev_size: int = Field(1000, ge=1, lt=2**63, description="dev rows, drawn after the train rows")
     source: str | None = Field(None, description="a directory in GLUE's layout, or 'hub'")
     prepared: Directories | None = Field(
         None, description="a directory that `prepare` wrote, or one for each of several tasks"
@@ -164,7 +168,9 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     name = str(merged["method"].pop("name", methods.DEFAULT))
     method = _method(name, merged["method"], problems)
     # Unchecked on purpose: what keys get wrong together is said beside what each gets wrong.
-    problems += _data_problems(DataSettings.model_construct(**merged["data"]))
+    keys = DataSettings.model_fields
+    unchecked = {key: value for key, value in merged["data"].items() if key in keys}
+    problems += _data_problems(DataSettings.model_construct(**unchecked))
     if problems:
         raise _combined(problems)
     data, train = sections["data"], sections["train"]
@@ -185,16 +191,21 @@ def _merged(
 ) -> Settings:
     merged: Settings = {"data": {}, "model": {}, "method": {}, "train": {}}
     for origin, layer in layers:
+        unknown = (section for section in layer if section not in merged)
+        for section in islice(unknown, MOST_PROBLEMS):
+            problems.append((f"{_cut(section)}: no such section", nearest(section, merged)))
         for section, values in layer.items():
             known = merged["method"].get("name")
             if section not in merged:
-                problems.append((f"{section}: no such section", nearest(section, merged)))
-            elif not isinstance(values, Mapping):
+                continue
+            if not isinstance(values, Mapping):
                 problems.append(
-                    (f"{section} = {values!r}: not a section", f"write {section}.KEY = VALUE")
+                    (f"{section} = {_shown(values)}: not a section", f"write {section}.KEY = VALUE")
                 )
             elif section == "method" and known not in (None, values.get("name", known)):
-                said = f"method.name = {values['name']!r}{origin}: the preset is for {known!r}"
+                said = (
+                    f"method.name = {_shown(values['name'])}{origin}: the preset is for {known!r}"
+                )
                 problems.append((said, "drop the preset or the method"))
             else:
                 merged[section] |= values
@@ -244,12 +255,13 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
     given = [key for key in _OWN_ROWS if getattr(data, key) is not None]
     if data.prepared and given:
         yield (
-            f"data.{given[0]} = {getattr(data, given[0])!r}: the rows are those of data.prepared",
+            f"data.{given[0]} = {_shown(getattr(data, given[0]))}: "
+            "the rows are those of data.prepared",
             "drop one of them",
         )
     if data.source and (own or data.prepared):
         yield (
-            f"data.source = {data.source!r}: the rows come from elsewhere",
+            f"data.source = {_shown(data.source)}: the rows come from elsewhere",
             "drop --source, or --prepared, --train-file and --dataset",
         )
     for key in ("dev_file", "test_file"):
@@ -258,41 +270,45 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
     metrics = {"classification": CLASSIFICATION_METRICS, "regression": REGRESSION_METRICS}
     if data.metric and str(data.kind) in metrics and data.metric not in metrics[data.kind]:
         yield (
-            f"data.metric = {data.metric!r}: not a metric of {data.kind}",
+            f"data.metric = {_shown(data.metric)}: not a metric of {data.kind}",
             f"choose one of {', '.join(metrics[data.kind])}",
         )
 
 
 def _joint_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with several tasks at once."""
-    tasks = _names(data.tasks or ())
-    prepared = (data.prepared,) if isinstance(data.prepared, str) else tuple(data.prepared or ())
-    if not isinstance(tasks, tuple) or not all(isinstance(name, str) for name in tasks + prepared):
-        return  # said already by the check of each key
+    tasks, prepared = _names(data.tasks or ()), data.prepared or ()
+    prepared = (prepared,) if isinstance(prepared, str) else prepared
+    for values in (tasks, prepared):
+        if not isinstance(values, tuple | list) or not all(isinstance(v, str) for v in values):
+            return  # said already by the check of each key
     named = [key for key in ("task", *_OWN_ROWS) if getattr(data, key) is not None]
     if named:
         yield (
-            f"data.{named[0]} = {getattr(data, named[0])!r}: one task's, but there are several",
+            f"data.{named[0]} = {_shown(getattr(data, named[0]))}: "
+            "one task's, but there are several",
             "drop it, or drop --tasks; own rows: `unipelt prepare` each, then --prepared A,B",
         )
     for key, values in (("tasks", tasks), ("prepared", prepared)):
         if values and len(set(values)) < len(values):
-            yield f"data.{key} = {list(values)}: one is named twice", "name each once"
+            yield f"data.{key} = {_shown(list(values))}: one is named twice", "name each once"
     if len(tasks or prepared) < 2:
+        key, values = ("tasks", tasks) if tasks else ("prepared", prepared)
         yield (
-            f"data.{'tasks' if tasks else 'prepared'} = {list(tasks or prepared)}: not several",
+            f"data.{key} = {_shown(list(values))}: not several",
             f"give --tasks A,B, or one as --{'task' if tasks else 'prepared'}",
         )
     if prepared and data.source:
-        yield f"data.source = {data.source!r}: the rows come from elsewhere", "drop --source"
+        yield f"data.source = {_shown(data.source)}: the rows come from elsewhere", "drop --source"
     if tasks and prepared and len(tasks) != len(prepared):
         yield (
-            f"data.prepared = {list(prepared)}: not one directory for each of {list(tasks)}",
+            f"data.prepared = {_shown(list(prepared))}: not one directory for each of "
+            f"{_shown(list(tasks))}",
             "drop --tasks: the directories know their tasks",
         )
     unknown = [name for name in _table_tasks(data) if name not in TASKS]
-    for name in unknown:
-        yield f"data.tasks has {name!r}: no such task", nearest(name, TASKS)
+    for name in unknown[:MOST_PROBLEMS]:
+        yield f"data.tasks has {_shown(name)}: no such task", nearest(name, TASKS)
     sizes = {} if unknown else {name: get_task(name).dev_size for name in _table_tasks(data)}
     if "dev_size" not in data.model_fields_set and len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -318,19 +334,32 @@ def _validated(
     schema: type[Any], values: Mapping[str, Any], section: str, problems: list[tuple[str, str]]
 ) -> Any:
     """Check one section against its schema; collect its problems and return None if any."""
+    keys = _keys(schema)
+    # Before the schema is called: it has parameters of its own, which a file must not set.
+    for key in islice((key for key in values if key not in keys), MOST_PROBLEMS):
+        said = f"{section}.{_cut(key)} = {_shown(values[key])}: no such setting"
+        problems.append((said, _hint(key, keys)))
     try:
-        return schema(**values)
+        return schema(**{key: value for key, value in values.items() if key in keys})
     except ValidationError as invalid:
-        keys = _keys(schema)
+        wrong = dict[str, str]()
         for error in invalid.errors(include_url=False):
-            key = str(error["loc"][0]) if error["loc"] else "?"
-            value = values.get(key)
-            if key not in keys:
-                problems.append((f"{section}.{key} = {value!r}: no such setting", _hint(key, keys)))
-            elif not any(text.startswith(f"{section}.{key} = ") for text, _ in problems):
-                said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-                problems.append((f"{section}.{key} = {value!r} is not allowed", f"give {said}"))
+            said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            wrong.setdefault(str(error["loc"][0]) if error["loc"] else "?", said)
+        problems += (
+            (f"{section}.{key} = {_shown(values.get(key))} is not allowed", f"give {said}")
+            for key, said in wrong.items()
+        )
         return None
+
+
+def _shown(value: object) -> str:
+    """Write a value out for a message, but no more of it than one can hold."""
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _keys(schema: type[Any]) -> list[str]:
@@ -348,8 +377,9 @@ def _hint(key: str, keys: Sequence[str]) -> str:
 def _combined(problems: Sequence[tuple[str, str]]) -> ConfigError:
     if len(problems) == 1:
         return ConfigError(*problems[0])
-    lines = "; ".join(f"({n}) {text}" for n, (text, _) in enumerate(problems, 1))
-    hints = "; ".join(f"({n}) {hint}" for n, (_, hint) in enumerate(problems, 1))
+    told = problems[:MOST_PROBLEMS]
+    lines = "; ".join(f"({n}) {text}" for n, (text, _) in enumerate(told, 1))
+    hints = "; ".join(f"({n}) {hint}" for n, (_, hint) in enumerate(told, 1))
     return ConfigError(f"{len(problems)} settings are wrong: {lines}", hints)
 
 
@@ -359,14 +389,19 @@ def parse_assignment(text: str) -> Settings:
     section, dot, key = target.strip().partition(".")
     if not (equals and dot and section and key):
         raise ConfigError(
-            f"--set {text!r} is not an assignment",
+            f"--set {_shown(text)} is not an assignment",
             "write --set section.key=value, for example --set train.epochs=20",
         )
+    word = value.strip()
     try:
-        parsed = parse_toml(f"value = {value.strip()}")
-    except ValueError:
-        parsed = {"value": value.strip()}
-    return {section: {key: parsed.get("value")}}
+        parsed = parse_toml(f"value = {word}")
+    except tomllib.TOMLDecodeError:
+        return {section: {key: word}}
+    except (ValueError, RecursionError) as error:
+        said = f"--set {section}.{key} = {_cut(word)}: {_reason(error)}"
+        raise ConfigError(said, "give a value of TOML, or put quotes around a text") from None
+    # More keys than one: line ends made a word look like several settings.
+    return {section: {key: parsed["value"] if len(parsed) == 1 else word}}
 
 
 def merge(layers: Sequence[Settings]) -> Settings:
@@ -393,29 +428,35 @@ def read_preset(name: str) -> Settings:
     A method's name is a preset too: its defaults, where no file says more.
     """
     path = Path(name)
-    if not path.is_file():
-        shipped = presets()
-        if name not in shipped and name in methods.table():
-            rate = methods.get(name).learning_rate
-            return {"method": {"name": name}, "train": {"learning_rate": rate}}
-        if name not in shipped:
-            known = [*shipped, *methods.table()]
-            raise ConfigError(
-                f"preset {name!r}: no such file or preset",
-                nearest(name, known, "unipelt list presets"),
-            )
-        path = shipped[name]
     try:
-        if path.stat().st_size > LARGEST_SETTINGS:
+        if not path.is_file():
+            shipped = presets()
+            if name not in shipped and name in methods.table():
+                rate = methods.get(name).learning_rate
+                return {"method": {"name": name}, "train": {"learning_rate": rate}}
+            if name not in shipped:
+                known = [*shipped, *methods.table()]
+                raise ConfigError(
+                    f"preset {_shown(name)}: no such file or preset",
+                    nearest(name, known, "unipelt list presets"),
+                )
+            path = shipped[name]
+        if path.stat().st_size > LARGEST_FILE:
             raise ConfigError(f"{path}: larger than a settings file can be", "give a TOML preset")
-        settings: Settings = parse_toml(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            settings: Settings = parse_toml(file.read(LARGEST_FILE).decode())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not TOML ({error})", "mend the line it names") from None
+    except (ValueError, RecursionError) as error:
+        said = f"{path}: not TOML ({_reason(error)})"
+        raise ConfigError(said, "mend the line it names") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", "check the path and its rights") from None
     return settings
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else _cut(str(error))
 
 
 def dump(experiment: Experiment) -> str:

@@ -17,10 +17,12 @@ from typing import Any, NoReturn
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from unipelt_cli import artifact
+from unipelt_cli import artifact, columnar
 from unipelt_cli.cells import (
+    LARGEST_VALUE,
     as_dataset,
     encode,
     encode_labelled,
@@ -32,7 +34,9 @@ from unipelt_cli.cells import (
 )
 from unipelt_cli.config import DataSettings
 from unipelt_cli.errors import DataError
+from unipelt_cli.manifest import check_manifest
 from unipelt_cli.sources import Found, find, glue_root, with_metric
+from unipelt_cli.strict import parse_json
 from unipelt_cli.tasks import REGRESSION_METRICS, TASKS, Task
 
 FORMAT = 1
@@ -227,7 +231,8 @@ def _draw(found: Found, settings: DataSettings) -> tuple[dict[str, Dataset], lis
         for split in SPLITS
     }
     _check_classes(found.task, splits["train"], k)
-    return splits, [*found.notes, *_notes(settings, test, dev)]
+    unseen = _unseen_labels(found.task, splits)
+    return splits, [*found.notes, *_notes(settings, test, dev), *unseen]
 
 
 def _part(rows: Dataset, places: range) -> Dataset:
@@ -242,6 +247,21 @@ def _notes(settings: DataSettings, test: int, dev: int) -> Iterator[str]:
         yield f"dev: the {'next' if test else 'first'} {dev} of the shuffled rows; train: the rest"
     if 0 < dev < settings.dev_size:
         yield f"dev: {dev} rows instead of {settings.dev_size}, because there are too few"
+
+
+def _unseen_labels(task: Task, splits: Mapping[str, Dataset]) -> Iterator[str]:
+    """Say which labels dev and test ask for that training never shows."""
+    if task.is_regression:
+        return
+    drawn = set(splits["train"][:]["label"])
+    for split in SPLITS[1:]:
+        unseen = Counter(label for label in splits[split][:]["label"] if label not in drawn)
+        if unseen:
+            count, names = unseen.total(), [short(task.labels[label]) for label in sorted(unseen)]
+            listed = ", ".join([*names[:20], *(["..."] if len(names) > 20 else [])])
+            rows = f"{count} rows have" if count > 1 else "1 row has"
+            labels = "labels" if len(names) > 1 else "a label"
+            yield f"{split}: {rows} {labels} that no train row has: {listed}"
 
 
 def _check_classes(task: Task, train: Dataset, k: int | None) -> None:
@@ -349,39 +369,70 @@ def _asked_for(
 
 
 def _read_split(directory: Path, split: str, task: Task, recorded: Mapping[str, Any]) -> Dataset:
-    path = directory / f"{split}.arrow"
+    name = f"{split}.arrow"
     label = pa.float64() if task.is_regression else pa.int64()
-    columns = [*((name, pa.string()) for name in task.text), ("label", label), ("row", pa.int64())]
+    columns = [*((text, pa.string()) for text in task.text), ("label", label), ("row", pa.int64())]
+    content = _read_file(directory, name)
     try:
-        table = pa.ipc.open_stream(read_bytes(path, (".arrow",))).read_all()
-        table.validate(full=True)
-        rows = as_dataset(table.cast(pa.schema(columns)))
+        table = columnar.read_stream(content, pa.schema(columns))
+        _check_cells(table, task)
+        rows = as_dataset(table)
         found = (digest(rows), rows[:]["row"])
-    except (OSError, ValueError, pa.ArrowException) as error:
-        _damaged(directory, f"{path.name}: {reason(error)}", error)
+    except columnar.ERRORS as error:
+        _damaged(directory, f"{name}: {reason(error)}", error)
     if found != (recorded["digest"], recorded["row_ids"]):
-        _damaged(directory, f"{path.name} does not hold the rows of {MANIFEST}")
+        _damaged(directory, f"{name} does not hold the rows of {MANIFEST}")
     return rows
+
+
+def _check_cells(table: pa.Table, task: Task) -> None:
+    """Raise ValueError for cells that no checked row has: missing ones, labels out of range."""
+    if any(column.null_count for column in table.columns):
+        raise ValueError("cells are missing")
+    label = table["label"]
+    if task.is_regression:
+        # Not the other way round: NaN is neither larger nor smaller.
+        if not pc.all(pc.less_equal(pc.abs(label), LARGEST_VALUE)).as_py():
+            raise ValueError("a label is not finite")
+    elif not pc.all(pc.and_(pc.greater_equal(label, 0), pc.less(label, task.outputs))).as_py():
+        raise ValueError(f"a label is none of {task.outputs}")
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     if not _has_manifest(directory):
         raise DataError(f"{directory}: not a prepared directory (no {MANIFEST})", GIVE_PREPARED)
+    content = _read_file(directory, MANIFEST)
     try:
-        manifest = json.loads(read_bytes(directory / MANIFEST, (".json",)))
-        intact = isinstance(manifest, dict) and manifest == _sealed(manifest)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(content)
+        intact = isinstance(found, dict) and found == _sealed(found)
+    except ValueError as error:
         _damaged(directory, f"{MANIFEST}: {reason(error)}", error)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise DataError(f"{directory}: its {MANIFEST} is not one of unipelt's", GIVE_PREPARED)
-    if manifest["format"] != FORMAT:
+    if found["format"] != FORMAT:
         raise DataError(
-            f"{directory}: format {manifest['format']}, but this version reads format {FORMAT}",
+            f"{directory}: format {found['format']}, but this version reads format {FORMAT}",
             "update unipelt, or prepare the data again",
         )
     if not intact:
         _damaged(directory, f"{MANIFEST} was changed")
-    return manifest
+    try:
+        check_manifest(found)
+    except ValueError as error:
+        _damaged(directory, f"{MANIFEST}: {reason(error)}", error)
+    return found
+
+
+def _read_file(directory: Path, name: str) -> bytes:
+    """Read a file of a prepared directory; a link is never followed out of it."""
+    path = directory / name
+    try:
+        is_inside = path.resolve().is_relative_to(directory.resolve())
+    except (OSError, RuntimeError) as error:
+        _damaged(directory, f"{name}: {reason(error)}", error)
+    if not is_inside:
+        raise DataError(f"{path}: a link out of the directory", "put the file itself there")
+    return read_bytes(path, (path.suffix,))
 
 
 def _has_manifest(directory: Path) -> bool:

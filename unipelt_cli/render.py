@@ -180,8 +180,19 @@ def data_summary(manifest: Mapping[str, Any]) -> None:
         words = split["words"]
         rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"]), shown])
     table(("split", "rows", "words", "max", "labels"), rows)
-    for note in manifest["notes"]:
+    for note in (*manifest["notes"], *_repeated(manifest)):
         say(("note: ", "yellow"), note)
+
+
+def _repeated(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Say, where there are any, which texts the splits hold twice or with several labels."""
+    within = ((f"within {name}", split["duplicates"]) for name, split in manifest["splits"].items())
+    shared = ((pair.replace("_", " and "), count) for pair, count in manifest["leakage"].items())
+    found = [f"{count} {where}" for where, count in (*within, *shared) if count]
+    if found:
+        yield f"rows with equal texts: {', '.join(found)}"
+    if manifest["conflicts"]:
+        yield f"texts with more than one label: {manifest['conflicts']}"
 
 
 def _short(count: float) -> str:

@@ -1,7 +1,7 @@
 """Parse JSON and TOML that anybody may have written: what is odd is refused, never guessed.
 
-The standard parsers keep the last of two equal keys, take NaN and infinities, recurse as deep as
-a text nests, and one takes memory by the square. Each of these ends as a ValueError.
+The standard parsers keep the last of two equal keys, take NaN and integers of any length, and
+recurse, or take time by the square, as deep as a text nests. Each of these ends as a ValueError.
 """
 
 import json
@@ -14,11 +14,17 @@ from typing import Any, NoReturn
 LARGEST_TEXT = 256 * 2**20
 DEEPEST = 64
 MOST_DIGITS = 300
-MOST_BITS = 996  # 300 digits
-LARGEST_SETTINGS = 100_000
-MOST_DOTS = 100  # of a line: the parser's memory grows with the square of a dotted key's parts
 # Every quantifier is possessive, and a string may lack its end: no text makes these look twice.
 _JSON_PART = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_TOML_QUOTED = re.compile(
+    r'"""(?:[^"\\]++|\\.|"(?!""))*+(?:"{3,5}+)?'
+    r"|'''(?:[^']++|'(?!''))*+(?:'{3,5}+)?"
+    r'|"(?:[^"\\\n]++|\\.)*+"?'
+    r"|'[^'\n]*+'?|#[^\n]*+",
+    re.DOTALL,
+)
+_DOTTED = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{DEEPEST}}}")
+_BRACKET = re.compile(r"[\[\]{}]")
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -40,30 +46,33 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML; raise ValueError, with the reason in plain words, for what is not TOML.
+    """Parse TOML; raise ValueError, with the reason in plain words, for what is not.
 
-    Refused besides malformed text: more than 64 levels, integers of more than 300 digits, a line
-    with more than 100 dots, more than 100 kB.
+    Refused besides malformed text: integers of more than TOML's 64 bits, more than 64 levels of
+    brackets or of dotted keys, more than 256 MB.
     """
-    if len(text) > LARGEST_SETTINGS:
-        raise ValueError(f"larger than {LARGEST_SETTINGS // 1000} kB")
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.count(".") > MOST_DOTS:
-            raise ValueError(f"line {number} has more than {MOST_DOTS} dots")
+    if len(text) > LARGEST_TEXT:
+        raise ValueError(f"larger than {LARGEST_TEXT // 2**20} MB")
+    bare = _TOML_QUOTED.sub("_", text)
+    _check_depth(_BRACKET, bare)
+    if _DOTTED.search(bare):
+        raise ValueError(f"nested more than {DEEPEST} levels deep")
     try:
-        value = tomllib.loads(text)
-    except RecursionError:
-        raise ValueError(f"nested more than {DEEPEST} levels deep") from None
-    waiting: list[tuple[Any, int]] = [(value, 0)]
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("an integer of more than 64 bits") from None
+    waiting: list[Any] = [found]
     while waiting:
-        part, depth = waiting.pop()
-        if depth > DEEPEST:
-            raise ValueError(f"nested more than {DEEPEST} levels deep")
-        if isinstance(part, int) and part.bit_length() > MOST_BITS:
-            raise ValueError(f"a number of more than {MOST_DIGITS} digits")
-        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-        waiting += [(own, depth + 1) for own in inner]
-    return value
+        match waiting.pop():
+            case int() as number if not -(2**63) <= number < 2**63:
+                raise ValueError("an integer of more than 64 bits")
+            case dict() as table:
+                waiting += table.values()
+            case list() as values:
+                waiting += values
+    return found
 
 
 def _decoded(content: bytes) -> str:

@@ -1,0 +1,269 @@
+"""Read Parquet files and Arrow streams of strangers without unpacking more than they can mean.
+
+A kilobyte of Parquet can declare a thousand million rows, or a page that unpacks to gigabytes; the
+library believes both. Here the pages' own headers are added up before a page is unpacked, columns
+are read one by one and in pieces, and whatever is not text or a number is not read at all.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# Text packs to a fifth, where it repeats itself to a thirtieth; a row of it takes a byte at least.
+UNPACKED_BYTES = 16 * 2**20
+UNPACKED_SHARE = 100
+FEW_ROWS = 100_000
+MOST_COLUMNS = 100_000
+MOST_BATCH_ROWS = 2**16
+DELTA_BYTE_ARRAY = 7
+# What anything in a reader's or a parser's hands can raise over bytes it does not understand.
+ERRORS = (
+    *(OSError, ValueError, ArithmeticError, MemoryError, LookupError, struct.error),
+    pa.ArrowException,
+)
+
+
+class ParquetColumns(Mapping[str, pa.ChunkedArray]):
+    """The columns of a Parquet file, each read when it is asked for.
+
+    Making one and asking it raise one of `ERRORS` for a file that is damaged, unpacks to more than
+    its size can mean, or holds something else than texts and numbers where those are asked for.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self._file = pq.ParquetFile(
+            pa.BufferReader(content),
+            thrift_string_size_limit=max(1, len(content)),
+            thrift_container_size_limit=max(1, min(len(content), MOST_COLUMNS)),
+        )
+        self.names: list[str] = self._file.schema_arrow.names
+        self.rows: int = self._file.metadata.num_rows
+        self._read: dict[str, pa.ChunkedArray] = {}
+        if self.rows > FEW_ROWS + len(content):
+            raise ValueError(f"it declares {self.rows} rows in {len(content)} bytes")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: str) -> pa.ChunkedArray:
+        if name not in self._read:
+            self._read[name] = self._column(name)
+        return self._read[name]
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        kind = self._file.schema_arrow.field(name).type
+        check_type(kind)
+        largest = UNPACKED_BYTES + UNPACKED_SHARE * len(self._content)
+        step = min(MOST_BATCH_ROWS, max(1, largest // max(1, self._longest(name, largest))))
+        pieces, unpacked = [], 0
+        for batch in self._file.iter_batches(step, columns=[name], use_threads=False):
+            piece = batch.column(batch.schema.names.index(name))
+            piece.validate(full=True)
+            pieces.append(_plain(piece))
+            unpacked += pieces[-1].nbytes
+            if unpacked > largest:
+                raise ValueError(_bomb(unpacked, len(self._content)))
+        column = pa.chunked_array(pieces, None if pieces else kind)
+        if len(column) != self.rows:
+            raise ValueError(f"it holds {len(column)} of {self.rows} rows")
+        return column
+
+    def _longest(self, name: str, largest: int) -> int:
+        """Return how long one text can be at most; raise ValueError for pages above `largest`."""
+        total, longest = 0, 1
+        for page in self._pages(name):
+            total += page.unpacked
+            longest = max(longest, total if page.is_delta else page.unpacked)
+            if total > largest:
+                raise ValueError(_bomb(total, len(self._content)))
+        return longest
+
+    def _pages(self, name: str) -> Iterator["Page"]:
+        """Yield the pages of a column and of those below its name, which are read with it."""
+        metadata = self._file.metadata
+        paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+        places = [i for i, path in enumerate(paths) if f"{path}.".startswith(f"{name}.")]
+        for group in range(metadata.num_row_groups):
+            for place in places:
+                chunk = metadata.row_group(group).column(place)
+                first, dictionary = chunk.data_page_offset, chunk.dictionary_page_offset
+                start = min(first, dictionary) if dictionary else first
+                stop = start + chunk.total_compressed_size
+                if not 0 <= start <= stop <= len(self._content):
+                    raise ValueError("a column is outside of the file")
+                yield from _walk(self._content, start, stop, chunk.num_values)
+
+
+def check_type(kind: pa.DataType) -> None:
+    """Raise ValueError for a column that holds neither texts nor numbers, whatever is in it."""
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    readable = (
+        *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+        *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
+        *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null),
+    )
+    if not any(check(inner) for check in readable):
+        raise ValueError(f"it holds {str(kind)[:60]}, not texts or numbers")
+
+
+def _plain(piece: pa.Array) -> pa.Array:
+    """Write out what is stored once and pointed at, so that its size is that of its rows."""
+    if pa.types.is_dictionary(piece.type):
+        piece = piece.dictionary_decode()
+    if pa.types.is_string_view(piece.type):
+        return piece.cast(pa.large_string())
+    if pa.types.is_binary_view(piece.type):
+        return piece.cast(pa.large_binary())
+    return piece
+
+
+def _bomb(unpacked: int, size: int) -> str:
+    return f"it unpacks to {unpacked} bytes or more from a file of {size}"
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page of a Parquet column says of itself before it is unpacked."""
+
+    packed: int
+    unpacked: int
+    values: int
+    is_delta: bool
+
+
+def _walk(content: bytes, start: int, stop: int, values: int) -> Iterator[Page]:
+    """Yield a column chunk's pages as the library would meet them: until all values are there."""
+    place = start
+    while values > 0:
+        if place >= stop:
+            raise ValueError("a column ends before its values")
+        header, place = _thrift(content, place, stop)
+        # Version 1 keeps a data page's number of values and encoding in field 5, version 2 in 8.
+        data = header.get(5, header.get(8))
+        data = data if isinstance(data, dict) else {}
+        encoding = data.get(2 if 5 in header else 4)
+        packed, unpacked, count = header.get(3, -1), header.get(2, -1), data.get(1, 0)
+        if not all(isinstance(size, int) and size >= 0 for size in (packed, unpacked, count)):
+            raise ValueError("a page's header is damaged")
+        page = Page(packed, unpacked, count, encoding == DELTA_BYTE_ARRAY)
+        yield page
+        place += page.packed
+        values -= page.values
+
+
+def _thrift(content: bytes, place: int, stop: int) -> tuple[dict[int, Any], int]:
+    """Read one struct of Thrift's compact protocol, in which the pages' headers are written."""
+    reader = _Thrift(content, place, stop)
+    return reader.struct(), reader.place
+
+
+class _Thrift:
+    """Thrift's compact protocol, as far as page headers use it; ValueError for anything else."""
+
+    def __init__(self, content: bytes, place: int, stop: int) -> None:
+        self.content, self.place, self.stop = content, place, stop
+
+    def struct(self, depth: int = 0) -> dict[int, Any]:
+        if depth > 8:
+            raise ValueError("a page's header is damaged")
+        fields: dict[int, Any] = {}
+        number = 0
+        while kind := self._byte():
+            number = number + (kind >> 4) if kind >> 4 else self._integer()
+            fields[number] = self._value(kind & 15, depth)
+        return fields
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in (1, 2):
+            return kind == 1
+        if kind == 3:
+            return self._byte()
+        if kind in (4, 5, 6):
+            return self._integer()
+        if kind == 7:
+            return self._skip(8)
+        if kind == 8:
+            return self._skip(self._varint())
+        if kind == 12:
+            return self.struct(depth + 1)
+        raise ValueError("a page's header is damaged")
+
+    def _skip(self, count: int) -> None:
+        self.place += count
+
+    def _byte(self) -> int:
+        if self.place >= self.stop:
+            raise ValueError("a page's header is cut off")
+        self.place += 1
+        return self.content[self.place - 1]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while (byte := self._byte()) & 128:
+            value |= (byte & 127) << shift
+            shift += 7
+            if shift > 63:
+                raise ValueError("a page's header is damaged")
+        return value | byte << shift
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)
+
+
+def read_stream(content: bytes, schema: pa.Schema) -> pa.Table:
+    """Read an Arrow stream that has exactly this schema and unpacks nothing.
+
+    Raises one of `ERRORS` for another or a damaged one, for compressed buffers, which can unpack
+    to anything, and for arrays that share bytes, which together can be larger than the stream.
+    """
+    messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(content))
+    while message := _next(messages):
+        if message.type not in ("schema", "record batch"):
+            raise ValueError(f"it holds a message of type {message.type}")
+        if message.type == "record batch" and _is_compressed(message.metadata):
+            raise ValueError("it holds compressed buffers")
+    stream = pa.ipc.open_stream(pa.BufferReader(content))
+    if not stream.schema.remove_metadata().equals(schema):
+        raise ValueError(f"columns {', '.join(stream.schema.names)[:60]} of other types or names")
+    table = stream.read_all()
+    table.validate(full=True)
+    if table.nbytes > len(content):
+        raise ValueError("its columns share bytes")
+    return table.replace_schema_metadata(None)
+
+
+def _next(messages: Any) -> Any:
+    try:
+        return messages.read_next_message()
+    except StopIteration:
+        return None
+
+
+def _is_compressed(metadata: pa.Buffer) -> bool:
+    """Say whether a record batch's flatbuffer has its field 3, which names a compression."""
+    content = metadata.to_pybytes()
+    message = struct.unpack_from("<I", content)[0]
+    batch = _field(content, message, 2)
+    if batch is None:
+        return False
+    table = batch + struct.unpack_from("<I", content, batch)[0]
+    return _field(content, table, 3) is not None
+
+
+def _field(content: bytes, table: int, number: int) -> int | None:
+    """Return where a flatbuffer table's field is; None where it has none."""
+    layout = table - struct.unpack_from("<i", content, table)[0]
+    size = struct.unpack_from("<H", content, layout)[0]
+    if 4 + 2 * number >= size:
+        return None
+    offset = struct.unpack_from("<H", content, layout + 4 + 2 * number)[0]
+    return table + offset if offset else None
