@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unipelt_cli import __version__, options
-from unipelt_cli.errors import CheckError, ConfigError, UnipeltError, nearest
+from unipelt_cli.errors import CheckError, ConfigError, DataError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
-from unipelt_cli.shell import INTERRUPTED, Commands
+from unipelt_cli.shell import INTERRUPTED, Commands, terminate
 
 if TYPE_CHECKING:
     from unipelt_cli.config import Experiment, Settings
@@ -137,13 +137,11 @@ def train(
         "method": {"name": method},
         "train": {"seed": seed, "device": device, "precision": precision},
     }
-    for one, other in (
+    _refuse_pairs(
         ("--resume" if resume else None, "--overwrite" if overwrite else None),
         (_said("--data-seed", data_seed), _said("--data-seeds", data_seeds)),
         (_said("--seed", seed), _said("--seeds", seeds)),
-    ):
-        if one and other:
-            raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
+    )
     experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
     with importing():
         from unipelt_cli import execution
@@ -173,7 +171,9 @@ def train(
 def evaluate(
     run: options.RunPath,
     task: options.OneTaskOption = None,
-    split: Annotated[str, typer.Option(help="test, dev or train.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="test, dev or train. (default test)", show_default=False)
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Score other labelled rows instead.")
     ] = None,
@@ -188,6 +188,13 @@ def evaluate(
 
     Example: unipelt eval runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
+    _refuse_pairs(
+        (_said("--split", split), _said("--file", file)),
+        (_said("--source", source), _said("--file", file)),
+    )
+    if label is not None and file is None:
+        raise ConfigError(f"--label {label!r}: the run knows its own", "drop it, or give --file")
+    split = split or "test"
     found = _read_run(run, offline, source, model)
     each = task is None and file is None
     places = list(range(len(found.tasks))) if each else [found.place(task)]
@@ -243,6 +250,8 @@ def predict(
 
     one = found.tasks[place]
     if file == "-":
+        if sys.stdin is None:
+            raise DataError("stdin is closed", "give rows on it, or name a FILE")
         columns = data.parse_lines(cells.read_input(sys.stdin.buffer), one.text)
     else:
         rows = data.read_rows(Path(file), one.text)
@@ -288,7 +297,7 @@ def inspect_gates(
     report = inspection.inspect(found, tuned, found.rows(split, _absolute(source), place), place)
     layers = report.by_layer()
     rows = len(report.rows)
-    title = f"gates of {run.name}, {rows} {split} rows"
+    title = f"gates of {run.resolve().name}, {rows} {split} rows"
     answer: dict[str, Any] = {"rows": rows, "layers": layers}
     if by == "class":
         answer["classes"] = report.by_class()
@@ -330,7 +339,7 @@ def export(
     from unipelt_cli import export as exports
     from unipelt_cli import render
 
-    report = exports.export(found, tuned, to, out or run.with_name(f"{run.name}-{to}"))
+    report = exports.export(found, tuned, to, out or _beside(run, to))
     parity = report["parity"]
     render.say(
         f"{to}: ",
@@ -407,7 +416,7 @@ def reproduce(
     found = _read_run(run, offline, source, model)
     from unipelt_cli import provenance, render, runs
 
-    target = out or run.resolve().with_name(f"{run.resolve().name}-reproduced")
+    target = out or _beside(run, "reproduced")
     mode = "new" if (target / runs.RESULT).is_file() else "resume"
     with provenance.as_trained(found):
         _train(provenance.repetition(found, _absolute(source), model), target, mode)
@@ -485,6 +494,13 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)
+
+
+def _refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:
+    """Raise ConfigError where both of two flags are given that contradict each other."""
+    for one, other in pairs:
+        if one and other:
+            raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
 
 
 def _said(flag: str, value: object) -> str | None:
@@ -590,6 +606,12 @@ def _read_run(
     from unipelt_cli import runs
 
     return runs.read(directory)
+
+
+def _beside(run: Path, what: str) -> Path:
+    """Return where what is made of a run goes, if nobody says so: beside it."""
+    named = run if run.name not in ("", "..") else run.resolve()
+    return named.with_name(f"{named.name}-{what}")
 
 
 def _settle_run(directory: Path, offline: bool, source: str | None, model: str | None) -> None:
@@ -776,6 +798,7 @@ def _print_json(value: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command line."""
+    signal.signal(signal.SIGTERM, terminate)
     if "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait for long before they sleep take the cores that something else could
         # use: beside two busy programs an epoch took 1.8 times as long, alone 0.9 times.

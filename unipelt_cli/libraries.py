@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -78,7 +78,8 @@ def guarded(refusal: Callable[[str], Exception]) -> Iterator[None]:
 @contextmanager
 def _mute() -> Iterator[None]:
     """Send what is written to the terminal's error output nowhere."""
-    sys.stderr.flush()
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
     try:
         kept = os.dup(2)
     except OSError:  # it is closed already

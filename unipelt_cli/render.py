@@ -1,12 +1,14 @@
 """What people see: tables, progress and pictures. The only module that uses rich."""
 
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console, JustifyMethod
 from rich.progress import (
@@ -26,19 +28,57 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR_CELLS = 6
 
 
+class _Talk(io.TextIOBase):
+    """Standard error, whose reader may go or whose disk may fill: talk must not end a run."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stderr, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        self._try(lambda: sys.stderr.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: sys.stderr.flush())
+
+    def isatty(self) -> bool:
+        return bool(self._try(lambda: sys.stderr.isatty()))
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    def _try(self, do: Callable[[], Any]) -> Any:
+        try:
+            return None if sys.stderr is None else do()
+        except (OSError, ValueError):
+            discard(sys.stderr)
+            return None
+
+
+def discard(stream: Any) -> None:
+    """Send what a stream still holds, and all that comes, nowhere: Python ends without a word."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def console() -> Console:
     """Return the console for talk: stderr, 80 columns where nobody says otherwise."""
     width = None if os.environ.get("COLUMNS") or _is_terminal() else 80
-    return Console(stderr=True, width=width, highlight=False, soft_wrap=False)
+    return Console(file=_talk(), width=width, highlight=False, soft_wrap=False)
 
 
 def _is_terminal() -> bool:
-    return Console(stderr=True).is_terminal
+    return Console(file=_talk()).is_terminal
+
+
+def _talk() -> IO[str]:
+    return cast(IO[str], _Talk())
 
 
 def error(message: str, hint: str) -> None:
     """Print what is wrong and what to do, each on a line of its own."""
-    out = Console(stderr=True, highlight=False, soft_wrap=True)
+    out = Console(file=_talk(), highlight=False, soft_wrap=True)
     out.print(Text.assemble(("error: ", "bold red"), _plain(message)))
     out.print(Text.assemble(("hint: ", "bold cyan"), _plain(hint)))
 

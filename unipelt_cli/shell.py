@@ -1,6 +1,5 @@
 """How a command ends: exit codes, two-line errors, a closed pipe."""
 
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ class Commands(TyperGroup):
         debug = "--debug" in (sys.argv[1:] if args is None else args)
         try:
             code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            _flush()
         except UsageError as error:
             code = _fail(*_usage(error), USAGE)
         except UnipeltError as error:
@@ -41,11 +41,13 @@ class Commands(TyperGroup):
                 raise
             code = _fail(error.message, error.hint, error.exit_code)
         except OSError as error:
-            if debug or error.filename is None:
+            if debug or error.errno is None:
                 raise
-            reason = error.strerror or type(error).__name__
-            code = _fail(f"{error.filename}: {reason}", "check the path and its rights", USAGE)
+            code = _fail(*_system(error), USAGE)
+        except SystemExit as ended:  # the parser's own way out of a pipe that was closed
+            code = 0 if isinstance(ended.__context__, BrokenPipeError) else ended.code
         except (KeyboardInterrupt, typer.Abort):
+            render.discard(sys.stdout)  # half an answer would look whole
             code = INTERRUPTED
         code = code if isinstance(code, int) else 0
         if standalone_mode:
@@ -57,9 +59,31 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            # What is left in the buffer must not fail while Python exits.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            render.discard(sys.stdout)
             return 0
+
+
+def _flush() -> None:
+    """Write out what the answer's buffer holds, while a failure can still be told."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        render.discard(sys.stdout)
+
+
+def _system(error: OSError) -> tuple[str, str]:
+    """Turn an error of the system into what is wrong and what to do."""
+    reason = error.strerror or type(error).__name__
+    if error.filename is not None:
+        return f"{error.filename}: {reason}", "check the path and its rights"
+    render.discard(sys.stdout)  # most likely what failed: it must not fail again at the end
+    return f"the output cannot be written: {reason}", "check the disk, and where the output goes"
+
+
+def terminate(number: int, frame: object) -> None:
+    """Treat a request to end as Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def _fail(message: str, hint: str, code: int) -> int:
