@@ -55,7 +55,8 @@ def watch_changes(watch: Watch | None) -> Callable[[], int]:
 
     def count(event: str, given: tuple[Any, ...]) -> None:
         nonlocal changes
-        if event in CHANGES or (event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR)):
+        writes = event == "open" and given[2] & (os.O_WRONLY | os.O_RDWR)
+        if event in CHANGES or (writes and given[0] != os.devnull):
             changes += 1
             if watch is not None:
                 watch(changes, event)
