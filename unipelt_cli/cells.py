@@ -7,6 +7,7 @@ the format. Nothing here knows which rows are wanted or why.
 import csv
 import io
 import json
+import math
 import stat
 import sys
 import uuid
@@ -33,6 +34,7 @@ LARGEST_VALUE = 1e15
 # What is read is held in memory, many times over.
 LARGEST_FILE = 2**31
 FILL_IN = "fill it in, or drop the row"
+GIVE_FINITE = "give a number below 1e15"
 GIVE_ROWS = "give a file with labelled rows"
 
 
@@ -82,6 +84,8 @@ class Cells:
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 what = f"{short(column)} is not text but {type(value).__name__}"
                 self.refuse(index, what, "give a string")
+            if isinstance(value, float) and not math.isfinite(value):
+                self.refuse(index, f"{short(column)} is not finite", "give a text or a number")
             text = str(value)
             if not text.strip() and not self.published:
                 self.refuse(index, f"{short(column)} is empty")
@@ -95,6 +99,8 @@ class Cells:
             if value is not None and not isinstance(value, str | int | float):
                 what = f"the label is not a name or number but {type(value).__name__}"
                 self.refuse(index, what, "give a string or a number")
+            if isinstance(value, float) and math.isinf(value):
+                self.refuse(index, f"the label '{value}' is not finite", GIVE_FINITE)
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
             label = "" if value is None else str(value).strip()
@@ -158,7 +164,7 @@ def _value(cells: Cells, index: int, label: str) -> float:
         hint = "mend the row, or use --set data.kind=classification if labels are names"
         cells.refuse(index, f"the label {short(label)} is not a number", hint)
     if not abs(value) <= LARGEST_VALUE:
-        cells.refuse(index, f"the label {short(label)} is not finite", "give a number below 1e15")
+        cells.refuse(index, f"the label {short(label)} is not finite", GIVE_FINITE)
     return value
 
 

@@ -246,7 +246,7 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
             try:
                 get_task(str(data.task))
             except ConfigError as error:
-                yield error.message, error.hint
+                yield _cut(error.message), error.hint
     if own and not data.prepared:
         for key in ("text", "label"):
             if getattr(data, key) is None:
@@ -319,7 +319,7 @@ def _method(name: str, values: Mapping[str, Any], problems: list[tuple[str, str]
     try:
         default = methods.get(name).method
     except ConfigError as error:
-        problems.append((error.message, error.hint))
+        problems.append((_cut(error.message), error.hint))
         return None
     complete = {**dataclasses.asdict(default), **values}
     checked = _validated(type(default), complete, "method", problems)
