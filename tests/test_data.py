@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from unipelt_cli import data
+from unipelt_cli import data, render
 from unipelt_cli.config import DataSettings
 from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.tasks import TASKS, get_task
@@ -105,6 +105,36 @@ def test_without_k_dev_is_first_and_train_is_the_rest(tmp_path):
     assert prepared.manifest["notes"] == [
         "dev: the first 20 of the shuffled rows; train: the rest",
     ]
+
+
+def test_labels_that_training_never_shows_are_said(tmp_path):
+    order = np.random.default_rng(111).permutation(50).tolist()
+    rare = {order[10]: "ugly", order[0]: "odd", order[1]: "ugly", order[2]: "odd"}
+    lines = [f"message {n},{rare.get(n, ('bad', 'good')[n % 2])}" for n in range(50)]
+    path = write(tmp_path / "own.csv", "\n".join(["text,label", *lines]))
+    notes = prepare_own(path, k=20, dev_size=5).manifest["notes"]
+    assert notes[1:] == ["test: 2 rows have a label that no train row has: 'odd'"]
+    notes = prepare_own(path, k=2, dev_size=5).manifest["notes"]
+    assert notes[1:] == [
+        "dev: 1 row has a label that no train row has: 'bad'",
+        "test: 7 rows have labels that no train row has: 'bad', 'odd'",
+    ]
+
+
+def test_what_the_splits_hold_twice_is_shown(tmp_path, capsys):
+    lines = [f"message {n % 20},{('bad', 'good')[n % 3 % 2]}" for n in range(50)]
+    path = write(tmp_path / "own.csv", "\n".join(["text,label", *lines]))
+    manifest = prepare_own(path).manifest
+    render.data_summary(manifest)
+    shown = capsys.readouterr().err.splitlines()
+    within = "12 within train, 2 within dev, 2 within test"
+    equal = f"{within}, 6 train and dev, 9 train and test, 1 dev and test"
+    assert shown[-2:] == [
+        f"note: rows with equal texts: {equal}",
+        "note: texts with more than one label: 17",
+    ]
+    render.data_summary(prepare_own(own_file(tmp_path)).manifest)
+    assert "equal texts" not in capsys.readouterr().err
 
 
 def test_dev_takes_what_is_left_and_says_so(tmp_path):

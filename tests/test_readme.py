@@ -44,7 +44,8 @@ def transcripts() -> list[tuple[str, list[str]]]:
 
 
 def form(line: str) -> str:
-    """Reduce a line to its form: no digits, no bars, no probabilities, single blanks."""
+    """Reduce a line to its form: no digits, hashes, bars or probabilities, single blanks."""
+    line = re.sub(r"\bsha256 [0-9a-f]{12}\b", "sha256", line)
     line = re.sub(r"\b(fp32|bf16)$", "precision", line)
     line = re.sub(r"[█▏▎▍▌▋▊▉·]+", "=", re.sub(r'"label": "\w+"', "", line))
     line = re.sub(r"[\d.,]+(e-?#*\d+)?", "#", line.rstrip(" *"))
