@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import experiment
 from typer.testing import CliRunner
 
-from unipelt_cli import claims, data, execution, export, runs
+from unipelt_cli import artifact, claims, data, execution, export, runs
 from unipelt_cli.cli import app
 from unipelt_cli.config import Experiment
 from unipelt_cli.errors import RunError, UnipeltError
@@ -185,6 +186,35 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
     assert killed > 0
     assert finish(planned, out, "resume") == (0, "")
     check_equal(out, whole)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_runs_that_share_passes_survive_as_well(
+    planned: Experiment, tmp_path: Path, share: float
+) -> None:
+    """Within rounding: who shares a pass decides how sums are rounded, and that has changed."""
+    plans = [planned.replace("train", seed=seed) for seed in (1, 2, 3)]
+
+    def together(root: Path, watch: Watch | None) -> None:
+        execution.STATE_SECONDS, execution.STATE_SHARE = 0.0, float("inf")
+        changes = watch_changes(watch)
+        directories = [root / str(number) for number in range(3)]
+        for _ in execution.execute_together(plans, directories, "resume"):
+            pass
+        (root / "changes").write_text(str(changes()))
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert end(start(partial(together, whole, None))) == (0, "")
+    last = int(share * int((whole / "changes").read_text()))
+    assert end(start(partial(together, killed, killed_at(last))))[0] == -signal.SIGKILL
+    assert end(start(partial(together, killed, None))) == (0, "")
+    for number in map(str, range(3)):
+        one, other = (runs.read(root / number) for root in (whole, killed))
+        for name in ("best_epoch", "epochs", "dev", "test"):
+            assert one.result[name] == other.result[name]
+        tensors = [artifact.open_tensors(run.directory / runs.MODEL)[0] for run in (one, other)]
+        for name, tensor in tensors[0].items():
+            torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("turn", range(FULL))

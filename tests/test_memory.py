@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import experiment, save_backbone
 
-from unipelt_cli import execution, runs
+from unipelt_cli import execution, memory, runs
 from unipelt_cli.config import Experiment
 from unipelt_cli.errors import RunError
 from unipelt_cli.evaluation import compute_logits
@@ -147,3 +147,16 @@ def test_runs_that_do_not_fit_together_go_on_alone(
     for number, directory in enumerate(directories):
         expected = (tmp_path / f"alone{number}" / runs.MODEL).read_bytes()
         assert (directory / runs.MODEL).read_bytes() == expected
+
+
+def test_a_batch_that_may_not_fit_is_doubted_before_training(
+    bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(bert, rows_file)
+    assert next(execution.execute(plan, tmp_path / "a")).doubt is None
+    free = 1_000_000  # enough for the backbone
+    monkeypatch.setattr(memory, "available", lambda device: free)
+    plan = plan.replace("train", batch_size=24)
+    doubt = next(execution.execute(plan, tmp_path / "b")).doubt
+    assert doubt.startswith("a batch of 24 rows of ")
+    assert doubt.endswith("are free: lower train.batch_size or model.max_length")

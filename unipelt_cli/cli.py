@@ -769,6 +769,8 @@ def _announce(event: Any) -> None:
         f"are stored, head {counts['head_parameters']:,} ({experiment.model.pooling} pooling), "
         f"{experiment.train.precision}"
     )
+    if event.doubt:
+        render.say(("warning: ", "yellow"), event.doubt)
     if event.resumed_epoch:
         render.say(f"going on after epoch {event.resumed_epoch}")
 

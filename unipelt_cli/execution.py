@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 
-from unipelt_cli import data, runs
+from unipelt_cli import data, memory, runs
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment
 from unipelt_cli.data import Prepared
@@ -47,6 +47,8 @@ class Ready:
     parameters: dict[str, int]
     epochs: int
     resumed_epoch: int = 0
+    doubt: str | None = None
+    """What may not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,7 @@ class _Session:
             self.tuned.parameter_counts(),
             self.training.epochs,
             self.training.progress.epoch - 1,
+            _doubt(self.training),
         )
 
     def keep(self, event: Happening) -> None:
@@ -286,6 +289,14 @@ def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned
         courses.append(Course(own.task, train, dev))
     first, *more = courses
     return Training(tuned, first.task, first.train, first.dev, experiment.train, more)
+
+
+def _doubt(training: Training) -> str | None:
+    """Say where the longest rows may not fit into memory as one batch."""
+    lengths = max((course.train[0].lengths for course in training.courses), key=max)
+    rows = min(training.settings.batch_size, len(lengths))
+    tuned = training.tuned
+    return memory.doubt(rows, max(lengths), tuned.classifier.backbone.config, tuned.device)
 
 
 def encode_split(tuned: Tuned, task: Task, rows: Dataset, experiment: Experiment) -> Encoded:

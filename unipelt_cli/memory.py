@@ -3,6 +3,7 @@
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,6 +46,22 @@ def require(numbers: int, times: int, what: str, device: torch.device) -> None:
             f"{what} takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free",
             "give a smaller backbone, a method that trains less, or a machine with more memory",
         )
+
+
+def doubt(rows: int, length: int, config: Any, device: torch.device) -> str | None:
+    """Say where a training batch may not fit, as far as that can be known before; None elsewhere.
+
+    What is kept for the backward pass is about sixteen numbers for each of a layer's units.
+    """
+    layers = getattr(config, "num_hidden_layers", 1)
+    needed = 4 * 16 * rows * length * layers * config.hidden_size
+    free = available(device)
+    if free is None or needed <= free:
+        return None
+    return (
+        f"a batch of {rows} rows of {length} tokens may take {needed / 2**30:.0f} GiB, and "
+        f"{free / 2**30:.0f} GiB are free: lower train.batch_size or model.max_length"
+    )
 
 
 def available(device: torch.device) -> int | None:
