@@ -15,7 +15,7 @@ from conftest import experiment, reseal, save_backbone, write_rows
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from unipelt_cli import artifact, execution, provenance, runs
+from unipelt_cli import artifact, data, execution, provenance, runs
 from unipelt_cli.cli import app
 
 OPTIONS = {"prefix_length": 3, "prefix_width": 8, "rank": 2}
@@ -155,6 +155,11 @@ def test_a_run_on_moved_data_and_backbone_is_read_by_options(
         assert invoke("eval", root / "run", *rows, *moved)[0] == 0
         assert invoke("predict", root / "run", root / "rows.csv", *moved)[0] == 0
         assert invoke("export", root / "run", "--to", "adapters", *moved)[0] == 0
+        moved += ["--source", root]
+        code, checks = checks_of(root / "run", *moved)
+        assert (code, set(checks.values())) == (0, {True})
+        assert invoke("eval", root / "run", *moved)[0] == 0
+        assert invoke("reproduce", root / "run", *moved)[0] == 0
     finally:
         away.rename(trained)
 
@@ -170,7 +175,7 @@ def test_a_run_is_reproduced_to_the_byte(trained: Path, tmp_path: Path) -> None:
         "equal": True,
         "differences": [],
     }
-    assert stderr.endswith("reproduced: the same scores and, to the byte, the same model\n")
+    assert stderr.endswith("reproduced: the same scores and, to the byte, the same tensors\n")
     models = [(path / runs.MODEL).read_bytes() for path in (trained / "run", out)]
     assert models[0] == models[1]
     code, _, stderr = invoke("reproduce", trained / "run", "--out", out)
@@ -189,7 +194,7 @@ def test_what_differs_in_a_reproduction_is_said(root: Path, tmp_path: Path) -> N
     assert code == 1
     differences = {d["what"]: (d["there"], d["here"]) for d in json.loads(stdout)["differences"]}
     assert differences["torch"] == ("2.0.0", torch.__version__)
-    assert runs.MODEL in differences
+    assert "tensors" in differences
     assert f"error: {run}: not reproduced in {tmp_path / 'again'}" in stderr
 
 
@@ -243,3 +248,16 @@ def test_nothing_that_ran_before_in_the_process_changes_a_byte(
             pass
     expected = (trained / "run" / runs.MODEL).read_bytes()
     assert (tmp_path / "2" / runs.MODEL).read_bytes() == expected
+
+
+def test_prepared_rows_that_moved_are_found_by_source(trained: Path, tmp_path: Path) -> None:
+    rows = {"prepared": str(tmp_path / "data")}
+    data.save(data.prepare(runs.read_experiment(trained / "run").data), tmp_path / "data")
+    plan = experiment(trained / "bert", "lora", data={"task": None, **rows}, train={"epochs": 1})
+    for _ in execution.execute(plan, tmp_path / "run"):
+        pass
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert invoke("eval", tmp_path / "run")[0] == 2
+    moved = ["--source", tmp_path / "elsewhere"]
+    assert invoke("eval", tmp_path / "run", *moved)[0] == 0
+    assert invoke("reproduce", tmp_path / "run", *moved)[0] == 0

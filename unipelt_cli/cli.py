@@ -419,14 +419,14 @@ def reproduce(
     target = out or _beside(run, "reproduced")
     mode = "new" if (target / runs.RESULT).is_file() else "resume"
     with provenance.as_trained(found):
-        _train(provenance.repetition(found, _absolute(source), model), target, mode)
+        _train(found.experiment.moved(_absolute(source), model), target, mode)
     again = runs.read(target)
     differences, is_equal = provenance.differences(found, again), provenance.is_equal(found, again)
     if differences:
         shown = [[d["what"], _cell(d["there"]), _cell(d["here"])] for d in differences]
         render.table(("", str(run), str(target)), shown)
     if is_equal:
-        render.say("reproduced: the same scores and, to the byte, the same model")
+        render.say("reproduced: the same scores and, to the byte, the same tensors")
     if as_json:
         _print_json(
             {
@@ -622,11 +622,7 @@ def _settle_run(directory: Path, offline: bool, source: str | None, model: str |
     path = directory / "experiment.toml"
     if path.is_file():
         experiment = config.resolve([("", config.read_preset(str(path)))])
-        if source is not None:
-            experiment = experiment.replace("data", source=source)
-        if model is not None:
-            experiment = experiment.replace("model", backbone=model)
-        _settle_network(experiment, offline)
+        _settle_network(experiment.moved(source, model), offline)
 
 
 def _run_name(experiment: "Experiment") -> str:

@@ -87,6 +87,22 @@ class DataSettings(Section):
             for name, place in zip(names, places, strict=True)
         )
 
+    def moved(self, source: str) -> "DataSettings":
+        """Return the settings with the rows at `source`: files and directories keep their names."""
+        folder = Path(source)
+        changes: dict[str, Any] = {
+            key: str(folder / Path(path).name)
+            for key in ("train_file", "dev_file", "test_file")
+            if (path := getattr(self, key)) is not None
+        }
+        if isinstance(self.prepared, tuple):
+            changes["prepared"] = tuple(str(folder / Path(path).name) for path in self.prepared)
+        elif not changes and (folder / "manifest.json").is_file():
+            changes = {"prepared": source, "source": None}
+        elif not changes:
+            changes = {"prepared": None, "source": source}
+        return self.model_copy(update=changes)
+
 
 class ModelSettings(Section):
     """The frozen backbone and how a row's features are read from it."""
@@ -136,6 +152,15 @@ class Experiment:
         """Return the experiment with some keys of one section changed, checked again."""
         settings = self.settings()
         settings[section] |= {key: value for key, value in changes.items() if value is not None}
+        return resolve([("", settings)])
+
+    def moved(self, source: str | None, backbone: str | None) -> "Experiment":
+        """Return the experiment with its rows, its backbone or both somewhere else."""
+        settings = self.settings()
+        if source is not None:
+            settings["data"] = self.data.moved(source).model_dump(exclude_none=True)
+        if backbone is not None:
+            settings["model"]["backbone"] = backbone
         return resolve([("", settings)])
 
     def settings(self) -> Settings:

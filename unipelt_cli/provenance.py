@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from unipelt_cli import artifact, data, formats, runs
-from unipelt_cli.config import Experiment
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.pretrained import find
 from unipelt_cli.runs import Run
@@ -121,16 +120,6 @@ def as_trained(run: Run) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def repetition(run: Run, source: str | None = None, backbone: str | None = None) -> Experiment:
-    """Return the experiment that repeats a run, with its rows and backbone where they are now."""
-    experiment = run.experiment
-    if source is not None:
-        experiment = experiment.replace("data", source=source, prepared=None)
-    if backbone is not None:
-        experiment = experiment.replace("model", backbone=backbone)
-    return experiment
-
-
 def differences(there: Run, here: Run) -> list[dict[str, Any]]:
     """Return what differs between two runs: conditions first, then the outcome."""
     described = _described(there), _described(here)
@@ -142,7 +131,7 @@ def differences(there: Run, here: Run) -> list[dict[str, Any]]:
 
 
 def is_equal(there: Run, here: Run) -> bool:
-    """Say whether two runs have the same scores and, to the byte, the same model."""
+    """Say whether two runs have the same scores and, to the byte, the same tensors."""
     return all(_outcome(there)[what] == value for what, value in _outcome(here).items())
 
 
@@ -163,5 +152,6 @@ def _described(run: Run) -> dict[str, Any]:
 def _outcome(run: Run) -> dict[str, Any]:
     result = run.result
     scores = {f"{s} {name}": value for s in ("dev", "test") for name, value in result[s].items()}
-    model = result["files"][runs.MODEL][:12]
-    return scores | {key: result[key] for key in OUTCOME} | {runs.MODEL: model}
+    # Of the tensors alone: the file's header names the place where the backbone lies.
+    tensors = artifact.digest(artifact.open_tensors(run.directory / runs.MODEL)[0], {})[:12]
+    return scores | {key: result[key] for key in OUTCOME} | {"tensors": tensors}

@@ -141,7 +141,7 @@ class Run:
         """Find and draw a task's rows again; whether they are the same is not checked."""
         settings = self.experiment.data.each()[place]
         if source is not None:
-            settings = settings.model_copy(update={"source": source, "prepared": None})
+            settings = settings.moved(source)
         return data.prepare(settings)
 
     def digest_of(self, split: str, place: int = 0) -> str:
