@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import experiment, reseal
 from hostile import changed, damaged, limited, outcome, tell
+from typer.testing import CliRunner
 
 from unipelt_cli import artifact, execution, provenance, runs
+from unipelt_cli.cli import app
 
 FLIPPED = 600  # damaged bytes, over all files
 CHANGED = 900  # other values, with hashes that vouch for them
 STATES = 300
+COMMANDS = 36
 MEMORY = 300 * 2**20  # beside the library's own
 
 
@@ -81,7 +84,7 @@ def test_other_values_under_right_hashes_are_read_or_refused(copy: Path, name: s
     chosen, seen = random.Random(name), Counter[str]()
     path = copy / name
     text = path.read_text()
-    for _ in range(CHANGED // 4):
+    for turn in range(CHANGED // 4):
         if name == runs.EXPERIMENT:
             path.write_bytes(changed_lines(text, chosen))
         elif name == runs.METRICS:
@@ -96,11 +99,12 @@ def test_other_values_under_right_hashes_are_read_or_refused(copy: Path, name: s
         else:
             reseal(copy)
 
-        def read() -> None:
+        def read(turn: int = turn) -> None:
             run = runs.read(copy)
             runs.describe_progress(copy)
             provenance.differences(run, run)
-            list(provenance.verify(copy))
+            if turn % 5 == 0:
+                list(provenance.verify(copy))
 
         seen[outcome(read)] += 1
     assert seen["read"] > 3
@@ -244,3 +248,25 @@ def test_states_with_other_values_are_taken_up_or_refused(stopped: Path, tmp_pat
         seen[outcome(lambda: take_up(copy))] += 1
     assert min(seen["refused"], seen["read"], seen["damaged"]) > 10
     tell("states", seen)
+
+
+def test_damaged_runs_end_a_command_in_two_lines(whole: Path, copy: Path, rows_file: Path) -> None:
+    chosen, seen = random.Random(4), Counter[int]()
+    commands = [("eval", copy), ("predict", copy, rows_file), ("inspect-gates", copy)]
+    commands += [("export", copy, "--to", "adapters"), ("verify", copy), ("reproduce", copy)]
+    names = [*runs.RECORDED, runs.RESULT]
+    for turn in range(COMMANDS):
+        name, command = names[turn % len(names)], commands[turn // len(names) % len(commands)]
+        content = (whole / name).read_bytes()
+        (copy / name).write_bytes(damaged(content, chosen))
+        with limited():
+            result = CliRunner().invoke(app, [*map(str, command)], prog_name="unipelt")
+        assert isinstance(result.exception, SystemExit) or name == runs.METRICS, result.exception
+        lines = [line.partition(":")[0] for line in result.stderr.splitlines()[-2:]]
+        assert result.exit_code == 0 or lines == ["error", "hint"]
+        assert result.exit_code == {"verify": 1}.get(command[0], 0 if name == runs.METRICS else 2)
+        seen[result.exit_code] += 1
+        (copy / name).write_bytes(content)
+        for made in ("adapters", "reproduced"):
+            shutil.rmtree(copy.with_name(f"run-{made}"), ignore_errors=True)
+    assert min(seen.values()) >= 5

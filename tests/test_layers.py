@@ -49,6 +49,7 @@ RANKS = {
     "provenance": 11,
     "options": 11,
     "shell": 11,
+    "watching": 11,
     "cli": 12,
     "__main__": 13,
 }

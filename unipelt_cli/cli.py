@@ -5,10 +5,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +14,7 @@ import typer
 from unipelt_cli import __version__, options
 from unipelt_cli.errors import CheckError, ConfigError, DataError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
-from unipelt_cli.shell import INTERRUPTED, Commands, terminate
+from unipelt_cli.shell import Commands, terminate
 
 if TYPE_CHECKING:
     from unipelt_cli.config import Experiment, Settings
@@ -152,12 +150,16 @@ def train(
     if dry_run:
         _dry_run(next(iter(grid.values())), as_json, len(grid))
         return
-    mode = "resume" if resume else "overwrite" if overwrite else "new"
+    from unipelt_cli import watching
+
+    mode: execution.Mode = "resume" if resume else "overwrite" if overwrite else "new"
     if data_seeds is None and seeds is None:
         directory = out or Path("runs") / _run_name(experiment)
-        answer = _train(experiment, directory, mode)
+        answer = watching.train(experiment, directory, mode)
     else:
-        answer = _train_together(grid, out or Path("runs"), mode)
+        root = out or Path("runs")
+        directories = [root / _run_name(own) for own in grid.values()]
+        answer = watching.train_together(grid, directories, mode)
     if as_json:
         _print_json(answer)
     if failed := answer.get("failed"):
@@ -414,12 +416,12 @@ def reproduce(
     Example: unipelt reproduce runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
     found = _read_run(run, offline, source, model)
-    from unipelt_cli import provenance, render, runs
+    from unipelt_cli import execution, provenance, render, runs, watching
 
     target = out or _beside(run, "reproduced")
-    mode = "new" if (target / runs.RESULT).is_file() else "resume"
+    mode: execution.Mode = "new" if (target / runs.RESULT).is_file() else "resume"
     with provenance.as_trained(found):
-        _train(found.experiment.moved(_absolute(source), model), target, mode)
+        watching.train(found.experiment.moved(_absolute(source), model), target, mode)
     again = runs.read(target)
     differences, is_equal = provenance.differences(found, again), provenance.is_equal(found, again)
     if differences:
@@ -638,12 +640,12 @@ def _run_name(experiment: "Experiment") -> str:
 
 
 def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
-    from unipelt_cli import execution, render
+    from unipelt_cli import execution, render, watching
 
     experiment, prepared, tuned = execution.plan(experiment)
     counts = tuned.parameter_counts()
     manifests = [own.manifest for own in prepared]
-    _summarise(manifests)
+    watching.summarise(manifests)
     render.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
     render.say(
         f"{experiment.method_name} on {experiment.model.backbone}, {tuned.pooling} pooling, "
@@ -662,132 +664,6 @@ def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
         if len(manifests) == 1:
             described = {key: next(iter(each.values())) for key, each in described.items()}
         _print_json({**counts, **described, "experiment": experiment.settings()})
-
-
-def _train(experiment: "Experiment", directory: Path, mode: Any) -> dict[str, Any]:
-    """Consume a run's events: progress on stderr, and a clean stop on Ctrl-C."""
-    from dataclasses import asdict
-
-    from unipelt_cli import execution, render, training
-
-    view: Any = None
-    result: dict[str, Any] = {}
-    events = execution.execute(experiment, directory, mode)
-    with _stop_requests() as is_stopped, render.live() as show:
-        for event in events:
-            match event:
-                case execution.Ready():
-                    view = show(event.metric, event.epochs)
-                    _summarise(event.manifests)
-                    _announce(event)
-                case training.Step():
-                    view.step(event)
-                case training.Halved():
-                    view.halved(event)
-                case training.Epoch():
-                    view.epoch(asdict(event))
-                case execution.Finished():
-                    result = event.result
-            if is_stopped() and not result:
-                events.close()
-                render.say(("interrupted", "yellow"), f": go on with --resume --out {directory}")
-                raise typer.Exit(INTERRUPTED)
-    render.result_summary(result, directory)
-    return result
-
-
-def _train_together(grid: "dict[str, Experiment]", directory: Path, mode: Any) -> dict[str, Any]:
-    """Consume the events of several runs; what fails is said at the end."""
-    from dataclasses import asdict
-
-    from unipelt_cli import execution, render, training
-
-    labels = list(grid)
-    directories = [directory / _run_name(experiment) for experiment in grid.values()]
-    view: Any = None
-    finished: dict[str, dict[str, Any]] = {}
-    failed: list[dict[str, str]] = []
-    events = execution.execute_together(list(grid.values()), directories, mode)
-    with _stop_requests() as is_stopped, render.live() as show:
-        for place, event in events:
-            label = f"{labels[place]}  "
-            match event:
-                case execution.Ready():
-                    if view is None:
-                        view = show(event.metric, event.epochs)
-                        _summarise(event.manifests)
-                        _announce(event)
-                case training.Step():
-                    view.step(event, label)
-                case training.Halved():
-                    view.halved(event, label)
-                case training.Epoch():
-                    view.epoch(asdict(event), label)
-                case execution.Finished():
-                    finished[labels[place]] = {"run": str(event.directory), **event.result}
-                case execution.Failed():
-                    failed.append({"run": str(event.directory), "error": event.error.message})
-                    render.error(f"{event.directory}: {event.error.message}", event.error.hint)
-            if is_stopped() and len(finished) + len(failed) < len(grid):
-                events.close()
-                render.say(("interrupted", "yellow"), ": go on with the same command and --resume")
-                raise typer.Exit(INTERRUPTED)
-    ordered = {label: finished[label] for label in labels if label in finished}
-    if ordered:
-        render.runs_summary(ordered)
-        render.say("runs: ", (str(directory), "bold"))
-    results = list(ordered.values())
-    means = {
-        split: {name: fmean(r[split][name] for r in results) for name in results[0][split]}
-        for split in ("dev", "test")
-        if results
-    }
-    return {"runs": results, "mean": means, **({"failed": failed} if failed else {})}
-
-
-def _summarise(manifests: Sequence[dict[str, Any]]) -> None:
-    """Print each task's splits, under its name where there are several."""
-    from unipelt_cli import render
-
-    for manifest in manifests:
-        if len(manifests) > 1:
-            render.say((manifest["task"], "bold"))
-        render.data_summary(manifest)
-
-
-def _announce(event: Any) -> None:
-    from unipelt_cli import render
-
-    experiment, counts = event.experiment, event.parameters
-    render.say(
-        f"{experiment.method_name} on {experiment.model.backbone}: "
-        f"{counts['trainable_parameters']:,} numbers train, {counts['stored_parameters']:,} "
-        f"are stored, head {counts['head_parameters']:,} ({experiment.model.pooling} pooling), "
-        f"{experiment.train.precision}"
-    )
-    if event.doubt:
-        render.say(("warning: ", "yellow"), event.doubt)
-    if event.resumed_epoch:
-        render.say(f"going on after epoch {event.resumed_epoch}")
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one interrupts."""
-    asked = False
-
-    def ask(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -1,0 +1,131 @@
+"""Consume the events of runs: progress and summaries on stderr, and a clean stop on request."""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from unipelt_cli import execution, render, training
+from unipelt_cli.config import Experiment
+from unipelt_cli.execution import Failed, Finished, Mode, Ready
+
+
+def train(experiment: Experiment, directory: Path, mode: Mode) -> dict[str, Any]:
+    """Carry one run out and return its result.
+
+    Raises KeyboardInterrupt after a request to stop: then the run can go on from there.
+    """
+    hint = f"--resume --out {directory}"
+    (ended,) = _watch({"": experiment}, [directory], mode, hint).values()
+    if isinstance(ended, Failed):
+        raise ended.error
+    render.result_summary(ended.result, directory)
+    return ended.result
+
+
+def train_together(
+    grid: Mapping[str, Experiment], directories: Sequence[Path], mode: Mode
+) -> dict[str, Any]:
+    """Carry several runs out; return their results by label, the means, and what failed.
+
+    Raises KeyboardInterrupt after a request to stop: then the runs can go on from there.
+    """
+    ended = _watch(grid, directories, mode, "the same command and --resume")
+    finished = {
+        label: {"run": str(event.directory), **event.result}
+        for label, event in ended.items()
+        if isinstance(event, Finished)
+    }
+    failed = [
+        {"run": str(event.directory), "error": event.error.message}
+        for event in ended.values()
+        if isinstance(event, Failed)
+    ]
+    if finished:
+        render.runs_summary(finished)
+        render.say("runs: ", (str(directories[0].parent), "bold"))
+    results = list(finished.values())
+    means = {
+        split: {name: fmean(r[split][name] for r in results) for name in results[0][split]}
+        for split in ("dev", "test")
+        if results
+    }
+    return {"runs": results, "mean": means, **({"failed": failed} if failed else {})}
+
+
+def _watch(
+    grid: Mapping[str, Experiment], directories: Sequence[Path], mode: Mode, hint: str
+) -> dict[str, Finished | Failed]:
+    """Show the events of runs as they come; return how each ended, in the order of the grid."""
+    labels, view = list(grid), None
+    ended: dict[str, Finished | Failed] = {}
+    events = execution.execute_together(list(grid.values()), directories, mode)
+    with _stop_requests() as is_stopped, render.live() as show:
+        for place, event in events:
+            label = f"{labels[place]}  " if labels[place] else ""
+            match event:
+                case Ready() if view is None:
+                    view = show(event.metric, event.epochs)
+                    summarise(event.manifests)
+                    _announce(event)
+                case training.Step() if view is not None:
+                    view.step(event, label)
+                case training.Halved() if view is not None:
+                    view.halved(event, label)
+                case training.Epoch() if view is not None:
+                    view.epoch(asdict(event), label)
+                case Finished():
+                    ended[labels[place]] = event
+                case Failed():
+                    ended[labels[place]] = event
+                    if len(grid) > 1:
+                        render.error(f"{event.directory}: {event.error.message}", event.error.hint)
+            if is_stopped() and len(ended) < len(grid):
+                events.close()
+                render.say(("interrupted", "yellow"), f": go on with {hint}")
+                raise KeyboardInterrupt
+    return {label: ended[label] for label in labels}
+
+
+def summarise(manifests: Sequence[Mapping[str, Any]]) -> None:
+    """Print each task's splits, under its name where there are several."""
+    for manifest in manifests:
+        if len(manifests) > 1:
+            render.say((manifest["task"], "bold"))
+        render.data_summary(manifest)
+
+
+def _announce(event: Ready) -> None:
+    experiment, counts = event.experiment, event.parameters
+    render.say(
+        f"{experiment.method_name} on {experiment.model.backbone}: "
+        f"{counts['trainable_parameters']:,} numbers train, {counts['stored_parameters']:,} "
+        f"are stored, head {counts['head_parameters']:,} ({experiment.model.pooling} pooling), "
+        f"{experiment.train.precision}"
+    )
+    if event.doubt:
+        render.say(("warning: ", "yellow"), event.doubt)
+    if event.resumed_epoch:
+        render.say(f"going on after epoch {event.resumed_epoch}")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one interrupts."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
