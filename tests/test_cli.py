@@ -906,6 +906,23 @@ def test_markup_and_control_characters_in_names_are_shown_harmless() -> None:
     assert message == r"data.task = '[red]x\x1b[31m': no such task"
 
 
+def test_escapes_in_labels_and_texts_are_shown_harmless(bert: Path, tmp_path: Path) -> None:
+    steering = "yes\x1b]0;owned\x07\x1b[2J\u202e\x9b31m"
+    lines = [
+        f"the film {i} was {('good', 'bad')[i % 2]},{(steering, 'no')[i % 2]}" for i in range(60)
+    ]
+    rows = save_rows(tmp_path / "rows.csv", "\n".join(["text,label", *lines]) + "\n")
+    out = tmp_path / "run"
+    code, stdout, stderr = invoke(
+        "train", *own(rows), "--k", "24", "--model", bert, *FAST, "--out", out, "--json"
+    )
+    assert code == 0
+    shown = stderr + stdout + invoke("inspect-gates", out, "--by", "class")[2]
+    shown += invoke("predict", out, rows)[1]
+    assert r"yes\x1b]0;owned\x07\x1b[2J\u202e\x9b31m" in stderr
+    assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(shown)
+
+
 def test_every_command_has_help_with_an_example() -> None:
     code, stdout, _ = invoke("--help")
     assert code == 0

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from conftest import experiment
 from typer.testing import CliRunner
 
-from unipelt_cli import artifact, claims, data, execution, export, runs
+from unipelt_cli import artifact, claims, data, execution, export, listing, runs
 from unipelt_cli.cli import app
 from unipelt_cli.config import Experiment
 from unipelt_cli.errors import RunError, UnipeltError
@@ -274,6 +275,9 @@ def test_a_running_run_is_not_disturbed(
     events = execution.execute(planned, out)
     next(events)
     before = {path: path.read_bytes() for path in out.iterdir()}
+    (listed,) = listing.entries("runs", tmp_path, None)
+    owner = f"process {os.getpid()} on {socket.gethostname()}"
+    assert listed["status"] == f"epoch 0 done, {owner} is at it"
     assert finish(planned, out, mode) == (
         2,
         f"{out}: process {os.getpid()} on {socket.gethostname()} is writing there",
@@ -284,6 +288,27 @@ def test_a_running_run_is_not_disturbed(
     for _ in events:
         pass
     check_equal(out, whole)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("make", ["run", "data"])
+def test_where_nobody_may_write_nothing_is_written(
+    planned: Experiment, tmp_path: Path, make: str
+) -> None:
+    for path in takewhile(lambda path: path.name != "tmp", (tmp_path, *tmp_path.parents[:-1])):
+        path.chmod(path.stat().st_mode | 0o555)
+    prepared = data.prepare(planned.data)
+
+    def as_nobody() -> None:
+        os.setuid(65534)
+        if make == "run":
+            carry_out(planned, tmp_path / make, "new")
+        else:
+            data.save(prepared, tmp_path / make)
+
+    code, said = end(start(as_nobody))
+    assert (code, said) == (2, f"{tmp_path / make}: cannot be written (Permission denied)")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_lock_of_a_killed_process_holds_nobody_up(

@@ -60,11 +60,8 @@ class Claim:
                 raise self._held(owner) from None
 
     def _held(self, owner: dict[str, Any] | None) -> RunError:
-        by = "another process"
-        if owner is not None:
-            by = f"process {owner['pid']} on {owner['host']}"
         return RunError(
-            f"{self.path.parent}: {by} is writing there",
+            f"{self.path.parent}: {_named(owner)} is writing there",
             "wait until it has ended, or give another --out",
         )
 
@@ -86,6 +83,27 @@ class Claim:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def holder(directory: Path) -> str | None:
+    """Say which process writes in a directory now; None where none does, or nobody can tell."""
+    try:
+        number = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _named(_owner(number))
+    except OSError:
+        return None
+    finally:
+        os.close(number)
+    return None
+
+
+def _named(owner: dict[str, Any] | None) -> str:
+    return "another process" if owner is None else f"process {owner['pid']} on {owner['host']}"
 
 
 def _here() -> dict[str, Any]:

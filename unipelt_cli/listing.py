@@ -122,14 +122,22 @@ def _runs(directory: Path) -> list[Entry]:
         try:
             result = runs.read(path.parent).result
         except UnipeltError:
-            is_damaged = (path.parent / runs.RESULT).is_file()
-            entry["status"] = "damaged" if is_damaged else runs.describe_progress(path.parent)
+            entry["status"] = _unfinished(path.parent)
         else:
             metric = result["metric"]
             entry |= {"status": "finished", "metric": metric, "seconds": result["seconds"]}
             entry |= {split: result[split][metric] for split in ("dev", "test")}
         listed.append(entry)
     return listed
+
+
+def _unfinished(directory: Path) -> str:
+    if (directory / runs.RESULT).is_file():
+        return "damaged"
+    try:
+        return runs.describe_progress(directory)
+    except UnipeltError:
+        return "damaged"
 
 
 LISTS: Mapping[str, Callable[[Path], list[Entry]]] = MappingProxyType(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unipelt_cli import artifact, data, formats
 from unipelt_cli.batches import Encoded
+from unipelt_cli.claims import holder
 from unipelt_cli.config import Experiment, read_preset, resolve
 from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
 from unipelt_cli.evaluation import Logits, compute_logits
@@ -245,8 +246,10 @@ def read_experiment(directory: Path) -> Experiment:
 
 
 def describe_progress(directory: Path) -> str:
-    """Say how far an unfinished run got."""
+    """Say how far an unfinished run got, and who is at it."""
     epochs = [event for event in read_metrics(directory) if event.get("kind") == "epoch"]
+    if owner := holder(directory):
+        return f"epoch {epochs[-1]['epoch'] if epochs else 0} done, {owner} is at it"
     return f"stopped after epoch {epochs[-1]['epoch']}" if epochs else "no epoch done"
 
 
