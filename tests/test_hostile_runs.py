@@ -1,6 +1,7 @@
 """Run directories that somebody damaged, by accident or not: read right, or refused in words."""
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -270,3 +271,56 @@ def test_damaged_runs_end_a_command_in_two_lines(whole: Path, copy: Path, rows_f
         for made in ("adapters", "reproduced"):
             shutil.rmtree(copy.with_name(f"run-{made}"), ignore_errors=True)
     assert min(seen.values()) >= 5
+
+
+@pytest.mark.parametrize("name", [*runs.RECORDED, runs.RESULT])
+@pytest.mark.parametrize("kind", ["link out", "link beside", "pipe", "directory", "device"])
+def test_only_files_of_the_run_itself_are_read(
+    copy: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    path = copy / name
+    if kind == "link out":
+        path.rename(tmp_path / "outside")
+        path.symlink_to(tmp_path / "outside")
+    elif kind == "link beside":
+        path.rename(copy / "beside")
+        path.symlink_to("beside")
+        runs.read(copy).build()
+        return
+    else:
+        path.unlink()
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "directory":
+            path.mkdir()
+        else:
+            path.symlink_to("/dev/zero")
+    if name == runs.METRICS:
+        (check,) = [check for check in provenance.verify(copy) if check.what == name]
+        assert check.passed is False
+    else:
+        assert outcome(lambda: runs.read(copy)) == "refused"
+
+
+@pytest.mark.parametrize("name", [runs.STATE, runs.METRICS, runs.EXPERIMENT, ".lock"])
+def test_going_on_follows_no_link_out_of_a_run(stopped: Path, tmp_path: Path, name: str) -> None:
+    copy = Path(shutil.copytree(stopped, tmp_path / "run"))
+    outside = tmp_path / "outside"
+    outside.write_bytes((copy / name).read_bytes() if name != ".lock" else b"mine")
+    before = outside.read_bytes()
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(outside)
+    assert outcome(lambda: take_up(copy)) == "refused"
+    assert outside.read_bytes() == before
+
+
+def test_overwriting_removes_links_and_not_what_they_lead_to(stopped: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(stopped, tmp_path / "run"))
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    (copy / runs.METRICS).unlink()
+    (copy / runs.METRICS).symlink_to(outside)
+    for _ in execution.execute(runs.read_experiment(copy), copy, "overwrite"):
+        pass
+    assert outside.read_text() == "mine"
+    runs.read(copy).build()
