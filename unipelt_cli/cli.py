@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 from unipelt_cli import __version__, options
 from unipelt_cli.errors import CheckError, ConfigError, DataError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
-from unipelt_cli.shell import Commands, terminate
+from unipelt_cli.shell import INTERRUPTED, Commands, leave, obey_requests
 
 if TYPE_CHECKING:
     from unipelt_cli.config import Experiment, Settings
@@ -672,9 +671,14 @@ def _print_json(value: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGTERM, terminate)
+    obey_requests()
     if "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait for long before they sleep take the cores that something else could
         # use: beside two busy programs an epoch took 1.8 times as long, alone 0.9 times.
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    app(prog_name="unipelt")
+    try:
+        app(prog_name="unipelt")
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            leave()
+        raise

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
+_importing = False
+
 
 @cache
 def transformers() -> Any:
@@ -31,17 +33,25 @@ def importing() -> Iterator[None]:
 
     Python would look through all objects again and again: 0.6 s of 4 for torch and transformers.
     """
+    global _importing  # as the collector's own switch is the process's
     if not gc.isenabled():
         yield
         return
     before = len(sys.modules)
     gc.disable()
+    _importing = True
     try:
         yield
     finally:
+        _importing = False
         if len(sys.modules) > before:
             gc.freeze()  # nor need later collections look at what was imported
         gc.enable()
+
+
+def is_importing() -> bool:
+    """Say whether libraries are imported right now: an exception can break one for good."""
+    return _importing
 
 
 @contextmanager

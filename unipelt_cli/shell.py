@@ -1,8 +1,11 @@
 """How a command ends: exit codes, two-line errors, a closed pipe."""
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -10,9 +13,11 @@ from typer.core import TyperGroup
 
 from unipelt_cli import render
 from unipelt_cli.errors import UnipeltError, nearest
+from unipelt_cli.libraries import is_importing
 
 INTERRUPTED = 130
 USAGE = 2
+_was_asked = False
 # Typer carries its own Click, whose classes it does not export one by one.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -32,8 +37,14 @@ class Commands(TyperGroup):
         """Run the command line and exit with its code."""
         debug = "--debug" in (sys.argv[1:] if args is None else args)
         try:
-            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
-            _flush()
+            try:
+                given = (args, prog_name, complete_var, False, windows_expand_args)
+                code = super().main(*given, **extra)
+                _flush()
+            except BaseException:
+                if _was_asked:  # within an import, libraries make other errors of it
+                    raise KeyboardInterrupt from None
+                raise
         except UsageError as error:
             code = _fail(*_usage(error), USAGE)
         except UnipeltError as error:
@@ -81,9 +92,29 @@ def _system(error: OSError) -> tuple[str, str]:
     return f"the output cannot be written: {reason}", "check the disk, and where the output goes"
 
 
-def terminate(number: int, frame: object) -> None:
-    """Treat a request to end as Ctrl-C."""
+def obey_requests() -> None:
+    """Treat a request to end, and Ctrl-C, as one thing from now on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    global _was_asked  # as the signal's own disposition is the process's
+    if is_importing():  # nothing is written yet, and libraries end in odd ways
+        os._exit(INTERRUPTED)
+    _was_asked = True
     raise KeyboardInterrupt
+
+
+def leave() -> None:
+    """End an interrupted process; what it had to say has been said.
+
+    Python itself would end by a signal where code inside a library was interrupted.
+    """
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def _fail(message: str, hint: str, code: int) -> int:
