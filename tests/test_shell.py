@@ -138,6 +138,8 @@ def test_a_request_to_end_ends_any_command_quietly(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # What runs in a shell's background is told to ignore Ctrl-C, and may be running these.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(seconds)
     process.send_signal(number)
