@@ -19,6 +19,7 @@ ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
     MemoryError(),
+    RuntimeError("could not create a primitive"),
 ]
 
 
@@ -54,7 +55,7 @@ def holding(
     monkeypatch.setattr(Classifier, "features", limited)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python"])
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python", "onednn"])
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

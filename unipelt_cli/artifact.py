@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ _UNREADABLE = (
     *(SafetensorError, OSError, ValueError),
     *(AttributeError, KeyError, TypeError),  # other JSON than ours
 )
-_SAVING = "Error while serializing: I/O error: "
+_SAVING, _NUMBER = "Error while serializing: I/O error: ", re.compile(r" \(os error \d+\).*")
 
 
 def write(path: Path, content: bytes) -> None:
@@ -106,7 +107,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(_SAVING)
+        reason = getattr(error, "strerror", None) or _NUMBER.sub("", str(error)).removeprefix(
+            _SAVING
+        )
         raise RunError(
             f"{path}: cannot be written ({reason})",
             "free space or give an --out that can be written",

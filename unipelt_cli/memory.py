@@ -9,14 +9,22 @@ import torch
 
 from unipelt_cli.errors import BackboneError, RunError
 
-_SAID = ("out of memory", "can't allocate memory", "not enough memory")
+_SAID = (
+    *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"),
+    *("could not create a primitive", "could not create a memory object"),  # oneDNN's words for it
+)
 
 
 def is_exhausted(error: BaseException) -> bool:
     """Say whether an error means that a smaller batch could have fitted."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _SAID)
+    return isinstance(error, RuntimeError) and says_exhausted(str(error))
+
+
+def says_exhausted(text: str) -> bool:
+    """Say whether an error's words are those of a lack of memory."""
+    return any(said in text for said in _SAID)
 
 
 def release() -> None:

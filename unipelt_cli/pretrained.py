@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unipelt_cli import libraries, untrusted
+from unipelt_cli import libraries, memory, untrusted
 from unipelt_cli.backbones import Attention, Layout, get_layout, refuse_unsound
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.network import is_path
@@ -209,6 +209,11 @@ class Pretrained:
         return backbone, missing
 
     def _refuse_weights(self, reason: str) -> BackboneError:
+        if memory.says_exhausted(reason):
+            return BackboneError(
+                f"{self.directory}: the weights do not fit into memory ({reason})",
+                "free memory, or give a smaller backbone",
+            )
         return BackboneError(
             f"{self.directory}: the weights cannot be read ({reason})",
             "download or save the backbone again",
