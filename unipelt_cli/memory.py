@@ -1,7 +1,9 @@
 """How much memory there is, how a computation says that it took more, and how that is mended."""
 
+import ctypes
 import gc
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # glibc keeps what was freed, and has this alone
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def too_large() -> RunError:
