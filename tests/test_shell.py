@@ -144,7 +144,7 @@ def test_a_request_to_end_ends_any_command_quietly(
     time.sleep(seconds)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    began = seconds > 0.4  # before that Python may end it by itself
+    began = seconds > 2  # before that, on a busy machine, Python may still be starting
     assert process.returncode == 130 or (not began and process.returncode == -number)
     assert not (began and stderr)
 
