@@ -30,6 +30,7 @@ TINY = {"prefix_length": 4, "prefix_width": 16, "rank": 4, "reduction": 8}
 UNIONS = {
     "apl": ("unipelt-apl", {}),
     "apl-separate-gates": ("unipelt-apl", {"lora_gates": "separate"}),
+    "apl-scaled": ("unipelt-apl", {"lora_scale": 3.0}),
     "ap": ("unipelt-ap", {}),
     "apl-ungated": ("apl-ungated", {"lora_scale": 0.7}),
     "adapter": ("adapter", {}),
@@ -156,7 +157,9 @@ def copy_into(ours: Any, theirs: Any, layout: Layout, name: str, shared: bool) -
     for own, layer in zip(submodules.layers, layout.layer_list(theirs), strict=True):
         for place in own.lora:
             lora = layer.get_submodule(getattr(layout, place)).loras[name]
-            pairs += [(own.lora[place].a, lora.lora_A), (own.lora[place].b, lora.lora_B)]
+            # A gate takes the place of the scale there.
+            factor = own.scale if len(own.gates) else 1.0
+            pairs += [(own.lora[place].a, lora.lora_A), (own.lora[place].b, lora.lora_B / factor)]
             if len(own.gates) and shared:
                 query = layer.get_submodule(layout.query).loras[name].gate
                 lora.gate.load_state_dict(query.state_dict())

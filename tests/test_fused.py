@@ -121,6 +121,7 @@ def test_it_computes_what_the_hooks_do(
     "options",
     [
         {"lora_gates": "separate"},
+        {"lora_scale": 3.0},
         {"parts": ["prefix"]},
         {"parts": ["lora"]},
         {"parts": ["adapter"]},

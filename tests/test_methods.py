@@ -322,7 +322,7 @@ def test_a_merged_backbone_is_plain_and_computes_the_same(
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("unipelt-apl", {"lora_scale": 2.0}, "method.lora_scale = 2.0: has no effect"),
+        ("unipelt-apl", {"lora_scale": 0.0}, "method.lora_scale = 0.0 is not allowed"),
         ("unipelt-apl", {"parts": "lora,lora"}, "method.parts = .* a part is named twice"),
         ("unipelt-apl", {"parts": "lora,adaptr"}, "method.parts = 'lora,adaptr' is not allowed"),
         ("lora", {"gate_pooling": "all"}, "method.gate_pooling = 'all': there is no gate"),

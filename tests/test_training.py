@@ -218,3 +218,44 @@ def test_a_run_has_collapsed_when_its_predictions_are_constant(
     values: list[float], collapsed: bool
 ) -> None:
     assert has_collapsed(np.array(values)) == collapsed
+
+
+def test_patience_can_be_asked_for_in_steps(bert: Path) -> None:
+    loop = training(bert, epochs=50, patience=3, patience_steps=23, learning_rate=5e-3)
+    epochs = [event for event in loop.events() if isinstance(event, Epoch)]
+    assert len(epochs) == loop.progress.best_epoch + 5, "23 steps are more than 4 epochs of 5"
+
+
+def test_the_head_can_have_a_rate_of_its_own(bert: Path) -> None:
+    moved = []
+    for factor in (1.0, 1e-6):
+        loop = training(bert, epochs=1, head_rate=factor)
+        before = tensors(loop)
+        list(loop.events())
+        changed = {n: (t - before[n]).abs().max() for n, t in tensors(loop).items()}
+        moved.append(changed["head.out.weight"])
+        assert max(changed.values()) > 1e-5
+    assert moved[1] < moved[0] * 1e-5
+
+
+def test_a_running_mean_is_scored_kept_and_gone_on_with(bert: Path) -> None:
+    settings = {"epochs": 4, "patience": 4, "averaging": 0.5, "learning_rate": 5e-3}
+    loop, saved = training(bert, **settings), None
+    mean: dict[str, torch.Tensor] = {}
+    for event in loop.events():
+        now = tensors(loop)
+        if isinstance(event, Step):
+            taken = loop.progress.taken
+            weight = max(0.5, 1 / taken)
+            mean = {n: torch.lerp(mean[n], t, weight) if mean else t for n, t in now.items()}
+        elif event.is_best:
+            best = {n: t.clone() for n, t in mean.items()}
+        if isinstance(event, Step) and (event.epoch, event.step) == (3, 2):
+            state, counters = loop.state()
+            saved = {n: t.clone() for n, t in state.items()}, counters
+    assert all(torch.allclose(t, best[n], atol=1e-6) for n, t in tensors(loop).items())
+    assert saved is not None
+    again = training(bert, **settings)
+    again.restore(*saved)
+    list(again.events())
+    assert all(torch.equal(t, tensors(loop)[n]) for n, t in tensors(again).items())

@@ -183,7 +183,7 @@ def _parts_config(tuned: Tuned) -> Any:
     if "adapter" in method.parts:
         configs["adapter"] = adapters.SeqBnConfig(reduction_factor=method.reduction)
     if "lora" in method.parts:
-        # A gate takes the place of alpha / r there, as it takes that of the scale here.
+        # A gate takes the place of alpha / r there: then B is written with the scale in it.
         configs["lora"] = adapters.LoRAConfig(r=method.rank, alpha=layer.scale * method.rank)
     parts = [config.replace(use_gating=method.gated) for config in configs.values()]
     return parts[0] if len(parts) == 1 else adapters.ConfigUnion(*parts)
@@ -219,7 +219,8 @@ def _write_config(path: Path, config: Any, tuned: Tuned, name: str) -> None:
 
 def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the stored submodules under the names that they have there."""
-    layout, backbone = tuned.pretrained.layout, tuned.classifier.backbone
+    layout, backbone, method = tuned.pretrained.layout, tuned.classifier.backbone, tuned.method
+    assert isinstance(method, Submodules)
     adapters, prefix = PLACES.get(layout.model_type, ("output", "self_prefix"))
     layers = layout.layer_paths(backbone)
     places = {
@@ -237,6 +238,8 @@ def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
             continue
         layer, path = key.removeprefix("submodules.layers.").split(".", 1)
         module, kind = (path, "") if path in LAYER_NAMES else path.rsplit(".", 1)
+        if module.endswith(".b") and method.gated:
+            tensor = tensor * method.lora_factor
         for place in LAYER_NAMES[module]:
             below = f"{place.format(**places)}.{kind}".rstrip(".")
             yield f"{layout.inside}.{layers[int(layer)]}.{below}", tensor.clone()

@@ -122,7 +122,12 @@ class TrainSettings(Section):
     )
     epochs: int = Field(50, ge=1, description="at most so many")
     patience: int = Field(10, ge=1, description="epochs without a better dev score before the end")
+    patience_steps: int = Field(0, ge=0, description="and at least so many steps without one")
     batch_size: int = Field(16, ge=1, description="rows a step")
+    head_rate: float = Field(1.0, gt=0, le=1000, description="head: factor on the rate")
+    averaging: float = Field(
+        0.0, ge=0, lt=1, description="dev scores and keeps a running mean of the tensors; its decay"
+    )
     warmup: float = Field(0.06, ge=0, lt=1, description="share of all steps that warm up")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, on matrices only")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")

@@ -157,6 +157,7 @@ class Training:
             if parameter.requires_grad
         }
         self.carried |= self.parameters
+        self.averaged: dict[str, Tensor] = {}
         self.optimizer = _adamw(self.parameters, self.settings, self.tuned)
 
     @property
@@ -208,7 +209,9 @@ class Training:
         if over - progress.stage_epochs >= self.lengths[stage]:
             return True
         since = over - max(progress.best_epoch, progress.stage_epochs)
-        return self.method.stages[stage].selects and since >= self.settings.patience
+        is_patient = since < self.settings.patience
+        is_patient |= since * self.steps < self.settings.patience_steps
+        return self.method.stages[stage].selects and not is_patient
 
     def _prepare(self) -> None:
         """Let the method look at the train rows, once."""
@@ -250,6 +253,7 @@ class Training:
         now = {name: tensor.detach() for name, tensor in self.carried.items()}
         tensors = {f"now.{name}": t for name, t in (now | self.tuned.buffers()).items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"averaged.{name}": tensor for name, tensor in self.averaged.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value.detach()
@@ -273,6 +277,7 @@ class Training:
             groups.setdefault(kind, {})[name] = tensor.to(self.tuned.device)
         self._copy(groups.pop("now"))
         self.best = groups.pop("best", {})
+        self.averaged = groups.pop("averaged", {})
         for kind, values in groups.items():
             for name, tensor in values.items():
                 self.optimizer.state[self.parameters[name]][kind] = tensor
@@ -374,7 +379,20 @@ class Training:
         self.optimizer.step()
         self.method.after_step(self.tuned.classifier.backbone, moment)
         self.optimizer.zero_grad(set_to_none=True)
+        self._average()
         return value
+
+    def _average(self) -> None:
+        """Move the running mean of the tensors towards what they are now."""
+        decay = self.settings.averaging
+        if not decay:
+            return
+        now = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        if not self.averaged:
+            self.averaged = {name: tensor.clone() for name, tensor in now.items()}
+        # A mean that is young follows faster: it would be the start's for long.
+        weight = max(1 - decay, 1 / (self.progress.stage_taken + 1))
+        torch._foreach_lerp_(list(self.averaged.values()), list(now.values()), weight)
 
     def _moment(self) -> Moment:
         progress = self.progress
@@ -399,8 +417,9 @@ class Training:
         scores: dict[str, float] = {}
         is_best = False
         if self.method.stages[progress.stage].selects:
-            scores = joint_scores(self.tasks, list(map(self._score, range(len(self.tasks)))))
-            is_best = self._select(scores)
+            with self._means():
+                scores = joint_scores(self.tasks, list(map(self._score, range(len(self.tasks)))))
+                is_best = self._select(scores)
         event = Epoch(
             progress.epoch,
             progress.loss_sum / self.rows,
@@ -416,6 +435,19 @@ class Training:
         progress.step = progress.tokens = 0
         progress.loss_sum = progress.train_seconds = 0.0
         return event
+
+    @contextmanager
+    def _means(self) -> Iterator[None]:
+        """Inside, the model has the running mean of its tensors, where one is kept."""
+        if not self.averaged:
+            yield
+            return
+        own = {name: self.parameters[name].detach().clone() for name in self.averaged}
+        self._copy(self.averaged)
+        try:
+            yield
+        finally:
+            self._copy(own)
 
     def _score(self, place: int) -> dict[str, float]:
         task, (rows, labels) = self.tasks[place], self.courses[place].dev
@@ -457,7 +489,7 @@ def _adamw(
     for name, parameter in parameters.items():
         is_head = not name.startswith("backbone.")
         own = name.removeprefix("backbone.")
-        factor = 1.0 if is_head else tuned.method.rate(own)
+        factor = settings.head_rate if is_head else tuned.method.rate(own)
         is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
         decays = is_matrix and (is_head or tuned.method.decays(own))
         decay = settings.weight_decay if decays else 0.0

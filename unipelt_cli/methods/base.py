@@ -236,16 +236,16 @@ def count_stored(stored: Mapping[str, Tensor]) -> int:
     )
 
 
-def initialise(linear: nn.Linear, generator: Generator) -> None:
-    """Draw a linear unit N(0, 0.02) with zero bias, never from the global generator."""
-    nn.init.normal_(linear.weight, 0.0, STD, generator=generator)
+def initialise(linear: nn.Linear, generator: Generator, std: float = STD) -> None:
+    """Draw a linear unit N(0, std) with zero bias, never from the global generator."""
+    nn.init.normal_(linear.weight, 0.0, std, generator=generator)
     nn.init.zeros_(linear.bias)
 
 
-def new_linear(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
-    """Make a linear unit N(0, 0.02) with zero bias."""
+def new_linear(inputs: int, outputs: int, generator: Generator, std: float = STD) -> nn.Linear:
+    """Make a linear unit N(0, std) with zero bias."""
     linear = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
-    initialise(linear, generator)
+    initialise(linear, generator, std)
     return linear
 
 

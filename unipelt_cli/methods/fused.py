@@ -72,7 +72,7 @@ class Trained:
     """
 
     reads: Tensor | None = None  # (R, 2r + E, D)
-    back: Tensor | None = None  # (R, 2r, 3D): LoRA's B, zero where query and value are not
+    back: Tensor | None = None  # (R, 2r, 3D): LoRA's B, scaled; zero beside query and value
     early: Tensor | None = None  # (R, E, D): LoRA's one or two, then the prefix's
     early_bias: Tensor | None = None  # (R, E)
     late_reads: Tensor | None = None  # (R, m + 1, D), or m where nothing is gated
@@ -82,13 +82,11 @@ class Trained:
     late: Tensor | None = None  # (R, 1, D)
     late_bias: Tensor | None = None  # (R, 1)
     prefix: Tensor | None = None  # (R, 2, P, D) float32
-    scale: float = 1.0
-    """LoRA's factor where nothing is gated."""
 
     def of(self, runs: slice) -> "Trained":
         """Return what some runs have."""
         own = {k: v[runs] for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Trained(**own, scale=self.scale)
+        return Trained(**own)
 
 
 @dataclass
@@ -419,9 +417,9 @@ def _pool_back(grad: Tensor, opened: Tensor, part: Part) -> Tensor:
 
 
 def _by_place(low: Tensor, part: Part, own: Trained, gates: Tensor | None) -> Tensor:
-    """Multiply LoRA's (R, M / R, 2r) by the gate of query and that of value, or the scale."""
+    """Multiply LoRA's (R, M / R, 2r) by the gate of query and that of value, if it has any."""
     if gates is None:
-        return low * own.scale
+        return low
     used = gates if own.prefix is None else gates[:, :-1]
     used = used.to(low.dtype)[part.row_of, :, None]
     return (low.view(len(used), 2, -1) * used).view_as(low)

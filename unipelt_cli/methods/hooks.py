@@ -50,11 +50,7 @@ class LayerSubmodules(nn.Module):
         generator: Generator,
     ) -> None:
         super().__init__()
-        self.index, self.state, self.scale = (
-            index,
-            state,
-            2.0 if method.lora_scale is None else method.lora_scale,
-        )
+        self.index, self.state, self.scale = index, state, method.lora_factor
         self.gate_values: dict[str, Tensor] = {}
         self.record: dict[str, Tensor] = {}
         self.fused = layout.fused
@@ -70,7 +66,8 @@ class LayerSubmodules(nn.Module):
         hidden = query.in_features
         parts = [part for part in method.parts if part not in layout.lacks]
         if "adapter" in parts:
-            self.adapter = Adapter(hidden, max(1, hidden // method.reduction), generator)
+            bottleneck = max(1, hidden // method.reduction)
+            self.adapter = Adapter(hidden, bottleneck, generator, method.adapter_std)
         if "parallel" in parts:
             self.parallel = ParallelAdapter(hidden, method.parallel_bottleneck, generator)
         if "lora" in parts:
@@ -189,7 +186,7 @@ class LayerSubmodules(nn.Module):
 
     def _low_rank(self, place: str, x: Tensor, output: Tensor) -> Tensor:
         gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}", x)
-        scale = self.scale if gate is None else gate.to(x.dtype)
+        scale = self.scale if gate is None else gate.to(x.dtype) * self.scale
         added: Tensor = self.lora[place](x, scale)
         if not self.fused:
             return output + added
@@ -297,7 +294,9 @@ class Container(nn.Module):
         if has_prefix:
             hidden = _width(self.sites[0][1], layout, "key")
             shape = (len(self.sites), method.prefix_length, hidden)
-            self.prefix = Prefix(shape, method.prefix_width, generator, site.folded)
+            self.prefix = Prefix(
+                shape, method.prefix_width, generator, site.folded, method.prefix_std
+            )
             if not self.lengthens:
                 for (row, layer), own in zip(self.sites, self.layers, strict=True):
                     assert isinstance(own, LayerSubmodules)

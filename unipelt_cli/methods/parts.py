@@ -23,6 +23,7 @@ class Prefix(nn.Module):
         width: int,
         generator: Generator,
         folded: bool,
+        std: float = STD,
     ) -> None:
         super().__init__()
         layers, length, hidden = self.shape = shape
@@ -30,7 +31,7 @@ class Prefix(nn.Module):
         if folded:
             self.rows = nn.Parameter(torch.zeros(layers, 2, length, hidden))
         else:
-            self.table = nn.Parameter(_normal((length, hidden), generator))
+            self.table = nn.Parameter(_normal((length, hidden), generator, std))
             self.down = new_linear(hidden, width, generator)
             self.up = new_linear(width, layers * 2 * hidden, generator)
 
@@ -60,12 +61,14 @@ class LowRank(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A bottleneck: x -> up(relu(down(x))); every matrix N(0, 0.02), every bias 0."""
+    """A bottleneck: x -> up(relu(down(x))); down N(0, 0.02), up N(0, std), every bias 0."""
 
-    def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
+    def __init__(
+        self, hidden: int, bottleneck: int, generator: Generator, std: float = STD
+    ) -> None:
         super().__init__()
         self.down = new_linear(hidden, bottleneck, generator)
-        self.up = new_linear(bottleneck, hidden, generator)
+        self.up = new_linear(bottleneck, hidden, generator, std)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         low = functional.linear(x, self.down.weight.to(x.dtype), self.down.bias.to(x.dtype))
@@ -99,5 +102,5 @@ class ParallelAdapter(Adapter):
         nn.init.zeros_(self.up.weight)
 
 
-def _normal(shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return torch.empty(shape).normal_(0.0, STD, generator=generator)
+def _normal(shape: tuple[int, ...], generator: Generator, std: float) -> Tensor:
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

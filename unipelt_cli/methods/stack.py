@@ -240,7 +240,7 @@ class _Encode(torch.autograd.Function):
         parted: dict[tuple[int, str], Tensor] = {}
         for place, grads in enumerate(found):
             own = {name for at, name in ctx.names if at == place}
-            parted |= {(place, name): g for name, g in _parted(grads, own).items()}
+            parted |= {(place, name): g for name, g in _parted(grads, own, ctx.stack.scale).items()}
         if (-1, "prefix") in ctx.names:
             parted[-1, "prefix"] = torch.stack([grads["prefix"] for grads in found], 1)
         ctx.travels = ctx.trained = None
@@ -267,8 +267,8 @@ def _ready(own: Tensors, prefix: Tensor | None, scale: float, dtype: torch.dtype
         query, value = own["lora.query.b"], own["lora.value.b"]
         runs, hidden, rank = query.shape
         made["back"] = back = query.new_zeros(runs, 2 * rank, 3 * hidden, dtype=dtype)
-        back[:, :rank, :hidden] = query.mT
-        back[:, rank:, 2 * hidden :] = value.mT
+        back[:, :rank, :hidden] = query.mT * scale
+        back[:, rank:, 2 * hidden :] = value.mT * scale
     if "adapter.up.weight" in own:
         late = [own["adapter.down.weight"]]
         if "gates.adapter.weight" in own:
@@ -278,10 +278,10 @@ def _ready(own: Tensors, prefix: Tensor | None, scale: float, dtype: torch.dtype
         made["down_bias"] = own["adapter.down.bias"].to(dtype)
         made["up"] = own["adapter.up.weight"].to(dtype)
         made["up_bias"] = own["adapter.up.bias"].to(dtype)
-    return Trained(**made, scale=scale)
+    return Trained(**made)
 
 
-def _parted(grads: Tensors, names: set[str]) -> Tensors:
+def _parted(grads: Tensors, names: set[str], scale: float) -> Tensors:
     """Take gradients of joined tensors apart: the way back of `_ready`."""
     parted: Tensors = {}
     gates = [name for name in EARLY if f"gates.{name}.weight" in names]
@@ -290,8 +290,8 @@ def _parted(grads: Tensors, names: set[str]) -> Tensors:
         rank, hidden = grads["back"].shape[1] // 2, grads["back"].shape[2] // 3
         parted["lora.query.a"] = grads["reads"][:, :rank]
         parted["lora.value.a"] = grads["reads"][:, rank : 2 * rank]
-        parted["lora.query.b"] = grads["back"][:, :rank, :hidden].mT
-        parted["lora.value.b"] = grads["back"][:, rank:, 2 * hidden :].mT
+        parted["lora.query.b"] = grads["back"][:, :rank, :hidden].mT.float() * scale
+        parted["lora.value.b"] = grads["back"][:, rank:, 2 * hidden :].mT.float() * scale
         at = 2 * rank
     for place, name in enumerate(gates):
         parted[f"gates.{name}.weight"] = grads["reads"][:, at + place : at + place + 1]

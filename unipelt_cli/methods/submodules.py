@@ -46,8 +46,15 @@ class Submodules(Method):
     ] = 2.0
     rank: Annotated[int, Field(ge=1, le=1024, description="LoRA: rank")] = 8
     lora_scale: Annotated[
-        float | None, Field(gt=0, description="LoRA without a gate: alpha / rank (2 if unset)")
+        float | None,
+        Field(gt=0, description="LoRA: alpha / rank, times its gate (unset: 1 with one, else 2)"),
     ] = field(default=None)
+    adapter_std: Annotated[
+        float, Field(ge=0, le=1, description="adapter: how widely its up matrix starts; 0: nothing")
+    ] = 0.02
+    prefix_std: Annotated[
+        float, Field(gt=0, le=10, description="prefix: how widely its table starts")
+    ] = 0.02
     gate_pooling: Annotated[
         Literal["masked", "all"],
         Field(description="average gates over tokens, or over padding too (the authors' code)"),
@@ -70,11 +77,6 @@ class Submodules(Method):
     def problems(self) -> Iterator[tuple[str, str]]:
         if len(set(self.parts)) < len(self.parts):
             yield f"parts = {list(self.parts)}: a part is named twice", "name each part once"
-        if self.gated and self.lora_scale is not None:
-            yield (
-                f"lora_scale = {self.lora_scale}: has no effect, the gate takes its place",
-                "leave it out, or set method.gated=false",
-            )
         if not self.gated and self.gate_pooling == "all":
             yield "gate_pooling = 'all': there is no gate", "leave it out, or set method.gated=true"
         if not self.gated and self.gate_bias != 0:
@@ -104,6 +106,13 @@ class Submodules(Method):
         part = place if place == "prefix" else rest[1]
         return cast(float, getattr(self, f"{part}_rate", 1.0))
 
+    @property
+    def lora_factor(self) -> float:
+        """What LoRA's product is multiplied by, beside its gate if it has one."""
+        if self.lora_scale is not None:
+            return self.lora_scale
+        return 1.0 if self.gated else 2.0
+
     def gate_names(self, parts: Iterable[str]) -> tuple[str, ...]:
         """Return the names of the gates of a layer with some of the parts."""
         if not self.gated:
@@ -131,8 +140,7 @@ class Submodules(Method):
             and not any(len(cast(LayerSubmodules, own).task_gates) for own in container.layers)
         )
         if fits:
-            scale = 2.0 if self.lora_scale is None else self.lora_scale
-            container.stack = Stack(backbone, container, scale, is_stored=site.folded)
+            container.stack = Stack(backbone, container, self.lora_factor, is_stored=site.folded)
         return fits
 
     def joint(self, backbone: nn.Module) -> Stack | None:
