@@ -48,10 +48,16 @@ RANKS = {
     "export": 11,
     "provenance": 11,
     "options": 11,
+    "arguments": 11,
+    "estimate": 11,
+    "local": 11,
+    "sweep": 11,
+    "worker": 11,
     "shell": 11,
-    "watching": 11,
-    "cli": 12,
-    "__main__": 13,
+    "watching": 12,
+    "several": 13,
+    "cli": 14,
+    "__main__": 15,
 }
 MODULES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE

@@ -189,7 +189,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    close, make = Training.close, execution._training
+    close, make = Training.close, execution.loop_of
     made: list[Training] = []
 
     def making(*given: Any) -> Training:
@@ -277,7 +277,7 @@ def test_runs_one_after_another_take_their_own_time_and_are_let_go(
 ) -> None:
     each = experiments(backbone_dir("bert"), rows_file, "bitfit")
     loops: list[weakref.ref[Training]] = []
-    make = execution._training
+    make = execution.loop_of
 
     def making(*given: Any) -> Training:
         loop = make(*given)

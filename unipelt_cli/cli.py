@@ -4,20 +4,18 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unipelt_cli import __version__, options
+from unipelt_cli import __version__, arguments, options, several
 from unipelt_cli.errors import CheckError, ConfigError, DataError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
-from unipelt_cli.shell import INTERRUPTED, Commands, leave, obey_requests
+from unipelt_cli.shell import INTERRUPTED, Commands, leave, obey_requests, print_json
 
 if TYPE_CHECKING:
-    from unipelt_cli.config import Experiment, Settings
-    from unipelt_cli.runs import Run
+    from unipelt_cli.config import Experiment
 
 app = typer.Typer(
     name="unipelt",
@@ -73,8 +71,8 @@ def prepare(
 
     Example: unipelt prepare --task mrpc --k 500 --source glue/
     """
-    flags = _data_flags(locals())
-    experiment = _resolve([], settings, flags, offline=offline, data_only=True)
+    flags = arguments.data_flags(locals())
+    experiment = arguments.resolve([], settings, flags, offline=offline, data_only=True)
     from unipelt_cli import data, render
 
     if len(experiment.data.each()) > 1:
@@ -88,7 +86,7 @@ def prepare(
     render.data_summary(prepared.manifest)
     render.say("prepared: ", (str(target), "bold"))
     if as_json:
-        _print_json({"path": str(target), **prepared.manifest})
+        print_json({"path": str(target), **prepared.manifest})
 
 
 @app.command()
@@ -127,22 +125,22 @@ def train(
 
     Example: unipelt train --task mrpc --k 500 --data-seeds 111,222,333,444,555
     """
-    flags = _data_flags(locals())
-    flags["data"] |= {"tasks": tasks, "prepared": _directories(prepared)}
+    flags = arguments.data_flags(locals())
+    flags["data"] |= {"tasks": tasks, "prepared": arguments.directories(prepared)}
     flags |= {
         "model": {"backbone": model},
         "method": {"name": method},
         "train": {"seed": seed, "device": device, "precision": precision},
     }
-    _refuse_pairs(
+    arguments.refuse_pairs(
         ("--resume" if resume else None, "--overwrite" if overwrite else None),
-        (_said("--data-seed", data_seed), _said("--data-seeds", data_seeds)),
-        (_said("--seed", seed), _said("--seeds", seeds)),
+        (arguments.said("--data-seed", data_seed), arguments.said("--data-seeds", data_seeds)),
+        (arguments.said("--seed", seed), arguments.said("--seeds", seeds)),
     )
-    experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
+    experiment = arguments.resolve([preset] if preset else [], settings, flags, offline=offline)
     with importing():
         from unipelt_cli import execution
-    from unipelt_cli.grid import over_seeds
+    from unipelt_cli.grid import over_seeds, run_name
 
     experiment = execution.with_drawn_rows(experiment)
     grid = over_seeds(experiment, data_seeds, seeds)
@@ -153,14 +151,14 @@ def train(
 
     mode: execution.Mode = "resume" if resume else "overwrite" if overwrite else "new"
     if data_seeds is None and seeds is None:
-        directory = out or Path("runs") / _run_name(experiment)
+        directory = out or Path("runs") / run_name(experiment)
         answer = watching.train(experiment, directory, mode)
     else:
         root = out or Path("runs")
-        directories = [root / _run_name(own) for own in grid.values()]
+        directories = [root / run_name(own) for own in grid.values()]
         answer = watching.train_together(grid, directories, mode)
     if as_json:
-        _print_json(answer)
+        print_json(answer)
     if failed := answer.get("failed"):
         raise CheckError(
             f"{len(failed)} of {len(grid)} runs failed, the first with: {failed[0]['error']}",
@@ -189,14 +187,14 @@ def evaluate(
 
     Example: unipelt eval runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
-    _refuse_pairs(
-        (_said("--split", split), _said("--file", file)),
-        (_said("--source", source), _said("--file", file)),
+    arguments.refuse_pairs(
+        (arguments.said("--split", split), arguments.said("--file", file)),
+        (arguments.said("--source", source), arguments.said("--file", file)),
     )
     if label is not None and file is None:
         raise ConfigError(f"--label {label!r}: the run knows its own", "drop it, or give --file")
     split = split or "test"
-    found = _read_run(run, offline, source, model)
+    found = arguments.read_run(run, offline, source, model)
     each = task is None and file is None
     places = list(range(len(found.tasks))) if each else [found.place(task)]
     tuned = found.build(device, model)
@@ -208,7 +206,7 @@ def evaluate(
     for place in places:
         one = found.tasks[place]
         if file is None:
-            rows = found.rows(split, _absolute(source), place)
+            rows = found.rows(split, arguments.absolute(source), place)
         else:
             rows = data.labelled_rows(file, one, label or found.experiment.data.label or "label")
         encoded = evaluation.encode_rows(
@@ -223,7 +221,7 @@ def evaluate(
         [[name, str(total), *(f"{value:.4f}" for value in scores.values())]],
     )
     if as_json:
-        _print_json({"split": name, "rows": total, "scores": scores})
+        print_json({"split": name, "rows": total, "scores": scores})
 
 
 @app.command()
@@ -244,7 +242,7 @@ def predict(
 
     Example: echo "my parcel never came" | unipelt predict RUN -
     """
-    found = _read_run(run, offline, model=model)
+    found = arguments.read_run(run, offline, model=model)
     place = found.place(task)
     tuned = found.build(device, model)
     from unipelt_cli import cells, data, evaluation
@@ -290,16 +288,17 @@ def inspect_gates(
     """
     if by not in ("layer", "class", "example"):
         raise ConfigError(f"--by {by!r}: no such view", "choose one of layer, class, example")
-    found = _read_run(run, offline, source, model)
+    found = arguments.read_run(run, offline, source, model)
     place = found.place(task)
     tuned = found.build(device, model)
     from unipelt_cli import inspection, render
 
-    report = inspection.inspect(found, tuned, found.rows(split, _absolute(source), place), place)
+    rows = found.rows(split, arguments.absolute(source), place)
+    report = inspection.inspect(found, tuned, rows, place)
     layers = report.by_layer()
-    rows = len(report.rows)
-    title = f"gates of {run.resolve().name}, {rows} {split} rows"
-    answer: dict[str, Any] = {"rows": rows, "layers": layers}
+    count = len(report.rows)
+    title = f"gates of {run.resolve().name}, {count} {split} rows"
+    answer: dict[str, Any] = {"rows": count, "layers": layers}
     if by == "class":
         answer["classes"] = report.by_class()
         for group in answer["classes"]:
@@ -315,7 +314,7 @@ def inspect_gates(
         render.plot_gates(layers, f"{title}, mean", plot)
         render.say("picture: ", (str(plot), "bold"))
     if as_json:
-        _print_json(answer)
+        print_json(answer)
 
 
 @app.command()
@@ -335,12 +334,12 @@ def export(
     """
     if to not in ("adapters", "hf"):
         raise ConfigError(f"--to {to!r}: no such format", nearest(to, ("adapters", "hf")))
-    found = _read_run(run, offline, model=model)
+    found = arguments.read_run(run, offline, model=model)
     tuned = found.build("cpu", model)
     from unipelt_cli import export as exports
     from unipelt_cli import render
 
-    report = exports.export(found, tuned, to, out or _beside(run, to))
+    report = exports.export(found, tuned, to, out or arguments.beside(run, to))
     parity = report["parity"]
     render.say(
         f"{to}: ",
@@ -350,7 +349,7 @@ def export(
     for note in report["notes"]:
         render.say(("note: ", "yellow"), note)
     if as_json:
-        _print_json(report)
+        print_json(report)
     if not exports.holds(parity):
         raise CheckError(
             f"{report['path']}: logits differ by {parity['max_abs_logit_diff']:.2g}",
@@ -373,16 +372,16 @@ def verify(
     from unipelt_cli import network
 
     try:
-        _settle_run(run, offline, source, model)
+        arguments.settle_run(run, offline, source, model)
     except UnipeltError:  # the checks will say what is wrong
         network.settle(offline=True, needed=False)
     from unipelt_cli import provenance, render
 
-    checks = list(provenance.verify(run, _absolute(source), model))
+    checks = list(provenance.verify(run, arguments.absolute(source), model))
     render.check_table([(check.what, check.passed, check.said) for check in checks])
     failed = [check for check in checks if check.passed is False]
     if as_json:
-        _print_json(
+        print_json(
             {
                 "run": str(run),
                 "ok": not failed,
@@ -414,13 +413,13 @@ def reproduce(
 
     Example: unipelt reproduce runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
-    found = _read_run(run, offline, source, model)
+    found = arguments.read_run(run, offline, source, model)
     from unipelt_cli import execution, provenance, render, runs, watching
 
-    target = out or _beside(run, "reproduced")
+    target = out or arguments.beside(run, "reproduced")
     mode: execution.Mode = "new" if (target / runs.RESULT).is_file() else "resume"
     with provenance.as_trained(found):
-        watching.train(found.experiment.moved(_absolute(source), model), target, mode)
+        watching.train(found.experiment.moved(arguments.absolute(source), model), target, mode)
     again = runs.read(target)
     differences, is_equal = provenance.differences(found, again), provenance.is_equal(found, again)
     if differences:
@@ -429,7 +428,7 @@ def reproduce(
     if is_equal:
         render.say("reproduced: the same scores and, to the byte, the same tensors")
     if as_json:
-        _print_json(
+        print_json(
             {
                 "run": str(run),
                 "reproduction": str(target),
@@ -468,7 +467,7 @@ def list_(
     if model is not None and what != "methods":
         raise ConfigError(f"--model {model!r}: only methods are counted on one", "drop --model")
     if model is not None:
-        _settle_backbone(model, offline)
+        arguments.settle_backbone(model, offline)
     with importing():
         from unipelt_cli import listing, render
 
@@ -476,7 +475,7 @@ def list_(
         raise ConfigError(f"list {what!r}: no such list", nearest(what, listing.LISTS))
     entries = listing.entries(what, directory, model)
     if as_json:
-        _print_json({what: entries})
+        print_json({what: entries})
         return
     if what == "methods":
         render.method_table(entries, model or "BERT-base")
@@ -495,147 +494,6 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)
-
-
-def _refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:
-    """Raise ConfigError where both of two flags are given that contradict each other."""
-    for one, other in pairs:
-        if one and other:
-            raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
-
-
-def _said(flag: str, value: object) -> str | None:
-    return None if value is None else f"{flag} {value}"
-
-
-def _data_flags(values: dict[str, Any]) -> "Settings":
-    keys = (
-        *("task", "k", "data_seed", "dev_size", "source", "dataset"),
-        *("train_file", "dev_file", "test_file", "text", "text_pair", "label"),
-    )
-    return {"data": {key: values[key] for key in keys}}
-
-
-def _directories(prepared: str | None) -> str | list[str] | None:
-    """Take directories with commas between them apart, unless one is called so."""
-    if prepared is None or "," not in prepared or Path(prepared).is_dir():
-        return prepared
-    return [path.strip() for path in prepared.split(",")]
-
-
-def _absolute(path: str | None) -> str | None:
-    """Keep a run's paths good from any directory; the word hub is not a path."""
-    if path is None or path == "hub":
-        return path
-    try:
-        return str(Path(path).expanduser().resolve())
-    except (OSError, RuntimeError, ValueError):
-        return path  # No such home, or no path at all: said by whoever reads from there.
-
-
-def _with_absolute_paths(settings: "Settings") -> "Settings":
-    data, model = settings.get("data"), settings.get("model")
-    if isinstance(data, dict):
-        for key in ("source", "prepared", "train_file", "dev_file", "test_file"):
-            if isinstance(data.get(key), str):
-                data[key] = _absolute(data[key])
-            elif isinstance(data.get(key), list):
-                data[key] = [_absolute(p) if isinstance(p, str) else p for p in data[key]]
-    if isinstance(model, dict) and isinstance(name := model.get("backbone"), str):
-        is_folder = name != "minilm" and Path(name).expanduser().is_dir()
-        model["backbone"] = _absolute(name) if is_folder else name
-    return settings
-
-
-def _resolve(
-    presets: Sequence[str],
-    assignments: Sequence[str] | None,
-    flags: "Settings",
-    *,
-    offline: bool,
-    data_only: bool = False,
-) -> "Experiment":
-    """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
-    with importing():
-        from unipelt_cli import config
-
-    given = {
-        section: {key: value for key, value in values.items() if value is not None}
-        for section, values in flags.items()
-    }
-    sets = [config.parse_assignment(text) for text in assignments or ()]
-    layers = [
-        (f" (from {name})", _with_absolute_paths(config.read_preset(name))) for name in presets
-    ]
-    own = _with_absolute_paths(config.merge([*sets, given]))
-    experiment = config.resolve([*layers, ("", own)])
-    if config.reads_source(experiment.data):
-        source = experiment.data.source or os.environ.get("UNIPELT_DATA") or "hub"
-        is_prepared = source != "hub" and (Path(source) / "manifest.json").is_file()
-        own.setdefault("data", {}).pop("source", None)
-        own["data"]["prepared" if is_prepared else "source"] = source
-        experiment = config.resolve([*layers, ("", _with_absolute_paths(own))])
-    _settle_network(experiment, offline, data_only=data_only)
-    return experiment
-
-
-def _settle_network(experiment: "Experiment", offline: bool, data_only: bool = False) -> None:
-    """Decide about the network before any hub library is imported."""
-    from unipelt_cli import network, tasks
-
-    data, name = experiment.data, experiment.model.backbone
-    dataset = data.dataset or (tasks.HUB_GLUE if data.source == "hub" else None)
-    backbone = name if network.names_hub(name) and not data_only else None
-    network.settle(offline=offline, needed=bool(dataset or backbone))
-    network.require_cached(backbone=backbone, dataset=dataset and dataset.partition(":")[0])
-
-
-def _settle_backbone(name: str, offline: bool) -> None:
-    """Decide about the network where only a backbone is asked for."""
-    from unipelt_cli import network
-
-    backbone = name if network.names_hub(name) else None
-    network.settle(offline=offline, needed=bool(backbone))
-    network.require_cached(backbone=backbone, dataset=None)
-
-
-def _read_run(
-    directory: Path, offline: bool, source: str | None = None, model: str | None = None
-) -> "Run":
-    """Read a finished run, and settle whether the network is used to build its model."""
-    _settle_run(directory, offline, source, model)
-    from unipelt_cli import runs
-
-    return runs.read(directory)
-
-
-def _beside(run: Path, what: str) -> Path:
-    """Return where what is made of a run goes, if nobody says so: beside it."""
-    named = run if run.name not in ("", "..") else run.resolve()
-    return named.with_name(f"{named.name}-{what}")
-
-
-def _settle_run(directory: Path, offline: bool, source: str | None, model: str | None) -> None:
-    """Settle whether the network is used for a run's rows and backbone, or where they are now."""
-    with importing():
-        from unipelt_cli import config
-
-    path = directory / "experiment.toml"
-    if path.is_file():
-        experiment = config.resolve([("", config.read_preset(str(path)))])
-        _settle_network(experiment.moved(source, model), offline)
-
-
-def _run_name(experiment: "Experiment") -> str:
-    data, train = experiment.data, experiment.train
-    own = data.train_file or data.dataset or str(data.prepared or "data")
-    task = "+".join(data.tasks or ()) or data.task or Path(own).stem
-    backbone = Path(experiment.model.backbone).name
-    name = (
-        f"{task}-k{data.k or 'all'}-{experiment.method_name}-{backbone}"
-        f"-d{data.data_seed}-s{train.seed}"
-    )
-    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
@@ -662,11 +520,10 @@ def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
         }
         if len(manifests) == 1:
             described = {key: next(iter(each.values())) for key, each in described.items()}
-        _print_json({**counts, **described, "experiment": experiment.settings()})
+        print_json({**counts, **described, "experiment": experiment.settings()})
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=2))
+app.command()(several.sweep)
 
 
 def main() -> None:

@@ -445,11 +445,20 @@ def merge(layers: Sequence[Settings]) -> Settings:
 
 def presets() -> dict[str, Path]:
     """Return the shipped presets by name: inside the wheel, or beside the package in a checkout."""
+    return _shipped(".")
+
+
+def sweep_presets() -> dict[str, Path]:
+    """Return the shipped grids for `sweep` by name."""
+    return _shipped("sweeps")
+
+
+def _shipped(folder: str) -> dict[str, Path]:
     package = Path(__file__).parent
-    folder = package / "presets"
-    if not folder.is_dir():
-        folder = package.parent / "presets"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    root = package / "presets"
+    if not root.is_dir():
+        root = package.parent / "presets"
+    return {path.stem: path for path in sorted((root / folder).glob("*.toml"))}
 
 
 def read_preset(name: str) -> Settings:
@@ -457,18 +466,26 @@ def read_preset(name: str) -> Settings:
 
     A method's name is a preset too: its defaults, where no file says more.
     """
+    if not Path(name).is_file() and name not in presets() and name in methods.table():
+        rate = methods.get(name).learning_rate
+        return {"method": {"name": name}, "train": {"learning_rate": rate}}
+    return read_settings(name, presets(), "unipelt list presets", [*presets(), *methods.table()])
+
+
+def read_settings(
+    name: str, shipped: Mapping[str, Path], listed_by: str, known: Sequence[str] = ()
+) -> Settings:
+    """Read a TOML file by path, or a shipped one by name.
+
+    Raises ConfigError when it is absent, unreadable or not TOML.
+    """
     path = Path(name)
     try:
         if not path.is_file():
-            shipped = presets()
-            if name not in shipped and name in methods.table():
-                rate = methods.get(name).learning_rate
-                return {"method": {"name": name}, "train": {"learning_rate": rate}}
             if name not in shipped:
-                known = [*shipped, *methods.table()]
                 raise ConfigError(
                     f"preset {_shown(name)}: no such file or preset",
-                    nearest(name, known, "unipelt list presets"),
+                    nearest(name, known or [*shipped], listed_by),
                 )
             path = shipped[name]
         if path.stat().st_size > LARGEST_FILE:

@@ -37,6 +37,12 @@ class CheckError(UnipeltError):
     exit_code = 1
 
 
+class SweepError(UnipeltError):
+    """A sweep ran to its end, but some of its cells failed."""
+
+    exit_code = 3
+
+
 def nearest(name: str, choices: Iterable[str], shown_by: str | None = None) -> str:
     """Return the hint for an unknown `name`: the nearest choice first, then all of them.
 

@@ -1,8 +1,6 @@
 """Carry out one experiment: data, model, loop and run directory, as one stream of events."""
 
 import gc
-import resource
-import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
@@ -10,12 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from datasets import Dataset
-
 from unipelt_cli import data, memory, runs
 from unipelt_cli.batches import Encoded
-from unipelt_cli.config import Experiment
+from unipelt_cli.config import DataSettings, Experiment
 from unipelt_cli.data import Prepared
 from unipelt_cli.errors import RunError, UnipeltError
 from unipelt_cli.evaluation import (
@@ -26,7 +21,7 @@ from unipelt_cli.evaluation import (
     references,
 )
 from unipelt_cli.modeling import Tuned, build
-from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
+from unipelt_cli.tasks import joint_metric, joint_name, joint_scores
 from unipelt_cli.together import can_share, share
 from unipelt_cli.together import events as events_together
 from unipelt_cli.training import Course, Epoch, Halved, Happening, Training
@@ -70,6 +65,44 @@ class Failed:
 Event = Ready | Happening | Finished
 
 
+class Shared:
+    """Rows drawn and tokenized once for all runs of a process that read the same ones.
+
+    It is let go with the runs it was made for: files are taken to stay as they are meanwhile.
+    """
+
+    def __init__(self, most: int = 16) -> None:
+        self.most = most
+        self._prepared: dict[DataSettings, Prepared] = {}
+        self._encoded: dict[tuple[Any, ...], Encoded] = {}
+
+    def prepare(self, settings: DataSettings) -> tuple[Prepared, ...]:
+        """Draw each task's rows, or take those that were drawn before."""
+        if any(own not in self._prepared for own in settings.each()):
+            drawn = data.prepare_each(settings)
+            self._prepared |= zip(settings.each(), drawn, strict=True)
+        found = tuple(self._prepared[own] for own in settings.each())
+        _drop_oldest(self._prepared, self.most)
+        return found
+
+    def encode(self, tuned: Tuned, own: Prepared, split: str, experiment: Experiment) -> Encoded:
+        """Tokenize the text columns of a split, or take what was made of them before."""
+        task, limit = own.task, experiment.model.max_length
+        digest = own.manifest["splits"][split]["digest"]
+        key = (tuned.pretrained.fingerprint, digest, limit, *task.text)
+        if key not in self._encoded:
+            columns = [own.splits[split][column] for column in task.text]
+            self._encoded[key] = encode_rows(tuned, columns, limit)
+        found = self._encoded[key]
+        _drop_oldest(self._encoded, 3 * self.most)
+        return found
+
+
+def _drop_oldest(kept: dict[Any, Any], most: int) -> None:
+    for key in list(kept)[:-most]:
+        del kept[key]
+
+
 def with_drawn_rows(experiment: Experiment) -> Experiment:
     """Write what prepared directories were drawn with into the experiment that uses them.
 
@@ -85,9 +118,11 @@ def with_drawn_rows(experiment: Experiment) -> Experiment:
     return experiment.replace("data", **drawn)
 
 
-def plan(experiment: Experiment) -> tuple[Experiment, tuple[Prepared, ...], Tuned]:
+def plan(
+    experiment: Experiment, shared: Shared | None = None
+) -> tuple[Experiment, tuple[Prepared, ...], Tuned]:
     """Prepare each task's data, build the model, and write what was chosen into the experiment."""
-    prepared = data.prepare_each(experiment.data)
+    prepared = (shared or Shared()).prepare(experiment.data)
     tuned = build(experiment, [own.task.outputs for own in prepared])
     experiment = experiment.replace("model", pooling=tuned.pooling)
     experiment = experiment.replace("train", precision=tuned.precision)
@@ -101,7 +136,7 @@ def execute(
 
     Raises RunError for a directory that exists or belongs to another experiment.
     """
-    session = _Session(experiment, directory, mode)
+    session = _Session(experiment, directory, mode, Shared())
     with closing(session.writer):
         session.check()
         opened = session.open()
@@ -120,15 +155,19 @@ def execute(
 
 
 def execute_together(
-    experiments: Sequence[Experiment], directories: Sequence[Path], mode: Mode = "new"
+    experiments: Sequence[Experiment],
+    directories: Sequence[Path],
+    mode: Mode = "new",
+    shared: Shared | None = None,
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Run experiments that differ in seeds alone, in one pass each step where the method can.
 
     Each writes its own directory, as if it had run alone; yields its place with each event. A run
     that fails does not stop the others. Closing the iterator interrupts all of them resumably.
     """
+    shared = shared or Shared()
     given = zip(experiments, directories, strict=True)
-    waiting = [_Session(experiment, directory, mode) for experiment, directory in given]
+    waiting = [_Session(experiment, directory, mode, shared) for experiment, directory in given]
     with ExitStack() as stack:
         for session in waiting:
             stack.callback(session.writer.close)
@@ -194,8 +233,8 @@ def _train_group(
 class _Session:
     """One run from its checks to its result."""
 
-    def __init__(self, experiment: Experiment, directory: Path, mode: Mode) -> None:
-        self.writer, self.mode = Writer(directory), mode
+    def __init__(self, experiment: Experiment, directory: Path, mode: Mode, shared: Shared) -> None:
+        self.writer, self.mode, self.shared = Writer(directory), mode, shared
         self.experiment = with_drawn_rows(experiment)
         self.resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
         self.save_seconds = 0.0
@@ -219,7 +258,7 @@ class _Session:
         writer, directory = self.writer, self.writer.directory
         if self.resumes and (directory / runs.RESULT).is_file():
             return Finished(directory, runs.read(directory).result)
-        self.experiment, self.prepared, self.tuned = plan(self.experiment)
+        self.experiment, self.prepared, self.tuned = plan(self.experiment, self.shared)
         if other is not None:
             share(other, self.tuned)
         if not self.resumes:
@@ -230,7 +269,7 @@ class _Session:
             writer.environment(self.tuned, manifest, command_line())
         elif self.resumes:
             runs.check_started(directory, self.tuned, manifest)
-        self.training = _training(self.experiment, self.prepared, self.tuned)
+        self.training = loop_of(self.experiment, self.prepared, self.tuned, self.shared)
         self.start -= _restore(self.training, writer) if self.resumes else 0.0
         return Ready(
             self.experiment,
@@ -265,7 +304,7 @@ class _Session:
 
     def finish(self) -> Finished:
         """Store the model, score test, and write the result."""
-        given = (self.experiment, self.prepared, self.training, self.writer)
+        given = (self.experiment, self.prepared, self.training, self.writer, self.shared)
         result = _finish(*given, start=self.start, together=self.together)
         finished = Finished(self.writer.directory, result)
         self.writer.close()
@@ -279,12 +318,15 @@ class _Session:
         self.save_seconds = self.saved - start
 
 
-def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned) -> Training:
+def loop_of(
+    experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned, shared: Shared
+) -> Training:
+    """Make the loop over what `plan` returned."""
     courses = []
     for own in prepared:
         train, dev = (
-            (encode_split(tuned, own.task, rows, experiment), references(rows))
-            for rows in (own.splits["train"], own.splits["dev"])
+            (shared.encode(tuned, own, split, experiment), references(own.splits[split]))
+            for split in ("train", "dev")
         )
         courses.append(Course(own.task, train, dev))
     first, *more = courses
@@ -297,11 +339,6 @@ def _doubt(training: Training) -> str | None:
     rows = min(training.settings.batch_size, len(lengths))
     tuned = training.tuned
     return memory.doubt(rows, max(lengths), tuned.classifier.backbone.config, tuned.device)
-
-
-def encode_split(tuned: Tuned, task: Task, rows: Dataset, experiment: Experiment) -> Encoded:
-    """Tokenize the text columns of a split."""
-    return encode_rows(tuned, [rows[column] for column in task.text], experiment.model.max_length)
 
 
 def _restore(training: Training, writer: Writer) -> float:
@@ -327,6 +364,7 @@ def _finish(
     prepared: Sequence[Prepared],
     training: Training,
     writer: Writer,
+    shared: Shared,
     *,
     start: float,
     together: int,
@@ -340,7 +378,7 @@ def _finish(
     stored.method.report(backbone)  # drop what was measured on the probe
     predicted, scores = [], []
     for place, own in enumerate(prepared):
-        rows = encode_split(stored, own.task, own.splits["test"], experiment)
+        rows = shared.encode(stored, own, "test", experiment)
         predicted.append(predictions(own.task, compute_logits(stored, rows, place)))
         scores.append(own.task.score(predicted[-1], references(own.splits["test"])))
     counts = tuned.parameter_counts()
@@ -360,7 +398,7 @@ def _finish(
         "seconds": round(time.perf_counter() - start, 3),
         **counts,
         "artifact_bytes": (writer.directory / runs.MODEL).stat().st_size,
-        "peak_memory_bytes": _peak_memory(tuned.device),
+        "peak_memory_bytes": memory.peak(tuned.device),
         "tokens_per_second": round(progress.total_tokens / max(progress.total_train_seconds, 1e-9)),
         "pooling": tuned.pooling,
         "precision": tuned.precision,
@@ -372,13 +410,6 @@ def _finish(
     if measured := stored.method.report(backbone):
         result["measured"] = measured
     return writer.result(result)
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _same(there: Experiment, asked: Experiment, directory: Path) -> None:

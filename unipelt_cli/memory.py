@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import os
+import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,23 @@ def available(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     known = [bound for bound in (_free(), _limit()) if bound is not None]
     return min(known, default=None)
+
+
+def peak(device: torch.device) -> int:
+    """Return the most bytes that this process had since it began, or since `forget_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024
+
+
+def forget_peak() -> None:
+    """Measure the next run's peak by itself, where the system can do that, as Linux does."""
+    release()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _free() -> int | None:

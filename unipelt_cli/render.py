@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import isnan, nan
@@ -11,6 +12,7 @@ from statistics import mean, stdev
 from typing import IO, Any, cast
 
 from rich.console import Console, JustifyMethod
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -191,6 +193,75 @@ class TrainingView:
             f"{scored}  {seconds:5.1f} s{star}"
         )
         self.console.print(Text(line, style="bold" if event["is_best"] else ""))
+
+
+class SweepView:
+    """A table that moves on a terminal: what runs, how many are done, the best so far.
+
+    Where there is no terminal, a line for each cell that ended.
+    """
+
+    def __init__(self, total: int, done: int) -> None:
+        self.total, self.done, self.ended, self.failed = total, done, 0, 0
+        self.start = time.monotonic()
+        self.console = console()
+        self.live = Live(
+            console=self.console, transient=True, auto_refresh=False, redirect_stderr=False
+        )
+
+    def __enter__(self) -> "SweepView":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def end(self, name: str, said: str, *, failed: bool) -> None:
+        """Print the line of a cell that ended."""
+        self.ended += 1
+        self.failed += failed
+        self.done += not failed
+        count = f"[{self.done + self.failed}/{self.total}]"
+        line = Text.assemble(f"{count} {_plain(name)}  ", (_plain(said), "red" if failed else ""))
+        self.console.print(line, soft_wrap=True)
+
+    def show(
+        self,
+        running: Sequence[tuple[str, str, str]],
+        best: Mapping[str, tuple[str, float]],
+    ) -> None:
+        """Draw what runs now, as (name, epoch, score), and the best method of each task."""
+        if not self.console.is_terminal:
+            return
+        view = Table(box=None, pad_edge=False)
+        view.add_column(self._summary(len(running)), no_wrap=True, overflow="ellipsis", ratio=1)
+        view.add_column("epoch", justify="right", no_wrap=True)
+        view.add_column("dev", no_wrap=True)
+        for row in running:
+            view.add_row(*map(_plain, row))
+        for place, (method, score) in best.items():
+            view.add_row(Text(f"best so far on dev, {place}: {method}"), "", f"{score:.4f}")
+        self.live.update(view, refresh=True)
+
+    def _summary(self, running: int) -> str:
+        left = self.total - self.done - self.failed
+        spent = time.monotonic() - self.start
+        time_left = f", {duration(spent / self.ended * left)} left" if self.ended and left else ""
+        failed = f", {self.failed} failed" if self.failed else ""
+        return f"{self.done}/{self.total} done, {running} running{failed}{time_left}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people: 40 s, 12 min, 3.5 h."""
+    if seconds < 99:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Write a number of bytes for people."""
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """How a command ends: exit codes, two-line errors, a closed pipe."""
 
+import json
 import os
 import re
 import signal
@@ -72,6 +73,11 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             render.discard(sys.stdout)
             return 0
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Write a command's answer to stdout."""
+    typer.echo(json.dumps(value, indent=2))
 
 
 def _flush() -> None:

@@ -11,6 +11,9 @@ from typing import Any
 from unipelt_cli import execution, render, training
 from unipelt_cli.config import Experiment
 from unipelt_cli.execution import Failed, Finished, Mode, Ready
+from unipelt_cli.sweep import Engine, Standing, Sweep, best_so_far
+
+SPLITS = ("dev", "test")
 
 
 def train(experiment: Experiment, directory: Path, mode: Mode) -> dict[str, Any]:
@@ -88,6 +91,68 @@ def _watch(
                 render.say(("interrupted", "yellow"), f": go on with {hint}")
                 raise KeyboardInterrupt
     return {label: ended[label] for label in labels}
+
+
+def sweep(plan: Sweep, engine: Engine, size: int, *, retry: bool) -> dict[str, Any]:
+    """Train what is left of a sweep and return its finished and failed cells.
+
+    Raises KeyboardInterrupt after a request to stop: the same command goes on from there.
+    """
+    done = len(plan.of("finished"))
+    total = len(plan.standings)
+    known = 0 if retry else len(plan.of("failed"))
+    if done or known:
+        render.say(f"{done} of {total} cells are finished already" + _failed_already(known))
+    is_over = not plan.left(retry=retry)
+    with _stop_requests() as is_stopped:
+        if not is_over:
+            _watch_cells(plan, plan.run(engine, size, is_stopped, retry=retry), total - known, done)
+        if is_stopped() and plan.of("waiting", "interrupted"):
+            render.say(("interrupted", "yellow"), ": the same command goes on from there")
+            raise KeyboardInterrupt
+    return {
+        "sweep": str(plan.directory),
+        "cells": total,
+        "runs": [
+            {"run": str(plan.directory / one.cell.name), **one.result}
+            for one in plan.of("finished")
+            if one.result is not None
+        ],
+        "failed": [
+            {
+                "run": str(plan.directory / one.cell.name),
+                "error": one.error,
+                "hint": one.hint,
+            }
+            for one in plan.of("failed")
+        ],
+    }
+
+
+def _failed_already(count: int) -> str:
+    return f", {count} have failed: --retry tries them again" if count else ""
+
+
+def _watch_cells(plan: Sweep, moves: Iterator[Standing | None], total: int, done: int) -> None:
+    with render.SweepView(total, done) as view:
+        for one in moves:
+            if one is not None and one.status == "finished" and one.result is not None:
+                name, result, metric = one.cell.name, one.result, one.result["metric"]
+                scores = "  ".join(f"{split} {result[split][metric]:.4f}" for split in SPLITS)
+                collapsed = ", collapsed" if result["collapsed"] else ""
+                said = f"{metric} {scores}  {result['seconds']:.0f} s{collapsed}"
+                view.end(name, said, failed=False)
+            elif one is not None and one.status == "failed":
+                view.end(one.cell.name, f"failed: {one.error}", failed=True)
+            running = [
+                (
+                    own.cell.name,
+                    f"{own.epoch}/{own.epochs}",
+                    "" if own.score is None else f"{own.metric} {own.score:.4f}",
+                )
+                for own in plan.of("running")
+            ]
+            view.show(running, best_so_far(plan.of("finished")))
 
 
 def summarise(manifests: Sequence[Mapping[str, Any]]) -> None:

@@ -1,0 +1,168 @@
+"""From what a command was given to a checked Experiment, a run, and whether the network is used.
+
+Heavy imports are inside the functions: what fails on the command line alone must fail at once.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unipelt_cli.errors import ConfigError
+from unipelt_cli.libraries import importing
+
+if TYPE_CHECKING:
+    from unipelt_cli.config import Experiment, Settings
+    from unipelt_cli.runs import Run
+
+
+def data_flags(values: dict[str, Any]) -> "Settings":
+    """Take a command's data options out of its arguments."""
+    keys = (
+        *("task", "k", "data_seed", "dev_size", "source", "dataset"),
+        *("train_file", "dev_file", "test_file", "text", "text_pair", "label"),
+    )
+    return {"data": {key: values[key] for key in keys}}
+
+
+def directories(prepared: str | None) -> str | list[str] | None:
+    """Take directories with commas between them apart, unless one is called so."""
+    if prepared is None or "," not in prepared or Path(prepared).is_dir():
+        return prepared
+    return [path.strip() for path in prepared.split(",")]
+
+
+def absolute(path: str | None) -> str | None:
+    """Keep a run's paths good from any directory; the word hub is not a path."""
+    if path is None or path == "hub":
+        return path
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError):
+        return path  # No such home, or no path at all: said by whoever reads from there.
+
+
+def with_absolute_paths(settings: "Settings") -> "Settings":
+    """Make the paths in settings good from any directory."""
+    data, model = settings.get("data"), settings.get("model")
+    if isinstance(data, dict):
+        for key in ("source", "prepared", "train_file", "dev_file", "test_file"):
+            if isinstance(data.get(key), str):
+                data[key] = absolute(data[key])
+            elif isinstance(data.get(key), list):
+                data[key] = [absolute(p) if isinstance(p, str) else p for p in data[key]]
+    if isinstance(model, dict) and isinstance(name := model.get("backbone"), str):
+        is_folder = name != "minilm" and Path(name).expanduser().is_dir()
+        model["backbone"] = absolute(name) if is_folder else name
+    return settings
+
+
+def resolve(
+    presets: Sequence[str],
+    assignments: Sequence[str] | None,
+    flags: "Settings",
+    *,
+    offline: bool,
+    data_only: bool = False,
+) -> "Experiment":
+    """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
+    layers = preset_layers(presets)
+    experiment = complete(layers, given(assignments, flags))
+    settle([experiment], offline, data_only=data_only)
+    return experiment
+
+
+def preset_layers(presets: Sequence[str]) -> list[tuple[str, "Settings"]]:
+    """Read presets as layers of settings, each with words that say where it is from."""
+    with importing():
+        from unipelt_cli import config
+
+    return [(f" (from {name})", with_absolute_paths(config.read_preset(name))) for name in presets]
+
+
+def given(assignments: Sequence[str] | None, flags: "Settings") -> "Settings":
+    """Merge `--set` and the flags that were given; flags win."""
+    from unipelt_cli import config
+
+    own = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in flags.items()
+    }
+    sets = [config.parse_assignment(text) for text in assignments or ()]
+    return with_absolute_paths(config.merge([*sets, own]))
+
+
+def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Experiment":
+    """Resolve layers of settings, `own` the last; where rows come from is always written down."""
+    from unipelt_cli import config
+
+    experiment = config.resolve([*layers, ("", own)])
+    if not config.reads_source(experiment.data):
+        return experiment
+    source = experiment.data.source or os.environ.get("UNIPELT_DATA") or "hub"
+    is_prepared = source != "hub" and (Path(source) / "manifest.json").is_file()
+    data = {key: value for key, value in own.get("data", {}).items() if key != "source"}
+    data["prepared" if is_prepared else "source"] = source
+    return config.resolve([*layers, ("", with_absolute_paths({**own, "data": data}))])
+
+
+def settle(experiments: Iterable["Experiment"], offline: bool, *, data_only: bool = False) -> None:
+    """Decide about the network before any hub library is imported."""
+    from unipelt_cli import network, tasks
+
+    needs = set()
+    for experiment in experiments:
+        data, name = experiment.data, experiment.model.backbone
+        dataset = data.dataset or (tasks.HUB_GLUE if data.source == "hub" else None)
+        needs.add((dataset, name if network.names_hub(name) and not data_only else None))
+    network.settle(offline=offline, needed=any(map(any, needs)))
+    for dataset, backbone in sorted(needs, key=str):
+        network.require_cached(backbone=backbone, dataset=dataset and dataset.partition(":")[0])
+
+
+def settle_backbone(name: str, offline: bool) -> None:
+    """Decide about the network where only a backbone is asked for."""
+    from unipelt_cli import network
+
+    backbone = name if network.names_hub(name) else None
+    network.settle(offline=offline, needed=bool(backbone))
+    network.require_cached(backbone=backbone, dataset=None)
+
+
+def read_run(
+    directory: Path, offline: bool, source: str | None = None, model: str | None = None
+) -> "Run":
+    """Read a finished run, and settle whether the network is used to build its model."""
+    settle_run(directory, offline, source, model)
+    from unipelt_cli import runs
+
+    return runs.read(directory)
+
+
+def beside(run: Path, what: str) -> Path:
+    """Return where what is made of a run goes, if nobody says so: beside it."""
+    named = run if run.name not in ("", "..") else run.resolve()
+    return named.with_name(f"{named.name}-{what}")
+
+
+def settle_run(directory: Path, offline: bool, source: str | None, model: str | None) -> None:
+    """Settle whether the network is used for a run's rows and backbone, or where they are now."""
+    with importing():
+        from unipelt_cli import config
+
+    path = directory / "experiment.toml"
+    if path.is_file():
+        experiment = config.resolve([("", config.read_preset(str(path)))])
+        settle([experiment.moved(source, model)], offline)
+
+
+def refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:
+    """Raise ConfigError where both of two flags are given that contradict each other."""
+    for one, other in pairs:
+        if one and other:
+            raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
+
+
+def said(flag: str, value: object) -> str | None:
+    """Write a flag as it was given; None where it was not."""
+    return None if value is None else f"{flag} {value}"

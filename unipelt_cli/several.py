@@ -1,0 +1,245 @@
+"""The commands over several runs."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unipelt_cli import arguments, options
+from unipelt_cli.errors import ConfigError, SweepError
+from unipelt_cli.libraries import importing
+from unipelt_cli.shell import print_json
+
+if TYPE_CHECKING:
+    from unipelt_cli.config import Settings
+    from unipelt_cli.grid import Axes, Cell, Grid
+    from unipelt_cli.sweep import Engine, Sweep
+
+
+def sweep(
+    grid: Annotated[
+        str | None,
+        typer.Argument(metavar="[GRID]", help="A grid: a TOML file, or one of `list sweeps`."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks; A+B is one run on both.", rich_help_panel="Axes"),
+    ] = None,
+    k: Annotated[
+        str | None,
+        typer.Option("--k", metavar="N,M", help="Train rows, or all.", rich_help_panel="Axes"),
+    ] = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Methods, or presets.", rich_help_panel="Axes"),
+    ] = None,
+    data_seeds: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Draw the rows.", rich_help_panel="Axes")
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="N,M", help="Initialise and shuffle.", rich_help_panel="Axes"),
+    ] = None,
+    backbones: Annotated[
+        str | None,
+        typer.Option(
+            "--backbones", "--model", metavar="A,B", help="Backbones.", rich_help_panel="Axes"
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Any setting; a list, [1e-4, 5e-4], is an axis.",
+            rich_help_panel="Axes",
+        ),
+    ] = None,
+    preset: options.PresetOption = None,
+    source: options.SourceOption = None,
+    prepared: options.PreparedOption = None,
+    dev_size: options.DevSizeOption = None,
+    dataset: options.DatasetOption = None,
+    train_file: options.TrainFileOption = None,
+    dev_file: options.DevFileOption = None,
+    test_file: options.TestFileOption = None,
+    text: options.TextOption = None,
+    text_pair: options.TextPairOption = None,
+    label: options.LabelOption = None,
+    device: options.DeviceOption = None,
+    precision: options.PrecisionOption = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where all runs go.", rich_help_panel=options.OUTPUT)
+    ] = Path("sweep"),
+    retry: Annotated[
+        bool,
+        typer.Option("--retry", help="Try failed cells again.", rich_help_panel=options.OUTPUT),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes at a time. (default one a GPU, else one a core)",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="List the cells, with time and disk, and write nothing.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = False,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Train a grid of runs; the same command again goes on, and skips what is finished.
+
+    Example: unipelt sweep --tasks sst2,cola --k 100 --methods lora,unipelt-apl --data-seeds 111,222
+    """
+    flags = arguments.data_flags(locals() | {"task": None, "k": None, "data_seed": None})
+    flags["data"]["prepared"] = arguments.directories(prepared)
+    flags["train"] = {"device": device, "precision": precision}
+    asked = _grid(grid, settings, _axes(tasks, k, methods, data_seeds, seeds, backbones), flags)
+    cells = _cells(asked, preset, offline)
+    with importing():
+        from unipelt_cli import watching
+        from unipelt_cli.sweep import Sweep
+
+    plan = Sweep(out, cells)
+    lanes = _Lanes(cells, workers)
+    if dry_run:
+        _dry_run(plan, lanes.workers, as_json)
+        return
+    answer = watching.sweep(plan, lanes.engine(), lanes.size(cells), retry=retry)
+    if as_json:
+        print_json(answer)
+    if failed := answer["failed"]:
+        raise SweepError(
+            f"{len(failed)} of {len(cells)} cells failed, the first with: {failed[0]['error']}",
+            f"{failed[0]['hint']}; then the same command with --retry",
+        )
+
+
+def _axes(
+    tasks: str | None,
+    k: str | None,
+    methods: str | None,
+    data_seeds: str | None,
+    seeds: str | None,
+    backbones: str | None,
+) -> "Axes":
+    """Read the axes that flags give."""
+    with importing():
+        from unipelt_cli import grid
+
+    given: Axes = {
+        "tasks": grid.names("--tasks", tasks),
+        "k": grid.numbers("--k", k, word="all"),
+        "methods": grid.names("--methods", methods),
+        "data_seeds": grid.numbers("--data-seeds", data_seeds),
+        "seeds": grid.numbers("--seeds", seeds),
+        "backbones": grid.names("--backbones", backbones),
+    }
+    return {name: values for name, values in given.items() if values}
+
+
+def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Settings") -> "Grid":
+    """Merge a grid's file, flags and `--set`; what the command line says wins."""
+    from unipelt_cli import grid
+
+    read = grid.Grid({}, {}) if name is None else grid.read_grid(name)
+    varied, rest = grid.take_axes(settings or [])
+    own = arguments.given(rest, flags)
+    asked = read.axes | axes | varied
+    for key in ("k", "data_seeds"):
+        if key in asked and own.get("data", {}).get("prepared"):
+            raise ConfigError(
+                f"the axis {key}: the rows of data.prepared are drawn already",
+                "drop the axis, or --prepared",
+            )
+    if "backbones" in asked:
+        asked["backbones"] = [
+            arguments.with_absolute_paths({"model": {"backbone": own}})["model"]["backbone"]
+            for own in asked["backbones"]
+        ]
+    return grid.Grid(asked, arguments.with_absolute_paths(read.settings), own)
+
+
+def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
+    """Resolve all cells, and settle whether the network is used."""
+    from unipelt_cli import config
+
+    layers = arguments.preset_layers([preset] if preset else [])
+    cells = asked.cells(lambda own: arguments.complete(layers, config.merge(own)))
+    arguments.settle((cell.experiment for cell in cells), offline)
+    return cells
+
+
+class _Lanes:
+    """How many processes train at a time, with how many threads, and how many runs in a pass."""
+
+    def __init__(self, cells: "list[Cell]", workers: int | None) -> None:
+        from unipelt_cli import modeling
+
+        device = modeling.choose_device(cells[0].experiment.train.device)
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.cores = cores or 1
+        self.gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        if workers is None:
+            workers = self.gpus or (1 if device.type != "cpu" else self.cores)
+        self.workers = max(1, min(workers, len(cells)))
+        self.threads = max(1, self.cores // self.workers)
+
+    def size(self, cells: "list[Cell]") -> int:
+        """Return how many runs may share a pass: on a GPU all, else so that no core waits."""
+        return len(cells) if self.gpus else max(1, len(cells) // (4 * self.workers))
+
+    def engine(self) -> "Engine":
+        from unipelt_cli import local
+
+        def run(groups: Any, is_stopped: Any) -> Any:
+            return local.run(groups, self.workers, self.threads, self.gpus, is_stopped)
+
+        return run
+
+
+def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
+    """List the cells, and what those that are left would take."""
+    from unipelt_cli import estimate, render
+
+    left = [one.cell for one in plan.of("waiting", "interrupted", "failed")]
+    took = {cell.name: own for cell, own in estimate.estimate(left)}
+    rows = []
+    for name, one in plan.standings.items():
+        own = took.get(name)
+        times = "" if own is None else _between(own.least_seconds, own.most_seconds)
+        rows.append([name, one.status, times])
+    render.table(("cell", "status", "time"), rows)
+    least, most = (
+        sum(getattr(own, key) for own in took.values()) / workers
+        for key in ("least_seconds", "most_seconds")
+    )
+    disk = sum(own.disk_bytes for own in took.values())
+    render.say(
+        f"{len(took)} of {len(rows)} cells are left: {_between(least, most)} with {workers} at a "
+        f"time (as early as patience ends them, or all epochs), {render.size(disk)} on disk; "
+        "nothing was written"
+    )
+    if as_json:
+        cells = [
+            {"cell": name, "status": one.status, **(vars(took[name]) if name in took else {})}
+            for name, one in plan.standings.items()
+        ]
+        total = {"least_seconds": least, "most_seconds": most, "disk_bytes": disk}
+        print_json({"sweep": str(plan.directory), "cells": cells, **total})
+
+
+def _between(least: float, most: float) -> str:
+    from unipelt_cli import render
+
+    return f"{render.duration(least)} to {render.duration(most)}"
