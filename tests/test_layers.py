@@ -50,6 +50,7 @@ RANKS = {
     "options": 11,
     "arguments": 11,
     "estimate": 11,
+    "cluster": 12,
     "local": 11,
     "sweep": 11,
     "worker": 11,

@@ -2,12 +2,12 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unipelt_cli import arguments, options
-from unipelt_cli.errors import ConfigError, SweepError
+from unipelt_cli.errors import ConfigError, SweepError, nearest
 from unipelt_cli.libraries import importing
 from unipelt_cli.shell import print_json
 
@@ -84,6 +84,31 @@ def sweep(
             rich_help_panel="Engine",
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: many machines.", rich_help_panel="Engine")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto",
+            help="A Ray cluster's. (default a new one here)",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
+    cpus: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, help="Ray: CPUs of a process. (default 1)", rich_help_panel="Engine"
+        ),
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Ray: GPUs of a process; 0.25 is four on one. (default 0)",
+            rich_help_panel="Engine",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -99,6 +124,7 @@ def sweep(
 
     Example: unipelt sweep --tasks sst2,cola --k 100 --methods lora,unipelt-apl --data-seeds 111,222
     """
+    _check_engine(engine, workers, address, cpus, gpus)
     flags = arguments.data_flags(locals() | {"task": None, "k": None, "data_seed": None})
     flags["data"]["prepared"] = arguments.directories(prepared)
     flags["train"] = {"device": device, "precision": precision}
@@ -109,7 +135,9 @@ def sweep(
         from unipelt_cli.sweep import Sweep
 
     plan = Sweep(out, cells)
-    lanes = _Lanes(cells, workers)
+    lanes: _Lanes | _Cluster = _Lanes(cells, workers)
+    if engine == "ray":
+        lanes = _Cluster(address, 1 if cpus is None else cpus, gpus or 0)
     if dry_run:
         _dry_run(plan, lanes.workers, as_json)
         return
@@ -121,6 +149,20 @@ def sweep(
             f"{len(failed)} of {len(cells)} cells failed, the first with: {failed[0]['error']}",
             f"{failed[0]['hint']}; then the same command with --retry",
         )
+
+
+def _check_engine(
+    engine: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None
+) -> None:
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine {engine!r}: no such engine", nearest(engine, ("local", "ray")))
+    others = {"--address": address, "--cpus": cpus, "--gpus": gpus}
+    for flag, value in others.items() if engine == "local" else [("--workers", workers)]:
+        if value is not None:
+            raise ConfigError(
+                f"{flag} {value}: not an option of --engine {engine}",
+                f"drop it, or give --engine {'ray' if engine == 'local' else 'local'}",
+            )
 
 
 def _axes(
@@ -202,10 +244,29 @@ class _Lanes:
     def engine(self) -> "Engine":
         from unipelt_cli import local
 
-        def run(groups: Any, is_stopped: Any) -> Any:
-            return local.run(groups, self.workers, self.threads, self.gpus, is_stopped)
+        return lambda groups, is_stopped: local.run(
+            groups, self.workers, self.threads, self.gpus, is_stopped
+        )
 
-        return run
+
+class _Cluster:
+    """A Ray cluster, which decides by itself how many processes train at a time."""
+
+    workers = 1
+
+    def __init__(self, address: str | None, cpus: float, gpus: float) -> None:
+        self.address, self.cpus, self.gpus = address, cpus, gpus
+
+    def size(self, cells: "list[Cell]") -> int:
+        """Return how many runs may share a pass: on a GPU all."""
+        return len(cells) if self.gpus else 1
+
+    def engine(self) -> "Engine":
+        from unipelt_cli import cluster
+
+        return lambda groups, is_stopped: cluster.run(
+            groups, self.address, self.cpus, self.gpus, is_stopped
+        )
 
 
 def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
