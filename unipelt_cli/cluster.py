@@ -7,6 +7,7 @@ trains in a directory of its own machine; what is in it comes back, and is writt
 import importlib.util
 import os
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ Files = dict[str, bytes]
 NAMES = (*runs.RECORDED, runs.STATE, runs.RESULT)
 """What a run directory can hold, the result last: its presence means that all is there."""
 RETRIES = 5  # of a task whose node or process died
+ANSWER_SECONDS = 5.0
 PATIENCE = 60.0  # seconds for tasks that were asked to stop
 _shared = Shared()
 
@@ -46,10 +48,10 @@ def run(
         )
     import ray
 
-    with _connected(ray, address):
+    with _connected(ray, address), _kept(ray):
         _require(ray, cpus, gpus)
-        board = ray.remote(_Board).options(num_cpus=0, **_here(ray)).remote()
-        task = ray.remote(train_group).options(
+        board: Any = ray.remote(_Board).options(num_cpus=0, **_here(ray)).remote()
+        task: Any = ray.remote(train_group).options(
             num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, scheduling_strategy="SPREAD"
         )
         tasks = {task.remote(group, _packed(group), cpus, board): group for group in groups}
@@ -75,9 +77,8 @@ class _Board:
         self.reports: list[dict[str, Any]] = []
         self.stopped = False
 
-    def post(self, report: dict[str, Any]) -> bool:
+    def post(self, report: dict[str, Any]) -> None:
         self.reports.append(report)
-        return self.stopped
 
     def take(self) -> list[dict[str, Any]]:
         reports, self.reports = self.reports, []
@@ -88,6 +89,18 @@ class _Board:
 
     def is_stopped(self) -> bool:
         return self.stopped
+
+
+class _Asking:
+    """Asks a question now and then, since its answer comes over the network."""
+
+    def __init__(self, ask: Callable[[], bool], every: float = 1.0) -> None:
+        self.ask, self.every, self.last, self.answer = ask, every, -every, False
+
+    def __call__(self) -> bool:
+        if time.monotonic() - self.last >= self.every:
+            self.last, self.answer = time.monotonic(), self.ask()
+        return self.answer
 
 
 def train_group(
@@ -102,7 +115,6 @@ def train_group(
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
-    stopped = ray.get(board.is_stopped.remote())
     ended: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="unipelt-") as root:
         places = {own["directory"]: Path(root, Path(own["directory"]).name) for own in group}
@@ -110,12 +122,13 @@ def train_group(
         for home, content in files.items():
             _write(places[home], content)
         told = [{**own, "directory": str(places[own["directory"]])} for own in group]
-        for report in worker.carry_out(told, _shared, lambda: stopped) if not stopped else ():
+        ask = _Asking(lambda: bool(ray.get(board.is_stopped.remote())))
+        for report in worker.carry_out(told, _shared, ask) if not ask() else ():
             report = report | {"directory": homes[report["directory"]]}
             if report["kind"] in ("finished", "failed"):
                 ended.append(report)
             else:
-                stopped = ray.get(board.post.remote(report))
+                ray.get(board.post.remote(report))
         return ended, {home: _read(place) for home, place in places.items()}
 
 
@@ -168,14 +181,12 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     own: dict[str, Any] = {"include_dashboard": False} if address is None else {"address": address}
+    _require_answer(address)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"--address {address}: no cluster answers ({str(error).splitlines()[0]})",
-            "start one with `ray start --head`, and give its address, or auto",
-        ) from None
+        raise _no_cluster(address, str(error).splitlines()[0]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -183,6 +194,37 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _kept(ray: Any) -> Iterator[None]:
+    """Turn the loss of the cluster itself, or of this process's node, into an error."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(
+            f"the cluster was lost: {said[:200]}",
+            "what came back is kept: the same command goes on from there",
+        ) from None
+
+
+def _require_answer(address: str | None) -> None:
+    """Knock at a cluster's door: its own client would try for minutes, and end the process."""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str | None, why: str) -> RunError:
+    return RunError(
+        f"--address {address}: no cluster answers ({why})",
+        "start one with `ray start --head`, and give its address, or auto",
+    )
 
 
 def _require(ray: Any, cpus: float, gpus: float) -> None:

@@ -1,0 +1,382 @@
+"""A grid of runs: its cells, what is done once, what goes on, what failed, and both engines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from unipelt_cli import config, grid, local, runs
+from unipelt_cli.cli import app
+from unipelt_cli.errors import ConfigError, UnipeltError
+from unipelt_cli.sweep import FAILURES, Sweep
+
+Backbones = Callable[[str], Path]
+QUICK = ["--set", "train.epochs=2", "--set", "train.device=cpu", "--precision", "fp32"]
+
+
+def cells_of(axes: dict[str, Any], settings: dict[str, Any] | None = None) -> list[grid.Cell]:
+    layers = [{"data": {"task": "sst2", "source": "glue"}}, settings or {}]
+
+    def complete(own: Any) -> config.Experiment:
+        return config.resolve([("", config.merge([*layers, *own]))])
+
+    return grid.Grid(axes, {}).cells(complete)
+
+
+def told(cell: grid.Cell) -> tuple[Any, ...]:
+    one = cell.experiment
+    return one.data.task, one.data.k, one.method_name, one.data.data_seed, one.train.seed
+
+
+def test_a_grid_holds_every_combination_with_seeds_side_by_side() -> None:
+    axes = {"seeds": [1, 2], "data_seeds": [3, 4], "methods": ["lora", "head"], "k": [8, "all"]}
+    cells = cells_of(axes)
+    expected = [
+        ("sst2", k, method, data_seed, seed)
+        for k in (8, None)
+        for method in ("lora", "head")
+        for data_seed in (3, 4)
+        for seed in (1, 2)
+    ]
+    assert [told(cell) for cell in cells] == expected
+    assert len({cell.name for cell in cells}) == 16
+    assert cells[0].name.startswith("sst2-k8-lora-minilm-d3-s1-")
+    assert [len(group) for group in grid.groups(cells, 100)] == [4, 4, 4, 4]
+    assert [len(group) for group in grid.groups(cells, 3)] == [3, 1] * 4
+
+
+def test_a_cell_is_called_by_all_its_settings() -> None:
+    (plain,) = cells_of({})
+    (same,) = cells_of({"methods": ["unipelt-apl"]})
+    (other,) = cells_of({}, {"train": {"clip": 0.5}})
+    assert plain.name == same.name != other.name
+
+
+def test_any_setting_can_be_an_axis_and_a_method_can_bring_its_own() -> None:
+    axes, rest = grid.take_axes(
+        [
+            "train.learning_rate=[1e-4, 5e-4]",
+            "method.parts=[['adapter'], 'lora,prefix']",
+            "data.k=8",
+        ]
+    )
+    assert rest == ["data.k=8"]
+    cells = cells_of(axes)
+    found = [(c.experiment.train.learning_rate, c.experiment.method.parts) for c in cells]
+    assert found == [
+        (rate, parts) for rate in (1e-4, 5e-4) for parts in (("adapter",), ("lora", "prefix"))
+    ]
+    own = {"name": "lora", "train": {"learning_rate": 0.01}, "method": {"rank": 2}}
+    (cell,) = cells_of({"methods": [own]})
+    assert (cell.experiment.train.learning_rate, cell.experiment.method.rank) == (0.01, 2)
+    (joint,) = cells_of({"tasks": ["sst2+rte"]}, {"data": {"task": None, "dev_size": 50}})
+    assert joint.experiment.data.tasks == ("sst2", "rte")
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"k": [8, 8]}, r"the grid has sst2-k8-unipelt-apl-minilm-d111-s42-\w+ twice"),
+        ({"methods": [3]}, r"axes.methods has 3"),
+        ({"methods": ["lorra"]}, "preset 'lorra': no such file or preset"),
+        ({"train.epochs": [0]}, "train.epochs = 0 is not allowed"),
+        ({"seeds": list(range(400)), "data_seeds": list(range(400))}, "the grid has 160,000 cells"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(axes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnipeltError, match=message):
+        cells_of(axes)
+
+
+def test_shipped_grids_resolve_and_the_papers_has_its_size() -> None:
+    def complete(own: Any) -> config.Experiment:
+        return config.resolve([("", config.merge(own))])
+
+    sizes = {name: len(grid.read_grid(name).cells(complete)) for name in config.sweep_presets()}
+    assert sizes == {"table1": 840, "table3": 56, "table4": 7, "first-look": 72}
+    first = grid.read_grid("table1").cells(complete)[0].experiment
+    paper = config.resolve([("", config.read_preset("paper")), ("", {"data": {"task": "sst2"}})])
+    assert first.train.model_dump() | {"learning_rate": 5e-4} == paper.train.model_dump()
+    apl = next(
+        cell.experiment
+        for cell in grid.read_grid("table1").cells(complete)
+        if cell.experiment.method_name == "unipelt-apl"
+    )
+    assert (apl.model, apl.method) == (paper.model, paper.method)
+
+
+def test_a_grid_file_with_an_unknown_axis_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text("[axes]\nmethod = ['lora']\n")
+    with pytest.raises(ConfigError, match=r"axes\.method: no such axis") as refused:
+        grid.read_grid(str(path))
+    assert refused.value.hint.startswith("did you mean methods?")
+    path.write_text("[axes]\nk = 100\n")
+    with pytest.raises(ConfigError, match=r"axes\.k = 100: not a list of values"):
+        grid.read_grid(str(path))
+
+
+# The command
+
+
+@pytest.fixture
+def flags(backbone_dir: Backbones, rows_file: Path, tmp_path: Path) -> list[str]:
+    """Return a sweep of four cells: two methods, two data seeds."""
+    return [
+        *("sweep", "--train-file", str(rows_file), "--text", "text", "--label", "label"),
+        *("--model", str(backbone_dir("bert")), "--methods", "head,lora"),
+        *("--data-seeds", "1,2", "--out", str(tmp_path / "sweep"), "--workers", "2", *QUICK),
+    ]
+
+
+def invoke(arguments: list[str]) -> Any:
+    return CliRunner().invoke(app, arguments)
+
+
+def finished(directory: Path) -> list[Path]:
+    return sorted(path.parent for path in directory.glob(f"*/{runs.RESULT}"))
+
+
+def test_a_sweep_trains_each_cell_once_and_skips_what_is_finished(
+    flags: list[str], tmp_path: Path
+) -> None:
+    first = invoke([*flags, "--json"])
+    assert first.exit_code == 0, first.stderr
+    answer = json.loads(first.stdout)
+    assert (answer["cells"], len(answer["runs"]), answer["failed"]) == (4, 4, [])
+    assert [run["method"] for run in answer["runs"]] == ["head", "head", "lora", "lora"]
+    assert "[4/4] reviews-kall-" in first.stderr
+    directories = finished(tmp_path / "sweep")
+    assert [str(path) for path in directories] == sorted(run["run"] for run in answer["runs"])
+    before = {path: (path / runs.RESULT).stat().st_mtime_ns for path in directories}
+    again = invoke([*flags, "--json"])
+    assert json.loads(again.stdout) == answer
+    assert "4 of 4 cells are finished already" in again.stderr
+    assert before == {p: (p / runs.RESULT).stat().st_mtime_ns for p in finished(tmp_path / "sweep")}
+    more = invoke([*flags, "--data-seeds", "1,2,3"])
+    assert more.exit_code == 0
+    assert len(finished(tmp_path / "sweep")) == 6
+
+
+def test_a_cell_is_the_run_that_train_makes(flags: list[str], tmp_path: Path) -> None:
+    invoke(flags)
+    directory = next(p for p in finished(tmp_path / "sweep") if "lora" in p.name and "d2" in p.name)
+    alone = invoke(
+        ["train", "--preset", str(directory / "experiment.toml"), "--out", str(tmp_path / "alone")]
+    )
+    assert alone.exit_code == 0, alone.stderr
+    results = [json.loads((d / runs.RESULT).read_text()) for d in (directory, tmp_path / "alone")]
+    for split in ("dev", "test"):
+        assert results[0][split] == pytest.approx(results[1][split], abs=0.05)
+    assert invoke(["verify", str(directory)]).exit_code == 0
+
+
+def test_failed_cells_are_kept_told_and_tried_again_on_demand(
+    flags: list[str], tmp_path: Path
+) -> None:
+    command = [*flags, "--k", "10,1000"]
+    failing = invoke([*command, "--json"])
+    assert failing.exit_code == 3
+    assert len(json.loads(failing.stdout)["failed"]) == 4
+    error, hint = failing.stderr.splitlines()[-2:]
+    assert error == (
+        "error: 4 of 8 cells failed, the first with: data.k = 1000: reviews has 60 train rows, "
+        "12 of them held for test"
+    )
+    assert hint.endswith("; then the same command with --retry")
+    again = invoke(command)
+    assert again.exit_code == 3
+    assert "4 of 8 cells are finished already, 4 have failed: --retry tries them again" in (
+        again.stderr
+    )
+    assert "[" not in again.stderr, "nothing is trained"
+    retried = invoke([*command, "--retry"])
+    assert retried.exit_code == 3
+    assert retried.stderr.count("failed: data.k = 1000") == 4
+
+
+def test_a_failure_is_forgotten_once_its_cell_is_finished(flags: list[str], tmp_path: Path) -> None:
+    directory = tmp_path / "sweep"
+    invoke(flags)
+    cell = finished(directory)[0]
+    (cell / runs.MODEL).write_bytes(b"nothing")
+    damaged = invoke(flags)
+    assert damaged.exit_code == 3
+    assert f"{cell / runs.MODEL}: changed since it was written" in damaged.stderr
+    for path in cell.iterdir():
+        path.unlink()
+    cell.rmdir()
+    assert invoke([*flags, "--retry"]).exit_code == 0
+    assert not (directory / FAILURES).exists() or not json.loads((directory / FAILURES).read_text())
+
+
+def test_a_dry_run_says_what_is_left_and_writes_nothing(flags: list[str], tmp_path: Path) -> None:
+    shown = invoke([*flags, "--dry-run", "--json"])
+    assert shown.exit_code == 0, shown.stderr
+    answer = json.loads(shown.stdout)
+    assert [cell["status"] for cell in answer["cells"]] == ["waiting"] * 4
+    assert 0 < answer["least_seconds"] <= answer["most_seconds"]
+    assert answer["disk_bytes"] > 4 * 40_000
+    assert "4 of 4 cells are left" in " ".join(shown.stderr.split())
+    assert not (tmp_path / "sweep").exists()
+    invoke(flags)
+    took = sum(p.stat().st_size for d in finished(tmp_path / "sweep") for p in d.iterdir())
+    assert took / 2 < answer["disk_bytes"] < took * 4
+    assert "0 of 4 cells are left" in " ".join(invoke([*flags, "--dry-run"]).stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--engine", "slurm"], "--engine 'slurm': no such engine"),
+        (["--cpus", "2"], "--cpus 2.0: not an option of --engine local"),
+        (["--engine", "ray"], "--workers 2: not an option of --engine ray"),
+        (["--k", "ten"], "--k 'ten': not numbers with commas"),
+        (["--methods", "lora,"], "--methods 'lora,': a name is missing"),
+        (["no.toml"], "preset 'no.toml': no such file or preset"),
+    ],
+)
+def test_wrong_options_are_refused(flags: list[str], changed: list[str], message: str) -> None:
+    refused = invoke([*flags, *changed])
+    assert refused.exit_code == 2
+    assert refused.stderr.splitlines()[0] == f"error: {message}"
+    assert len(refused.stderr.splitlines()) == 2
+
+
+def test_a_run_is_no_place_for_a_sweep(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / runs.EXPERIMENT).write_text("")
+    refused = invoke(flags)
+    assert refused.exit_code == 2
+    assert "a run, and a sweep is a directory of runs" in refused.stderr
+
+
+def started(flags: list[str]) -> "subprocess.Popen[bytes]":
+    """Start the command as a shell would, in a session of its own."""
+    command = [sys.executable, "-m", "unipelt_cli", *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def workers() -> set[int]:
+    """Return the processes of this user that train for a sweep."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"unipelt_cli.worker" in path.read_bytes():
+                found.add(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+LONG = ["--set", "train.epochs=2000", "--set", "train.patience=2000", "--methods", "lora"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_goes_on(
+    flags: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    process = started([*flags, *LONG])
+    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{runs.METRICS}"))) == 2)
+    process.send_signal(number)
+    _, talk = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert talk.decode().splitlines()[-1] == "interrupted: the same command goes on from there"
+    assert len(list(tmp_path.glob(f"sweep/*/{runs.STATE}"))) == 2
+    cells = [grid.Cell(p.name, runs.read_experiment(p)) for p in (tmp_path / "sweep").glob("*-*")]
+    plan = Sweep(tmp_path / "sweep", cells)
+    assert [one.status for one in plan.standings.values()] == ["interrupted"] * 2
+
+
+def test_a_killed_sweep_leaves_no_process_behind_and_nothing_lost(
+    flags: list[str], tmp_path: Path
+) -> None:
+    before = workers()
+    process = started([*flags, *LONG])
+    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{runs.METRICS}"))) == 2)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not workers() - before)
+    assert len(list(tmp_path.glob(f"sweep/*/{runs.STATE}"))) == 2
+
+
+def test_a_killed_worker_is_replaced_and_its_cells_go_on(flags: list[str], tmp_path: Path) -> None:
+    settings = ["--set", "train.epochs=60", "--set", "train.patience=60", "--methods", "lora"]
+    before = workers()
+    process = started([*flags, *settings])
+    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{runs.METRICS}"))) == 2)
+    victim = min(workers() - before)
+    os.kill(victim, signal.SIGKILL)
+    _, talk = process.communicate(timeout=120)
+    assert process.returncode == 0, talk
+    assert len(finished(tmp_path / "sweep")) == 2
+
+
+def test_a_group_whose_process_dies_twice_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "sys", type("S", (), {"executable": "/bin/false"}))
+    group = [{"directory": str(tmp_path / "cell"), "settings": {}}]
+    reports = [r for r in local.run([group], 1, 1, 0, lambda: False) if r["kind"] != "tick"]
+    assert [r["kind"] for r in reports] == ["failed"]
+    assert reports[0]["error"] == "the process that trained it was ended with 1, 2 times"
+
+
+# Ray, on a cluster of two nodes
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Start a real cluster of a head and a second node, one CPU each."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    head = {"num_cpus": 1, "include_dashboard": False}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_a_node_that_dies_costs_no_cell(cluster: Any, flags: list[str], tmp_path: Path) -> None:
+    command = [flag for flag in flags if flag not in ("--workers", "2")]
+    command += ["--engine", "ray", "--address", cluster.address, "--data-seeds", "1,2,3,4"]
+    settings = ["--set", "train.epochs=40", "--set", "train.patience=40", "--methods", "lora,head"]
+    process = started([*command, *settings])
+    assert process.stderr is not None
+    first = process.stderr.readline()  # it has joined the head, which stays
+    node = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    first += process.stderr.readline() + process.stderr.readline()
+    assert b"[3/8]" in first
+    cluster.remove_node(node, allow_graceful=False)
+    _, talk = process.communicate(timeout=240)
+    assert process.returncode == 0, talk
+    ended = [line for line in (first + talk).splitlines() if line.startswith(b"[")]
+    assert len(ended) == len(set(ended)) == 8, "none twice, none lost"
+    assert len(finished(tmp_path / "sweep")) == 8
+    assert all(runs.read(path).result for path in finished(tmp_path / "sweep"))
+
+
+def test_a_cluster_that_does_not_answer_is_an_error(flags: list[str]) -> None:
+    pytest.importorskip("ray")
+    command = [flag for flag in flags if flag not in ("--workers", "2")]
+    refused = invoke([*command, "--engine", "ray", "--address", "127.0.0.1:1"])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: --address 127.0.0.1:1: no cluster answers")
