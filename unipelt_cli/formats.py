@@ -61,6 +61,7 @@ class _Files(BaseModel):
     probe: str = Field(alias="probe.safetensors")
     metrics: str = Field(alias="metrics.jsonl")
     model: str = Field(alias="model.safetensors")
+    predictions: str = Field("", alias="predictions.safetensors")
 
 
 class Result(BaseModel):
