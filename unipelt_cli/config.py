@@ -438,13 +438,16 @@ def merge(layers: Sequence[Settings]) -> Settings:
     return merged
 
 
-def presets() -> dict[str, Path]:
-    """Return the shipped presets by name: inside the wheel, or beside the package in a checkout."""
+def preset_folder() -> Path:
+    """Return where shipped files lie: inside the wheel, or beside the package in a checkout."""
     package = Path(__file__).parent
     folder = package / "presets"
-    if not folder.is_dir():
-        folder = package.parent / "presets"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+    return folder if folder.is_dir() else package.parent / "presets"
+
+
+def presets() -> dict[str, Path]:
+    """Return the shipped presets by name."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.toml"))}
 
 
 def read_preset(name: str) -> Settings:
