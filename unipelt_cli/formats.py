@@ -74,9 +74,11 @@ class Result(BaseModel):
     device: str
     best_epoch: int
     epochs: int
+    trainable_parameters: int
     stored_parameters: int
     head_parameters: int
     artifact_bytes: int
+    peak_memory_bytes: int
     collapsed: bool
     sha256: str
     files: _Files

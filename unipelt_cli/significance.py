@@ -8,6 +8,7 @@ others than those given.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -107,9 +108,9 @@ def bootstrap_interval(
 
 def _patterns(sample: Sample) -> tuple[Values, NDArray[np.int64]]:
     """Return the distinct rows (references first, then each seed) and how often each occurs."""
-    table: Values = np.vstack([sample.references[None], sample.predictions])
+    table = np.vstack([sample.references[None], sample.predictions])
     found, counts = np.unique(table, axis=1, return_counts=True)
-    return found, counts.astype(np.int64)
+    return cast(Values, found), counts.astype(np.int64)
 
 
 def sign_flip(strata: Sequence[ArrayLike], seed: int = 0) -> float:
