@@ -553,7 +553,7 @@ UNKNOWN = [
     (
         ["trian"],
         "No such command 'trian'",
-        "did you mean train? otherwise choose one of eval, export, "
+        "did you mean train? otherwise choose one of compare, eval, export, "
         "inspect-gates, list, predict, prepare, reproduce, train, verify",
     ),
     (
@@ -928,7 +928,8 @@ def test_escapes_in_labels_and_texts_are_shown_harmless(bert: Path, tmp_path: Pa
 def test_every_command_has_help_with_an_example() -> None:
     code, stdout, _ = invoke("--help")
     assert code == 0
-    for command in ("prepare", "train", "eval", "predict", "inspect-gates", "export", "list"):
+    names = ("prepare", "train", "eval", "predict", "inspect-gates", "export", "compare", "list")
+    for command in names:
         assert command in stdout
         code, text, _ = invoke(command, "--help")
         assert code == 0

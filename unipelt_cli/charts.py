@@ -32,6 +32,7 @@ def plot(answer: Answer, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     tables = answer["tables"]
     labels = sorted({entry["label"] for table in tables for entry in table["methods"]})
@@ -49,8 +50,7 @@ def plot(answer: Answer, path: Path) -> None:
             _sizes(right, table, groups, looks)
         # Every method once, whichever panels it is in.
         handles = [
-            pyplot.Line2D([], [], linestyle="", label=_plain(label), **looks[label])
-            for label in labels
+            Line2D([], [], linestyle="", label=_plain(label), **looks[label]) for label in labels
         ]
         shown = figure.legend(
             handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False
@@ -94,6 +94,8 @@ def _scores(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks)
         )
     metric = {group["task"]: group["metric"] for group in groups}
     axes.set_xticks(range(len(tasks)), [_plain(f"{_short(t)}\n{metric[t]}") for t in tasks])
+    for text in axes.get_xticklabels():
+        text.set_parse_math(False)
     axes.set_xlim(-0.5, len(tasks) - 0.5)
     for place in range(1, len(tasks)):
         axes.axvline(place - 0.5, color="0.85", linewidth=0.8)
@@ -132,8 +134,6 @@ def _finish(axes: "Axes", title: str, label: str) -> None:
     axes.set_ylabel(label)
     axes.grid(axis="y", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
-    for text in axes.get_xticklabels():
-        text.set_parse_math(False)
 
 
 def _where(table: Answer) -> str:

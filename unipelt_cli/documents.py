@@ -118,6 +118,6 @@ def _latex(text: str) -> str:
 
 
 def _csv(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(FORMULA):
-        return f"'{value}"
-    return value
+    if not isinstance(value, str):
+        return value
+    return f"'{_plain(value)}" if value.startswith(FORMULA) else _plain(value)

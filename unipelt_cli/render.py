@@ -140,7 +140,7 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
 
 def is_number(text: str) -> bool:
     """Say whether a cell is a number alone."""
-    return text.strip().lstrip("-").replace(".", "").replace(",", "").replace("%", "").isdigit()
+    return text.strip().lstrip("+-").replace(".", "").replace(",", "").replace("%", "").isdigit()
 
 
 class TrainingView:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 Answer = dict[str, Any]
@@ -26,7 +27,7 @@ def sheets(answer: Answer) -> Iterator[Sheet]:
         place = f"{table['backbone']}, {_k(table['k'])}"
         yield _scores(table, groups, place)
         yield _cells(groups, place)
-        yield _costs(groups, place)
+        yield _costs(table, groups, place)
         if table["bounds"]:
             yield _bounds(table["bounds"], place)
     yield from _comparisons(answer)
@@ -135,24 +136,23 @@ def _cells(groups: Sequence[Answer], place: str) -> Sheet:
     )
 
 
-def _costs(groups: Sequence[Answer], place: str) -> Sheet:
-    rows = [
-        (
-            group["task"],
-            group["label"],
-            f"{group['trainable_parameters']:,}",
-            f"{group['stored_parameters']:,}",
-            f"{group['median_seconds']:.1f}",
-            f"{group['peak_memory_bytes'] / 2**20:,.0f}",
+def _costs(table: Answer, groups: Sequence[Answer], place: str) -> Sheet:
+    """Sum a method's runs up over tasks: the same numbers train, whatever the task."""
+    rows = []
+    for label in (entry["label"] for entry in table["methods"]):
+        own = [group for group in groups if group["label"] == label]
+        row = (
+            f"{own[0]['trainable_parameters']:,}",
+            f"{own[0]['stored_parameters']:,}",
+            f"{median(group['median_seconds'] for group in own):.1f}",
+            f"{max(group['peak_memory_bytes'] for group in own) / 2**20:,.0f}",
         )
-        for group in groups
-    ]
+        rows.append((label, *row))
     return Sheet(
         f"{place}: what a run costs",
-        ("task", "method", "trainable", "stored", "seconds", "MiB"),
+        ("method", "trainable", "stored", "seconds", "MiB"),
         tuple(rows),
-        grouped=True,
-        note="numbers beside the head; median seconds, largest peak of memory",
+        note="numbers beside the head; median seconds over runs, then tasks; peak of memory",
     )
 
 
@@ -188,7 +188,7 @@ def _comparisons(answer: Answer) -> Iterator[Sheet]:
             tuple(map(_comparison, own)),
             grouped=True,
             note=f"p by sign flips, Holm-corrected over {len(own)} pairs; w/t/l: cells won, tied "
-            f"within {margin:g}, lost",
+            f"within {margin:g}, lost; seeds: on each task",
         )
 
 
