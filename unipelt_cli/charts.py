@@ -1,6 +1,7 @@
 """A comparison as a picture: scores with intervals, and what a score costs to keep."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ Answer = dict[str, Any]
 Looks = Mapping[str, Mapping[str, Any]]
 FORMATS = (".png", ".svg", ".pdf")
 MARKERS = "osD^vP*X"
-WIDTH, HEIGHT = 10.0, 4.2  # inches, of a backbone and k
-LEGEND_COLUMNS, LEGEND_LINE = 4, 0.24
+HEIGHT, LEFT, RIGHT = 4.2, 6.6, 3.6  # inches, of the panels of a backbone and k
+CELL, MOST = 0.13, 40.0  # what a method takes in a task, and a picture at most
+LEGEND_LINE, LEGEND_LETTERS, LEGEND_MARK = 0.24, 10, 6  # inches; letters an inch; letters
 
 
 def check(path: Path) -> None:
@@ -37,23 +39,27 @@ def plot(answer: Answer, path: Path) -> None:
     tables = answer["tables"]
     labels = sorted({entry["label"] for table in tables for entry in table["methods"]})
     looks = _looks(labels)
-    legend = LEGEND_LINE * -(-len(labels) // LEGEND_COLUMNS) + 0.2
-    size = (WIDTH, HEIGHT * len(tables) + legend)
+    left = max(max(len(t["tasks"]) * (len(t["methods"]) + 3) for t in tables) * CELL, LEFT)
+    widths = (min(left, MOST), RIGHT)
+    longest = max(map(len, labels)) + LEGEND_MARK
+    columns = max(1, int(sum(widths) * LEGEND_LETTERS / longest))
+    legend = LEGEND_LINE * -(-len(labels) // columns) + 0.2
+    size = (sum(widths), HEIGHT * len(tables) + legend)
     figure, panels = pyplot.subplots(
-        len(tables), 2, figsize=size, squeeze=False, width_ratios=(2, 1), layout="constrained"
+        len(tables), 2, figsize=size, squeeze=False, width_ratios=widths, layout="constrained"
     )
     try:
-        for table, (left, right) in zip(tables, panels, strict=True):
+        for table, (scores, sizes) in zip(tables, panels, strict=True):
             place = (table["backbone"], table["k"])
             groups = [g for g in answer["groups"] if (g["backbone"], g["k"]) == place]
-            _scores(left, table, groups, looks)
-            _sizes(right, table, groups, looks)
+            _scores(scores, table, groups, looks)
+            _sizes(sizes, table, groups, looks)
         # Every method once, whichever panels it is in.
         handles = [
             Line2D([], [], linestyle="", label=_plain(label), **looks[label]) for label in labels
         ]
         shown = figure.legend(
-            handles=handles, loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False
+            handles=handles, loc="outside lower center", ncols=columns, frameon=False
         )
         for text in shown.get_texts():
             text.set_parse_math(False)
@@ -106,24 +112,31 @@ def _scores(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks)
 def _limit(axes: "Axes", groups: Sequence[Answer]) -> None:
     """Show all means and what matters of their intervals: of two seeds they are nearly endless."""
     means = [group["mean"] for group in groups]
-    room = max(0.02, (max(means) - min(means)) * 0.5)
+    room = max(0.1, (max(means) - min(means)) * 0.5)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, min(means) - room), min(high, max(means) + room))
 
 
 def _sizes(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks) -> None:
     """Draw each method's average against what it stores, the head included."""
+    from matplotlib.ticker import NullFormatter
+
     stored = {
         group["label"]: group["stored_parameters"] + group["head_parameters"] for group in groups
     }
     drawn = [entry for entry in table["methods"] if entry["average"] is not None]
     for entry in drawn:
         label = entry["label"]
-        axes.plot(max(1, stored[label]), entry["average"], markersize=7, **looks[label])
+        place = max(1, stored[label]), entry["average"]
+        axes.plot(*place, markersize=7, alpha=0.8, linestyle="", **looks[label])
     if not drawn:
         axes.text(0.5, 0.5, "no method has every task", ha="center", transform=axes.transAxes)
     axes.set_xscale("log")
-    axes.margins(0.15)
+    axes.margins(y=0.15)
+    sizes = [max(1, stored[entry["label"]]) for entry in drawn] or [1]
+    # Whole powers of ten: the ticks between them have no room for numbers.
+    axes.set_xlim(10 ** floor(log10(min(sizes) * 0.7)), 10 ** ceil(log10(max(sizes) * 1.4)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("numbers stored, head included")
     what = "average" if len(table["averaged_tasks"]) > 1 else "score"
     _finish(axes, f"{what} against size", f"{what} on test")

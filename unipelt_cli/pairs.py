@@ -96,7 +96,7 @@ def _by_seed(one: Group, other: Group) -> dict[Seed, float]:
 def _refused(names: tuple[str, str], paired: _Paired, alpha: float) -> Answer:
     """Name no winner where no spread over seeds is known."""
     needed = max(2, ceil(significance.pairs_needed(alpha) / paired.tasks))
-    shared = "one seed" if paired.seeds else "no shared seed"
+    shared = "from one seed" if paired.seeds else "without a shared seed"
     unknown = ("difference", "interval", "p", "p_holm", "p_equivalence")
     return {
         "methods": list(names),
@@ -106,7 +106,7 @@ def _refused(names: tuple[str, str], paired: _Paired, alpha: float) -> Answer:
         **dict.fromkeys((*unknown, "wins", "ties", "losses", "better")),
         "verdict": "refused",
         "seeds_needed": needed,
-        "said": f"no winner from {shared}: at least {needed} would be needed",
+        "said": f"no winner {shared}: at least {needed} would be needed",
     }
 
 

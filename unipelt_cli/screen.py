@@ -48,7 +48,7 @@ def _show(
 
 def _show_groups(header: Row, rows: Sequence[Row], width: int) -> None:
     """Print rows below the first cell that they share, all in the same columns."""
-    indented = [(f"  {row[1]}", *row[2:]) for row in rows]
+    indented = [(f" {row[1]}", *row[2:]) for row in rows]
     widths = _widths([header[1:], *indented], width)
     _show(header[1:], [], widths, indented)
     for name in dict.fromkeys(row[0] for row in rows):

@@ -70,7 +70,7 @@ def _signed(value: float | None) -> str:
 
 
 def _interval(ends: Sequence[float] | None) -> str:
-    return ABSENT if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}"
+    return ABSENT if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def _p(value: float | None) -> str:
@@ -182,13 +182,14 @@ def _comparisons(answer: Answer) -> Iterator[Sheet]:
         own = [
             c for c in answer["comparisons"] if (c["backbone"], tuple(c["ks"])) == (backbone, ks)
         ]
+        tested = sum(c["p"] is not None for c in own)
         yield Sheet(
             f"{backbone}, {_ks(ks)}: pairs of methods, seed by seed",
             ("method", "against", "difference", "95 % interval", "p", "w/t/l", "verdict"),
             tuple(map(_comparison, own)),
             grouped=True,
-            note=f"p by sign flips, Holm-corrected over {len(own)} pairs; w/t/l: cells won, tied "
-            f"within {margin:g}, lost; seeds: on each task",
+            note=f"p by sign flips, Holm-corrected over {tested} tested pairs; w/t/l: cells won, "
+            f"tied within {margin:g}, lost; seeds: on each task",
         )
 
 
