@@ -522,6 +522,8 @@ def test_trained_runs_are_compared(backbone_dir: Callable[[str], Path], tmp_path
         low, high = group["interval_by_rows"]
         assert 0 <= low <= group["mean"] <= high <= 1
     assert [own["seeds"] for own in answer["comparisons"]] == [2]
+    said = "seconds and memory of 4 runs are those of several that shared their passes"
+    assert answer["notes"] == [said]
 
 
 def test_joint_runs_are_one_task_with_an_interval(

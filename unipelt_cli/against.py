@@ -103,6 +103,8 @@ def _costs(entries: Sequence[Answer], table: Table) -> Iterator[Answer]:
 
 
 def _notes(groups: Sequence[Group], table: Table) -> Iterator[str]:
+    if not any(table.score(group.task, group.k, group.method) for group in groups):
+        yield f"{table.name} prints no score for any task, k and method here"
     for backbone in dict.fromkeys(group.backbone for group in groups):
         if Path(backbone).name != table.backbone:
             yield (

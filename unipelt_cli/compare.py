@@ -49,8 +49,17 @@ def evaluate(gathered: Gathered, margin: float) -> Answer:
         "tables": [_table(*scope) for scope in scopes(groups)],
         "comparisons": list(comparisons(groups, margin)),
         "against": None,
-        "notes": list(gathered.notes),
+        "notes": [*gathered.notes, *_cost_notes(groups)],
     }
+
+
+def _cost_notes(groups: Sequence[Group]) -> Iterator[str]:
+    """Say where times and memory cannot be compared run by run."""
+    results = [member.run.result for group in groups for member in group.members]
+    if shared := sum(result.get("together", 1) != 1 for result in results):
+        yield f"seconds and memory of {shared} runs are those of several that shared their passes"
+    if len(devices := {result["device"] for result in results}) > 1:
+        yield f"seconds and memory are of several kinds of device: {', '.join(sorted(devices))}"
 
 
 def _entry(group: Group) -> Answer:

@@ -188,7 +188,7 @@ def _comparisons(answer: Answer) -> Iterator[Sheet]:
             ("method", "against", "difference", "95 % interval", "p", "w/t/l", "verdict"),
             tuple(map(_comparison, own)),
             grouped=True,
-            note=f"p by sign flips, Holm-corrected over {tested} tested pairs; w/t/l: cells won, "
+            note=f"p by sign flips, Holm-corrected over the tested pairs ({tested}); w/t/l: cells won, "
             f"tied within {margin:g}, lost; seeds: on each task",
         )
 
