@@ -17,6 +17,7 @@ FORMATS = (".png", ".svg", ".pdf")
 MARKERS = "osD^vP*X"
 HEIGHT, LEFT, RIGHT = 4.2, 6.6, 3.6  # inches, of the panels of a backbone and k
 CELL, MOST = 0.13, 40.0  # what a method takes in a task, and a picture at most
+LEAST_SPAN = 0.1  # of the scores that a panel shows
 LEGEND_LINE, LEGEND_LETTERS, LEGEND_MARK = 0.24, 10, 6  # inches; letters an inch; letters
 
 
@@ -110,11 +111,18 @@ def _scores(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks)
 
 
 def _limit(axes: "Axes", groups: Sequence[Answer]) -> None:
-    """Show all means and what matters of their intervals: of two seeds they are nearly endless."""
-    means = [group["mean"] for group in groups]
-    room = max(0.1, (max(means) - min(means)) * 0.5)
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, min(means) - room), min(high, max(means) + room))
+    """Show all means and intervals, save those of two seeds, which are nearly endless."""
+    shown = [group["mean"] for group in groups]
+    for group in groups:
+        if group["interval"] is not None and len(group["seeds"]) > 2:
+            shown += group["interval"]
+    _widen(axes, shown)
+
+
+def _widen(axes: "Axes", values: Sequence[float]) -> None:
+    """Show values with some room, and no small difference as large as the picture."""
+    middle, span = (max(values) + min(values)) / 2, max(LEAST_SPAN, max(values) - min(values))
+    axes.set_ylim(middle - 0.55 * span, middle + 0.55 * span)
 
 
 def _sizes(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks) -> None:
@@ -132,11 +140,11 @@ def _sizes(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks) 
     if not drawn:
         axes.text(0.5, 0.5, "no method has every task", ha="center", transform=axes.transAxes)
     axes.set_xscale("log")
-    axes.margins(y=0.15)
     sizes = [max(1, stored[entry["label"]]) for entry in drawn] or [1]
     # Whole powers of ten: the ticks between them have no room for numbers.
     axes.set_xlim(10 ** floor(log10(min(sizes) * 0.7)), 10 ** ceil(log10(max(sizes) * 1.4)))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    _widen(axes, [entry["average"] for entry in drawn] or [0.5])
     axes.set_xlabel("numbers stored, head included")
     what = "average" if len(table["averaged_tasks"]) > 1 else "score"
     _finish(axes, f"{what} against size", f"{what} on test")

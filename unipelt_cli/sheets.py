@@ -188,8 +188,8 @@ def _comparisons(answer: Answer) -> Iterator[Sheet]:
             ("method", "against", "difference", "95 % interval", "p", "w/t/l", "verdict"),
             tuple(map(_comparison, own)),
             grouped=True,
-            note=f"p by sign flips, Holm-corrected over the tested pairs ({tested}); w/t/l: cells won, "
-            f"tied within {margin:g}, lost; seeds: on each task",
+            note=f"p by sign flips, Holm-corrected over the tested pairs ({tested}); w/t/l: cells "
+            f"won, tied within {margin:g}, lost; seeds: on each task",
         )
 
 
