@@ -81,6 +81,7 @@ def test_train_writes_the_contracts_files_and_result(run: Path) -> None:
         "probe.safetensors",
         "metrics.jsonl",
         "model.safetensors",
+        "predictions.safetensors",
         "result.json",
     }
     result = json.loads((run / "result.json").read_text())
@@ -130,7 +131,8 @@ def test_the_resolved_file_repeats_the_run_byte_for_byte(run: Path, tmp_path: Pa
     out = tmp_path / "again"
     code, _, stderr = invoke("train", "--preset", run / "experiment.toml", "--out", out)
     assert code == 0, stderr
-    for name in ("model.safetensors", "probe.safetensors", "experiment.toml"):
+    same = ("model.safetensors", "probe.safetensors", "predictions.safetensors", "experiment.toml")
+    for name in same:
         assert (out / name).read_bytes() == (run / name).read_bytes(), name
     first, second = (json.loads((path / "result.json").read_text()) for path in (run, out))
     assert first["test"] == second["test"]
@@ -552,7 +554,7 @@ UNKNOWN = [
     (
         ["trian"],
         "No such command 'trian'",
-        "did you mean train? otherwise choose one of eval, export, "
+        "did you mean train? otherwise choose one of compare, eval, export, "
         "inspect-gates, list, predict, prepare, reproduce, train, verify",
     ),
     (
@@ -927,7 +929,8 @@ def test_escapes_in_labels_and_texts_are_shown_harmless(bert: Path, tmp_path: Pa
 def test_every_command_has_help_with_an_example() -> None:
     code, stdout, _ = invoke("--help")
     assert code == 0
-    for command in ("prepare", "train", "eval", "predict", "inspect-gates", "export", "list"):
+    names = ("prepare", "train", "eval", "predict", "inspect-gates", "export", "compare", "list")
+    for command in names:
         assert command in stdout
         code, text, _ = invoke(command, "--help")
         assert code == 0

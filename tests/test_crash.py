@@ -147,7 +147,7 @@ def without_times(value: Any) -> Any:
 
 def check_equal(found: Path, whole: Path) -> None:
     """Check that a run ended as the one that nobody interrupted, and left nothing else."""
-    for name in (runs.MODEL, runs.PROBE, runs.EXPERIMENT):
+    for name in (runs.MODEL, runs.PROBE, runs.EXPERIMENT, runs.PREDICTIONS):
         assert (found / name).read_bytes() == (whole / name).read_bytes(), name
     events, expected = (list(map(without_times, runs.read_metrics(d))) for d in (found, whole))
     assert events == expected

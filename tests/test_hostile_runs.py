@@ -21,7 +21,7 @@ from unipelt_cli.cli import app
 FLIPPED = 600  # damaged bytes, over all files
 CHANGED = 900  # other values, with hashes that vouch for them
 STATES = 300
-COMMANDS = 36
+COMMANDS = 42
 MEMORY = 300 * 2**20  # beside the library's own
 
 
@@ -134,7 +134,7 @@ def changed_lines(text: str, chosen: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
-@pytest.mark.parametrize("name", [runs.MODEL, runs.PROBE])
+@pytest.mark.parametrize("name", [runs.MODEL, runs.PROBE, runs.PREDICTIONS])
 def test_tensor_files_with_other_headers_are_read_or_refused(copy: Path, name: str) -> None:
     chosen, seen = random.Random(name), Counter[str]()
     tensors, header = artifact.open_tensors(copy / name)
@@ -145,10 +145,35 @@ def test_tensor_files_with_other_headers_are_read_or_refused(copy: Path, name: s
             continue
         artifact.write_tensors(copy / name, tensors, other)
         reseal(copy)
-        seen[outcome(lambda: runs.read(copy).build())] += 1
-    assert seen["refused"] > 3 or name == runs.PROBE
+        seen[outcome(lambda: use(copy))] += 1
+    assert seen["refused"] > 3 or name != runs.MODEL
     assert seen["read"] > 3
     tell(f"{name}, other headers", seen)
+
+
+def use(directory: Path) -> None:
+    """Read all that a finished run holds."""
+    run = runs.read(directory)
+    run.build()
+    run.predictions()
+
+
+def test_predictions_that_cannot_be_the_tasks_are_refused(copy: Path) -> None:
+    path = copy / runs.PREDICTIONS
+    tensors, header = artifact.open_tensors(path)
+    del header[artifact.SEAL]
+    assert tensors.keys() == {"predictions.0", "references.0"}
+    found = runs.read(copy).predictions()
+    assert found is not None
+    assert [values.dtype.name for values in found] == ["int64", "int64"]
+    own = tensors["predictions.0"]
+    others = [own[:-1], own[:0], own + 2, own - 2, own.double(), own.long(), own[None], None]
+    for other in others:
+        changed = {"predictions.0": other, "references.0": tensors["references.0"]}
+        kept = {key: tensor for key, tensor in changed.items() if tensor is not None}
+        artifact.write_tensors(path, kept, header)
+        reseal(copy)
+        assert outcome(lambda: runs.read(copy).predictions()) == "refused", other
 
 
 def foreign(header: bytes, data: bytes = b"", size: int | None = None) -> bytes:
@@ -194,7 +219,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("name", [runs.MODEL, runs.PROBE, runs.STATE])
+@pytest.mark.parametrize("name", [runs.MODEL, runs.PROBE, runs.PREDICTIONS, runs.STATE])
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
 def test_foreign_tensor_files_are_refused(
     copy: Path, stopped: Path, tmp_path: Path, content: bytes, name: str
@@ -207,7 +232,7 @@ def test_foreign_tensor_files_are_refused(
         assert outcome(lambda: take_up(copy)) == "refused"
     else:
         reseal(copy)
-        assert outcome(lambda: runs.read(copy).build()) == "refused"
+        assert outcome(lambda: use(copy)) == "refused"
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
 
 

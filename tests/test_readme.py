@@ -114,7 +114,7 @@ def test_indented_commands_resolve() -> None:
 
 
 def test_preset_headers_hold_commands_for_that_preset() -> None:
-    files = list((ROOT / "presets").rglob("*"))
+    files = list((ROOT / "presets").glob("*.*"))
     assert len(files) >= 12
     for path in files:
         assert path.suffix == ".toml"

@@ -446,7 +446,8 @@ def reproduce(
 @app.command("list")
 def list_(
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="tasks, methods, presets, backbones or runs.")
+        str,
+        typer.Argument(metavar="WHAT", help="tasks, methods, presets, sweeps, backbones or runs."),
     ],
     directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path(
         "runs"
@@ -524,6 +525,7 @@ def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
 
 
 app.command()(several.sweep)
+app.command()(several.compare)
 
 
 def main() -> None:

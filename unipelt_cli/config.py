@@ -443,22 +443,21 @@ def merge(layers: Sequence[Settings]) -> Settings:
     return merged
 
 
+def preset_folder() -> Path:
+    """Return where shipped files lie: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parent
+    folder = package / "presets"
+    return folder if folder.is_dir() else package.parent / "presets"
+
+
 def presets() -> dict[str, Path]:
-    """Return the shipped presets by name: inside the wheel, or beside the package in a checkout."""
-    return _shipped(".")
+    """Return the shipped presets by name."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.toml"))}
 
 
 def sweep_presets() -> dict[str, Path]:
     """Return the shipped grids for `sweep` by name."""
-    return _shipped("sweeps")
-
-
-def _shipped(folder: str) -> dict[str, Path]:
-    package = Path(__file__).parent
-    root = package / "presets"
-    if not root.is_dir():
-        root = package.parent / "presets"
-    return {path.stem: path for path in sorted((root / folder).glob("*.toml"))}
+    return {path.stem: path for path in sorted((preset_folder() / "sweeps").glob("*.toml"))}
 
 
 def read_preset(name: str) -> Settings:

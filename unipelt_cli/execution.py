@@ -376,11 +376,16 @@ def _finish(
     writer.verify(stored, trained)
     backbone = stored.classifier.backbone
     stored.method.report(backbone)  # drop what was measured on the probe
-    predicted, scores = [], []
+    expected = [references(own.splits["test"]) for own in prepared]
+    predicted = []
     for place, own in enumerate(prepared):
         rows = shared.encode(stored, own, "test", experiment)
         predicted.append(predictions(own.task, compute_logits(stored, rows, place)))
-        scores.append(own.task.score(predicted[-1], references(own.splits["test"])))
+    scores = [
+        own.task.score(*answers)
+        for own, *answers in zip(prepared, predicted, expected, strict=True)
+    ]
+    writer.predictions(predicted, expected)
     counts = tuned.parameter_counts()
     data_settings = experiment.data
     result = {

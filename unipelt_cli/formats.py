@@ -61,6 +61,7 @@ class _Files(BaseModel):
     probe: str = Field(alias="probe.safetensors")
     metrics: str = Field(alias="metrics.jsonl")
     model: str = Field(alias="model.safetensors")
+    predictions: str = Field("", alias="predictions.safetensors")
 
 
 class Result(BaseModel):
@@ -73,9 +74,11 @@ class Result(BaseModel):
     device: str
     best_epoch: int
     epochs: int
+    trainable_parameters: int
     stored_parameters: int
     head_parameters: int
     artifact_bytes: int
+    peak_memory_bytes: int
     collapsed: bool
     sha256: str
     files: _Files

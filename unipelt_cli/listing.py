@@ -1,6 +1,6 @@
 """What there is to choose from, and the runs in a directory, as rows of plain values."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -10,6 +10,7 @@ from unipelt_cli.backbones import BACKBONES, PARTS, Layout
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.modeling import Head, count, skeleton
 from unipelt_cli.pretrained import BERT_BASE, Pretrained, find
+from unipelt_cli.runs import Run
 from unipelt_cli.tasks import TASKS
 
 Entry = dict[str, Any]
@@ -95,6 +96,15 @@ def _presets(_: Path) -> list[Entry]:
     return [{"name": name, "what": what} for name, what in sorted(said.items())]
 
 
+def _sweeps(_: Path) -> list[Entry]:
+    """Return the shipped grids."""
+    said = {
+        name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        for name, path in config.sweep_presets().items()
+    }
+    return [{"name": name, "what": what} for name, what in said.items()]
+
+
 def _backbones(_: Path) -> list[Entry]:
     return [
         {
@@ -116,19 +126,26 @@ def _native_head(layout: Layout) -> str:
 def _runs(directory: Path) -> list[Entry]:
     """Read every run below a directory; unfinished and damaged ones are listed as such."""
     listed = []
-    for path in sorted(directory.glob(f"**/{runs.EXPERIMENT}")):
+    for path, run in runs_below(directory):
         entry: Entry = dict.fromkeys(("run", "status", "metric", "dev", "test", "seconds"))
-        entry["run"] = str(path.parent.relative_to(directory))
-        try:
-            result = runs.read(path.parent).result
-        except UnipeltError:
-            entry["status"] = _unfinished(path.parent)
+        entry["run"] = str(path.relative_to(directory))
+        if isinstance(run, str):
+            entry["status"] = run
         else:
-            metric = result["metric"]
+            result, metric = run.result, run.result["metric"]
             entry |= {"status": "finished", "metric": metric, "seconds": result["seconds"]}
             entry |= {split: result[split][metric] for split in ("dev", "test")}
         listed.append(entry)
     return listed
+
+
+def runs_below(directory: Path) -> Iterator[tuple[Path, Run | str]]:
+    """Yield each run at any depth below a directory, or what is the matter with it, by path."""
+    for path in sorted(directory.glob(f"**/{runs.EXPERIMENT}")):
+        try:
+            yield path.parent, runs.read(path.parent)
+        except UnipeltError:
+            yield path.parent, _unfinished(path.parent)
 
 
 def _unfinished(directory: Path) -> str:
@@ -145,6 +162,7 @@ LISTS: Mapping[str, Callable[[Path], list[Entry]]] = MappingProxyType(
         "tasks": _tasks,
         "methods": lambda _: _methods(BERT_BASE),
         "presets": _presets,
+        "sweeps": _sweeps,
         "backbones": _backbones,
         "runs": _runs,
     }

@@ -68,7 +68,7 @@ def _files(directory: Path) -> Iterator[Check]:
     first = _try(runs.RESULT, own)
     yield first
     if first.passed:
-        for name in runs.RECORDED:
+        for name in runs.recorded(result):
             yield _try(name, lambda name=name: _file(directory / name, result["files"][name]))  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""What people see: tables, progress and pictures. The only module that uses rich."""
+"""What people see: tables, progress and pictures."""
 
 import io
 import os
@@ -81,17 +81,17 @@ def _talk() -> IO[str]:
 def error(message: str, hint: str) -> None:
     """Print what is wrong and what to do, each on a line of its own."""
     out = Console(file=_talk(), highlight=False, soft_wrap=True)
-    out.print(Text.assemble(("error: ", "bold red"), _plain(message)))
-    out.print(Text.assemble(("hint: ", "bold cyan"), _plain(hint)))
+    out.print(Text.assemble(("error: ", "bold red"), plain(message)))
+    out.print(Text.assemble(("hint: ", "bold cyan"), plain(hint)))
 
 
 def say(*parts: str | tuple[str, str]) -> None:
     """Print one line of talk; what comes from data or names is never read as markup."""
-    clean = [(_plain(p[0]), p[1]) if isinstance(p, tuple) else _plain(p) for p in parts]
+    clean = [(plain(p[0]), p[1]) if isinstance(p, tuple) else plain(p) for p in parts]
     console().print(Text.assemble(*clean), soft_wrap=True)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Make control characters visible, so that data cannot steer the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -100,11 +100,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     """Print a plain table: first column left, numbers right."""
     view = Table(box=None, pad_edge=False)
     for place, column in enumerate(columns):
-        numeric = bool(rows) and all(_is_number(str(row[place])) for row in rows)
+        numeric = bool(rows) and all(is_number(str(row[place])) for row in rows)
         justify: JustifyMethod = "right" if numeric else "left"
-        view.add_column(Text(_plain(column)), justify=justify, overflow="fold")
+        view.add_column(Text(plain(column)), justify=justify, overflow="fold")
     for row in rows:
-        view.add_row(*(Text(_plain(c)) if isinstance(c, str) else c for c in row))
+        view.add_row(*(Text(plain(c)) if isinstance(c, str) else c for c in row))
     console().print(view)
 
 
@@ -140,8 +140,9 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
     say(f"counted on {backbone}, the head apart; - where it cannot carry the method")
 
 
-def _is_number(text: str) -> bool:
-    return text.strip().lstrip("-").replace(".", "").replace(",", "").replace("%", "").isdigit()
+def is_number(text: str) -> bool:
+    """Say whether a cell is a number alone."""
+    return text.strip().lstrip("+-").replace(".", "").replace(",", "").replace("%", "").isdigit()
 
 
 class TrainingView:

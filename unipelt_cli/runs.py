@@ -21,17 +21,18 @@ from unipelt_cli.evaluation import Logits, compute_logits
 from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.pretrained import Pretrained, find
 from unipelt_cli.strict import parse_json
-from unipelt_cli.tasks import Task
+from unipelt_cli.tasks import Task, Values
 
 EXPERIMENT, ENVIRONMENT, PROBE = "experiment.toml", "environment.json", "probe.safetensors"
-METRICS, MODEL, RESULT, STATE = (
+METRICS, MODEL, PREDICTIONS, RESULT, STATE = (
     "metrics.jsonl",
     "model.safetensors",
+    "predictions.safetensors",
     "result.json",
     "state.safetensors",
 )
-RECORDED = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL)
-"""The files whose hashes the result holds."""
+RECORDED = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, PREDICTIONS)
+"""The files whose hashes the result holds; runs of earlier versions have no predictions."""
 PROBE_ROWS = 64
 PROBE_TOLERANCE = 1e-4
 ROUGH_TOLERANCE = 0.1  # in bf16, and on another kind of device
@@ -125,6 +126,22 @@ class Run:
             raise RunError(f"{self.directory / PROBE}: damaged", artifact.REMEDY)
         return float((logits - stored).abs().max()), bound
 
+    def predictions(self, place: int = 0) -> tuple[Values, Values] | None:
+        """Return a task's predictions and references on test, as label indices or values (rows,).
+
+        None for a run of an earlier version, which stored none. Raises RunError for tensors that
+        cannot be this task's.
+        """
+        if PREDICTIONS not in self.result["files"]:
+            return None
+        path, task = self.directory / PREDICTIONS, self.tasks[place]
+        tensors, _ = artifact.open_tensors(path)
+        pair = [tensors.get(f"{what}.{place}") for what in ("predictions", "references")]
+        predicted, expected = (_answers(tensor, task) for tensor in pair)
+        if predicted is None or expected is None or predicted.shape != expected.shape:
+            raise RunError(f"{path}: damaged", artifact.REMEDY)
+        return predicted, expected
+
     def rows(self, split: str, source: str | None = None, place: int = 0) -> Dataset:
         """Find the rows of a task's split again, by source and settings, and check them by hash."""
         recorded = self._manifests[place]["splits"]
@@ -155,6 +172,17 @@ class Run:
         return list(recorded["tasks"].values()) if len(self.tasks) > 1 else [recorded]
 
 
+def _answers(tensor: Tensor | None, task: Task) -> Values | None:
+    """Return stored answers to a task's rows, or None for what cannot be such."""
+    kind = torch.float64 if task.is_regression else torch.int32
+    if tensor is None or tensor.dtype != kind or tensor.dim() != 1 or not len(tensor):
+        return None
+    if task.is_regression:
+        return tensor.numpy() if bool(torch.isfinite(tensor).all()) else None
+    values: Values = tensor.numpy().astype(np.int64)
+    return values if values.min() >= 0 and values.max() < task.outputs else None
+
+
 def read(directory: Path) -> Run:
     """Read a finished run; raise RunError when it is absent, unfinished, damaged or newer."""
     if not (directory / EXPERIMENT).is_file():
@@ -167,7 +195,7 @@ def read(directory: Path) -> Run:
     result = artifact.read_object(directory / RESULT)
     formats.shaped(directory / RESULT, result, formats.Result)
     check_seal(directory / RESULT, result)
-    for name in RECORDED:
+    for name in recorded(result):
         if name != METRICS:
             check_file(directory / name, result["files"][name])
     header = artifact.read_header(directory / MODEL)
@@ -177,6 +205,11 @@ def read(directory: Path) -> Run:
     expected = formats.JointEnvironment if joint else formats.Environment
     formats.shaped(directory / ENVIRONMENT, environment, expected)
     return Run(directory, read_experiment(directory), environment, header, result)
+
+
+def recorded(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the files that a result vouches for."""
+    return tuple(name for name in RECORDED if name in result["files"])
 
 
 def check_seal(path: Path, value: Mapping[str, Any]) -> None:

@@ -151,6 +151,58 @@ def sweep(
         )
 
 
+def compare(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Runs, or directories that hold runs.")
+    ],
+    published: Annotated[
+        str | None,
+        typer.Option("--against", metavar="paper", help="Set the paper's scores beside these."),
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="A difference in score that does not matter.")
+    ] = 0.01,
+    write: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Also as .md, .tex, .csv or .json; may be repeated."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw .png, .svg or .pdf.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Compare methods over tasks and seeds: means, intervals, paired tests, costs.
+
+    Example: unipelt compare runs/ --against paper --write table.md
+    """
+    from unipelt_cli import charts, documents, network, sheets
+
+    for path in write or ():
+        documents.check(path)
+    if plot is not None:
+        charts.check(plot)
+    network.settle(offline=True, needed=False)
+    with importing():
+        from unipelt_cli import compare as comparing
+    from unipelt_cli import published as printed
+    from unipelt_cli import render, screen
+
+    table = None if published is None else printed.read(published)
+    answer = comparing.compare(directories, margin, table)
+    for sheet in sheets.sheets(answer):
+        screen.show(sheet)
+    for note in sheets.notes(answer):
+        render.say(("note: ", "yellow"), note)
+    for path in write or ():
+        documents.write(answer, path)
+        render.say("written: ", (str(path), "bold"))
+    if plot is not None:
+        charts.plot(answer, plot)
+        render.say("picture: ", (str(plot), "bold"))
+    if as_json:
+        print_json(answer)
+
+
 def _check_engine(
     engine: str, workers: int | None, address: str | None, cpus: float | None, gpus: float | None
 ) -> None:

@@ -29,6 +29,7 @@ from unipelt_cli.runs import (
     EXPERIMENT,
     METRICS,
     MODEL,
+    PREDICTIONS,
     PROBE,
     PROBE_ROWS,
     PROBE_TOLERANCE,
@@ -38,7 +39,7 @@ from unipelt_cli.runs import (
     probe,
     read_metrics,
 )
-from unipelt_cli.tasks import Task
+from unipelt_cli.tasks import Task, Values
 
 PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
 _FILES = (*RECORDED, RESULT, STATE)
@@ -192,6 +193,17 @@ class Writer:
             )
         artifact.write_tensors(self.directory / PROBE, {"logits": logits}, {"rows": PROBE_ROWS})
         return difference
+
+    def predictions(self, predicted: Sequence[Values], expected: Sequence[Values]) -> None:
+        """Write each task's predictions and references on test: label indices, or values."""
+        tensors = {
+            f"{what}.{place}": torch.from_numpy(values).to(
+                torch.float64 if values.dtype.kind == "f" else torch.int32
+            )
+            for what, each in (("predictions", predicted), ("references", expected))
+            for place, values in enumerate(each)
+        }
+        artifact.write_tensors(self.directory / PREDICTIONS, tensors, {"split": "test"})
 
     def result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write the result, the last file, with the hashes of all others: now it is finished."""

@@ -102,6 +102,11 @@ class Method:
         """Yield (what is wrong, what to do) for fields that contradict each other."""
         yield from ()
 
+    @property
+    def submodules(self) -> tuple[str, ...]:
+        """What the method is a union of, for comparing it with each part alone; () for no union."""
+        return ()
+
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         """Yield (why, what to do) where this backbone cannot carry the method.
 

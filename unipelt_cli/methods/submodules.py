@@ -97,6 +97,10 @@ class Submodules(Method):
                 )
 
     @property
+    def submodules(self) -> tuple[str, ...]:
+        return self.parts
+
+    @property
     def pads_to_max_length(self) -> bool:
         return self.gated and self.gate_pooling == "all"
 
