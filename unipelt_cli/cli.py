@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unipelt_cli import __version__, options
+from unipelt_cli import __version__, options, processes, render
 from unipelt_cli.errors import CheckError, ConfigError, DataError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
 from unipelt_cli.shell import INTERRUPTED, Commands, leave, obey_requests
 
 if TYPE_CHECKING:
     from unipelt_cli.config import Experiment, Settings
+    from unipelt_cli.execution import Mode
     from unipelt_cli.runs import Run
 
 app = typer.Typer(
@@ -75,7 +76,7 @@ def prepare(
     """
     flags = _data_flags(locals())
     experiment = _resolve([], settings, flags, offline=offline, data_only=True)
-    from unipelt_cli import data, render
+    from unipelt_cli import data
 
     if len(experiment.data.each()) > 1:
         raise ConfigError("`prepare` draws one task's rows", "run it for each task, with --task")
@@ -134,32 +135,41 @@ def train(
         "method": {"name": method},
         "train": {"seed": seed, "device": device, "precision": precision},
     }
-    _refuse_pairs(
-        ("--resume" if resume else None, "--overwrite" if overwrite else None),
-        (_said("--data-seed", data_seed), _said("--data-seeds", data_seeds)),
-        (_said("--seed", seed), _said("--seeds", seeds)),
-    )
-    experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
-    with importing():
-        from unipelt_cli import execution
-    from unipelt_cli.grid import over_seeds
 
-    experiment = execution.with_drawn_rows(experiment)
-    grid = over_seeds(experiment, data_seeds, seeds)
-    if dry_run:
-        _dry_run(next(iter(grid.values())), as_json, len(grid))
-        return
-    from unipelt_cli import watching
+    def described() -> "dict[str, Experiment]":
+        _refuse_pairs(
+            ("--resume" if resume else None, "--overwrite" if overwrite else None),
+            (_said("--data-seed", data_seed), _said("--data-seeds", data_seeds)),
+            (_said("--seed", seed), _said("--seeds", seeds)),
+        )
+        if several := _said("--data-seeds", data_seeds) or _said("--seeds", seeds):
+            _refuse_processes(several)
+        experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
+        with importing():
+            from unipelt_cli import execution
+        from unipelt_cli.grid import over_seeds
 
-    mode: execution.Mode = "resume" if resume else "overwrite" if overwrite else "new"
-    if data_seeds is None and seeds is None:
-        directory = out or Path("runs") / _run_name(experiment)
-        answer = watching.train(experiment, directory, mode)
-    else:
-        root = out or Path("runs")
-        directories = [root / _run_name(own) for own in grid.values()]
-        answer = watching.train_together(grid, directories, mode)
-    if as_json:
+        return over_seeds(execution.with_drawn_rows(experiment), data_seeds, seeds)
+
+    with processes.joined() as joined:
+        if not joined.is_main:
+            render.hush()
+        grid = joined.each(described)
+        if dry_run:
+            joined.each(lambda: _dry_run(next(iter(grid.values())), as_json, len(grid)))
+            return
+        from unipelt_cli import watching
+
+        mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+        if data_seeds is None and seeds is None:
+            (experiment,) = grid.values()
+            directory = out or Path("runs") / _run_name(experiment)
+            answer = watching.train(experiment, directory, mode, joined)
+        else:
+            root = out or Path("runs")
+            directories = [root / _run_name(own) for own in grid.values()]
+            answer = watching.train_together(grid, directories, mode)
+    if as_json and not render.is_hushed():
         _print_json(answer)
     if failed := answer.get("failed"):
         raise CheckError(
@@ -200,7 +210,7 @@ def evaluate(
     each = task is None and file is None
     places = list(range(len(found.tasks))) if each else [found.place(task)]
     tuned = found.build(device, model)
-    from unipelt_cli import data, evaluation, render
+    from unipelt_cli import data, evaluation
     from unipelt_cli.tasks import joint_scores
 
     name = split if file is None else str(file)
@@ -293,7 +303,7 @@ def inspect_gates(
     found = _read_run(run, offline, source, model)
     place = found.place(task)
     tuned = found.build(device, model)
-    from unipelt_cli import inspection, render
+    from unipelt_cli import inspection
 
     report = inspection.inspect(found, tuned, found.rows(split, _absolute(source), place), place)
     layers = report.by_layer()
@@ -338,7 +348,6 @@ def export(
     found = _read_run(run, offline, model=model)
     tuned = found.build("cpu", model)
     from unipelt_cli import export as exports
-    from unipelt_cli import render
 
     report = exports.export(found, tuned, to, out or _beside(run, to))
     parity = report["parity"]
@@ -376,7 +385,7 @@ def verify(
         _settle_run(run, offline, source, model)
     except UnipeltError:  # the checks will say what is wrong
         network.settle(offline=True, needed=False)
-    from unipelt_cli import provenance, render
+    from unipelt_cli import provenance
 
     checks = list(provenance.verify(run, _absolute(source), model))
     render.check_table([(check.what, check.passed, check.said) for check in checks])
@@ -414,8 +423,9 @@ def reproduce(
 
     Example: unipelt reproduce runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
+    _refuse_processes("reproduce")
     found = _read_run(run, offline, source, model)
-    from unipelt_cli import execution, provenance, render, runs, watching
+    from unipelt_cli import execution, provenance, runs, watching
 
     target = out or _beside(run, "reproduced")
     mode: execution.Mode = "new" if (target / runs.RESULT).is_file() else "resume"
@@ -470,7 +480,7 @@ def list_(
     if model is not None:
         _settle_backbone(model, offline)
     with importing():
-        from unipelt_cli import listing, render
+        from unipelt_cli import listing
 
     if what not in listing.LISTS:
         raise ConfigError(f"list {what!r}: no such list", nearest(what, listing.LISTS))
@@ -502,6 +512,15 @@ def _refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:
     for one, other in pairs:
         if one and other:
             raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
+
+
+def _refuse_processes(what: str) -> None:
+    """Raise ConfigError where several processes were launched for what takes one."""
+    if (count := processes.launched()) > 1:
+        raise ConfigError(
+            f"{what}: takes one process, and {count} were launched",
+            "start it without a launcher; several processes train one run",
+        )
 
 
 def _said(flag: str, value: object) -> str | None:
@@ -639,7 +658,7 @@ def _run_name(experiment: "Experiment") -> str:
 
 
 def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
-    from unipelt_cli import execution, render, watching
+    from unipelt_cli import execution, watching
 
     experiment, prepared, tuned = execution.plan(experiment)
     counts = tuned.parameter_counts()
@@ -652,7 +671,7 @@ def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
         + (f"the first of {runs} runs; " if runs > 1 else "")
         + "nothing was written"
     )
-    if as_json:
+    if as_json and not render.is_hushed():
         described = {
             key: {
                 manifest["task"]: {name: split[key] for name, split in manifest["splits"].items()}

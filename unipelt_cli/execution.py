@@ -4,10 +4,11 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from unipelt_cli.evaluation import (
     references,
 )
 from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
 from unipelt_cli.together import can_share, share
 from unipelt_cli.together import events as events_together
@@ -95,13 +97,17 @@ def plan(experiment: Experiment) -> tuple[Experiment, tuple[Prepared, ...], Tune
 
 
 def execute(
-    experiment: Experiment, directory: Path, mode: Mode = "new"
+    experiment: Experiment,
+    directory: Path,
+    mode: Mode = "new",
+    processes: Processes = ALONE,
 ) -> Generator[Event, None, None]:
     """Run an experiment and write its directory; closing the iterator interrupts it resumably.
 
+    Several processes see the same events; the main one writes, and what it cannot is raised in all.
     Raises RunError for a directory that exists or belongs to another experiment.
     """
-    session = _Session(experiment, directory, mode)
+    session = _Session(experiment, directory, mode, processes)
     with closing(session.writer):
         session.check()
         opened = session.open()
@@ -120,7 +126,10 @@ def execute(
 
 
 def execute_together(
-    experiments: Sequence[Experiment], directories: Sequence[Path], mode: Mode = "new"
+    experiments: Sequence[Experiment],
+    directories: Sequence[Path],
+    mode: Mode = "new",
+    processes: Processes = ALONE,
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Run experiments that differ in seeds alone, in one pass each step where the method can.
 
@@ -128,7 +137,7 @@ def execute_together(
     that fails does not stop the others. Closing the iterator interrupts all of them resumably.
     """
     given = zip(experiments, directories, strict=True)
-    waiting = [_Session(experiment, directory, mode) for experiment, directory in given]
+    waiting = [_Session(experiment, directory, mode, processes) for experiment, directory in given]
     with ExitStack() as stack:
         for session in waiting:
             stack.callback(session.writer.close)
@@ -192,46 +201,45 @@ def _train_group(
 
 
 class _Session:
-    """One run from its checks to its result."""
+    """One run from its checks to its result; of several processes, the main one alone writes it."""
 
-    def __init__(self, experiment: Experiment, directory: Path, mode: Mode) -> None:
-        self.writer, self.mode = Writer(directory), mode
+    def __init__(
+        self, experiment: Experiment, directory: Path, mode: Mode, processes: Processes = ALONE
+    ) -> None:
+        self.writer, self.mode, self.processes = Writer(directory), mode, processes
         self.experiment = with_drawn_rows(experiment)
-        self.resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
+        self.resumes = False
         self.save_seconds = 0.0
         self.together = 1  # runs that shared its passes
 
     def check(self) -> None:
         """Raise before the slow part for a directory that cannot be written or is another's."""
+        self.resumes, self.experiment = self.processes.main(self._check)
+
+    def _check(self) -> tuple[bool, Experiment]:
         directory = self.writer.directory
-        if self.resumes:
-            self.writer.claim()
-            self.writer.sweep()
-            recorded = runs.read_experiment(directory)
-            _same(recorded, self.experiment, directory)
-            self.experiment = recorded
-        else:
+        if self.mode != "resume" or not (directory / runs.EXPERIMENT).is_file():
             self.writer.check(overwrite=self.mode == "overwrite")
+            return False, self.experiment
+        self.writer.claim()
+        self.writer.sweep()
+        recorded = runs.read_experiment(directory)
+        _same(recorded, self.experiment, directory)
+        return True, recorded
 
     def open(self, other: Tuned | None = None) -> Ready | Finished:
         """After `check`, make data, model and loop ready; the backbone may be another run's."""
         self.start = self.saved = time.perf_counter()
-        writer, directory = self.writer, self.writer.directory
-        if self.resumes and (directory / runs.RESULT).is_file():
-            return Finished(directory, runs.read(directory).result)
-        self.experiment, self.prepared, self.tuned = plan(self.experiment)
+        processes, directory = self.processes, self.writer.directory
+        result = processes.main(self._result) if self.resumes else None
+        if result is not None:
+            return Finished(directory, result)
+        self.experiment, self.prepared, self.tuned = processes.each(lambda: plan(self.experiment))
         if other is not None:
             share(other, self.tuned)
-        if not self.resumes:
-            writer.create(overwrite=self.mode == "overwrite")
-            writer.experiment(self.experiment)
-        manifest = data.joint_manifest(self.prepared)
-        if not (directory / runs.ENVIRONMENT).is_file():
-            writer.environment(self.tuned, manifest, command_line())
-        elif self.resumes:
-            runs.check_started(directory, self.tuned, manifest)
-        self.training = _training(self.experiment, self.prepared, self.tuned)
-        self.start -= _restore(self.training, writer) if self.resumes else 0.0
+        processes.main(self._begin)
+        self.training = processes.each(self._loop)
+        self.start -= _restore(self.training, self.writer) if self.resumes else 0.0
         return Ready(
             self.experiment,
             tuple(own.manifest for own in self.prepared),
@@ -242,14 +250,36 @@ class _Session:
             _doubt(self.training),
         )
 
+    def _result(self) -> dict[str, Any] | None:
+        """Return the result of a run that is finished already."""
+        directory = self.writer.directory
+        return runs.read(directory).result if (directory / runs.RESULT).is_file() else None
+
+    def _begin(self) -> None:
+        """Write what the run is and started on, or check that it is still so."""
+        writer, directory = self.writer, self.writer.directory
+        if not self.resumes:
+            writer.create(overwrite=self.mode == "overwrite")
+            writer.experiment(self.experiment)
+        manifest = data.joint_manifest(self.prepared)
+        if not (directory / runs.ENVIRONMENT).is_file():
+            writer.environment(self.tuned, manifest, command_line(), self.processes.count)
+        elif self.resumes:
+            runs.check_started(directory, self.tuned, manifest)
+
+    def _loop(self) -> Training:
+        return _training(self.experiment, self.prepared, self.tuned, self.processes)
+
     def keep(self, event: Happening) -> None:
         """Log an epoch, and save what a killed loop goes on from.
 
         That is every epoch, and now and then in a long one. Where saving would take more than its
         share of the time, it waits until it does not: a crash costs seconds then as well.
         """
-        if isinstance(event, Halved):
-            return  # in the middle of a step
+        if not isinstance(event, Halved):  # in the middle of a step
+            self.processes.main(lambda: self._keep(event))
+
+    def _keep(self, event: Happening) -> None:
         is_epoch = isinstance(event, Epoch)
         if is_epoch:
             self.writer.metric("epoch", asdict(event))
@@ -259,6 +289,9 @@ class _Session:
 
     def interrupt(self) -> None:
         """Keep the state between two steps."""
+        self.processes.main(self._interrupt)
+
+    def _interrupt(self) -> None:
         self._save()
         progress = self.training.progress
         self.writer.metric("interrupted", {"epoch": progress.epoch, "step": progress.step})
@@ -279,7 +312,9 @@ class _Session:
         self.save_seconds = self.saved - start
 
 
-def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned) -> Training:
+def _training(
+    experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned, processes: Processes
+) -> Training:
     courses = []
     for own in prepared:
         train, dev = (
@@ -288,7 +323,8 @@ def _training(experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned
         )
         courses.append(Course(own.task, train, dev))
     first, *more = courses
-    return Training(tuned, first.task, first.train, first.dev, experiment.train, more)
+    given = (tuned, first.task, first.train, first.dev, experiment.train)
+    return Training(*given, more, processes)
 
 
 def _doubt(training: Training) -> str | None:
@@ -306,19 +342,19 @@ def encode_split(tuned: Tuned, task: Task, rows: Dataset, experiment: Experiment
 
 def _restore(training: Training, writer: Writer) -> float:
     """Take up the state of an interrupted run; return the seconds it had taken."""
-    directory = writer.directory
-    saved = runs.read_state(directory)
-    if saved is None:
-        writer.rewind(training.progress.epoch)
-        return 0.0
-    tensors, header = saved
-    try:
-        training.restore(tensors, header["counters"])
-    except (KeyError, RuntimeError, TypeError, ValueError):
-        raise RunError(
-            f"{directory / runs.STATE}: not the state of this run", "start again with --overwrite"
-        ) from None
-    writer.rewind(training.progress.epoch)
+    directory, processes = writer.directory, training.processes
+    saved = processes.main(lambda: runs.read_state(directory))
+    header: dict[str, Any] = {"seconds": 0.0}
+    if saved is not None:
+        tensors, header = saved
+        try:
+            training.restore(tensors, header["counters"])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise RunError(
+                f"{directory / runs.STATE}: not the state of this run",
+                "start again with --overwrite",
+            ) from None
+    processes.main(lambda: writer.rewind(training.progress.epoch))
     return float(header["seconds"])
 
 
@@ -333,16 +369,18 @@ def _finish(
 ) -> dict[str, Any]:
     """Store the model, read it back, and score test once with what was read back."""
     tasks, tuned, progress = training.tasks, training.tuned, training.progress
-    trained = writer.model(tuned, tasks, experiment.method_name)
-    stored = runs.read_stored(writer.directory, experiment, tasks, tuned)
-    writer.verify(stored, trained)
+    processes = training.processes
+    trained = processes.main(lambda: writer.model(tuned, tasks, experiment.method_name))
+    stored = runs.read_stored(writer.directory, experiment, tasks, tuned, processes)
+    processes.main(lambda: writer.verify(stored, trained))
     backbone = stored.classifier.backbone
     stored.method.report(backbone)  # drop what was measured on the probe
     predicted, scores = [], []
     for place, own in enumerate(prepared):
         rows = encode_split(stored, own.task, own.splits["test"], experiment)
-        predicted.append(predictions(own.task, compute_logits(stored, rows, place)))
+        predicted.append(predictions(own.task, compute_logits(stored, rows, place, processes)))
         scores.append(own.task.score(predicted[-1], references(own.splits["test"])))
+    measured = _mean(processes.gather(stored.method.report(backbone)))
     counts = tuned.parameter_counts()
     data_settings = experiment.data
     result = {
@@ -359,19 +397,25 @@ def _finish(
         "epochs": progress.epoch - 1,
         "seconds": round(time.perf_counter() - start, 3),
         **counts,
-        "artifact_bytes": (writer.directory / runs.MODEL).stat().st_size,
+        "artifact_bytes": processes.main((writer.directory / runs.MODEL).stat).st_size,
         "peak_memory_bytes": _peak_memory(tuned.device),
         "tokens_per_second": round(progress.total_tokens / max(progress.total_train_seconds, 1e-9)),
         "pooling": tuned.pooling,
         "precision": tuned.precision,
         "device": tuned.device.type,
         "together": together,
+        "processes": processes.count,
         "micro_batch_size": progress.micro_batch_size or experiment.train.batch_size,
         "collapsed": any(map(has_collapsed, predicted)),
     }
-    if measured := stored.method.report(backbone):
+    if measured:
         result["measured"] = measured
-    return writer.result(result)
+    return processes.main(lambda: writer.result(result))
+
+
+def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of what each process measured on its equal share of the rows."""
+    return {name: fmean(own[name] for own in reports) for name in reports[0]}
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -25,9 +25,7 @@ class Gradients:
         self.buffer = torch.zeros(total + len(sizes) + 2, device=parameters[0].device)
         self.tail = self.buffer[total:]
         split = torch.split(self.buffer[:total], sizes)
-        self.views = [
-            view.view(own.shape) for view, own in zip(split, parameters, strict=True)
-        ]
+        self.views = [view.view(own.shape) for view, own in zip(split, parameters, strict=True)]
 
     def sum(self, loss: Tensor | None) -> Tensor | None:
         """Add up gradients and losses, this process's loss being None where it lacks memory.

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from unipelt_cli.errors import ConfigError, RunError, UnipeltError
+from unipelt_cli.libraries import importing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,7 +175,8 @@ def joined() -> Iterator[Processes]:
 def _state(count: int) -> Any:
     """Find the other processes; with GPUs, each takes the one of its place on the machine."""
     try:
-        from accelerate import PartialState
+        with importing():
+            from accelerate import PartialState
     except ImportError:
         raise ConfigError(
             f"{count} processes were launched, and accelerate is not installed",

@@ -26,6 +26,7 @@ from unipelt_cli.errors import RunError
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR_CELLS = 6
+_is_hushed = False
 
 
 class _Talk(io.TextIOBase):
@@ -50,10 +51,21 @@ class _Talk(io.TextIOBase):
 
     def _try(self, do: Callable[[], Any]) -> Any:
         try:
-            return None if sys.stderr is None else do()
+            return None if sys.stderr is None or _is_hushed else do()
         except (OSError, ValueError):
             discard(sys.stderr)
             return None
+
+
+def hush() -> None:
+    """Say nothing from now on: of several processes of one run, one talks."""
+    global _is_hushed  # as the streams are the process's
+    _is_hushed = True
+
+
+def is_hushed() -> bool:
+    """Say whether another process talks, and answers, in this one's place."""
+    return _is_hushed
 
 
 def discard(stream: Any) -> None:

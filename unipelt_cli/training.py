@@ -285,6 +285,8 @@ class Training:
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             groups.setdefault(kind, {})[name] = tensor.to(self.tuned.device)
+        if self.processes.are_several:  # there may have been fewer, and larger parts
+            self.progress.micro_batch_size = self._part_size(self.settings.batch_size)
         self._copy(groups.pop("now"))
         self.best = groups.pop("best", {})
         for kind, values in groups.items():
