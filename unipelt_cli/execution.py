@@ -18,7 +18,7 @@ from unipelt_cli import data, memory, runs
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment
 from unipelt_cli.data import Prepared
-from unipelt_cli.errors import RunError, UnipeltError
+from unipelt_cli.errors import ConfigError, RunError, UnipeltError
 from unipelt_cli.evaluation import (
     compute_logits,
     encode_rows,
@@ -268,6 +268,11 @@ class _Session:
             runs.check_started(directory, self.tuned, manifest)
 
     def _loop(self) -> Training:
+        if self.processes.are_several and self.tuned.device.type == "mps":
+            raise ConfigError(
+                "train.device = 'mps': its tensors cannot go from process to process",
+                "train in one process, or give --device cpu",
+            )
         return _training(self.experiment, self.prepared, self.tuned, self.processes)
 
     def keep(self, event: Happening) -> None:
@@ -415,7 +420,7 @@ def _finish(
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of what each process measured on its equal share of the rows."""
-    return {name: fmean(own[name] for own in reports) for name in reports[0]}
+    return {name: fmean(own[name] for own in reports if name in own) for name in reports[0]}
 
 
 def _peak_memory(device: torch.device) -> int:
