@@ -1,4 +1,4 @@
-"""One of several processes that test_processes.py starts: it trains, and writes down what it saw."""
+"""One of the processes that test_processes.py starts: it trains, and writes down what it saw."""
 
 import json
 import sys
