@@ -136,7 +136,7 @@ def train(
         "train": {"seed": seed, "device": device, "precision": precision},
     }
 
-    def described() -> "dict[str, Experiment]":
+    def resolved() -> "Experiment":
         _refuse_pairs(
             ("--resume" if resume else None, "--overwrite" if overwrite else None),
             (_said("--data-seed", data_seed), _said("--data-seeds", data_seeds)),
@@ -144,13 +144,17 @@ def train(
         )
         if several := _said("--data-seeds", data_seeds) or _said("--seeds", seeds):
             _refuse_processes(several)
-        experiment = _resolve([preset] if preset else [], settings, flags, offline=offline)
+        return _resolve([preset] if preset else [], settings, flags, offline=offline)
+
+    def described() -> "dict[str, Experiment]":
+        experiment = found()
         with importing():
             from unipelt_cli import execution
         from unipelt_cli.grid import over_seeds
 
         return over_seeds(execution.with_drawn_rows(experiment), data_seeds, seeds)
 
+    found = processes.tried(resolved)  # before accelerate can import what reads offline switches
     with processes.joined() as joined:
         if not joined.is_main:
             render.hush()

@@ -6,9 +6,11 @@ stopped alone, they tell each other, so that nobody waits for a process that has
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from unipelt_cli.errors import ConfigError, RunError, UnipeltError
 from unipelt_cli.libraries import importing
@@ -60,16 +62,34 @@ class Processes:
     def share(self, tensors: "Sequence[Tensor]") -> None:
         """Let the main process's numbers take the place of the others', in place."""
 
+    def abandon(self) -> None:
+        """Wait for no other process from now on: this one is about to end."""
+
 
 class _Joined(Processes):
     """One of several processes, after they have found each other."""
 
     def __init__(self, count: int, rank: int) -> None:
         self.count, self.rank = count, rank
+        self.is_left = False  # by another, or alone by its own will: now it can only end
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn the failure to reach another process, which has most likely ended, into an error."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.is_left = True
+            raise RunError(
+                f"another process of this run has ended ({_line(error)})",
+                "see what it said; --resume goes on from the state that was saved last",
+            ) from None
 
     def main(self, do: Callable[[], Answer]) -> Answer:
         answer: Any = None
         failure = None
+        if self.is_left:
+            return do() if self.is_main else answer
         if self.is_main:
             try:
                 answer = do()
@@ -97,28 +117,28 @@ class _Joined(Processes):
         import torch
 
         flags = torch.tensor([int(flag)])
-        with _reaching():
+        with self._reaching():
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         return bool(flags.item())
 
     def gather(self, value: Answer) -> list[Answer]:
         from accelerate.utils import gather_object
 
-        with _reaching():
+        with self._reaching():
             return list(gather_object([value]))
 
     def _broadcast(self, value: Answer) -> Answer:
         from accelerate.utils import broadcast_object_list
 
         values = [value]
-        with _reaching():
+        with self._reaching():
             broadcast_object_list(values)
         return values[0]
 
     def sum(self, tensor: "Tensor") -> None:
         import torch
 
-        with _reaching():
+        with self._reaching():
             torch.distributed.all_reduce(tensor)
 
     def share(self, tensors: "Sequence[Tensor]") -> None:
@@ -127,12 +147,31 @@ class _Joined(Processes):
         with torch.no_grad():
             for tensor in tensors:
                 plain = tensor.detach().contiguous()
-                with _reaching():  # as bytes: not every kind of number can be sent
+                with self._reaching():  # as bytes: not every kind of number can be sent
                     torch.distributed.broadcast(plain.view(-1).view(torch.uint8), 0)
                 tensor.copy_(plain)
 
+    def abandon(self) -> None:
+        self.is_left = True
+
 
 ALONE = Processes()
+
+
+def tried(do: Callable[[], Answer]) -> Callable[[], Answer]:
+    """Do something now; the function that is returned gives its answer, or raises its error.
+
+    For what must come before the others are there, and yet end all of them where it fails.
+    """
+    try:
+        answer = do()
+    except UnipeltError as error:
+        return partial(_raise, error)
+    return lambda: answer
+
+
+def _raise(error: UnipeltError) -> NoReturn:
+    raise error
 
 
 def launched() -> int:
@@ -197,21 +236,10 @@ def _state(count: int) -> Any:
         ) from None
 
 
-@contextmanager
-def _reaching() -> Iterator[None]:
-    """Turn the failure to reach another process, which has ended most likely, into a RunError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RunError(
-            f"another process of this run has ended ({_line(error)})",
-            "see what it said; --resume goes on from the state that was saved last",
-        ) from None
-
-
 def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    """Return what a library says first, without the place in its code that says it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[\S+:\d+\] *", "", lines[0]).partition(". ")[0][:200]
 
 
 def _told(error: UnipeltError) -> tuple[type[UnipeltError], str, str]:

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -73,7 +73,8 @@ def _watch(
     labels, view = list(grid), None
     ended: dict[str, Finished | Failed] = {}
     events = execution.execute_together(list(grid.values()), directories, mode, processes)
-    with _stop_requests(processes) as is_stopped, render.live() as show:
+    stop_requests = _stop_requests(processes)
+    with stop_requests as is_stopped, render.live() as show, closing(events):
         for place, event in events:
             label = f"{labels[place]}  " if labels[place] else ""
             match event:
@@ -137,6 +138,7 @@ def _stop_requests(processes: Processes) -> Iterator[Callable[[], bool]]:
         if asked is None:
             asked = now
         elif not processes.are_several or now - asked > ECHO_SECONDS:
+            processes.abandon()
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
