@@ -17,7 +17,7 @@ from unipelt_cli.evaluation import compute_logits, encode_rows
 from unipelt_cli.modeling import Classifier, build
 from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Epoch, Halved, Training
+from unipelt_cli.training import Course, Epoch, Halved, Training
 from unipelt_cli.writer import Writer
 
 SENTENCES = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(21)]
@@ -40,6 +40,25 @@ def loop_of(backbone: str, method: str, joined: Processes = ALONE, **train: Any)
     tuned = build(planned, 2)
     rows = encode_rows(tuned, [SENTENCES], 128), np.arange(len(SENTENCES)) % 2
     return Training(tuned, get_task("sst2"), rows, rows, planned.train, (), joined)
+
+
+def loop_of_two_tasks(backbone: str, joined: Processes = ALONE) -> Training:
+    """Train two heads in turn: the one that is not asked must not even decay."""
+    planned = settings(backbone, "unipelt-apl", weight_decay=0.5)
+    tuned = build(planned, (2, 2))
+    encoded, task = encode_rows(tuned, [SENTENCES], 128), get_task("sst2")
+    rows, other = (encoded, np.arange(21) % 2), (encoded, np.arange(21) // 2 % 2)
+    more = [Course(get_task("cola"), other, other)]
+    return Training(tuned, task, rows, rows, planned.train, more, joined)
+
+
+LOOPS: dict[str, Callable[..., Training]] = {
+    **{
+        method: lambda backbone, joined=ALONE, method=method: loop_of(backbone, method, joined)
+        for method in ("unipelt-apl", "child-tuning-f", "adalora")
+    },
+    "two tasks": loop_of_two_tasks,
+}
 
 
 def tensors_of(loop: Training) -> dict[str, torch.Tensor]:
@@ -113,8 +132,8 @@ def main(backbone: str, rows: str, out: Path) -> None:
     with processes.joined() as joined:
         said: dict[str, Any] = {"heard": tell(joined)}
         kept: dict[str, torch.Tensor] = {}
-        for method in ("unipelt-apl", "child-tuning-f", "adalora"):
-            loop = loop_of(backbone, method, joined)
+        for method, make in LOOPS.items():
+            loop = make(backbone, joined)
             events = [event for event in loop.events() if isinstance(event, Epoch)]
             said[method] = [event.train_loss for event in events]
             kept |= {f"{method} {name}": own for name, own in tensors_of(loop).items()}

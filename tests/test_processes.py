@@ -259,9 +259,9 @@ def two(root: Path) -> Ranks:
     return Ranks(str(root / "bert"), said, tensors, out)
 
 
-@pytest.mark.parametrize("method", ["unipelt-apl", "child-tuning-f", "adalora"])
+@pytest.mark.parametrize("method", ranks.LOOPS)
 def test_two_processes_compute_what_one_does_in_parts(two: Ranks, method: str) -> None:
-    loop = ranks.loop_of(two.backbone, method)
+    loop = ranks.LOOPS[method](two.backbone)
     loop.progress.micro_batch_size = ranks.BATCH // 2
     losses = [event.train_loss for event in loop.events() if isinstance(event, Epoch)]
     assert two.said[0][method] == pytest.approx(losses, rel=1e-5)
