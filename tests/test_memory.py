@@ -106,7 +106,7 @@ def test_evaluation_is_halved_as_well_and_computes_the_same(
         pass
     run = runs.read(tmp_path / "run")
     tuned = run.build()
-    rows = execution.encode_split(tuned, run.task, run.rows("test"), run.experiment)
+    rows = execution.Shared().encode(tuned, run.prepared(), "test", run.experiment)
     whole = compute_logits(tuned, rows)
     holding(monkeypatch, 1, ERRORS[0], only_training=False)
     np.testing.assert_allclose(compute_logits(tuned, rows), whole, atol=1e-5)

@@ -201,7 +201,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
             raise CheckError("the loss is nan at step 5", "lower it")
         return close(self, loss, moment)
 
-    monkeypatch.setattr(execution, "_training", making)
+    monkeypatch.setattr(execution, "loop_of", making)
     monkeypatch.setattr(Training, "close", failing)
     directories = [tmp_path / str(place) for place in range(3)]
     each = experiments(backbone_dir("bert"), rows_file)
@@ -284,7 +284,7 @@ def test_runs_one_after_another_take_their_own_time_and_are_let_go(
         loops.append(weakref.ref(loop))
         return loop
 
-    monkeypatch.setattr(execution, "_training", making)
+    monkeypatch.setattr(execution, "loop_of", making)
     start, seconds = time.perf_counter(), 0.0
     for _, event in execution.execute_together(each, [tmp_path / str(n) for n in range(3)]):
         if isinstance(event, execution.Ready):

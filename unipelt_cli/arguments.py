@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unipelt_cli import processes
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.libraries import importing
 
@@ -161,6 +162,15 @@ def refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:
     for one, other in pairs:
         if one and other:
             raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
+
+
+def refuse_processes(what: str) -> None:
+    """Raise ConfigError where several processes were launched for what takes one."""
+    if (count := processes.launched()) > 1:
+        raise ConfigError(
+            f"{what}: takes one process, and {count} were launched",
+            "start it without a launcher; several processes train one run",
+        )
 
 
 def said(flag: str, value: object) -> str | None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unipelt_cli import __version__, arguments, options, several
+from unipelt_cli import __version__, arguments, options, processes, render, several
 from unipelt_cli.errors import CheckError, ConfigError, DataError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
 from unipelt_cli.shell import INTERRUPTED, Commands, leave, obey_requests, print_json
 
 if TYPE_CHECKING:
     from unipelt_cli.config import Experiment
+    from unipelt_cli.execution import Mode
 
 app = typer.Typer(
     name="unipelt",
@@ -73,7 +74,7 @@ def prepare(
     """
     flags = arguments.data_flags(locals())
     experiment = arguments.resolve([], settings, flags, offline=offline, data_only=True)
-    from unipelt_cli import data, render
+    from unipelt_cli import data
 
     if len(experiment.data.each()) > 1:
         raise ConfigError("`prepare` draws one task's rows", "run it for each task, with --task")
@@ -132,32 +133,46 @@ def train(
         "method": {"name": method},
         "train": {"seed": seed, "device": device, "precision": precision},
     }
-    arguments.refuse_pairs(
-        ("--resume" if resume else None, "--overwrite" if overwrite else None),
-        (arguments.said("--data-seed", data_seed), arguments.said("--data-seeds", data_seeds)),
-        (arguments.said("--seed", seed), arguments.said("--seeds", seeds)),
-    )
-    experiment = arguments.resolve([preset] if preset else [], settings, flags, offline=offline)
-    with importing():
-        from unipelt_cli import execution
-    from unipelt_cli.grid import over_seeds, run_name
 
-    experiment = execution.with_drawn_rows(experiment)
-    grid = over_seeds(experiment, data_seeds, seeds)
-    if dry_run:
-        _dry_run(next(iter(grid.values())), as_json, len(grid))
-        return
-    from unipelt_cli import watching
+    def resolved() -> "Experiment":
+        arguments.refuse_pairs(
+            ("--resume" if resume else None, "--overwrite" if overwrite else None),
+            (arguments.said("--data-seed", data_seed), arguments.said("--data-seeds", data_seeds)),
+            (arguments.said("--seed", seed), arguments.said("--seeds", seeds)),
+        )
+        if given := arguments.said("--data-seeds", data_seeds) or arguments.said("--seeds", seeds):
+            arguments.refuse_processes(given)
+        return arguments.resolve([preset] if preset else [], settings, flags, offline=offline)
 
-    mode: execution.Mode = "resume" if resume else "overwrite" if overwrite else "new"
-    if data_seeds is None and seeds is None:
-        directory = out or Path("runs") / run_name(experiment)
-        answer = watching.train(experiment, directory, mode)
-    else:
-        root = out or Path("runs")
-        directories = [root / run_name(own) for own in grid.values()]
-        answer = watching.train_together(grid, directories, mode)
-    if as_json:
+    def described() -> "dict[str, Experiment]":
+        experiment = found()
+        with importing():
+            from unipelt_cli import execution
+        from unipelt_cli.grid import over_seeds
+
+        return over_seeds(execution.with_drawn_rows(experiment), data_seeds, seeds)
+
+    found = processes.tried(resolved)  # before accelerate can import what reads offline switches
+    with processes.joined() as joined:
+        if not joined.is_main:
+            render.hush()
+        grid = joined.each(described)
+        if dry_run:
+            joined.each(lambda: _dry_run(next(iter(grid.values())), as_json, len(grid)))
+            return
+        from unipelt_cli import watching
+        from unipelt_cli.grid import run_name
+
+        mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+        if data_seeds is None and seeds is None:
+            (experiment,) = grid.values()
+            directory = out or Path("runs") / run_name(experiment)
+            answer = watching.train(experiment, directory, mode, joined)
+        else:
+            root = out or Path("runs")
+            directories = [root / run_name(own) for own in grid.values()]
+            answer = watching.train_together(grid, directories, mode)
+    if as_json and not render.is_hushed():
         print_json(answer)
     if failed := answer.get("failed"):
         raise CheckError(
@@ -198,7 +213,7 @@ def evaluate(
     each = task is None and file is None
     places = list(range(len(found.tasks))) if each else [found.place(task)]
     tuned = found.build(device, model)
-    from unipelt_cli import data, evaluation, render
+    from unipelt_cli import data, evaluation
     from unipelt_cli.tasks import joint_scores
 
     name = split if file is None else str(file)
@@ -291,7 +306,7 @@ def inspect_gates(
     found = arguments.read_run(run, offline, source, model)
     place = found.place(task)
     tuned = found.build(device, model)
-    from unipelt_cli import inspection, render
+    from unipelt_cli import inspection
 
     rows = found.rows(split, arguments.absolute(source), place)
     report = inspection.inspect(found, tuned, rows, place)
@@ -337,7 +352,6 @@ def export(
     found = arguments.read_run(run, offline, model=model)
     tuned = found.build("cpu", model)
     from unipelt_cli import export as exports
-    from unipelt_cli import render
 
     report = exports.export(found, tuned, to, out or arguments.beside(run, to))
     parity = report["parity"]
@@ -375,7 +389,7 @@ def verify(
         arguments.settle_run(run, offline, source, model)
     except UnipeltError:  # the checks will say what is wrong
         network.settle(offline=True, needed=False)
-    from unipelt_cli import provenance, render
+    from unipelt_cli import provenance
 
     checks = list(provenance.verify(run, arguments.absolute(source), model))
     render.check_table([(check.what, check.passed, check.said) for check in checks])
@@ -413,8 +427,9 @@ def reproduce(
 
     Example: unipelt reproduce runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
+    arguments.refuse_processes("reproduce")
     found = arguments.read_run(run, offline, source, model)
-    from unipelt_cli import execution, provenance, render, runs, watching
+    from unipelt_cli import execution, provenance, runs, watching
 
     target = out or arguments.beside(run, "reproduced")
     mode: execution.Mode = "new" if (target / runs.RESULT).is_file() else "resume"
@@ -470,7 +485,7 @@ def list_(
     if model is not None:
         arguments.settle_backbone(model, offline)
     with importing():
-        from unipelt_cli import listing, render
+        from unipelt_cli import listing
 
     if what not in listing.LISTS:
         raise ConfigError(f"list {what!r}: no such list", nearest(what, listing.LISTS))
@@ -498,7 +513,7 @@ def _cell(value: object) -> str:
 
 
 def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
-    from unipelt_cli import execution, render, watching
+    from unipelt_cli import execution, watching
 
     experiment, prepared, tuned = execution.plan(experiment)
     counts = tuned.parameter_counts()
@@ -511,7 +526,7 @@ def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
         + (f"the first of {runs} runs; " if runs > 1 else "")
         + "nothing was written"
     )
-    if as_json:
+    if as_json and not render.is_hushed():
         described = {
             key: {
                 manifest["task"]: {name: split[key] for name, split in manifest["splits"].items()}

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from unipelt_cli.batches import Encoded, by_length, encode
 from unipelt_cli.memory import is_exhausted, release, too_large
 from unipelt_cli.modeling import Tuned
+from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, Values
 from unipelt_cli.workers import shared_out
 
@@ -27,14 +28,28 @@ def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int)
     )
 
 
-def compute_logits(tuned: Tuned, rows: Encoded, task: int = 0) -> Logits:
-    """Return a task's logits (rows, outputs) in the rows' own order; no dropout, no gradient."""
+def compute_logits(
+    tuned: Tuned, rows: Encoded, task: int = 0, processes: Processes = ALONE
+) -> Logits:
+    """Return a task's logits (rows, outputs) in the rows' own order; no dropout, no gradient.
+
+    Several processes take an equal share of the rows each, and all of them get all logits.
+    """
     tuned.classifier.eval()
     tuned.classifier.select(task)
     outputs = tuned.classifier.heads[task].out.out_features
     logits = np.zeros((len(rows), outputs), dtype=np.float32)
+    own = np.argsort(-rows.lengths, kind="stable")[processes.rank :: processes.count]
+    processes.each(lambda: _fill(logits, tuned, rows, own))
+    processes.sum(torch.from_numpy(logits))
+    return logits
+
+
+def _fill(logits: Logits, tuned: Tuned, rows: Encoded, chosen: NDArray[np.int64]) -> None:
+    """Compute the logits of the chosen rows, in batches that fit into memory."""
     with torch.inference_mode(), shared_out(tuned.classifier.shares_rows):
-        waiting = list(by_length(rows.lengths, rows.pad_to))[::-1]
+        batches = by_length(rows.lengths[chosen], rows.pad_to)
+        waiting = [chosen[batch].tolist() for batch in batches][::-1]
         while waiting:
             batch = waiting.pop()
             try:
@@ -49,7 +64,6 @@ def compute_logits(tuned: Tuned, rows: Encoded, task: int = 0) -> Logits:
             release()
             half = len(batch) // 2
             waiting += [batch[half:], batch[:half]]
-    return logits
 
 
 def predictions(task: Task, logits: Logits) -> Values:

@@ -2,17 +2,18 @@
 
 import gc
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from unipelt_cli import data, memory, runs
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import DataSettings, Experiment
 from unipelt_cli.data import Prepared
-from unipelt_cli.errors import RunError, UnipeltError
+from unipelt_cli.errors import ConfigError, RunError, UnipeltError
 from unipelt_cli.evaluation import (
     compute_logits,
     encode_rows,
@@ -21,6 +22,7 @@ from unipelt_cli.evaluation import (
     references,
 )
 from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.tasks import joint_metric, joint_name, joint_scores
 from unipelt_cli.together import can_share, share
 from unipelt_cli.together import events as events_together
@@ -130,13 +132,17 @@ def plan(
 
 
 def execute(
-    experiment: Experiment, directory: Path, mode: Mode = "new"
+    experiment: Experiment,
+    directory: Path,
+    mode: Mode = "new",
+    processes: Processes = ALONE,
 ) -> Generator[Event, None, None]:
     """Run an experiment and write its directory; closing the iterator interrupts it resumably.
 
+    Several processes see the same events; the main one writes, and what it cannot is raised in all.
     Raises RunError for a directory that exists or belongs to another experiment.
     """
-    session = _Session(experiment, directory, mode, Shared())
+    session = _Session(experiment, directory, mode, processes, Shared())
     with closing(session.writer):
         session.check()
         opened = session.open()
@@ -158,6 +164,7 @@ def execute_together(
     experiments: Sequence[Experiment],
     directories: Sequence[Path],
     mode: Mode = "new",
+    processes: Processes = ALONE,
     shared: Shared | None = None,
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Run experiments that differ in seeds alone, in one pass each step where the method can.
@@ -167,7 +174,9 @@ def execute_together(
     """
     shared = shared or Shared()
     given = zip(experiments, directories, strict=True)
-    waiting = [_Session(experiment, directory, mode, shared) for experiment, directory in given]
+    waiting = [
+        _Session(experiment, directory, mode, processes, shared) for experiment, directory in given
+    ]
     with ExitStack() as stack:
         for session in waiting:
             stack.callback(session.writer.close)
@@ -231,46 +240,53 @@ def _train_group(
 
 
 class _Session:
-    """One run from its checks to its result."""
+    """One run from its checks to its result; of several processes, the main one alone writes it."""
 
-    def __init__(self, experiment: Experiment, directory: Path, mode: Mode, shared: Shared) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: Path,
+        mode: Mode,
+        processes: Processes,
+        shared: Shared,
+    ) -> None:
         self.writer, self.mode, self.shared = Writer(directory), mode, shared
+        self.processes = processes
         self.experiment = with_drawn_rows(experiment)
-        self.resumes = mode == "resume" and (directory / runs.EXPERIMENT).is_file()
+        self.resumes = False
         self.save_seconds = 0.0
         self.together = 1  # runs that shared its passes
 
     def check(self) -> None:
         """Raise before the slow part for a directory that cannot be written or is another's."""
+        self.resumes, self.experiment = self.processes.main(self._check)
+
+    def _check(self) -> tuple[bool, Experiment]:
         directory = self.writer.directory
-        if self.resumes:
-            self.writer.claim()
-            self.writer.sweep()
-            recorded = runs.read_experiment(directory)
-            _same(recorded, self.experiment, directory)
-            self.experiment = recorded
-        else:
+        if self.mode != "resume" or not (directory / runs.EXPERIMENT).is_file():
             self.writer.check(overwrite=self.mode == "overwrite")
+            return False, self.experiment
+        self.writer.claim()
+        self.writer.sweep()
+        recorded = runs.read_experiment(directory)
+        _same(recorded, self.experiment, directory)
+        return True, recorded
 
     def open(self, other: Tuned | None = None) -> Ready | Finished:
         """After `check`, make data, model and loop ready; the backbone may be another run's."""
         self.start = self.saved = time.perf_counter()
-        writer, directory = self.writer, self.writer.directory
-        if self.resumes and (directory / runs.RESULT).is_file():
-            return Finished(directory, runs.read(directory).result)
-        self.experiment, self.prepared, self.tuned = plan(self.experiment, self.shared)
+        processes, directory = self.processes, self.writer.directory
+        result = processes.main(self._result) if self.resumes else None
+        if result is not None:
+            return Finished(directory, result)
+        self.experiment, self.prepared, self.tuned = processes.each(
+            lambda: plan(self.experiment, self.shared)
+        )
         if other is not None:
             share(other, self.tuned)
-        if not self.resumes:
-            writer.create(overwrite=self.mode == "overwrite")
-            writer.experiment(self.experiment)
-        manifest = data.joint_manifest(self.prepared)
-        if not (directory / runs.ENVIRONMENT).is_file():
-            writer.environment(self.tuned, manifest, command_line())
-        elif self.resumes:
-            runs.check_started(directory, self.tuned, manifest)
-        self.training = loop_of(self.experiment, self.prepared, self.tuned, self.shared)
-        self.start -= _restore(self.training, writer) if self.resumes else 0.0
+        processes.main(self._begin)
+        self.training = processes.each(self._loop)
+        self.start -= _restore(self.training, self.writer) if self.resumes else 0.0
         return Ready(
             self.experiment,
             tuple(own.manifest for own in self.prepared),
@@ -281,14 +297,42 @@ class _Session:
             _doubt(self.training),
         )
 
+    def _result(self) -> dict[str, Any] | None:
+        """Return the result of a run that is finished already."""
+        directory = self.writer.directory
+        return runs.read(directory).result if (directory / runs.RESULT).is_file() else None
+
+    def _begin(self) -> None:
+        """Write what the run is and started on, or check that it is still so."""
+        writer, directory = self.writer, self.writer.directory
+        if not self.resumes:
+            writer.create(overwrite=self.mode == "overwrite")
+            writer.experiment(self.experiment)
+        manifest = data.joint_manifest(self.prepared)
+        if not (directory / runs.ENVIRONMENT).is_file():
+            writer.environment(self.tuned, manifest, command_line(), self.processes.count)
+        elif self.resumes:
+            runs.check_started(directory, self.tuned, manifest)
+
+    def _loop(self) -> Training:
+        if self.processes.are_several and self.tuned.device.type == "mps":
+            raise ConfigError(
+                "train.device = 'mps': its tensors cannot go from process to process",
+                "train in one process, or give --device cpu",
+            )
+        given = (self.experiment, self.prepared, self.tuned, self.shared, self.processes)
+        return loop_of(*given)
+
     def keep(self, event: Happening) -> None:
         """Log an epoch, and save what a killed loop goes on from.
 
         That is every epoch, and now and then in a long one. Where saving would take more than its
         share of the time, it waits until it does not: a crash costs seconds then as well.
         """
-        if isinstance(event, Halved):
-            return  # in the middle of a step
+        if not isinstance(event, Halved):  # in the middle of a step
+            self.processes.main(lambda: self._keep(event))
+
+    def _keep(self, event: Happening) -> None:
         is_epoch = isinstance(event, Epoch)
         if is_epoch:
             self.writer.metric("epoch", asdict(event))
@@ -298,6 +342,9 @@ class _Session:
 
     def interrupt(self) -> None:
         """Keep the state between two steps."""
+        self.processes.main(self._interrupt)
+
+    def _interrupt(self) -> None:
         self._save()
         progress = self.training.progress
         self.writer.metric("interrupted", {"epoch": progress.epoch, "step": progress.step})
@@ -319,7 +366,11 @@ class _Session:
 
 
 def loop_of(
-    experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned, shared: Shared
+    experiment: Experiment,
+    prepared: Sequence[Prepared],
+    tuned: Tuned,
+    shared: Shared,
+    processes: Processes = ALONE,
 ) -> Training:
     """Make the loop over what `plan` returned."""
     courses = []
@@ -330,7 +381,8 @@ def loop_of(
         )
         courses.append(Course(own.task, train, dev))
     first, *more = courses
-    return Training(tuned, first.task, first.train, first.dev, experiment.train, more)
+    given = (tuned, first.task, first.train, first.dev, experiment.train)
+    return Training(*given, more, processes)
 
 
 def _doubt(training: Training) -> str | None:
@@ -343,19 +395,19 @@ def _doubt(training: Training) -> str | None:
 
 def _restore(training: Training, writer: Writer) -> float:
     """Take up the state of an interrupted run; return the seconds it had taken."""
-    directory = writer.directory
-    saved = runs.read_state(directory)
-    if saved is None:
-        writer.rewind(training.progress.epoch)
-        return 0.0
-    tensors, header = saved
-    try:
-        training.restore(tensors, header["counters"])
-    except (KeyError, RuntimeError, TypeError, ValueError):
-        raise RunError(
-            f"{directory / runs.STATE}: not the state of this run", "start again with --overwrite"
-        ) from None
-    writer.rewind(training.progress.epoch)
+    directory, processes = writer.directory, training.processes
+    saved = processes.main(lambda: runs.read_state(directory))
+    header: dict[str, Any] = {"seconds": 0.0}
+    if saved is not None:
+        tensors, header = saved
+        try:
+            training.restore(tensors, header["counters"])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise RunError(
+                f"{directory / runs.STATE}: not the state of this run",
+                "start again with --overwrite",
+            ) from None
+    processes.main(lambda: writer.rewind(training.progress.epoch))
     return float(header["seconds"])
 
 
@@ -371,21 +423,23 @@ def _finish(
 ) -> dict[str, Any]:
     """Store the model, read it back, and score test once with what was read back."""
     tasks, tuned, progress = training.tasks, training.tuned, training.progress
-    trained = writer.model(tuned, tasks, experiment.method_name)
-    stored = runs.read_stored(writer.directory, experiment, tasks, tuned)
-    writer.verify(stored, trained)
+    processes = training.processes
+    trained = processes.main(lambda: writer.model(tuned, tasks, experiment.method_name))
+    stored = runs.read_stored(writer.directory, experiment, tasks, tuned, processes)
+    processes.main(lambda: writer.verify(stored, trained))
     backbone = stored.classifier.backbone
     stored.method.report(backbone)  # drop what was measured on the probe
     expected = [references(own.splits["test"]) for own in prepared]
     predicted = []
     for place, own in enumerate(prepared):
         rows = shared.encode(stored, own, "test", experiment)
-        predicted.append(predictions(own.task, compute_logits(stored, rows, place)))
+        predicted.append(predictions(own.task, compute_logits(stored, rows, place, processes)))
     scores = [
         own.task.score(*answers)
         for own, *answers in zip(prepared, predicted, expected, strict=True)
     ]
-    writer.predictions(predicted, expected)
+    processes.main(lambda: writer.predictions(predicted, expected))
+    measured = _mean(processes.gather(stored.method.report(backbone)))
     counts = tuned.parameter_counts()
     data_settings = experiment.data
     result = {
@@ -402,19 +456,25 @@ def _finish(
         "epochs": progress.epoch - 1,
         "seconds": round(time.perf_counter() - start, 3),
         **counts,
-        "artifact_bytes": (writer.directory / runs.MODEL).stat().st_size,
+        "artifact_bytes": processes.main((writer.directory / runs.MODEL).stat).st_size,
         "peak_memory_bytes": memory.peak(tuned.device),
         "tokens_per_second": round(progress.total_tokens / max(progress.total_train_seconds, 1e-9)),
         "pooling": tuned.pooling,
         "precision": tuned.precision,
         "device": tuned.device.type,
         "together": together,
+        "processes": processes.count,
         "micro_batch_size": progress.micro_batch_size or experiment.train.batch_size,
         "collapsed": any(map(has_collapsed, predicted)),
     }
-    if measured := stored.method.report(backbone):
+    if measured:
         result["measured"] = measured
-    return writer.result(result)
+    return processes.main(lambda: writer.result(result))
+
+
+def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of what each process measured on its equal share of the rows."""
+    return {name: fmean(own[name] for own in reports if name in own) for name in reports[0]}
 
 
 def _same(there: Experiment, asked: Experiment, directory: Path) -> None:

@@ -15,7 +15,7 @@ from unipelt_cli.runs import Run
 
 MACHINE = ("unipelt", "python", "platform", "processor", "threads", "device")
 OUTCOME = ("best_epoch", "epochs", "collapsed")
-CONDITIONS = ("precision", "together", "micro_batch_size")
+CONDITIONS = ("precision", "together", "processes", "micro_batch_size")
 
 
 @dataclass(frozen=True)

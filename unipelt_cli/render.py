@@ -28,6 +28,7 @@ from unipelt_cli.errors import RunError
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR_CELLS = 6
+_is_hushed = False
 
 
 class _Talk(io.TextIOBase):
@@ -52,10 +53,21 @@ class _Talk(io.TextIOBase):
 
     def _try(self, do: Callable[[], Any]) -> Any:
         try:
-            return None if sys.stderr is None else do()
+            return None if sys.stderr is None or _is_hushed else do()
         except (OSError, ValueError):
             discard(sys.stderr)
             return None
+
+
+def hush() -> None:
+    """Say nothing from now on: of several processes of one run, one talks."""
+    global _is_hushed  # as the streams are the process's
+    _is_hushed = True
+
+
+def is_hushed() -> bool:
+    """Say whether another process talks, and answers, in this one's place."""
+    return _is_hushed
 
 
 def discard(stream: Any) -> None:
@@ -224,7 +236,7 @@ class SweepView:
         self.failed += failed
         self.done += not failed
         count = f"[{self.done + self.failed}/{self.total}]"
-        line = Text.assemble(f"{count} {_plain(name)}  ", (_plain(said), "red" if failed else ""))
+        line = Text.assemble(f"{count} {plain(name)}  ", (plain(said), "red" if failed else ""))
         self.console.print(line, soft_wrap=True)
 
     def show(
@@ -240,7 +252,7 @@ class SweepView:
         view.add_column("epoch", justify="right", no_wrap=True)
         view.add_column("dev", no_wrap=True)
         for row in running:
-            view.add_row(*map(_plain, row))
+            view.add_row(*map(plain, row))
         for place, (method, score) in best.items():
             view.add_row(Text(f"best so far on dev, {place}: {method}"), "", f"{score:.4f}")
         self.live.update(view, refresh=True)

@@ -20,6 +20,7 @@ from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
 from unipelt_cli.evaluation import Logits, compute_logits
 from unipelt_cli.modeling import Tuned, build
 from unipelt_cli.pretrained import Pretrained, find
+from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.strict import parse_json
 from unipelt_cli.tasks import Task, Values
 
@@ -229,17 +230,29 @@ def check_file(path: Path, sha256: str) -> None:
 
 
 def read_stored(
-    directory: Path, experiment: Experiment, tasks: Sequence[Task], trained: Tuned
+    directory: Path,
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    trained: Tuned,
+    processes: Processes = ALONE,
 ) -> Tuned:
-    """Build the model that an unfinished run has just stored, read back from its file."""
-    return _load(directory, experiment, tasks, trained.pretrained)
+    """Build the model that an unfinished run has just stored, read back from its file.
+
+    Of several processes the main one reads it, for all.
+    """
+    return _load(directory, experiment, tasks, trained.pretrained, processes)
 
 
 def _load(
-    directory: Path, experiment: Experiment, tasks: Sequence[Task], pretrained: Pretrained
+    directory: Path,
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    pretrained: Pretrained,
+    processes: Processes = ALONE,
 ) -> Tuned:
-    tuned = build(experiment, [task.outputs for task in tasks], pretrained, folded=True)
-    tuned.load(artifact.read_tensors(directory / MODEL, tuned.stored()))
+    outputs = [task.outputs for task in tasks]
+    tuned = processes.each(lambda: build(experiment, outputs, pretrained, folded=True))
+    tuned.load(processes.main(lambda: artifact.read_tensors(directory / MODEL, tuned.stored())))
     return tuned
 
 

@@ -124,6 +124,7 @@ def sweep(
 
     Example: unipelt sweep --tasks sst2,cola --k 100 --methods lora,unipelt-apl --data-seeds 111,222
     """
+    arguments.refuse_processes("sweep")
     _check_engine(engine, workers, address, cpus, gpus)
     flags = arguments.data_flags(locals() | {"task": None, "k": None, "data_seed": None})
     flags["data"]["prepared"] = arguments.directories(prepared)

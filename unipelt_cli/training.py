@@ -22,9 +22,11 @@ from unipelt_cli.batches import Encoded, interleaved
 from unipelt_cli.config import TrainSettings
 from unipelt_cli.errors import CheckError
 from unipelt_cli.evaluation import compute_logits, predictions
+from unipelt_cli.gradients import Gradients
 from unipelt_cli.memory import is_exhausted, release, too_large
 from unipelt_cli.methods import Moment, Pass
 from unipelt_cli.modeling import Tuned
+from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, is_better, joint_metric, joint_scores
 from unipelt_cli.workers import shared_out
 
@@ -122,6 +124,7 @@ class Training:
     """A loop over one model: iterate over `events`, read `progress`, save `state` at any event.
 
     The tasks of `more` train the same model: every batch is of one task and reaches its head only.
+    Several processes share every batch out, and then take the same step each.
     """
 
     def __init__(
@@ -132,9 +135,11 @@ class Training:
         dev: Labelled,
         settings: TrainSettings,
         more: Sequence[Course] = (),
+        processes: Processes = ALONE,
     ) -> None:
         assert settings.learning_rate is not None
         self.tuned, self.task, self.settings = tuned, task, settings
+        self.processes = processes
         self.train, self.dev = train, dev
         self.courses = (Course(task, train, dev), *more)
         self.tasks = [course.task for course in self.courses]
@@ -144,6 +149,8 @@ class Training:
         self.steps = sum(-(-size // settings.batch_size) for size in sizes)
         self.lengths = [max(1, round(s.share * settings.epochs)) for s in self.method.stages]
         self.progress = Progress()
+        if processes.are_several:  # whoever goes on computes the same parts
+            self.progress.micro_batch_size = -(-settings.batch_size // processes.count)
         self.best: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = {}
         self.is_prepared = False
@@ -159,6 +166,7 @@ class Training:
         self.carried |= self.parameters
         self.averaged: dict[str, Tensor] = {}
         self.optimizer = _adamw(self.parameters, self.settings, self.tuned)
+        self.gradients = Gradients(list(self.parameters.values()), self.processes)
 
     @property
     def epochs(self) -> int:
@@ -219,12 +227,18 @@ class Training:
             self.method.prepare(self.tuned.classifier.backbone, self._losses)
             self.tuned.classifier.zero_grad(set_to_none=True)
             self._take_up_parameters()
+            self.processes.share(self._tensors())
             self.is_prepared = True
 
     def _enter(self, stage: int) -> None:
         self.method.enter(self.tuned.classifier.backbone, stage)
         self.progress.stage, self.best = stage, {}
         self._take_up_parameters()
+        self.processes.share(self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        """Return what a step may change; the last bits of sums on a GPU may differ by process."""
+        return [*self.carried.values(), *self.tuned.buffers().values()]
 
     def _losses(
         self, batch_size: int, rows: int | None = None, *, training: bool = False
@@ -275,6 +289,8 @@ class Training:
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             groups.setdefault(kind, {})[name] = tensor.to(self.tuned.device)
+        if self.processes.are_several:  # there may have been fewer, and larger parts
+            self.progress.micro_batch_size = self._part_size(self.settings.batch_size)
         self._copy(groups.pop("now"))
         self.best = groups.pop("best", {})
         self.averaged = groups.pop("averaged", {})
@@ -304,14 +320,15 @@ class Training:
         """Take one step on some rows of one task, in smaller parts if memory asks for it."""
         start = time.perf_counter()
         while True:
+            size, loss = self._part_size(len(batch.rows)), None
             try:
                 with shared_out(self.tuned.classifier.shares_rows):
-                    loss = self._step(batch)
-                return Taken(loss, time.perf_counter() - start)
+                    loss = self._step(batch, size)
             except (RuntimeError, MemoryError) as error:
-                size = min(len(batch.rows), self.progress.micro_batch_size or len(batch.rows))
-                if not is_exhausted(error):
+                if self.processes.are_several or not is_exhausted(error):
                     raise
+            if loss is not None:
+                return Taken(loss, time.perf_counter() - start)
             if size == 1:
                 raise too_large()
             self.optimizer.zero_grad(set_to_none=True)
@@ -319,11 +336,36 @@ class Training:
             self.progress.micro_batch_size = size // 2
             yield Halved(size // 2)
 
-    def _step(self, batch: Batch) -> float:
-        """Add up the gradients of a batch's parts, most often one, and move the tensors."""
-        rows, size = batch.rows, self.progress.micro_batch_size or len(batch.rows)
-        total: Tensor | float = 0.0
-        for first in range(0, len(rows), size):
+    def _part_size(self, rows: int) -> int:
+        """Return how many rows are computed at a time: at most a process's share of a batch."""
+        share = -(-self.settings.batch_size // self.processes.count)
+        return min(rows, share, self.progress.micro_batch_size or share)
+
+    def _step(self, batch: Batch, size: int) -> float | None:
+        """Move the tensors by the gradients of a batch's parts, most often one.
+
+        None where a part does not fit into the memory of one of several processes.
+        """
+        moment, backbone = self._moment(), self.tuned.classifier.backbone
+        self._set_rate()
+        loss: Tensor | None = None
+        try:
+            loss = self._backward(batch, size)
+        except (RuntimeError, MemoryError) as error:
+            if not (self.processes.are_several and is_exhausted(error)):
+                raise
+        loss = self.gradients.sum(loss)
+        if loss is None:
+            return None
+        with _seeded(self._part_seed(len(batch.rows)), self.tuned.device):  # alike in all processes
+            self.method.after_backward(backbone, moment)
+        return self.close(loss, moment)
+
+    def _backward(self, batch: Batch, size: int) -> Tensor:
+        """Add up the gradients of this process's parts; return what they add to the loss."""
+        rows, processes = batch.rows, self.processes
+        total = torch.zeros((), device=self.tuned.device)
+        for first in range(processes.rank * size, len(rows), processes.count * size):
             part = rows[first : first + size]
             step = self.open(
                 Batch(batch.place, part), lambda inputs: self.tuned.classifier(**inputs)
@@ -331,11 +373,8 @@ class Training:
             with _seeded(self._part_seed(first), self.tuned.device):
                 loss = self.method.loss(step) * (len(part) / len(rows))
                 torch.autograd.backward(loss)
-                total = total + loss.detach()
-                if first + size >= len(rows):
-                    self.method.after_backward(step.backbone, step.moment)
-        assert isinstance(total, Tensor)
-        return self.close(total, step.moment)
+            total = total + loss.detach()
+        return total
 
     @property
     def step_seed(self) -> int:
@@ -348,11 +387,9 @@ class Training:
 
     def open(self, batch: Batch, forward: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
         """Begin a step: the rate is set, the rows are tensors, `forward` turns them into logits."""
+        self._set_rate()
         task, (rows, labels) = self.tasks[batch.place], self.courses[batch.place].train
         classifier, device = self.tuned.classifier, self.tuned.device
-        rate = self._rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
         if not classifier.training:  # it goes through all modules
             classifier.train()
         classifier.select(batch.place)
@@ -366,6 +403,11 @@ class Training:
             lambda: forward(inputs),
             lambda logits: _loss(task, logits, target),
         )
+
+    def _set_rate(self) -> None:
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
 
     def close(self, loss: Tensor, moment: Moment) -> float:
         """End a step whose gradients are there: clip them, check the loss, move the tensors."""
@@ -451,7 +493,8 @@ class Training:
 
     def _score(self, place: int) -> dict[str, float]:
         task, (rows, labels) = self.tasks[place], self.courses[place].dev
-        return task.score(predictions(task, compute_logits(self.tuned, rows, place)), labels)
+        logits = compute_logits(self.tuned, rows, place, self.processes)
+        return task.score(predictions(task, logits), labels)
 
     def _select(self, scores: dict[str, float]) -> bool:
         """Keep this epoch's tensors if it is the stage's best so far."""

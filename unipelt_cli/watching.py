@@ -1,8 +1,9 @@
 """Consume the events of runs: progress and summaries on stderr, and a clean stop on request."""
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -11,18 +12,22 @@ from typing import Any
 from unipelt_cli import execution, render, training
 from unipelt_cli.config import Experiment
 from unipelt_cli.execution import Failed, Finished, Mode, Ready
+from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.sweep import Engine, Standing, Sweep, best_so_far
 
 SPLITS = ("dev", "test")
+ECHO_SECONDS = 5.0
 
 
-def train(experiment: Experiment, directory: Path, mode: Mode) -> dict[str, Any]:
-    """Carry one run out and return its result.
+def train(
+    experiment: Experiment, directory: Path, mode: Mode, processes: Processes = ALONE
+) -> dict[str, Any]:
+    """Carry one run out and return its result; a request to stop any process stops them all.
 
     Raises KeyboardInterrupt after a request to stop: then the run can go on from there.
     """
     hint = f"--resume --out {directory}"
-    (ended,) = _watch({"": experiment}, [directory], mode, hint).values()
+    (ended,) = _watch({"": experiment}, [directory], mode, hint, processes).values()
     if isinstance(ended, Failed):
         raise ended.error
     render.result_summary(ended.result, directory)
@@ -60,13 +65,18 @@ def train_together(
 
 
 def _watch(
-    grid: Mapping[str, Experiment], directories: Sequence[Path], mode: Mode, hint: str
+    grid: Mapping[str, Experiment],
+    directories: Sequence[Path],
+    mode: Mode,
+    hint: str,
+    processes: Processes = ALONE,
 ) -> dict[str, Finished | Failed]:
     """Show the events of runs as they come; return how each ended, in the order of the grid."""
     labels, view = list(grid), None
     ended: dict[str, Finished | Failed] = {}
-    events = execution.execute_together(list(grid.values()), directories, mode)
-    with _stop_requests() as is_stopped, render.live() as show:
+    events = execution.execute_together(list(grid.values()), directories, mode, processes)
+    stop_requests = _stop_requests(processes)
+    with stop_requests as is_stopped, render.live() as show, closing(events):
         for place, event in events:
             label = f"{labels[place]}  " if labels[place] else ""
             match event:
@@ -86,7 +96,7 @@ def _watch(
                     ended[labels[place]] = event
                     if len(grid) > 1:
                         render.error(f"{event.directory}: {event.error.message}", event.error.hint)
-            if is_stopped() and len(ended) < len(grid):
+            if len(ended) < len(grid) and processes.any(is_stopped()):
                 events.close()
                 render.say(("interrupted", "yellow"), f": go on with {hint}")
                 raise KeyboardInterrupt
@@ -104,7 +114,7 @@ def sweep(plan: Sweep, engine: Engine, size: int, *, retry: bool) -> dict[str, A
     if done or known:
         render.say(f"{done} of {total} cells are finished already" + _failed_already(known))
     is_over = not plan.left(retry=retry)
-    with _stop_requests() as is_stopped:
+    with _stop_requests(ALONE) as is_stopped:
         if not is_over:
             _watch_cells(plan, plan.run(engine, size, is_stopped, retry=retry), total - known, done)
         if is_stopped() and plan.of("waiting", "interrupted"):
@@ -178,19 +188,26 @@ def _announce(event: Ready) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one interrupts."""
-    asked = False
+def _stop_requests(processes: Processes) -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one interrupts.
+
+    What launched several processes hands on what the terminal has told them already: an echo is
+    no second request.
+    """
+    asked: float | None = None
 
     def ask(number: int, frame: object) -> None:
         nonlocal asked
-        if asked:
+        now = time.monotonic()
+        if asked is None:
+            asked = now
+        elif not processes.are_several or now - asked > ECHO_SECONDS:
+            processes.abandon()
             raise KeyboardInterrupt
-        asked = True
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: asked is not None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -59,7 +59,7 @@ def _together(
 ) -> Iterator[Report]:
     experiments = [resolve([("", cell["settings"])]) for cell in group]
     directories = [Path(cell["directory"]) for cell in group]
-    events = execution.execute_together(experiments, directories, "resume", shared)
+    events = execution.execute_together(experiments, directories, "resume", shared=shared)
     metrics: dict[int, str] = {}
     with closing(events):
         for place, event in events:

@@ -124,7 +124,13 @@ class Writer:
         """Write the resolved experiment, the first file of a run."""
         artifact.write(self.directory / EXPERIMENT, dump(experiment).encode())
 
-    def environment(self, tuned: Tuned, manifest: Mapping[str, Any], command: list[str]) -> None:
+    def environment(
+        self,
+        tuned: Tuned,
+        manifest: Mapping[str, Any],
+        command: list[str],
+        processes: int = 1,
+    ) -> None:
         """Write what the result depends on beside the experiment."""
         artifact.write_json(
             self.directory / ENVIRONMENT,
@@ -135,6 +141,7 @@ class Writer:
                 "platform": platform.platform(),
                 "processor": platform.processor() or platform.machine(),
                 "threads": torch.get_num_threads(),
+                "processes": processes,
                 "device": _device_name(tuned.device),
                 "command": command,
                 "backbone": _backbone(tuned) | {"files": tuned.pretrained.digests},
