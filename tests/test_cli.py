@@ -555,7 +555,7 @@ UNKNOWN = [
         ["trian"],
         "No such command 'trian'",
         "did you mean train? otherwise choose one of compare, eval, export, "
-        "inspect-gates, list, predict, prepare, reproduce, train, verify",
+        "inspect-gates, list, predict, prepare, recommend, reproduce, sweep, train, verify",
     ),
     (
         ["train", "--tsk", "x"],
@@ -573,7 +573,8 @@ UNKNOWN = [
     (
         ["list", "method"],
         "list 'method': no such list",
-        "did you mean methods? otherwise choose one of backbones, methods, presets, runs, tasks",
+        "did you mean methods? otherwise choose one of backbones, methods, presets, runs, "
+        "sweeps, tasks",
     ),
     (
         ["export", "nowhere", "--to", "onx"],

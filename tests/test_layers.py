@@ -63,6 +63,7 @@ RANKS = {
     "options": 11,
     "arguments": 11,
     "estimate": 11,
+    "recommend": 11,
     "cluster": 12,
     "local": 11,
     "sweep": 11,

@@ -541,6 +541,7 @@ def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
 
 app.command()(several.sweep)
 app.command()(several.compare)
+app.command()(several.recommend)
 
 
 def main() -> None:

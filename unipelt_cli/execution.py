@@ -142,7 +142,7 @@ def execute(
     Several processes see the same events; the main one writes, and what it cannot is raised in all.
     Raises RunError for a directory that exists or belongs to another experiment.
     """
-    session = _Session(experiment, directory, mode, processes, Shared())
+    session = _Session(experiment, directory, mode, processes)
     with closing(session.writer):
         session.check()
         opened = session.open()
@@ -247,10 +247,10 @@ class _Session:
         experiment: Experiment,
         directory: Path,
         mode: Mode,
-        processes: Processes,
-        shared: Shared,
+        processes: Processes = ALONE,
+        shared: Shared | None = None,
     ) -> None:
-        self.writer, self.mode, self.shared = Writer(directory), mode, shared
+        self.writer, self.mode, self.shared = Writer(directory), mode, shared or Shared()
         self.processes = processes
         self.experiment = with_drawn_rows(experiment)
         self.resumes = False

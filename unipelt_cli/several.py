@@ -12,7 +12,7 @@ from unipelt_cli.libraries import importing
 from unipelt_cli.shell import print_json
 
 if TYPE_CHECKING:
-    from unipelt_cli.config import Settings
+    from unipelt_cli.config import Experiment, Settings
     from unipelt_cli.grid import Axes, Cell, Grid
     from unipelt_cli.sweep import Engine, Sweep
 
@@ -202,6 +202,96 @@ def compare(
         render.say("picture: ", (str(plot), "bold"))
     if as_json:
         print_json(answer)
+
+
+def recommend(
+    task: options.TaskOption = None,
+    k: options.KOption = None,
+    model: options.ModelOption = None,
+    data_seed: options.DataSeedOption = None,
+    seed: options.SeedOption = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="A,B", help="What to try. (default seven methods)")
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="X,Y", help="Learning rates. (default the method's, a third, thrice)"),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(metavar="TIME", help="90s, 10m or 1.5h, for the search and the run.")
+    ] = "10m",
+    settings: options.SettingsOption = None,
+    source: options.SourceOption = None,
+    prepared: options.PreparedOption = None,
+    dev_size: options.DevSizeOption = None,
+    dataset: options.DatasetOption = None,
+    train_file: options.TrainFileOption = None,
+    dev_file: options.DevFileOption = None,
+    test_file: options.TestFileOption = None,
+    text: options.TextOption = None,
+    text_pair: options.TextPairOption = None,
+    label: options.LabelOption = None,
+    device: options.DeviceOption = None,
+    precision: options.PrecisionOption = None,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Where preset, evidence and run go."),
+    ] = Path("recommended"),
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Find a method and learning rate for some rows, on dev alone, and train the one chosen.
+
+    Example: unipelt recommend --train-file mine.csv --text text --label label --budget 10m
+    """
+    arguments.refuse_processes("recommend")
+    flags = arguments.data_flags(locals())
+    flags["data"]["prepared"] = arguments.directories(prepared)
+    flags |= {
+        "model": {"backbone": model},
+        "train": {"seed": seed, "device": device, "precision": precision},
+    }
+    with importing():
+        from unipelt_cli import grid, watching
+        from unipelt_cli import recommend as recommending
+    from unipelt_cli import artifact, config, execution, render
+
+    seconds = recommending.seconds_of(budget)
+    own = arguments.given(settings, flags)
+    arguments.settle([arguments.complete([], own)], offline)
+
+    def base(name: str, rate: float) -> "Experiment":
+        changed: Settings = {"method": {"name": name}, "train": {"learning_rate": rate}}
+        return execution.with_drawn_rows(arguments.complete([], config.merge([own, changed])))
+
+    names = grid.names("--methods", methods)
+    found = recommending.candidates(base, names, _rates(rates))
+    with artifact.new_directory(out) as directory:
+        chosen = watching.search(found, seconds)
+        evidence = {
+            "chosen": chosen.said(),
+            "metric": chosen.metric,
+            "candidates": [one.said() for one in recommending.ranked(found)],
+            "failed": [one.said() for one in found if one.error is not None],
+            "budget_seconds": seconds,
+        }
+        artifact.write_json(directory / "evidence.json", evidence)
+        artifact.write(directory / "preset.toml", recommending.preset(chosen).encode())
+    render.say("preset: ", (str(out / "preset.toml"), "bold"))
+    result = watching.train(chosen.experiment, out / "run", "new")
+    if as_json:
+        answer = {"preset": str(out / "preset.toml"), "run": str(out / "run")}
+        print_json({**answer, **evidence, "result": result})
+
+
+def _rates(text: str | None) -> list[float]:
+    from unipelt_cli import grid
+
+    words = grid.names("--rates", text)
+    try:
+        return [float(word) for word in words]
+    except ValueError:
+        raise ConfigError(f"--rates {text!r}: not numbers", "write it like 1e-4,5e-4") from None
 
 
 def _check_engine(

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
-from unipelt_cli import execution, render, training
+from unipelt_cli import execution, recommend, render, training
 from unipelt_cli.config import Experiment
 from unipelt_cli.execution import Failed, Finished, Mode, Ready
 from unipelt_cli.processes import ALONE, Processes
+from unipelt_cli.recommend import Candidate
 from unipelt_cli.sweep import Engine, Standing, Sweep, best_so_far
 
 SPLITS = ("dev", "test")
@@ -137,6 +138,49 @@ def sweep(plan: Sweep, engine: Engine, size: int, *, retry: bool) -> dict[str, A
             for one in plan.of("failed")
         ],
     }
+
+
+def search(found: Sequence[Candidate], budget: float) -> Candidate:
+    """Search among candidates, show each one's turn and then all; return the best.
+
+    Raises KeyboardInterrupt after a request to stop: nothing was written.
+    """
+    many = f"{len(found)} candidates, {render.duration(budget)}"
+    render.say(f"{many} in all: dev alone decides, test is not looked at")
+    with _stop_requests(ALONE) as is_stopped:
+        for candidate in recommend.search(found, budget):
+            said = candidate.said()
+            score = "failed" if candidate.score is None else f"{candidate.score:.4f}"
+            seeds = f", {len(candidate.scores)} seeds" if len(candidate.scores) > 1 else ""
+            render.say(
+                f"round {candidate.rung + 1}  {said['method']} at {said['learning_rate']:g}: "
+                f"{candidate.metric} {score} after epoch {said['epochs']}{seeds}"
+            )
+            if is_stopped():
+                raise KeyboardInterrupt
+    chosen = recommend.best(found)
+    rows = []
+    for candidate in recommend.ranked(found):
+        said = candidate.said()
+        spread = f" ±{stdev(candidate.scores):.4f}" if len(candidate.scores) > 1 else ""
+        rows.append(
+            [
+                ("* " if candidate is chosen else "  ") + said["method"],
+                f"{said['learning_rate']:g}",
+                f"{candidate.score:.4f}{spread}",
+                str(len(candidate.scores)),
+                str(said["epochs"]),
+                f"{candidate.stored_parameters:,}",
+            ]
+        )
+    columns = ("  method", "rate", f"dev {chosen.metric}", "seeds", "epochs", "stored")
+    render.table(columns, rows)
+    for candidate in found:
+        if candidate.error is not None:
+            said = candidate.said()
+            name = f"{said['method']} at {said['learning_rate']:g}"
+            render.say(("failed: ", "yellow"), f"{name}: {candidate.error}")
+    return chosen
 
 
 def _failed_already(count: int) -> str:

@@ -267,3 +267,5 @@ class Recipe:
     category: Category
     summary: str
     source: str
+    is_suggested: bool = False
+    """Whether `recommend` tries it if nobody says what to try."""

@@ -109,10 +109,14 @@ class BitFit(Selective):
 
 METHODS = MappingProxyType(
     {
-        "full": Recipe(Full(), 2e-5, "full", "every tensor of the backbone", "Mao et al. 2022"),
-        "head": Recipe(Head(), 1e-3, "partial", "nothing but the head", "Ben Zaken et al. 2022"),
+        "full": Recipe(
+            Full(), 2e-5, "full", "every tensor of the backbone", "Mao et al. 2022", True
+        ),
+        "head": Recipe(
+            Head(), 1e-3, "partial", "nothing but the head", "Ben Zaken et al. 2022", True
+        ),
         "bitfit": Recipe(
-            BitFit(), 1e-3, "partial", "the backbone's biases", "Ben Zaken et al. 2022"
+            BitFit(), 1e-3, "partial", "the backbone's biases", "Ben Zaken et al. 2022", True
         ),
         "top-layers": Recipe(
             TopLayers(), 3e-4, "partial", "the last layers and the pooler", "Lee et al. 2019"

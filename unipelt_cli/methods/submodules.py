@@ -194,9 +194,11 @@ _MAO = "Mao et al. 2022"
 METHODS = MappingProxyType(
     {
         "unipelt-ap": Recipe(
-            Submodules(("adapter", "prefix")), 5e-4, "hybrid", "adapter + prefix, gated", _MAO
+            Submodules(("adapter", "prefix")), 5e-4, "hybrid", "adapter + prefix, gated", _MAO, True
         ),
-        "unipelt-apl": Recipe(Submodules(), 5e-4, "hybrid", "adapter + prefix + LoRA, gated", _MAO),
+        "unipelt-apl": Recipe(
+            Submodules(), 5e-4, "hybrid", "adapter + prefix + LoRA, gated", _MAO, True
+        ),
         "unipelt-aplb": Recipe(
             Submodules(("adapter", "prefix", "lora", "bias")),
             5e-4,
@@ -220,6 +222,7 @@ METHODS = MappingProxyType(
             "additive",
             "one bottleneck a layer, after the feed-forward block",
             "Pfeiffer et al. 2021",
+            True,
         ),
         "prefix": Recipe(
             Submodules(("prefix",), gated=False),
@@ -234,6 +237,7 @@ METHODS = MappingProxyType(
             "reparameterised",
             "low-rank updates of query and value",
             "Hu et al. 2022",
+            True,
         ),
         "parallel-adapter": Recipe(
             Submodules(("parallel",), gated=False),
