@@ -46,6 +46,7 @@ def transcripts() -> list[tuple[str, list[str]]]:
 def form(line: str) -> str:
     """Reduce a line to its form: no digits, hashes, bars or probabilities, single blanks."""
     line = re.sub(r"\bsha256 [0-9a-f]{12}\b", "sha256", line)
+    line = re.sub(r"-[0-9a-f]{8}\b", "-hash", line)
     line = re.sub(r"\b(fp32|bf16)$", "precision", line)
     line = re.sub(r"[█▏▎▍▌▋▊▉·]+", "=", re.sub(r'"label": "\w+"', "", line))
     line = re.sub(r"[\d.,]+(e-?#*\d+)?", "#", line.rstrip(" *"))
@@ -81,7 +82,7 @@ def test_every_command_runs_and_prints_what_is_shown(workplace: Path) -> None:
         command = command.removeprefix("pip install '.[demo]' && ")
         if command.startswith("pip "):
             continue
-        cheap = re.sub(r"^unipelt train .*", lambda match: match[0] + CHEAP, command)
+        cheap = re.sub(r"^unipelt (train|sweep) .*", lambda match: match[0] + CHEAP, command)
         result = subprocess.run(
             ["bash", "-c", cheap], capture_output=True, text=True, env=environment, cwd=workplace
         )
@@ -111,6 +112,20 @@ def test_indented_commands_resolve() -> None:
         sets = [config.parse_assignment(words["--set"])] if "--set" in words else []
         own = config.merge([given, *sets])
         assert config.resolve([*layers, ("", own)]).data.k == int(words["--k"])
+
+
+def test_indented_commands_over_runs_are_understood() -> None:
+    from typer.main import get_command
+
+    from unipelt_cli.cli import app
+
+    group: Any = get_command(app)
+    found = re.findall(r"^ +unipelt (sweep|compare|recommend) (.*)$", README, re.MULTILINE)
+    files = [path.read_text(encoding="utf-8") for path in (ROOT / "presets").glob("sweeps/*.toml")]
+    found += re.findall(r"^# +unipelt (sweep|compare) (.*)$", "\n".join(files), re.MULTILINE)
+    assert len(found) >= 14
+    for name, arguments in found:
+        group.commands[name].make_context(name, arguments.split())
 
 
 def test_preset_headers_hold_commands_for_that_preset() -> None:

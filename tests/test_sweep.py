@@ -337,6 +337,45 @@ def test_a_group_whose_process_dies_twice_has_failed(
     assert reports[0]["error"] == "the process that trained it was ended with 1, 2 times"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "axes = 3",
+        "axes = []",
+        "[axes]\nk = 3",
+        "[axes]\nk = []",
+        "[axes]\nk = [[1]]",
+        "[axes]\nk = [nan]",
+        "[axes]\ntasks = [3]",
+        "[axes]\ntasks = ['']",
+        "[axes]\ntasks = ['+']",
+        "[axes]\nmethods = [{}]",
+        "[axes]\nmethods = [{name = 3}]",
+        "[axes]\nmethods = [{name = 'lora', train = 3}]",
+        "[axes]\nmethods = [{name = 'lora', rank = 3}]",
+        "[axes]\nmethods = ['../../x']",
+        "[axes]\n'a.b' = [1]",
+        "[axes]\n'.' = [1]",
+        "[axes]\n'train.seed' = [1]\nseeds = [2, 3]",
+        "[axes]\nbackbones = [3]",
+        "[axes]\ndata_seeds = [-1]",
+        "[axes]\nx" + "x" * 100_000 + " = [1]",
+        "data = 3",
+        "train = [1]",
+    ],
+)
+def test_a_hostile_grid_is_refused_in_two_short_lines(tmp_path: Path, content: str) -> None:
+    (tmp_path / "grid.toml").write_text(content)
+    base = ["sweep", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out"), "--offline"]
+    given = [] if "tasks" in content else ["--tasks", "demo"]
+    refused = invoke([*base, *given])
+    assert refused.exit_code == 2, refused.output
+    lines = refused.stderr.splitlines()
+    assert len(lines) == 2
+    assert max(map(len, lines)) < 2000
+    assert not (tmp_path / "out").exists()
+
+
 # Ray, on a cluster of two nodes
 
 

@@ -435,10 +435,15 @@ def parse_assignment(text: str) -> Settings:
 
 
 def merge(layers: Sequence[Settings]) -> Settings:
-    """Merge settings of one level; later ones win."""
+    """Merge settings of one level; later ones win. Raises ConfigError for what is no section."""
     merged: Settings = {}
     for layer in layers:
         for section, values in layer.items():
+            if not isinstance(values, Mapping):
+                raise ConfigError(
+                    f"{_cut(section)} = {_shown(values)}: not a section",
+                    "write it as a table: [section] KEY = VALUE",
+                )
             merged[section] = merged.get(section, {}) | values
     return merged
 

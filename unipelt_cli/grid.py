@@ -24,6 +24,15 @@ AXES = ("backbones", "k", "tasks", "methods", "data_seeds", "seeds")
 """The axes with names of their own, in the order in which cells are trained but for the seeds."""
 SEEDS = ("data_seeds", "seeds")
 MOST_CELLS = 100_000
+ALIASES = {
+    "model.backbone": "backbones",
+    "data.k": "k",
+    "data.task": "tasks",
+    "data.tasks": "tasks",
+    "method.name": "methods",
+    "data.data_seed": "data_seeds",
+    "train.seed": "seeds",
+}
 Axes = dict[str, list[Any]]
 
 
@@ -52,6 +61,9 @@ class Grid:
         Cells that differ in seeds alone stand side by side. Raises ConfigError for a value that
         its setting does not take, and where one cell would be there twice.
         """
+        for name in self.axes.keys() & ALIASES.keys():
+            own = ALIASES[name]
+            raise ConfigError(f"the axis {name}: is the axis {own}", f"write {own} = [...]")
         axes = {name: self.axes[name] for name in self._order()}
         count = 1
         for values in axes.values():
@@ -96,14 +108,19 @@ def read_grid(name: str) -> Grid:
     Raises ConfigError when it is absent, not TOML, or no grid.
     """
     settings = read_settings(name, sweep_presets(), "unipelt list sweeps")
-    axes = settings.pop("axes", {})
+    axes: Any = settings.pop("axes", {})
+    if not isinstance(axes, dict):
+        raise ConfigError(
+            f"axes = {_cut(repr(axes))}: not a table", "write [axes] and lists below it"
+        )
     unknown = [key for key in axes if key not in AXES and "." not in key]
     if unknown:
         known = [*AXES, "any section.key"]
-        raise ConfigError(f"axes.{unknown[0]}: no such axis", nearest(unknown[0], known))
+        raise ConfigError(f"axes.{_cut(unknown[0])}: no such axis", nearest(unknown[0], known))
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"axes.{key} = {values!r}: not a list of values", "write it in [ ]")
+            said = f"axes.{_cut(key)} = {_cut(repr(values))}: not a list of values"
+            raise ConfigError(said, "write it in [ ]")
     return Grid(dict(axes), settings)
 
 
@@ -146,7 +163,12 @@ def _layers(axis: str, value: Any) -> list[Settings]:
         case _ if axis not in AXES:
             section, _, key = axis.partition(".")
             return [{section: {key: value}}]
-    raise ConfigError(f"axes.{axis} has {value!r}", "give a name, or a table that has one")
+    said = f"axes.{_cut(axis)} has {_cut(repr(value))}"
+    raise ConfigError(said, "give a name, or a table that has one")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _method(name: str) -> list[Settings]:
@@ -170,7 +192,7 @@ def run_name(experiment: Experiment) -> str:
 def cell_name(experiment: Experiment) -> str:
     """Return what a cell's directory is called: readable, and with its settings' hash."""
     digest = hashlib.sha256(dump(experiment).encode()).hexdigest()
-    return f"{run_name(experiment)}-{digest[:8]}"
+    return f"{run_name(experiment)[:200]}-{digest[:8]}"
 
 
 def over_seeds(

@@ -356,9 +356,10 @@ def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Se
 def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
     """Resolve all cells, and settle whether the network is used."""
     from unipelt_cli import config
+    from unipelt_cli.execution import with_drawn_rows
 
     layers = arguments.preset_layers([preset] if preset else [])
-    cells = asked.cells(lambda own: arguments.complete(layers, config.merge(own)))
+    cells = asked.cells(lambda own: with_drawn_rows(arguments.complete(layers, config.merge(own))))
     arguments.settle((cell.experiment for cell in cells), offline)
     return cells
 

@@ -218,7 +218,7 @@ METHODS = MappingProxyType(
         ),
         "adapter": Recipe(
             Submodules(("adapter",), gated=False),
-            1e-4,
+            1e-3,
             "additive",
             "one bottleneck a layer, after the feed-forward block",
             "Pfeiffer et al. 2021",
