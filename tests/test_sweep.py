@@ -272,16 +272,24 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def workers() -> set[int]:
-    """Return the processes of this user that train for a sweep."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def workers(parent: int) -> list[int]:
+    """Return the processes that train for a sweep."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if b"unipelt_cli.worker" in path.read_bytes():
-                found.add(int(path.parent.name))
+            if int(path.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
         except OSError:
             continue
     return found
+
+
+def lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 LONG = ["--set", "train.epochs=2000", "--set", "train.patience=2000", "--methods", "lora"]
@@ -306,22 +314,21 @@ def test_an_interrupted_sweep_goes_on(
 def test_a_killed_sweep_leaves_no_process_behind_and_nothing_lost(
     flags: list[str], tmp_path: Path
 ) -> None:
-    before = workers()
     process = started([*flags, *LONG])
     wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{runs.METRICS}"))) == 2)
+    found = workers(process.pid)
+    assert len(found) == 2
     process.kill()
     process.communicate()
-    wait_for(lambda: not workers() - before)
+    wait_for(lambda: not any(map(lives, found)))
     assert len(list(tmp_path.glob(f"sweep/*/{runs.STATE}"))) == 2
 
 
 def test_a_killed_worker_is_replaced_and_its_cells_go_on(flags: list[str], tmp_path: Path) -> None:
     settings = ["--set", "train.epochs=60", "--set", "train.patience=60", "--methods", "lora"]
-    before = workers()
     process = started([*flags, *settings])
     wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{runs.METRICS}"))) == 2)
-    victim = min(workers() - before)
-    os.kill(victim, signal.SIGKILL)
+    os.kill(min(workers(process.pid)), signal.SIGKILL)
     _, talk = process.communicate(timeout=120)
     assert process.returncode == 0, talk
     assert len(finished(tmp_path / "sweep")) == 2
