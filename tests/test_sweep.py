@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from unipelt_cli import config, grid, local, runs
+from unipelt_cli import config, data, execution, grid, local, memory, runs, worker
 from unipelt_cli.cli import app
 from unipelt_cli.errors import ConfigError, UnipeltError
 from unipelt_cli.sweep import FAILURES, Sweep
@@ -124,6 +126,48 @@ def test_a_grid_file_with_an_unknown_axis_is_refused(tmp_path: Path) -> None:
         grid.read_grid(str(path))
 
 
+def test_a_process_draws_and_tokenizes_the_same_rows_once(
+    backbone_dir: Backbones, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, tokenized = [], []
+    draw, tokenize = data.prepare_each, execution.encode_rows
+
+    def drawing(settings: Any) -> Any:
+        drawn.append(settings)
+        return draw(settings)
+
+    def tokenizing(tuned: Any, columns: Any, limit: int) -> Any:
+        tokenized.append(len(columns[0]))
+        return tokenize(tuned, columns, limit)
+
+    monkeypatch.setattr(data, "prepare_each", drawing)
+    monkeypatch.setattr(execution, "encode_rows", tokenizing)
+    own = {
+        "data": {"train_file": str(rows_file), "text": "text", "label": "label"},
+        "model": {"backbone": str(backbone_dir("bert"))},
+        "train": {"epochs": 1, "device": "cpu", "precision": "fp32"},
+    }
+    shared = execution.Shared()
+    results = []
+    for method in ("head", "lora", "bitfit"):
+        settings = own | {"method": {"name": method}}
+        cell = {"directory": str(tmp_path / method), "settings": settings}
+        results += [r for r in worker.carry_out([cell], shared) if r["kind"] == "finished"]
+    assert len(results) == 3
+    assert len(drawn) == 1
+    assert len(tokenized) == 3, "train, dev and test"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system can forget its peak")
+def test_a_runs_peak_of_memory_is_its_own() -> None:
+    device = torch.device("cpu")
+    block = np.ones(40_000_000)  # 320 MB
+    high = memory.peak(device)
+    del block
+    memory.forget_peak()
+    assert memory.peak(device) < high - 200_000_000
+
+
 # The command
 
 
@@ -230,6 +274,11 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(flags: list[str], tmp_pa
     invoke(flags)
     took = sum(p.stat().st_size for d in finished(tmp_path / "sweep") for p in d.iterdir())
     assert took / 2 < answer["disk_bytes"] < took * 4
+    some = invoke([*flags, "--k", "10,1000", "--dry-run", "--json"])
+    assert some.exit_code == 0
+    errors = [cell.get("error") for cell in json.loads(some.stdout)["cells"]]
+    assert [error is None for error in errors] == [True, True, True, True, *[False] * 4]
+    assert "1000: reviews has 60 train rows" in some.stderr
     assert "0 of 4 cells are left" in " ".join(invoke([*flags, "--dry-run"]).stderr.split())
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from unipelt_cli.config import Experiment
+from unipelt_cli.errors import UnipeltError
 from unipelt_cli.evaluation import compute_logits
 from unipelt_cli.execution import Shared, loop_of, plan
 from unipelt_cli.grid import Cell
@@ -37,8 +38,11 @@ class _Speed:
     stages: int
 
 
-def estimate(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Estimate]]:
-    """Measure each backbone, method and precision once, and count every cell's tokens."""
+def estimate(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Estimate | UnipeltError]]:
+    """Measure each backbone, method and precision once, and count every cell's tokens.
+
+    A cell that could not begin comes with the error instead.
+    """
     shared, speeds = Shared(), dict[str, _Speed]()
     sizes: dict[Any, tuple[float, float, float]] = {}
     for cell in cells:
@@ -47,7 +51,11 @@ def estimate(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Estimate]]:
         data = experiment.data.model_copy(update={"data_seed": 0})
         place = (data, experiment.model.backbone, experiment.model.max_length)
         if key not in speeds or place not in sizes:
-            speed, size = _measure(experiment, shared)
+            try:
+                speed, size = _measure(experiment, shared)
+            except UnipeltError as error:
+                yield cell, error
+                continue
             speeds.setdefault(key, speed)
             sizes.setdefault(place, size)
         yield cell, _cost(experiment, speeds[key], sizes[place])

@@ -85,7 +85,7 @@ def _backbone(run: Run, backbone: str | None) -> str:
 
 def _logits(run: Run, backbone: str | None) -> str:
     difference, bound = run.probe_difference(run.build(backbone=backbone))
-    return f"{runs.PROBE_ROWS} rows, largest difference {difference:.1e} of {bound:.0e} allowed"
+    return f"{runs.PROBE_ROWS} rows differ by {difference:.1e} at most, {bound:.0e} allowed"
 
 
 def _rows(run: Run, source: str | None, place: int) -> Iterator[Check]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unipelt_cli import arguments, options
-from unipelt_cli.errors import ConfigError, SweepError, nearest
+from unipelt_cli.errors import ConfigError, SweepError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
 from unipelt_cli.shell import print_json
 
@@ -418,26 +418,39 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
     from unipelt_cli import estimate, render
 
     left = [one.cell for one in plan.of("waiting", "interrupted", "failed")]
-    took = {cell.name: own for cell, own in estimate.estimate(left)}
+    took: dict[str, estimate.Estimate] = {}
+    refused: dict[str, str] = {}
+    for cell, own in estimate.estimate(left):
+        if isinstance(own, UnipeltError):
+            refused[cell.name] = own.message
+        else:
+            took[cell.name] = own
     rows = []
     for name, one in plan.standings.items():
-        own = took.get(name)
-        times = "" if own is None else _between(own.least_seconds, own.most_seconds)
-        rows.append([name, one.status, times])
+        known = took.get(name)
+        times = "" if known is None else _between(known.least_seconds, known.most_seconds)
+        rows.append([name, "cannot begin" if name in refused else one.status, times])
     render.table(("cell", "status", "time"), rows)
+    for name, message in refused.items():
+        render.say(("warning: ", "yellow"), f"{name}: {message}")
     least, most = (
         sum(getattr(own, key) for own in took.values()) / workers
         for key in ("least_seconds", "most_seconds")
     )
     disk = sum(own.disk_bytes for own in took.values())
     render.say(
-        f"{len(took)} of {len(rows)} cells are left: {_between(least, most)} with {workers} at a "
+        f"{len(left)} of {len(rows)} cells are left: {_between(least, most)} with {workers} at a "
         f"time (as early as patience ends them, or all epochs), {render.size(disk)} on disk; "
         "nothing was written"
     )
     if as_json:
         cells = [
-            {"cell": name, "status": one.status, **(vars(took[name]) if name in took else {})}
+            {
+                "cell": name,
+                "status": one.status,
+                **({"error": refused[name]} if name in refused else {}),
+                **(vars(took[name]) if name in took else {}),
+            }
             for name, one in plan.standings.items()
         ]
         total = {"least_seconds": least, "most_seconds": most, "disk_bytes": disk}
