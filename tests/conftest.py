@@ -252,3 +252,11 @@ def reseal(directory: Path) -> None:
         if (directory / name).is_file()
     }
     artifact.write_json(path, artifact.sealed(result))
+
+
+SLOW = ("test_sweep.py", "test_processes.py", "test_readme.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: the last one must not run alone."""
+    items.sort(key=lambda item: item.path.name not in SLOW)

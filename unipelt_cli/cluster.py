@@ -223,7 +223,8 @@ def _require_answer(address: str | None) -> None:
 def _no_cluster(address: str | None, why: str) -> RunError:
     return RunError(
         f"--address {address}: no cluster answers ({why})",
-        "start one with `ray start --head`, and give its address, or auto",
+        "start one with `ray start --head`, and give its address, or auto; "
+        "where it asks for a token, set RAY_AUTH_MODE=token",
     )
 
 
