@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from unipelt_cli import config, data, execution, grid, local, memory, runs, worker
 from unipelt_cli.cli import app
 from unipelt_cli.errors import ConfigError, UnipeltError
-from unipelt_cli.sweep import FAILURES, Sweep
+from unipelt_cli.sweep import FAILURES, Standing, Sweep, best_so_far
 
 Backbones = Callable[[str], Path]
 QUICK = ["--set", "train.epochs=2", "--set", "train.device=cpu", "--precision", "fp32"]
@@ -166,6 +166,40 @@ def test_a_runs_peak_of_memory_is_its_own() -> None:
     del block
     memory.forget_peak()
     assert memory.peak(device) < high - 200_000_000
+
+
+def test_what_breaks_after_a_cell_has_ended_does_not_end_it_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = [{"directory": name, "settings": {}} for name in "abc"]
+
+    def breaking(given: Any, *_: Any) -> Iterator[Any]:
+        assert len(given) == 3
+        yield {"directory": "a", "kind": "finished", "result": {}}
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr(worker, "_together", breaking)
+    reports = list(worker.carry_out(group, execution.Shared()))
+    assert [(r["directory"], r["kind"]) for r in reports] == [
+        ("a", "finished"),
+        ("b", "failed"),
+        ("c", "failed"),
+    ]
+    assert reports[1]["error"] == "ZeroDivisionError: by nothing"
+    assert "breaking" in reports[1]["traceback"]
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("accuracy", "lora"), ("mse", "head")])
+def test_the_best_so_far_knows_which_way_is_better(metric: str, expected: str) -> None:
+    standings = [
+        Standing(
+            cells_of({})[0],
+            "finished",
+            {"task": "x", "k": 8, "method": name, "metric": metric, "dev": {metric: score}},
+        )
+        for name, score in (("head", 0.2), ("lora", 0.9))
+    ]
+    assert best_so_far(standings)["x k=8"][0] == expected
 
 
 # The command

@@ -136,9 +136,11 @@ def sweep(
         from unipelt_cli.sweep import Sweep
 
     plan = Sweep(out, cells)
-    lanes: _Lanes | _Cluster = _Lanes(cells, workers)
+    lanes: _Lanes | _Cluster
     if engine == "ray":
         lanes = _Cluster(address, 1 if cpus is None else cpus, gpus or 0)
+    else:
+        lanes = _Lanes(cells, workers)
     if dry_run:
         _dry_run(plan, lanes.workers, as_json)
         return

@@ -14,6 +14,7 @@ from unipelt_cli import artifact, grid, runs
 from unipelt_cli.claims import Claim, holder
 from unipelt_cli.errors import RunError, UnipeltError
 from unipelt_cli.grid import Cell
+from unipelt_cli.tasks import is_better
 
 FAILURES = "failed.json"
 Status = Literal["waiting", "running", "finished", "interrupted", "failed"]
@@ -153,15 +154,18 @@ class Sweep:
 def best_so_far(standings: Sequence[Standing]) -> dict[str, tuple[str, float]]:
     """Return, by task and k, the method with the best mean score on dev, and that score."""
     scores: dict[str, dict[str, list[float]]] = {}
+    metrics: dict[str, str] = {}
     for one in standings:
         if one.result is not None:
             k = one.result["k"]
             place = f"{one.result['task']} k={'all' if k is None else k}"
-            score = one.result["dev"][one.result["metric"]]
+            metrics[place] = one.result["metric"]
+            score = one.result["dev"][metrics[place]]
             scores.setdefault(place, {}).setdefault(one.result["method"], []).append(score)
     best = {}
     for place, methods in scores.items():
         means = {name: sum(own) / len(own) for name, own in methods.items()}
-        name = max(means, key=lambda own: means[own])
+        choose = max if is_better(metrics[place], 1.0, 0.0) else min
+        name = choose(means, key=lambda own: means[own])
         best[place] = (name, means[name])
     return best

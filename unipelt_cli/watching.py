@@ -143,21 +143,18 @@ def sweep(plan: Sweep, engine: Engine, size: int, *, retry: bool) -> dict[str, A
 def search(found: Sequence[Candidate], budget: float) -> Candidate:
     """Search among candidates, show each one's turn and then all; return the best.
 
-    Raises KeyboardInterrupt after a request to stop: nothing was written.
+    A request to stop ends it at once: nothing is written yet.
     """
     many = f"{len(found)} candidates, {render.duration(budget)}"
     render.say(f"{many} in all: dev alone decides, test is not looked at")
-    with _stop_requests(ALONE) as is_stopped:
-        for candidate in recommend.search(found, budget):
-            said = candidate.said()
-            score = "failed" if candidate.score is None else f"{candidate.score:.4f}"
-            seeds = f", {len(candidate.scores)} seeds" if len(candidate.scores) > 1 else ""
-            render.say(
-                f"round {candidate.rung + 1}  {said['method']} at {said['learning_rate']:g}: "
-                f"{candidate.metric} {score} after epoch {said['epochs']}{seeds}"
-            )
-            if is_stopped():
-                raise KeyboardInterrupt
+    for candidate in recommend.search(found, budget):
+        said = candidate.said()
+        score = "failed" if candidate.score is None else f"{candidate.score:.4f}"
+        seeds = f", {len(candidate.scores)} seeds" if len(candidate.scores) > 1 else ""
+        render.say(
+            f"round {candidate.rung + 1}  {said['method']} at {said['learning_rate']:g}: "
+            f"{candidate.metric} {score} after epoch {said['epochs']}{seeds}"
+        )
     chosen = recommend.best(found)
     rows = []
     for candidate in recommend.ranked(found):

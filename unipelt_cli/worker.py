@@ -39,18 +39,22 @@ def carry_out(
     hint), and "stopped" where `is_stopped` said so.
     """
     memory.forget_peak()
+    left = {cell["directory"]: cell for cell in group}
     try:
-        yield from _together(group, shared, is_stopped)
+        for report in _together(group, shared, is_stopped):
+            if report["kind"] in ("finished", "failed"):
+                del left[report["directory"]]
+            yield report
     except UnipeltError as error:
         if len(group) == 1:
             yield _failed(group[0]["directory"], error.message, error.hint)
             return
-        for cell in group:  # one of them cannot begin: the others may
+        for cell in left.values():  # one of them cannot begin: the others may
             yield from carry_out([cell], shared, is_stopped)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         hint = "this is a bug in unipelt, or something else broke: see the traceback"
-        for cell in group:
+        for cell in left.values():
             yield _failed(cell["directory"], said, hint) | {"traceback": traceback.format_exc()}
 
 
