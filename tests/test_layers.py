@@ -71,6 +71,9 @@ RANKS = {
     "shell": 11,
     "watching": 12,
     "several": 13,
+    "finished": 13,
+    "inside": 13,
+    "shipping": 13,
     "cli": 14,
     "__main__": 15,
 }

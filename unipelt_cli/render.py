@@ -152,6 +152,17 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
     say(f"counted on {backbone}, the head apart; - where it cannot carry the method")
 
 
+def cell(value: object) -> str:
+    """Write a value of a table's cell for people."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
 def is_number(text: str) -> bool:
     """Say whether a cell is a number alone."""
     return text.strip().lstrip("+-").replace(".", "").replace(",", "").replace("%", "").isdigit()
