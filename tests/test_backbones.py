@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Site
 from unipelt_cli.methods.hooks import Container
-from unipelt_cli.methods.submodules import Submodules, record_gates
+from unipelt_cli.methods.submodules import Submodules, closed, record_gates
 from unipelt_cli.modeling import build, merge
 from unipelt_cli.pretrained import find
 
@@ -129,6 +130,74 @@ def test_closed_prefix_is_no_prefix(
     closed = states(backbone, [SENTENCE, torch.arange(5, 17)])
     assert max((a - b).abs().max() for a, b in zip(expected, closed, strict=True)) < 1e-5
     assert max((a - b).abs().max() for a, b in zip(expected, opened, strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize(("model_type", "attention"), CASES)
+def test_what_is_closed_is_as_if_it_were_not_there(
+    backbone_dir: Callable[[str], Path],
+    model_type: str,
+    attention: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory, rows = backbone_dir(model_type), [SENTENCE, torch.arange(5, 17)]
+    plain, _ = find(str(directory)).load_backbone(attention, pooler=False)
+    backbone = attached(directory, attention, parts := parts_of(model_type, "all"))
+    layers = len(backbone.submodules.layers)
+    one = min(1, layers - 1)  # one module may serve all layers
+    opened = states(backbone, rows)
+    with closed(backbone, [(layer, part) for layer in range(layers) for part in parts]):
+        bare = states(backbone, rows)
+    expected = states(plain.eval(), rows)
+    assert max((a - b).abs().max() for a, b in zip(expected, bare, strict=True)) < 1e-5
+    again = states(backbone, rows)
+    assert all(torch.equal(a, b) for a, b in zip(opened, again, strict=True))
+    for part in parts:
+        with closed(backbone, [(one, part)]):
+            found = states(backbone, rows)
+        assert max((a - b).abs().max() for a, b in zip(opened, found, strict=True)) > 1e-4, part
+        if part != "prefix":  # which needs masks, not zeros
+            _silence(backbone.submodules.layers[one], part, monkeypatch)
+            zeros = states(backbone, rows)
+            monkeypatch.undo()
+            assert max((a - b).abs().max() for a, b in zip(zeros, found, strict=True)) < 1e-5, part
+
+
+def _silence(layer: nn.Module, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what a part of one layer adds to zero."""
+    added = {
+        "adapter": lambda: list(layer.adapter.up.parameters()),
+        "lora": lambda: [low_rank.b for low_rank in layer.lora.values()],
+        "bias": lambda: list(layer.bias.values()),
+    }[part]()
+    for parameter in added:
+        monkeypatch.setattr(parameter, "data", torch.zeros_like(parameter))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_prefix_closed_in_one_layer_is_masked_out_there(
+    backbone_dir: Callable[[str], Path], attention: str
+) -> None:
+    backbone = attached(backbone_dir("bert"), attention, ("prefix", "adapter"))
+    rows = [SENTENCE, torch.arange(5, 17)]
+    with closed(backbone, [(1, "prefix")]):
+        found = states(backbone, rows)
+
+    def hide(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[1]
+        if mask is None:
+            mask = torch.zeros(2, 1, 12, 16)
+        mask = mask.clone().float()
+        mask[..., :4] = torch.finfo(torch.float32).min
+        if "attention_mask" in kwargs:
+            return args, {**kwargs, "attention_mask": mask}
+        return (args[0], mask, *args[2:]), kwargs
+
+    handle = backbone.encoder.layer[1].attention.self.register_forward_pre_hook(
+        hide, with_kwargs=True
+    )
+    masked = states(backbone, rows)
+    handle.remove()
+    assert max((a - b).abs().max() for a, b in zip(masked, found, strict=True)) < 1e-5
 
 
 @pytest.mark.parametrize(

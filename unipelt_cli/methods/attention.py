@@ -229,7 +229,8 @@ def _prepend(rows: Rows, place: int, projected: Tensor) -> Tensor:  # (B, T, D) 
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:  # (B, T, D) -> (B, H, T, D / H)
-    return projected.view(*projected.shape[:2], heads, -1).transpose(1, 2)
+    width = projected.shape[-1] // heads  # a closed prefix has no rows to tell it by
+    return projected.view(*projected.shape[:2], heads, width).transpose(1, 2)
 
 
 def _lengthened(mask: Tensor, keys: Tensor, opened: float = 0) -> Tensor:

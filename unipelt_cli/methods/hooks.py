@@ -5,6 +5,7 @@ backbone's tensors keep their names and can be merged or freed.
 Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottleneck M.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from unipelt_cli.methods.submodules import Submodules
 
 THIRDS = ("query", "key", "value")
+MASKS = frozenset({"attention_mask", "mask"})  # what attention modules call the mask they read
 
 
 class ForwardState:
@@ -35,6 +37,7 @@ class ForwardState:
         self.is_fused = False  # whether `stack.Stack` computes this pass, and the hooks rest
         self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
         self.task = 0  # whose gate terms count, where tasks have some
+        self.closed: frozenset[tuple[int, str]] = frozenset()  # (layer, part) that rest
 
 
 class LayerSubmodules(nn.Module):
@@ -106,6 +109,8 @@ class LayerSubmodules(nn.Module):
             for place in ("key", "value"):
                 module = _projection(layer, layout, place)
                 handles.append(module.register_forward_hook(getattr(self, f"_prefix_{place}")))
+            attention = layer.get_submodule(layout.attention)
+            handles.append(attention.register_forward_pre_hook(self._shorten, with_kwargs=True))
         if self.parallel is not None:
             norm = layer.get_submodule(layout.output_norm)
             block = layer.get_submodule(layout.intermediate)
@@ -122,6 +127,10 @@ class LayerSubmodules(nn.Module):
             norm = layer.get_submodule(layout.output_norm)
             handles.append(norm.register_forward_pre_hook(self._adapt))
         return handles
+
+    def is_closed(self, part: str) -> bool:
+        """Say whether a part of this layer rests in this pass, as if it were not there."""
+        return (self.index, part) in self.state.closed
 
     def gate(self, name: str, x: Tensor | None = None) -> Tensor | None:
         """Return a gate's value in this pass, (B, 1, 1), or None where nothing is gated.
@@ -185,6 +194,8 @@ class LayerSubmodules(nn.Module):
         return self._low_rank("value", args[0], output)
 
     def _low_rank(self, place: str, x: Tensor, output: Tensor) -> Tensor:
+        if self.is_closed("lora"):
+            return output
         gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}", x)
         scale = self.scale if gate is None else gate.to(x.dtype) * self.scale
         added: Tensor = self.lora[place](x, scale)
@@ -203,8 +214,23 @@ class LayerSubmodules(nn.Module):
     def _prepend(self, place: int, output: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
         return torch.cat([self.prefix_rows(place, output), output], dim=1)
 
+    def _shorten(
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Take the columns of a closed prefix off the mask that this layer's attention reads."""
+        if not self.is_closed("prefix"):
+            return None
+        given = inspect.signature(attention.forward).bind(*args, **kwargs)
+        for name in MASKS & given.arguments.keys():
+            mask = given.arguments[name]
+            if mask is not None:
+                given.arguments[name] = mask[..., self.state.prefix_length :]
+        return given.args, given.kwargs
+
     def prefix_rows(self, place: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P, D)
-        """Return the prefix's keys (0) or values (1) for projected tokens."""
+        """Return the prefix's keys (0) or values (1) for projected tokens; of a closed one none."""
+        if self.is_closed("prefix"):
+            return projected[:, :0]
         assert self.state.prefix is not None
         rows = self.state.prefix[self.index, place].expand(projected.shape[0], -1, -1)
         gate = self.gate("prefix")
@@ -215,21 +241,27 @@ class LayerSubmodules(nn.Module):
     def _read(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.read = args[0]
 
-    def _add_parallel(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def _add_parallel(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Add to the block's output after its dropout; the sum with the residual is the same."""
         assert self.parallel is not None
         assert self.read is not None
         x, self.read = self.read, None
+        if self.is_closed("parallel"):
+            return args
         self._compute([name for name in self.gates if name == "parallel"], x)
         added = self.parallel(x) * self.parallel_scale
         gate = self.gate("parallel")
         return (args[0] + (added if gate is None else gate.to(added.dtype) * added),)
 
-    def _adapt(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def _adapt(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (summed,) = args
+        if self.is_closed("adapter"):
+            return args
         return (summed + self._adapted(norm.forward(summed)),)  # the frozen norm, without hooks
 
     def _adapt_output(self, block: nn.Module, args: Any, output: Any) -> Any:
+        if self.is_closed("adapter"):
+            return output
         if isinstance(output, tuple):
             return (output[0] + self._adapted(output[0]), *output[1:])
         return output + self._adapted(output)
@@ -263,6 +295,8 @@ class _Shift:
         self.owner, self.name = owner, name
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self.owner.is_closed("bias"):
+            return output
         delta: Tensor = self.owner.bias[self.name]
         gate = self.owner.gate("bias", args[0])
         return output + (delta if gate is None else gate * delta).to(output.dtype)

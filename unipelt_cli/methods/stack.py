@@ -82,8 +82,11 @@ class Stack:
     def begin(self, inputs: Mapping[str, Any]) -> bool:
         """Take up a pass with these inputs, if it is one that can be computed exactly."""
         mask = inputs["attention_mask"]
-        is_watched = self.container.state.recorded is not None or any(map(inputs.get, WATCHED))
-        is_exact = not is_watched and all(layer.is_current for layer in self.layers)
+        state = self.container.state
+        is_watched = state.recorded is not None or any(map(inputs.get, WATCHED))
+        is_exact = (
+            not is_watched and not state.closed and all(layer.is_current for layer in self.layers)
+        )
         is_exact = is_exact and not torch.is_autocast_enabled(mask.device.type)
         if not is_exact and len(self.runs) > 1:
             raise RuntimeError("several runs in one pass, and the backbone's tensors were replaced")

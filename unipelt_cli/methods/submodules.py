@@ -3,7 +3,7 @@
 Mao et al. 2022 (arXiv 2110.07577): the hyperparameters of every union, and the table of them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import field
 from types import MappingProxyType
@@ -281,6 +281,20 @@ def record_gates(backbone: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
         yield recorded
     finally:
         container.state.recorded = None
+
+
+@contextmanager
+def closed(backbone: nn.Module, places: Collection[tuple[int, str]]) -> Iterator[None]:
+    """Inside, some submodules of a union rest: each (layer, part) is as if it were not there.
+
+    A prefix is not zero rows then, which would still take attention, but none.
+    """
+    state = _container(backbone).state
+    before, state.closed = state.closed, frozenset(places)
+    try:
+        yield
+    finally:
+        state.closed = before
 
 
 def _container(backbone: nn.Module) -> Container:
