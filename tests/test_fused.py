@@ -19,7 +19,7 @@ from unipelt_cli.batches import Encoded
 from unipelt_cli.config import Experiment, resolve
 from unipelt_cli.methods import fused
 from unipelt_cli.methods.stack import Stack
-from unipelt_cli.methods.submodules import record_gates
+from unipelt_cli.methods.submodules import closed, places, record_gates
 from unipelt_cli.modeling import Tuned, build, merge
 from unipelt_cli.pretrained import find
 from unipelt_cli.workers import lanes, run_parts, shared_out
@@ -222,15 +222,72 @@ def test_weights_put_in_place_of_the_joined_ones_are_read(
         assert torch.equal(logits_of(tuned, SENTENCES), changed)
 
 
-def test_gates_are_recorded_by_the_hooks_and_are_those_that_were_used(
+def recorded_by(tuned: Tuned, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Take the gates of one pass without gradients."""
+    with torch.inference_mode(), record_gates(tuned.classifier.backbone) as recorded:
+        tuned.classifier.eval()(**inputs)
+    return recorded
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"lora_gates": "separate"}, {"parts": "prefix,adapter"}])
+def test_it_records_the_gates_that_the_hooks_record(
+    backbone_dir: Callable[[str], Path], options: dict[str, object], kind: str
+) -> None:
+    settings = experiment(backbone_dir("bert"), "union", options=options, train={"precision": kind})
+    tuned, inputs = disturbed(build(settings, 3)), batch(40)
+    stack = stack_of(tuned)
+    assert stack is not None
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with shared_out(tuned.classifier.shares_rows):  # in parts, whose rows are sorted
+            found = recorded_by(tuned, inputs)
+    finally:
+        torch.set_num_threads(threads)
+    with by_hooks(tuned):
+        expected = recorded_by(tuned, inputs)
+    assert [list(layer) for layer in found] == [list(layer) for layer in expected]
+    for own, other in zip(found, expected, strict=True):
+        for name, values in own.items():
+            assert values.dtype == torch.float32
+            assert values.std() > 1e-3
+            assert (values - other[name]).abs().max() < (1e-5 if kind == "fp32" else 0.01), name
+    ungated = build(experiment(backbone_dir("bert"), "apl-ungated"), 3)
+    assert recorded_by(ungated, inputs) == [{}, {}]
+
+
+def test_a_pass_with_gradients_is_recorded_by_the_hooks(
     backbone_dir: Callable[[str], Path],
 ) -> None:
     tuned = disturbed(build(experiment(backbone_dir("bert"), "unipelt-apl"), 3))
-    before = logits_of(tuned, SENTENCES)
     with record_gates(tuned.classifier.backbone) as recorded:
-        assert (logits_of(tuned, SENTENCES) - before).abs().max() < 1e-5
-    assert [sorted(layer) for layer in recorded] == [["adapter", "lora", "prefix"]] * len(recorded)
-    assert len(recorded) > 0
+        found = tuned.classifier.eval()(**batch())
+    assert [list(layer) for layer in recorded] == [["prefix", "lora", "adapter"]] * 2
+    assert far_apart(found.detach(), tuned.classifier(**batch()).detach()) < 1e-5
+    assert not any(values.requires_grad for layer in recorded for values in layer.values())
+
+
+@pytest.mark.parametrize("method", ["unipelt-apl", "apl-ungated"])
+def test_what_is_closed_is_closed_as_by_the_hooks(
+    backbone_dir: Callable[[str], Path], method: str
+) -> None:
+    tuned, inputs = disturbed(build(experiment(backbone_dir("bert"), method), 3)), batch()
+    whole = tuned.classifier.eval()(**inputs).detach()
+    everywhere = [(layer, part) for layer in range(2) for part in ("adapter", "prefix", "lora")]
+    assert places(tuned.classifier.backbone) == everywhere
+    with torch.inference_mode():
+        for chosen in [[place] for place in everywhere] + [everywhere]:
+            with closed(tuned.classifier.backbone, chosen):
+                fast = tuned.classifier(**inputs)
+                stack = stack_of(tuned)
+                assert stack is not None
+                assert stack.begin(inputs), "fused"
+                with by_hooks(tuned):
+                    slow = tuned.classifier(**inputs)
+            assert far_apart(fast, slow) < 1e-5, chosen
+            assert far_apart(fast, whole) > 1e-3, chosen
+        assert far_apart(tuned.classifier(**inputs), whole) < 1e-5
 
 
 def test_what_the_library_alone_can_give_comes_from_it(backbone_dir: Callable[[str], Path]) -> None:

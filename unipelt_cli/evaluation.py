@@ -1,6 +1,6 @@
 """From rows to logits, and from logits to predictions and scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +9,15 @@ from numpy.typing import NDArray
 
 from unipelt_cli.batches import Encoded, by_length, encode
 from unipelt_cli.memory import is_exhausted, release, too_large
+from unipelt_cli.methods.submodules import record_gates
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, Values
 from unipelt_cli.workers import shared_out
 
 Logits = NDArray[np.float32]
+Gates = list[dict[str, NDArray[np.float32]]]
+"""By layer: {gate: one value a row}; no layers where nothing is gated."""
 
 
 def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int) -> Encoded:
@@ -29,23 +32,73 @@ def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int)
 
 
 def compute_logits(
-    tuned: Tuned, rows: Encoded, task: int = 0, processes: Processes = ALONE
+    tuned: Tuned,
+    rows: Encoded,
+    task: int = 0,
+    processes: Processes = ALONE,
+    seen: Callable[[list[int]], None] | None = None,
 ) -> Logits:
     """Return a task's logits (rows, outputs) in the rows' own order; no dropout, no gradient.
 
     Several processes take an equal share of the rows each, and all of them get all logits.
+    After each pass `seen` is told which rows it was of.
     """
     tuned.classifier.eval()
     tuned.classifier.select(task)
     outputs = tuned.classifier.heads[task].out.out_features
     logits = np.zeros((len(rows), outputs), dtype=np.float32)
     own = np.argsort(-rows.lengths, kind="stable")[processes.rank :: processes.count]
-    processes.each(lambda: _fill(logits, tuned, rows, own))
+    processes.each(lambda: _fill(logits, tuned, rows, own, seen))
     processes.sum(torch.from_numpy(logits))
     return logits
 
 
-def _fill(logits: Logits, tuned: Tuned, rows: Encoded, chosen: NDArray[np.int64]) -> None:
+def compute_with_gates(
+    tuned: Tuned, rows: Encoded, task: int = 0, processes: Processes = ALONE
+) -> tuple[Logits, Gates]:
+    """Return what `compute_logits` does, and how far each gate opened for each row."""
+    found: list[tuple[int, str]] = []  # (layer, gate)
+    values: list[NDArray[np.float32]] = []  # of each, (rows,)
+
+    def keep(batch: list[int]) -> None:
+        if not found:
+            found.extend((layer, name) for layer, own in enumerate(recorded) for name in own)
+            values.extend(np.zeros((len(found), len(rows)), dtype=np.float32))
+        if found:  # one copy from the device
+            opened = torch.stack([value for own in recorded for value in own.values()]).cpu()
+            for own, value in zip(values, opened.numpy(), strict=True):
+                own[batch] = value
+
+    with record_gates(tuned.classifier.backbone) as recorded:
+        logits = compute_logits(tuned, rows, task, processes, keep)
+    # A process that had no row to compute does not know which gates there are.
+    shares = [share for share in processes.gather((found, values)) if share[0]]
+    if not shares:
+        return logits, []
+    gates: Gates = [{} for _ in range(1 + max(layer for layer, _ in shares[0][0]))]
+    for place, (layer, name) in enumerate(shares[0][0]):
+        gates[layer][name] = np.sum([own[place] for _, own in shares], axis=0, dtype=np.float32)
+    return logits, gates
+
+
+def gate_means(each: Sequence[Gates]) -> tuple[dict[str, float], ...]:
+    """Return by layer {gate: mean over all rows}, to six digits, of what passes recorded."""
+    return tuple(
+        {
+            name: round(float(np.concatenate([one[name] for one in own]).mean()), 6)
+            for name in own[0]
+        }
+        for own in zip(*each, strict=True)
+    )
+
+
+def _fill(
+    logits: Logits,
+    tuned: Tuned,
+    rows: Encoded,
+    chosen: NDArray[np.int64],
+    seen: Callable[[list[int]], None] | None,
+) -> None:
     """Compute the logits of the chosen rows, in batches that fit into memory."""
     with torch.inference_mode(), shared_out(tuned.classifier.shares_rows):
         batches = by_length(rows.lengths[chosen], rows.pad_to)
@@ -55,6 +108,8 @@ def _fill(logits: Logits, tuned: Tuned, rows: Encoded, chosen: NDArray[np.int64]
             try:
                 output = tuned.classifier(**rows.batch(batch, tuned.device))
                 logits[batch] = output.float().cpu().numpy()
+                if seen is not None:
+                    seen(batch)
                 continue
             except (RuntimeError, MemoryError) as error:
                 if not is_exhausted(error):

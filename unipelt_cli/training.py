@@ -21,7 +21,7 @@ from torch.nn import functional
 from unipelt_cli.batches import Encoded, interleaved
 from unipelt_cli.config import TrainSettings
 from unipelt_cli.errors import CheckError
-from unipelt_cli.evaluation import compute_logits, predictions
+from unipelt_cli.evaluation import Gates, compute_with_gates, gate_means, predictions
 from unipelt_cli.gradients import Gradients
 from unipelt_cli.memory import is_exhausted, release, too_large
 from unipelt_cli.methods import Moment, Pass
@@ -82,6 +82,7 @@ class Epoch:
     evaluation_seconds: float
     tokens: int  # real tokens trained on
     is_best: bool
+    gates: tuple[Mapping[str, float], ...]  # by layer {gate: mean over the dev rows}, if gated
 
 
 Happening = Step | Halved | Epoch
@@ -457,10 +458,13 @@ class Training:
         start = time.perf_counter()
         progress = self.progress
         scores: dict[str, float] = {}
+        gates: list[Gates] = []
         is_best = False
         if self.method.stages[progress.stage].selects:
             with self._means():
-                scores = joint_scores(self.tasks, list(map(self._score, range(len(self.tasks)))))
+                found = [self._score(place) for place in range(len(self.tasks))]
+                scores = joint_scores(self.tasks, [own for own, _ in found])
+                gates = [own for _, own in found]
                 is_best = self._select(scores)
         event = Epoch(
             progress.epoch,
@@ -470,6 +474,7 @@ class Training:
             time.perf_counter() - start,
             progress.tokens,
             is_best,
+            gate_means(gates),
         )
         progress.total_tokens += progress.tokens
         progress.total_train_seconds += progress.train_seconds
@@ -491,10 +496,10 @@ class Training:
         finally:
             self._copy(own)
 
-    def _score(self, place: int) -> dict[str, float]:
+    def _score(self, place: int) -> tuple[dict[str, float], Gates]:
         task, (rows, labels) = self.tasks[place], self.courses[place].dev
-        logits = compute_logits(self.tuned, rows, place, self.processes)
-        return task.score(predictions(task, logits), labels)
+        logits, gates = compute_with_gates(self.tuned, rows, place, self.processes)
+        return task.score(predictions(task, logits), labels), gates
 
     def _select(self, scores: dict[str, float]) -> bool:
         """Keep this epoch's tensors if it is the stage's best so far."""

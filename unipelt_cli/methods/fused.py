@@ -82,11 +82,12 @@ class Trained:
     late: Tensor | None = None  # (R, 1, D)
     late_bias: Tensor | None = None  # (R, 1)
     prefix: Tensor | None = None  # (R, 2, P, D) float32
+    closed: frozenset[str] = frozenset()  # parts that rest in this pass, without gradients
 
     def of(self, runs: slice) -> "Trained":
         """Return what some runs have."""
         own = {k: v[runs] for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Trained(**own)
+        return Trained(**own, closed=self.closed)
 
 
 @dataclass
@@ -124,6 +125,7 @@ class Masks:
 
 
 AFTER_SOFTMAX, AFTER_ATTENTION, AFTER_OUTPUT = range(3)
+GATES = ("gates", "late_gates")  # what is kept of a pass without gradients: (n, E) and (n, 1)
 
 
 class Frozen:
@@ -209,14 +211,14 @@ class FusedLayer:
     def forward(
         self, x: Tensor, part: Part, own: Trained, heads: int, masks: Masks | None
     ) -> tuple[Tensor, Tensors]:
-        """Return the layer's output (M, D) and, with masks, what `backward` needs."""
+        """Return the layer's output (M, D) and what `backward` needs; without masks its gates."""
         saved: Tensors = {"x": x}
         gates = None
         if own.early is not None and own.early_bias is not None:
             saved["opened"], gates = _pool(x, own.early, own.early_bias, part)
             saved["gates"] = gates
         qkv = self.qkv(x)
-        if own.reads is not None and own.back is not None:
+        if own.reads is not None and own.back is not None and "lora" not in own.closed:
             low = part.by_run(x) @ own.reads[:, : own.back.shape[1]].mT
             saved |= {"low": low, "scaled": _by_place(low, part, own, gates)}
             part.by_run(qkv).baddbmm_(saved["scaled"], own.back)
@@ -229,9 +231,10 @@ class FusedLayer:
             saved["before"] = self.intermediate(h)
             inner = functional.gelu(saved["before"])
         summed = _plus(h, self.output(inner), masks, AFTER_OUTPUT)
-        if own.late_reads is not None:
+        if own.late_reads is not None and "adapter" not in own.closed:
             summed = self._adapt(summed, part, own, saved)
-        return _norm(self.output_norm, summed, "output", saved), saved if masks else {}
+        output = _norm(self.output_norm, summed, "output", saved)
+        return output, saved if masks else {name: saved[name] for name in GATES if name in saved}
 
     def _adapt(self, summed: Tensor, part: Part, own: Trained, saved: Tensors) -> Tensor:
         """Add the adapter's answer, as far as its gate is open, to what the last norm reads."""
@@ -248,6 +251,7 @@ class FusedLayer:
         if own.late is None or own.late_bias is None:
             return summed + up
         saved["late_opened"], gate = _pool(read, own.late, own.late_bias, part)
+        saved["late_gates"] = gate
         saved["late_gate"] = gate = gate.to(up.dtype)[part.row_of]  # (M, 1)
         return torch.addcmul(summed, up, gate)
 
@@ -340,13 +344,16 @@ def _attend(
     both = qkv.new_zeros(2, n, heads, part.keys, size)
     for place, projected in enumerate(stored):
         both[place, :, :, part.prefix : part.prefix + tokens] = projected
-    if own.prefix is not None:
+    has_prefix = own.prefix is not None and "prefix" not in own.closed
+    if own.prefix is not None and has_prefix:
         both[:, :, :, : part.prefix] = _rows(own.prefix, n, heads, gates)
     query = torch.mul(query, size**-0.5, out=qkv.new_empty(n, heads, tokens, size)).flatten(0, 1)
     keys, values = both.flatten(1, 2)
     scores = query @ keys.mT
     if part.bias is not None:
         scores.view(n, heads, tokens, -1).add_(part.bias[:, None])
+    if part.prefix and not has_prefix:
+        scores[..., : part.prefix] = torch.finfo(scores.dtype).min
     weights = used = scores.softmax(-1)
     if masks is not None:
         used = masks.put(AFTER_SOFTMAX, weights.view(n, heads, tokens, -1)).view_as(weights)

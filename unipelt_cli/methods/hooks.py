@@ -67,7 +67,7 @@ class LayerSubmodules(nn.Module):
         query = layer.get_submodule(layout.query)
         assert isinstance(query, nn.Linear)
         hidden = query.in_features
-        parts = [part for part in method.parts if part not in layout.lacks]
+        self.parts = parts = tuple(part for part in method.parts if part not in layout.lacks)
         if "adapter" in parts:
             bottleneck = max(1, hidden // method.reduction)
             self.adapter = Adapter(hidden, bottleneck, generator, method.adapter_std)
@@ -172,7 +172,7 @@ class LayerSubmodules(nn.Module):
         for name, value in zip(names, values.unbind(1), strict=True):
             self.gate_values[name] = value
             if self.state.recorded is not None:
-                self.record[name] = value.detach().cpu()
+                self.record[name] = value.detach()
 
     def _pool(self, names: list[str], x: Tensor, pooling: Tensor) -> Tensor:  # (B, gates)
         gates = [cast(nn.Linear, self.gates[name]) for name in names]

@@ -6,9 +6,9 @@ exactly, the library's layers and the hooks do it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unipelt_cli.dropout import Draws
-from unipelt_cli.methods.fused import FusedLayer, Masks, Part, Tensors, Trained, state_of
-from unipelt_cli.methods.hooks import Container
+from unipelt_cli.methods.fused import GATES, FusedLayer, Masks, Part, Tensors, Trained, state_of
+from unipelt_cli.methods.hooks import Container, LayerSubmodules
 from unipelt_cli.workers import lanes, run_parts, shares_out
 
 PARTS = frozenset({"adapter", "prefix", "lora"})
@@ -83,10 +83,10 @@ class Stack:
         """Take up a pass with these inputs, if it is one that can be computed exactly."""
         mask = inputs["attention_mask"]
         state = self.container.state
-        is_watched = state.recorded is not None or any(map(inputs.get, WATCHED))
-        is_exact = (
-            not is_watched and not state.closed and all(layer.is_current for layer in self.layers)
-        )
+        is_watched = any(map(inputs.get, WATCHED))
+        if torch.is_grad_enabled():  # a pass without gradients records and closes by itself
+            is_watched |= state.recorded is not None or bool(state.closed)
+        is_exact = not is_watched and all(layer.is_current for layer in self.layers)
         is_exact = is_exact and not torch.is_autocast_enabled(mask.device.type)
         if not is_exact and len(self.runs) > 1:
             raise RuntimeError("several runs in one pass, and the backbone's tensors were replaced")
@@ -108,12 +108,30 @@ class Stack:
 
     def _encode(self, hidden: Tensor, mask: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
         travels = self._travels(hidden, mask)
+        state = self.container.state
         if not torch.is_grad_enabled():
-            return self.run(hidden, travels, self._kept(hidden.dtype))
+            output = self.run(hidden, travels, _closing(self._kept(hidden.dtype), state.closed))
+            if state.recorded is not None:
+                state.recorded[:] = self._gates(travels)
+            return output
         self.kept = None
         names, tensors = zip(*self._tensors(), strict=True)
         encode: Any = _Encode.apply
         return cast(Tensor, encode(self, travels, names, hidden, *tensors))
+
+    def _gates(self, travels: Sequence[Travel]) -> Iterator[Tensors]:
+        """Yield the gates of a pass as the hooks record them: by layer, each (N,)."""
+        order = torch.cat([one.part.rows for one in travels]).argsort()
+        for place, layer in enumerate(self.container.layers):
+            names = list(cast(LayerSubmodules, layer).gates)
+            early, late = [n for n in EARLY if n in names], [n for n in names if n not in EARLY]
+            values: Tensors = {}
+            for kind, own in zip(GATES, (early, late), strict=True):
+                found = [one.saved[place][kind] for one in travels if kind in one.saved[place]]
+                if found:
+                    values |= dict(zip(own, torch.cat(found)[order].unbind(1), strict=True))
+            ordered = [name for name in names if name in early] + late
+            yield {name: values[name] for name in ordered if name in values}
 
     def _kept(self, dtype: torch.dtype) -> list[Trained]:
         """Return the trained tensors ready for a pass; of a stored run they are made so once."""
@@ -250,13 +268,23 @@ class _Encode(torch.autograd.Function):
         return None, None, None, first, *(parted[name] for name in ctx.names)
 
 
+def _closing(trained: list[Trained], closed: Collection[tuple[int, str]]) -> list[Trained]:
+    """Let some (layer, part) of the trained tensors rest."""
+    if not closed:
+        return trained
+    return [
+        replace(own, closed=frozenset(part for layer, part in closed if layer == place))
+        for place, own in enumerate(trained)
+    ]
+
+
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _ready(own: Tensors, prefix: Tensor | None, scale: float, dtype: torch.dtype) -> Trained:
     """Join what reads the same input: see `Trained`."""
-    made: dict[str, Tensor | None] = {"prefix": prefix}
+    made: dict[str, Any] = {"prefix": prefix}
     gates = [name for name in EARLY if f"gates.{name}.weight" in own]
     reads = [own[f"lora.{place}.a"] for place in ("query", "value") if f"lora.{place}.a" in own]
     if gates:

@@ -269,7 +269,7 @@ def record_gates(backbone: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     """Collect the gates of the latest forward pass: a list by layer of {gate: (batch,) values}.
 
     A module that serves several layers has an entry for each. The list, or its entries, stay empty
-    when the backbone has no gates.
+    when the backbone has no gates. Values stay on the device, float32.
     """
     container = getattr(backbone, "submodules", None)
     recorded: list[dict[str, Tensor]] = []
@@ -281,6 +281,18 @@ def record_gates(backbone: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
         yield recorded
     finally:
         container.state.recorded = None
+
+
+def places(backbone: nn.Module) -> list[tuple[int, str]]:
+    """Return every (layer, part) of a union, which `closed` can close; () for what is no union."""
+    container = getattr(backbone, "submodules", None)
+    if not isinstance(container, Container):
+        return []
+    return [
+        (layer, part)
+        for layer, own in enumerate(container.layers)
+        for part in cast(LayerSubmodules, own).parts
+    ]
 
 
 @contextmanager
