@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from math import isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import IO, Any, cast
@@ -24,10 +23,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from unipelt_cli.errors import RunError
-
-BLOCKS = " ▏▎▍▌▋▊▉█"
-BAR_CELLS = 6
 _is_hushed = False
 
 
@@ -369,64 +364,3 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     for label, result in results.items():
         if result["collapsed"]:
             say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
-
-
-def gate_table(layers: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print gates as layers x submodules: a bar, the mean and the spread; not all have each."""
-    names = [name for name in layers[0] if name != "layer"]
-    say(title)
-    view = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    view.add_column("layer", justify="right")
-    for name in names:
-        view.add_column(name)
-    for layer in layers:
-        cells = [_gate_cell(layer[name]) if name in layer else Text() for name in names]
-        view.add_row(str(layer["layer"]), *cells)
-    console().print(view)
-
-
-def _gate_cell(values: Mapping[str, float]) -> Text:
-    mean, std = values["mean"], values["std"]
-    colour = ("blue", "cyan", "green", "yellow", "red")[min(4, int(mean * 5))]
-    return Text.assemble((_bar(mean), colour), f" {mean:.2f} ±{std:.2f}")
-
-
-def _bar(share: float) -> str:
-    eighths = round(min(max(share, 0.0), 1.0) * BAR_CELLS * 8)
-    full, rest = divmod(eighths, 8)
-    return ("█" * full + (BLOCKS[rest] if rest else "")).ljust(BAR_CELLS, "·")
-
-
-def plot_gates(layers: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Draw the gates' means as a picture, layers upwards; the file's ending chooses the format."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from unipelt_cli import artifact
-
-    names = [name for name in layers[0] if name != "layer"]
-    means = [[layer[name]["mean"] if name in layer else nan for name in names] for layer in layers]
-    size = (1.2 * len(names) + 2.2, 0.38 * len(layers) + 1.4)
-    figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-    image = axes.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_yticks(range(len(layers)), [str(layer["layer"]) for layer in layers])
-    axes.set_ylabel("layer")
-    axes.set_title(title, fontsize=10, parse_math=False)
-    for row, values in enumerate(means):
-        for column, value in enumerate(values):
-            shade = "white" if value < 0.6 else "black"
-            shown = "" if isnan(value) else f"{value:.2f}"
-            axes.text(column, row, shown, ha="center", va="center", color=shade, fontsize=8)
-    figure.colorbar(image, ax=axes, label="gate")
-    try:
-        with artifact.replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-    except ValueError as failure:
-        raise RunError(
-            f"{path}: cannot be drawn ({failure})", "give a path ending in .png, .pdf or .svg"
-        ) from None
-    finally:
-        pyplot.close(figure)

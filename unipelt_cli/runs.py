@@ -167,6 +167,10 @@ class Run:
         """Return the recorded hash of the rows of a task's split."""
         return str(self._manifests[place]["splits"][split]["digest"])
 
+    def count_of(self, split: str, place: int = 0) -> int:
+        """Return how many rows a task's split had, as it was recorded."""
+        return int(self._manifests[place]["splits"][split].get("rows", 0))
+
     @property
     def _manifests(self) -> list[dict[str, Any]]:
         recorded = self.environment["data"]
