@@ -55,7 +55,7 @@ def show_classes(answer: Answer, split: str) -> None:
     for own in classes:
         means = over_layers(_means(own["layers"]))
         cells = [_level(means[name]) for name in names]
-        view.add_row(Text(plain(own["class"])), str(own["rows"]), *cells)
+        view.add_row(_cut(own["class"]), str(own["rows"]), *cells)
     say(f"means over layers, {answer['rows']} {split} rows")
     console().print(view)
 
@@ -66,7 +66,7 @@ def show_differences(found: Sequence[Answer]) -> None:
         say("the rows are of one class: nothing to compare")
         return
     say("which class opens what: the largest differences, measured in spreads within classes")
-    texts = ("gate", "most open", "least open")
+    texts = ("most open", "least open")
     view = _table(
         "layer", "gate", "most open", "mean", "least open", "mean", "in spreads", text=texts
     )
@@ -74,7 +74,7 @@ def show_differences(found: Sequence[Answer]) -> None:
         ends = [
             cell
             for end in (own["most"], own["least"])
-            for cell in (Text(plain(end["class"])), f"{end['mean']:.2f}")
+            for cell in (_cut(end["class"]), f"{end['mean']:.2f}")
         ]
         effect = "-" if own["effect"] is None else f"{own['effect']:.1f}"
         view.add_row(str(own["layer"]), own["gate"], *ends, effect)
@@ -88,12 +88,11 @@ def show_top(top: Sequence[Answer], texts: Mapping[int, str]) -> None:
     for own in top:
         name = "all gates" if own["gate"] == "all" else own["gate"]
         say((f"{name}, mean over layers", "bold"))
-        view = _table("", "value", "row", "label", "text", text=("", "label", "text"))
+        view = _table("", "value", "row", "label", "text", text=("label", "text"))
         for end in ("most", "least"):
             for row in own[end]:
-                shown = Text(plain(texts[row["row"]][: console().width]))
-                label = Text(plain(str(row["label"])))
-                view.add_row(end, f"{row['value']:.3f}", str(row["row"]), label, shown)
+                cells = _cut(str(row["label"])), _cut(texts[row["row"]][: console().width])
+                view.add_row(end, f"{row['value']:.3f}", str(row["row"]), *cells)
         console().print(view)
 
 
@@ -133,22 +132,33 @@ def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
     """Yield the items, with a bar on a terminal until the last one."""
     out = console()
     columns = TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
-        yield from progress.track(items, total=total)
+    view = Progress(
+        *columns,
+        console=out,
+        transient=True,
+        disable=not out.is_terminal,
+        redirect_stderr=False,  # the console writes there itself
+    )
+    with view:
+        yield from view.track(items, total=total)
 
 
 def _table(*columns: str, text: Sequence[str] = ()) -> Table:
-    """Make a table without lines; columns of `text` give way where there is too little room."""
+    """Make a table without lines; columns of `text`, made by `_cut`, give way to the others."""
     view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in columns:
         is_number = name in ("layer", "value", "row", "rows", "mean", "epoch", "in spreads")
         view.add_column(
             name,
             justify="right" if is_number else "left",
-            no_wrap=True,
-            overflow="ellipsis" if name in text else "fold",
+            no_wrap=name not in text,
         )
     return view
+
+
+def _cut(text: str) -> Text:
+    """Return text from data as a cell that is cut where its column ends."""
+    return Text(plain(text), no_wrap=True, overflow="ellipsis")
 
 
 def _means(layers: Layers) -> list[dict[str, Any]]:

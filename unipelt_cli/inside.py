@@ -124,7 +124,7 @@ def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
             "train a gated method with this version: its epochs record them",
         )
     best: list[dict[str, Any]] = next((own["layers"] for own in epochs if own["is_best"]), [])
-    title = f"gates of {run.resolve().name} over epochs, mean over layers and dev rows"
+    title = f"gates of {run.resolve().name}, mean over layers and dev rows"
     gatetables.show_epochs(epochs, found.result["metric"], title)
     if plot is not None:
         gatecharts.plot_epochs(epochs, title, plot)
