@@ -19,6 +19,7 @@ COLUMN, ROW = 0.95, 0.32  # inches, of a cell
 MARGIN_WIDTH, MARGIN_HEIGHT = 1.1, 1.1
 ACROSS = 4  # panels in a row
 COLOURS = "cividis"  # the same for those who see red and green alike, and in grey
+LINES = ("#0072b2", "#b34a00", "#00785a", "#a3487a", "#6b5b00")
 LEAST_LOSS = 0.01  # what the darkest cell of an ablation loses at least
 
 
@@ -43,7 +44,7 @@ def plot_ablation(ablation: Answer, title: str, path: Path) -> None:
     with _figure(path, *_size(len(names), len(rows))) as figure:
         axes = figure.subplots()
         _heatmap(axes, values, names, [str(own["layer"]) for own in rows], 0.0, most, 3)
-        figure.suptitle(title, fontsize=10, parse_math=False)
+        figure.suptitle(_title(title), fontsize=9, parse_math=False)
         figure.colorbar(axes.images[0], ax=axes, label=f"{ablation['metric']} lost")
 
 
@@ -55,15 +56,16 @@ def plot_epochs(epochs: Sequence[Answer], title: str, path: Path) -> None:
         for number, name in enumerate(gate_names([means for _, means in shown])):
             at = [(epoch, means[name]) for epoch, means in shown if name in means]
             every = max(1, len(at) // 10)  # in grey, markers tell the lines apart
-            marker = MARKERS[number % len(MARKERS)]
-            axes.plot(*zip(*at, strict=True), marker=marker, markevery=every, label=name)
+            marker, colour = MARKERS[number % len(MARKERS)], LINES[number % len(LINES)]
+            where = zip(*at, strict=True)
+            axes.plot(*where, marker=marker, color=colour, markevery=every, label=name)
         for best in (own["epoch"] for own in epochs if own["is_best"]):
             axes.axvline(best, color="0.5", linestyle=":", label="best epoch")
         axes.set_ylim(0, 1)
         axes.set_xlabel("epoch")
         axes.set_ylabel("gate, mean over layers and dev rows")
         axes.legend(frameon=False)
-        axes.set_title(_plain(title), fontsize=10, parse_math=False)
+        axes.set_title(_title(title), fontsize=9, parse_math=False)
 
 
 def _plot_panels(panels: Sequence[tuple[str, Layers]], title: str, path: Path) -> None:
@@ -79,7 +81,7 @@ def _plot_panels(panels: Sequence[tuple[str, Layers]], title: str, path: Path) -
             axes.set_title(_plain(label), fontsize=9, parse_math=False)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        figure.suptitle(_plain(title), fontsize=10, parse_math=False)
+        figure.suptitle(_title(title), fontsize=9, parse_math=False)
         figure.colorbar(grid[0].images[0], ax=list(grid), label="mean gate")
 
 
@@ -99,7 +101,7 @@ def _heatmap(
     axes.set_ylabel("layer", fontsize=8)
     for row, own in enumerate(values):
         for column, value in enumerate(own):
-            shade = "white" if value < least + 0.55 * (most - least) else "black"
+            shade = "white" if value < least + 0.45 * (most - least) else "black"
             shown = "" if isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
             axes.text(column, row, shown, ha="center", va="center", color=shade, fontsize=8)
 
@@ -123,6 +125,11 @@ def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
             figure.savefig(temporary, dpi=150)
     finally:
         pyplot.close(figure)
+
+
+def _title(text: str) -> str:
+    """Put a run's name on a line of its own: a picture may be narrow."""
+    return "\n".join(map(_plain, text.split(", ", 1)))
 
 
 def _plain(text: str) -> str:

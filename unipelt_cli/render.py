@@ -178,6 +178,7 @@ class TrainingView:
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
+            redirect_stderr=False,  # the console writes there itself: each line would come back
         )
         self.bar: TaskID | None = None
 
