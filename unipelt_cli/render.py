@@ -28,6 +28,7 @@ from unipelt_cli.errors import RunError
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR_CELLS = 6
+_CHANGE = ("before", "after")
 _is_hushed = False
 
 
@@ -369,6 +370,21 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     for label, result in results.items():
         if result["collapsed"]:
             say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
+
+
+def static_summary(report: Mapping[str, Any]) -> None:
+    """Print what constant gates and dropped submodules cost, and what they gain."""
+    rows = [
+        [f"{split} {report['metric']}", *(f"{report[split][when]:.4f}" for when in _CHANGE)]
+        for split in ("dev", "test")
+    ]
+    rows += [
+        [what, *(f"{report[key][when]:,.0f}" for when in _CHANGE)]
+        for what, key in (("numbers stored", "stored_parameters"), ("rows/s", "rows_per_second"))
+    ]
+    table(("constant gates", *_CHANGE), rows)
+    dropped = ", ".join(report["dropped"]) or "nothing"
+    say(f"dropped: {dropped}")
 
 
 def gate_table(layers: Sequence[Mapping[str, Any]], title: str) -> None:

@@ -84,9 +84,8 @@ class Stack:
         mask = inputs["attention_mask"]
         state = self.container.state
         is_watched = state.recorded is not None or any(map(inputs.get, WATCHED))
-        is_exact = (
-            not is_watched and not state.closed and all(layer.is_current for layer in self.layers)
-        )
+        is_left = is_watched or state.closed or state.by_hooks
+        is_exact = not is_left and all(layer.is_current for layer in self.layers)
         is_exact = is_exact and not torch.is_autocast_enabled(mask.device.type)
         if not is_exact and len(self.runs) > 1:
             raise RuntimeError("several runs in one pass, and the backbone's tensors were replaced")
