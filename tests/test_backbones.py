@@ -173,6 +173,35 @@ def _silence(layer: nn.Module, part: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(parameter, "data", torch.zeros_like(parameter))
 
 
+@pytest.mark.parametrize(("model_type", "attention"), CASES)
+def test_what_is_left_out_is_what_is_closed(
+    backbone_dir: Callable[[str], Path], model_type: str, attention: str
+) -> None:
+    directory, rows = backbone_dir(model_type), [SENTENCE, torch.arange(5, 17)]
+    parts = parts_of(model_type, "all")
+    whole = attached(directory, attention, parts, folded=True)
+    one = min(1, len(whole.submodules.layers) - 1)
+    places = [(0, "lora"), (one, "adapter"), (one, "prefix")]
+    lesser = attached(
+        directory,
+        attention,
+        parts,
+        folded=True,
+        leave_out=tuple(f"{part}.{layer}" for layer, part in places),
+    )
+    tensors = whole.submodules.state_dict()
+    prefix = [layer for layer in range(len(whole.submodules.layers)) if layer != one]
+    if prefix:
+        tensors["prefix.rows"] = tensors["prefix.rows"][prefix]
+    own = lesser.submodules.state_dict()
+    lesser.submodules.load_state_dict({name: tensors[name] for name in own})
+    assert 0 < len(own) < len(tensors)
+    with closed(whole, places):
+        expected = states(whole, rows)
+    found = states(lesser, rows)
+    assert max((a - b).abs().max() for a, b in zip(expected, found, strict=True)) < 1e-5
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_prefix_closed_in_one_layer_is_masked_out_there(
     backbone_dir: Callable[[str], Path], attention: str
@@ -347,7 +376,7 @@ def test_bart_has_gates_in_both_stacks(backbone_dir: Callable[[str], Path]) -> N
         states(backbone, [SENTENCE])
     names = [set(gates) for gates in recorded]
     whole, cross = {"adapter", "prefix", "lora"}, {"prefix", "lora"}
-    assert names == [whole, whole, whole, cross, whole, cross]
+    assert names == [whole, whole, whole, whole, cross, cross]  # as the stored layers are numbered
 
 
 def test_a_t5_is_read_by_its_mean_and_knows_no_bound(backbone_dir: Callable[[str], Path]) -> None:

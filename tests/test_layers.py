@@ -63,6 +63,7 @@ RANKS = {
     "render": 9,
     "screen": 10,
     "export": 11,
+    "static": 10,
     "provenance": 11,
     "options": 11,
     "arguments": 11,

@@ -185,7 +185,13 @@ def _parts_config(tuned: Tuned) -> Any:
     if "lora" in method.parts:
         # A gate takes the place of alpha / r there: then B is written with the scale in it.
         configs["lora"] = adapters.LoRAConfig(r=method.rank, alpha=layer.scale * method.rank)
-    parts = [config.replace(use_gating=method.gated) for config in configs.values()]
+    parts = [
+        config.replace(
+            use_gating=method.gated,
+            leave_out=sorted(layer for layer, own in method.left_out if own == part),
+        )
+        for part, config in configs.items()
+    ]
     return parts[0] if len(parts) == 1 else adapters.ConfigUnion(*parts)
 
 

@@ -72,12 +72,12 @@ def compute_with_gates(
     with record_gates(tuned.classifier.backbone) as recorded:
         logits = compute_logits(tuned, rows, task, processes, keep)
     # A process that had no row to compute does not know which gates there are.
-    shares = [share for share in processes.gather((found, values)) if share[0]]
+    shares = [share for share in processes.gather((found, values, len(recorded))) if share[0]]
     if not shares:
         return logits, []
-    gates: Gates = [{} for _ in range(1 + max(layer for layer, _ in shares[0][0]))]
+    gates: Gates = [{} for _ in range(shares[0][2])]
     for place, (layer, name) in enumerate(shares[0][0]):
-        gates[layer][name] = np.sum([own[place] for _, own in shares], axis=0, dtype=np.float32)
+        gates[layer][name] = np.sum([own[1][place] for own in shares], axis=0, dtype=np.float32)
     return logits, gates
 
 

@@ -16,11 +16,13 @@ from unipelt_cli import adapterhub, artifact, modeling, runs
 from unipelt_cli.batches import Encoded
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.methods import CannotMerge
-from unipelt_cli.methods.submodules import Submodules
+from unipelt_cli.methods.submodules import MERGEABLE, Submodules
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.runs import Run
 
 TOLERANCE = 1e-4
+HOLDS = {"hf": MERGEABLE}
+"""The parts that a format can hold without their gates, where it cannot hold all."""
 CPU = torch.device("cpu")
 
 Parity = dict[str, Any]

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+_CHANGE = ("before", "after")
 _is_hushed = False
 
 
@@ -365,3 +366,18 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     for label, result in results.items():
         if result["collapsed"]:
             say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
+
+
+def static_summary(report: Mapping[str, Any]) -> None:
+    """Print what constant gates and dropped submodules cost, and what they gain."""
+    rows = [
+        [f"{split} {report['metric']}", *(f"{report[split][when]:.4f}" for when in _CHANGE)]
+        for split in ("dev", "test")
+    ]
+    rows += [
+        [what, *(f"{report[key][when]:,.0f}" for when in _CHANGE)]
+        for what, key in (("numbers stored", "stored_parameters"), ("rows/s", "rows_per_second"))
+    ]
+    table(("constant gates", *_CHANGE), rows)
+    dropped = ", ".join(report["dropped"]) or "nothing"
+    say(f"dropped: {dropped}")

@@ -6,6 +6,7 @@ Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottlene
 """
 
 import inspect
+from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +16,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
+from unipelt_cli.errors import ConfigError
 from unipelt_cli.methods.attention import replace_attention
 from unipelt_cli.methods.base import Site, new_linear
 from unipelt_cli.methods.parts import Adapter, LowRank, ParallelAdapter, Prefix
@@ -33,10 +35,12 @@ class ForwardState:
     def __init__(self, prefix_length: int) -> None:
         self.prefix_length = prefix_length
         self.pooling: Tensor | None = None  # (B, T) float32, sums to 1 over the pooled tokens
-        self.prefix: Tensor | None = None  # (N, 2, P, D)
+        self.prefix: Tensor | None = None  # (N, 2, P, D), of N layers that have one
         self.is_fused = False  # whether `stack.Stack` computes this pass, and the hooks rest
         self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
+        self.recorded_sites: list[int] = []  # the layers in whose order they come
         self.task = 0  # whose gate terms count, where tasks have some
+        self.by_hooks = False  # whether the stack must leave a pass to the hooks
         self.closed: frozenset[tuple[int, str]] = frozenset()  # (layer, part) that rest
 
 
@@ -54,6 +58,8 @@ class LayerSubmodules(nn.Module):
     ) -> None:
         super().__init__()
         self.index, self.state, self.scale = index, state, method.lora_factor
+        without = [layer for layer, part in method.left_out if part == "prefix"]
+        self.prefix_index = index - sum(layer < index for layer in without)
         self.gate_values: dict[str, Tensor] = {}
         self.record: dict[str, Tensor] = {}
         self.fused = layout.fused
@@ -67,7 +73,8 @@ class LayerSubmodules(nn.Module):
         query = layer.get_submodule(layout.query)
         assert isinstance(query, nn.Linear)
         hidden = query.in_features
-        self.parts = parts = tuple(part for part in method.parts if part not in layout.lacks)
+        lacks = {*layout.lacks, *(part for layer, part in method.left_out if layer == index)}
+        self.parts = parts = tuple(part for part in method.parts if part not in lacks)
         if "adapter" in parts:
             bottleneck = max(1, hidden // method.reduction)
             self.adapter = Adapter(hidden, bottleneck, generator, method.adapter_std)
@@ -158,7 +165,9 @@ class LayerSubmodules(nn.Module):
         hidden = args[0] if args else kwargs["hidden_states"]
         self.gate_values, self.record = {}, {}
         if self.state.recorded is not None:  # one entry a call: a module may serve several layers
-            self.state.recorded.append(self.record)
+            place = bisect_right(self.state.recorded_sites, self.index)
+            self.state.recorded.insert(place, self.record)
+            self.state.recorded_sites.insert(place, self.index)
         late = ("adapter", "parallel")
         self._compute([name for name in self.gates if name not in late], hidden)
 
@@ -232,7 +241,7 @@ class LayerSubmodules(nn.Module):
         if self.is_closed("prefix"):
             return projected[:, :0]
         assert self.state.prefix is not None
-        rows = self.state.prefix[self.index, place].expand(projected.shape[0], -1, -1)
+        rows = self.state.prefix[self.prefix_index, place].expand(projected.shape[0], -1, -1)
         gate = self.gate("prefix")
         if gate is not None:
             rows = gate * rows
@@ -315,8 +324,15 @@ class Container(nn.Module):
         layout, generator = site.layout, site.generator
         self.layout = layout
         self.sites = layout.sites(backbone)
-        has_prefix = "prefix" in method.parts
+        if beyond := [layer for layer, _ in method.left_out if layer >= len(self.sites)]:
+            raise ConfigError(
+                f"method.leave_out names layer {max(beyond)}: there is no such layer",
+                f"the backbone's are 0 to {len(self.sites) - 1}",
+            )
+        without = {place for place in method.left_out if place[1] == "prefix"}
+        has_prefix = "prefix" in method.parts and len(without) < len(self.sites)
         self.state = ForwardState(method.prefix_length if has_prefix else 0)
+        self.state.closed = frozenset(without)
         self.masked = method.gate_pooling == "masked"
         implementation = str(getattr(backbone.config, "_attn_implementation", "eager"))
         self.lengthens = has_prefix and implementation not in layout.own_attention
@@ -327,7 +343,7 @@ class Container(nn.Module):
         self.prefix: Prefix | None = None
         if has_prefix:
             hidden = _width(self.sites[0][1], layout, "key")
-            shape = (len(self.sites), method.prefix_length, hidden)
+            shape = (len(self.sites) - len(without), method.prefix_length, hidden)
             self.prefix = Prefix(
                 shape, method.prefix_width, generator, site.folded, method.prefix_std
             )
@@ -357,6 +373,7 @@ class Container(nn.Module):
         self.state.pooling = pooled / pooled.sum(1, keepdim=True)
         if self.state.recorded is not None:
             self.state.recorded.clear()
+            self.state.recorded_sites.clear()
         if self.prefix is not None:
             self.state.prefix = self.prefix()
         if self.lengthens:

@@ -3,9 +3,9 @@
 Mao et al. 2022 (arXiv 2110.07577): the hyperparameters of every union, and the table of them.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import field, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
@@ -21,6 +21,13 @@ from unipelt_cli.methods.stack import PARTS, Stack
 from unipelt_cli.workers import shared_out
 
 Part = Literal["adapter", "prefix", "lora", "bias", "parallel"]
+MERGEABLE = frozenset({"lora", "bias"})
+"""The parts that a plain backbone's weights can hold, where no gate opens them."""
+
+
+def _listed(value: Any) -> Any:
+    """Take a list apart that was written as one word with commas."""
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, config=CHECKS)
@@ -29,9 +36,14 @@ class Submodules(Method):
 
     parts: Annotated[
         tuple[Part, ...],
-        BeforeValidator(lambda parts: tuple(parts.split(",")) if isinstance(parts, str) else parts),
+        BeforeValidator(_listed),
         Field(strict=False, min_length=1, description="adapter, prefix, lora, bias, parallel"),
     ] = ("adapter", "prefix", "lora")
+    leave_out: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_listed),
+        Field(strict=False, description="parts of layers that are not there: adapter.0, lora.3"),
+    ] = ()
     gated: Annotated[bool, Field(description="whether a gate decides how far each part opens")] = (
         True
     )
@@ -77,6 +89,13 @@ class Submodules(Method):
     def problems(self) -> Iterator[tuple[str, str]]:
         if len(set(self.parts)) < len(self.parts):
             yield f"parts = {list(self.parts)}: a part is named twice", "name each part once"
+        for place in self.leave_out:
+            part, _, layer = place.partition(".")
+            if part not in self.parts or not (layer.isascii() and layer.isdigit()):
+                yield (
+                    f"leave_out = {list(self.leave_out)}: {place!r} is no part of a layer",
+                    f"name one as {self.parts[0]}.0: a part of this method, and a layer from 0 on",
+                )
         if not self.gated and self.gate_pooling == "all":
             yield "gate_pooling = 'all': there is no gate", "leave it out, or set method.gated=true"
         if not self.gated and self.gate_bias != 0:
@@ -95,6 +114,12 @@ class Submodules(Method):
                     f"set method.parts to some of {', '.join(layout.parts)}, "
                     "or choose another backbone",
                 )
+
+    @property
+    def left_out(self) -> frozenset[tuple[int, str]]:
+        """The (layer, part) places that have no submodule."""
+        pairs = (place.split(".") for place in self.leave_out)
+        return frozenset((int(layer), part) for part, layer in pairs)
 
     @property
     def submodules(self) -> tuple[str, ...]:
@@ -138,6 +163,7 @@ class Submodules(Method):
         fits = (
             layout.is_plain
             and layout.has_plain_scores
+            and not self.leave_out
             and getattr(config, layout.activation, None) == "gelu"
             and PARTS.issuperset(self.parts)
             and self.gate_pooling == "masked"
@@ -165,11 +191,65 @@ class Submodules(Method):
                 stored["submodules.prefix.rows"] = container.prefix().contiguous()
         return stored
 
+    def with_constant_gates(
+        self, stored: Mapping[str, Tensor], gates: Sequence[Mapping[str, float]]
+    ) -> tuple["Submodules", dict[str, Tensor]]:
+        """Return the ungated union, and its stored tensors, that has these numbers for gates.
+
+        `stored` is what `fold` gave; `gates` has a layer's each, by the names of `gate_names`.
+        """
+        kept = {}
+        for name, tensor in stored.items():
+            _, place, *rest = name.split(".")
+            if place == "prefix":
+                layers = [layer for layer in range(len(gates)) if "prefix" in gates[layer]]
+                factors = tensor.new_tensor([gates[layer]["prefix"] for layer in layers])
+                kept[name] = tensor * factors[:, None, None, None]
+                continue
+            layer, part, *path = rest
+            if part in ("gates", "task_gates"):
+                continue
+            factor = _factor(gates[int(layer)], part, path)
+            kept[name] = tensor if factor is None else tensor * factor
+        ungated = replace(
+            self,
+            gated=False,
+            lora_scale=self.lora_factor,
+            gate_pooling="masked",
+            lora_gates="shared",
+            gate_bias=0.0,
+        )
+        return ungated, kept
+
+    def without(
+        self, stored: Mapping[str, Tensor], places: Collection[tuple[int, str]], layers: int
+    ) -> tuple["Submodules", dict[str, Tensor]]:
+        """Return the union, and its stored tensors, that lacks some (layer, part) places too."""
+        gone = self.left_out.union(places)
+        whole = {part for part in self.parts if all((n, part) in gone for n in range(layers))}
+        named = sorted((part, layer) for layer, part in gone if part not in whole)
+        rows = [layer for layer in range(layers) if (layer, "prefix") not in self.left_out]
+        kept = {}
+        for name, tensor in stored.items():
+            _, place, *rest = name.split(".")
+            if place == "prefix":
+                still = [row for row, layer in enumerate(rows) if (layer, "prefix") not in gone]
+                if still:
+                    kept[name] = tensor[still]
+                continue
+            layer, part, *path = rest
+            owner = path[-2].partition("_")[0] if part in ("gates", "task_gates") else part
+            if (int(layer), owner) not in gone:
+                kept[name] = tensor
+        parts = tuple(part for part in self.parts if part not in whole)
+        leave_out = tuple(f"{part}.{layer}" for part, layer in named)
+        return replace(self, parts=parts, leave_out=leave_out), kept
+
     @property
     def unmergeable(self) -> str | None:
         if self.gated:
             return "its gates depend on the input"
-        if kept := {"adapter", "prefix", "parallel"} & set(self.parts):
+        if kept := set(self.parts) - MERGEABLE:
             names = [_NAMES.get(part, part) for part in sorted(kept)]
             return f"no plain weight computes what its {' and '.join(names)} does"
         return None
@@ -302,11 +382,34 @@ def closed(backbone: nn.Module, places: Collection[tuple[int, str]]) -> Iterator
     A prefix is not zero rows then, which would still take attention, but none.
     """
     state = _container(backbone).state
-    before, state.closed = state.closed, frozenset(places)
+    before, state.closed = state.closed, state.closed.union(places)
     try:
         yield
     finally:
         state.closed = before
+
+
+@contextmanager
+def by_hooks(backbone: nn.Module) -> Iterator[None]:
+    """Inside, the library's layers and hooks compute a union, as they do in other tools."""
+    state = _container(backbone).state
+    state.by_hooks = True
+    try:
+        yield
+    finally:
+        state.by_hooks = False
+
+
+def _factor(gates: Mapping[str, float], part: str, path: Sequence[str]) -> float | None:
+    """Return the gate that multiplies a tensor of a layer; None where it multiplies another."""
+    match part, path:
+        case "lora", [place, "b"]:
+            return gates.get("lora", gates.get(f"lora_{place}"))
+        case "lora", _:
+            return None
+        case (("adapter" | "parallel"), ["down", _]):
+            return None
+    return gates[part]
 
 
 def _container(backbone: nn.Module) -> Container:
