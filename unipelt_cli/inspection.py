@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from unipelt_cli.batches import by_length
+from unipelt_cli.batches import Encoded, by_length
 from unipelt_cli.errors import RunError
 from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods.submodules import record_gates
@@ -91,15 +91,23 @@ def inspect(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport
     encoded = encode_rows(
         tuned, [rows[column] for column in task.text], run.experiment.model.max_length
     )
+    gates = gates_of(tuned, encoded)
+    if not gates:
+        raise RunError(
+            f"{run.directory}: method {run.experiment.method_name!r} has no gates",
+            "train a gated method, such as unipelt-apl",
+        )
+    return GateReport(gates, rows, task.labels)
+
+
+def gates_of(tuned: Tuned, rows: Encoded) -> Gates:
+    """Pass rows through a model and return its gates; nothing for a method that has none."""
     collected: list[dict[str, NDArray[np.float32]]] = []
     with torch.inference_mode(), record_gates(tuned.classifier.backbone) as recorded:
-        for batch in by_length(encoded.lengths, encoded.pad_to):
-            tuned.classifier(**encoded.batch(batch, tuned.device))
+        for batch in by_length(rows.lengths, rows.pad_to):
+            tuned.classifier(**rows.batch(batch, tuned.device))
             if not recorded or not recorded[0]:
-                raise RunError(
-                    f"{run.directory}: method {run.experiment.method_name!r} has no gates",
-                    "train a gated method, such as unipelt-apl",
-                )
+                return []
             if not collected:
                 collected = [
                     {name: np.zeros(len(rows), dtype=np.float32) for name in gates}
@@ -108,7 +116,7 @@ def inspect(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport
             for layer, gates in zip(collected, recorded, strict=True):
                 for name, values in gates.items():
                     layer[name][batch] = values.numpy()
-    return GateReport(collected, rows, task.labels)
+    return collected
 
 
 def _summary(values: NDArray[np.float32]) -> dict[str, float]:

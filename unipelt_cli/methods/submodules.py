@@ -13,10 +13,21 @@ import torch
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
-from unipelt_cli.methods.hooks import Container, LayerSubmodules
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Gates,
+    LowRankUpdates,
+    Method,
+    NoKnownForm,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
+from unipelt_cli.methods.hooks import THIRDS, Container, LayerSubmodules
+from unipelt_cli.methods.parts import LowRank
 from unipelt_cli.methods.stack import PARTS, Stack
 from unipelt_cli.workers import shared_out
 
@@ -165,6 +176,23 @@ class Submodules(Method):
                 stored["submodules.prefix.rows"] = container.prefix().contiguous()
         return stored
 
+    def known_form(
+        self, backbone: nn.Module, part: str | None = None, gates: Gates = ()
+    ) -> LowRankUpdates:
+        """Return LoRA alone as what it is, and what stands beside it only if asked for a part."""
+        if part is None and self.gated:
+            raise NoKnownForm("its gates depend on the input")
+        if part is None and self.parts == ("prefix",):
+            raise NoKnownForm("PEFT's prefix moves a row's positions, and this one does not")
+        if part is None and self.parts != ("lora",):
+            names = [_NAMES.get(name, name) for name in self.parts if name != "lora"]
+            raise NoKnownForm(f"PEFT does not have its {' and '.join(names)}")
+        if part not in (None, "lora"):
+            raise NoKnownForm(f"of UniPELT's parts PEFT has lora, not {part!r}")
+        if "lora" not in self.parts:
+            raise NoKnownForm("it has no LoRA")
+        return _low_rank_updates(_container(backbone), backbone, gates)
+
     @property
     def unmergeable(self) -> str | None:
         if self.gated:
@@ -287,3 +315,31 @@ def _container(backbone: nn.Module) -> Container:
     container = backbone.submodules
     assert isinstance(container, Container)
     return container
+
+
+def _low_rank_updates(container: Container, backbone: nn.Module, gates: Gates) -> LowRankUpdates:
+    """Return the LoRA of every layer; where they are gated, its gate's value is in B."""
+    layout, layers = container.layout, cast(Iterable[LayerSubmodules], container.layers)
+    rows = (layout, *layout.more)
+    sites = [(row, path) for row in rows for path in row.layer_paths(backbone)]
+    if gates and (layout.more or len(gates) != len(sites)):
+        raise NoKnownForm(f"the layers of a {layout.model_type} have no gate each")
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for place, ((row, path), own) in enumerate(zip(sites, layers, strict=True)):
+        factors = {
+            name: gates[place].get("lora", gates[place].get(f"lora_{name}", 1.0)) if gates else 1.0
+            for name in own.lora
+        }
+        units = {name: cast(LowRank, own.lora[name]) for name in own.lora}
+        found = {n: (unit.a.detach(), factors[n] * unit.b.detach()) for n, unit in units.items()}
+        if row.fused:  # one unit, and so one pair: the ranks stand beside each other
+            width = len(found["query"][1])
+            b = [
+                functional.pad(b, (0, 0, width * THIRDS.index(n), width * (2 - THIRDS.index(n))))
+                for n, (_, b) in found.items()
+            ]
+            fused = torch.cat([a for a, _ in found.values()]), torch.cat(b, dim=1)
+            found = {"query": fused}
+        pairs |= {f"{path}.{getattr(row, name)}": pair for name, pair in found.items()}
+    rank = len(next(iter(pairs.values()))[0])
+    return LowRankUpdates(rank, next(iter(layers)).scale, pairs)
