@@ -1,7 +1,7 @@
 """The model card of an export: what was trained, on what, how well, and what it is not.
 
 Names in it are strangers': they are shown as text, whatever Markdown they hold. No text of a row,
-no path and no time is in it, so that the same run gives the same card.
+no path and no time is in it: the same run gives the same card, but for last digits of measures.
 """
 
 import hashlib
@@ -59,11 +59,14 @@ def lines(job: Job, report: Mapping[str, Any], snippet: str) -> Iterator[str]:
 
 def escaped(text: object) -> str:
     """Return somebody's text as one line that Markdown shows as it is."""
-    line = " ".join(str(text).split())
-    line = "".join(own for own in line if own.isprintable())
-    line = re.sub(r"([\\`*_{}\[\]#!|~$])", r"\\\1", line)
+    line = re.sub(r"([\\`*_{}\[\]#!|~$])", r"\\\1", _one_line(text))
     # Nor do a bare address or tag become one.
     return re.sub(r"[&<>@]|:(?=//)|(?<=www)\.", lambda own: f"&#{ord(own[0])};", line)
+
+
+def _one_line(text: object) -> str:
+    """Return somebody's text without line breaks, and without marks that turn it around."""
+    return "".join(own for own in " ".join(str(text).split()) if own.isprintable())
 
 
 def _metadata(job: Job, to: str, library: str) -> str:
@@ -73,8 +76,8 @@ def _metadata(job: Job, to: str, library: str) -> str:
     results = [
         EvalResult(
             task_type="text-classification",
-            dataset_type=run.task.name,
-            dataset_name=run.task.name,
+            dataset_type=_one_line(run.task.name),
+            dataset_name=_one_line(run.task.name),
             dataset_split="test",
             metric_type=metric,
             metric_value=round(float(value), 4),
@@ -86,7 +89,7 @@ def _metadata(job: Job, to: str, library: str) -> str:
         pipeline_tag="text-classification",
         library_name=library or None,
         tags=["unipelt", run.experiment.method_name, to],
-        model_name=job.directory.name,
+        model_name=_one_line(job.directory.name),
         eval_results=results,
     )
     return data.to_yaml().strip()

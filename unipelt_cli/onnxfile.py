@@ -139,12 +139,13 @@ def _snippet(job: Job) -> str:
         answer = '[config["id2label"][str(place)] for place in logits.argmax(axis=1)]'
     return f"""\
 import json
+from pathlib import Path
 import numpy
 import onnxruntime
 from tokenizers import Tokenizer
 
 folder, rows = {job.directory.name!r}, {rows}
-config = json.load(open(f"{{folder}}/{CONFIG}", encoding="utf-8"))
+config = json.loads(Path(folder, "{CONFIG}").read_text(encoding="utf-8"))
 tokenizer = Tokenizer.from_file(f"{{folder}}/{TOKENIZER}")
 session = onnxruntime.InferenceSession(f"{{folder}}/{MODEL}")
 read = tokenizer.encode_batch(rows)

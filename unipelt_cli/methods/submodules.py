@@ -323,7 +323,7 @@ def _low_rank_updates(container: Container, backbone: nn.Module, gates: Gates) -
     rows = (layout, *layout.more)
     sites = [(row, path) for row in rows for path in row.layer_paths(backbone)]
     if gates and (layout.more or len(gates) != len(sites)):
-        raise NoKnownForm(f"the layers of a {layout.model_type} have no gate each")
+        raise NoKnownForm(f"in {layout.model_type} not every layer has a gate of its own")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for place, ((row, path), own) in enumerate(zip(sites, layers, strict=True)):
         factors = {
