@@ -24,7 +24,7 @@ import torch
 from conftest import experiment
 from typer.testing import CliRunner
 
-from unipelt_cli import artifact, claims, data, execution, export, listing, runs
+from unipelt_cli import artifact, card, claims, data, exchange, execution, export, listing, runs
 from unipelt_cli.cli import app
 from unipelt_cli.config import Experiment
 from unipelt_cli.errors import RunError, UnipeltError
@@ -366,8 +366,14 @@ def test_a_backbone_that_changed_since_a_run_began_is_named(
 
 @pytest.mark.parametrize("what", ["prepare", "adapters", "hf"])
 def test_a_directory_is_made_whole_or_not_at_all(
-    planned: Experiment, backbone_dir: Callable[[str], Path], whole: Path, tmp_path: Path, what: str
+    planned: Experiment,
+    backbone_dir: Callable[[str], Path],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
 ) -> None:
+    monkeypatch.setattr(exchange, "ROWS", 8)  # comparing takes longest, and writes nothing
     if what == "hf":  # folds what can be folded
         rows, backbone = planned.data.model_dump(exclude_unset=True), backbone_dir("bert")
         training = {"epochs": 1, "batch_size": 8}
@@ -391,7 +397,11 @@ def test_a_directory_is_made_whole_or_not_at_all(
 
     def content(directory: Path) -> dict[str, bytes]:
         files = (path for path in directory.rglob("*") if path.is_file())
-        return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+        return {
+            # What a card measures differs in its last digits.
+            str(path.relative_to(directory)): b"" if path.name == card.FILE else path.read_bytes()
+            for path in files
+        }
 
     make(tmp_path / "expected")
     expected = content(tmp_path / "expected")

@@ -13,7 +13,7 @@ from datasets import Dataset
 from test_cli import FAST, error_of, invoke, own
 from torch import nn
 
-from unipelt_cli import export, static
+from unipelt_cli import static, targets
 from unipelt_cli.backbones import BACKBONES
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.methods.submodules import closed
@@ -126,8 +126,8 @@ def test_a_cost_that_is_too_high_is_refused(backbone_dir: Backbones) -> None:
     set_gates(tuned)
     rows = own_labels(balanced(tuned))
     with pytest.raises(CheckError, match=r"the-run: going without adapter and prefix costs 0\.\d+"):
-        make_static(run, tuned, rows, cost=0.01, only=export.HOLDS["hf"])
-    made = make_static(run, tuned, rows, cost=1.0, only=export.HOLDS["hf"])
+        make_static(run, tuned, rows, cost=0.01, only=targets.get("hf").holds)
+    made = make_static(run, tuned, rows, cost=1.0, only=targets.get("hf").holds)
     assert set(made.tuned.method.parts) == {"lora", "bias"}
     assert not made.tuned.method.leave_out
 
@@ -157,8 +157,8 @@ def test_what_has_no_gates_to_fix_is_refused(
 
 def test_nothing_that_merges_is_refused(backbone_dir: Backbones) -> None:
     run, tuned = model_of(backbone_dir("bert"), "unipelt-ap")
-    with pytest.raises(RunError, match="nothing of its adapter and prefix merges"):
-        make_static(run, tuned, own_labels(tuned), only=export.HOLDS["hf"])
+    with pytest.raises(RunError, match="the format holds nothing of its adapter and prefix"):
+        make_static(run, tuned, own_labels(tuned), only=targets.get("hf").holds)
 
 
 def test_a_regression_counts_a_higher_error_as_a_cost(backbone_dir: Backbones) -> None:

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from unipelt_cli import artifact
-from unipelt_cli.errors import CheckError
+from unipelt_cli import artifact, exchange
+from unipelt_cli.errors import RunError
+from unipelt_cli.exchange import Job, Writer, Written
 from unipelt_cli.methods.hooks import LayerSubmodules
 from unipelt_cli.methods.submodules import Submodules
 from unipelt_cli.modeling import Tuned
@@ -108,6 +109,48 @@ def has_head(tuned: Tuned) -> bool:
     return tuned.pooling in ("cls", "native")
 
 
+def plan(job: Job) -> Writer:
+    """Check that a folder can hold the model; raise RunError where none can."""
+    if found := problem(job.run, job.tuned):
+        message, remedy = found
+        may_fold = isinstance(job.tuned.method, Submodules) and job.tuned.pretrained.layout.native
+        raise RunError(message, f"{remedy}, or try --to hf" if may_fold else remedy)
+    return lambda directory: _write(job, directory)
+
+
+def _write(job: Job, directory: Path) -> Written:
+    write(job.run, job.tuned, directory)
+    model = load(job.tuned, directory)
+    # Gates there average over padding.
+    batches = exchange.unpadded(job.rows.encoded)
+    parity = exchange.compare_library(job, batches, model, has_head=has_head(job.tuned))
+    return Written(parity, list(_notes(job)), _snippet(job))
+
+
+def _notes(job: Job) -> Iterator[str]:
+    method = job.tuned.method
+    if method.pads_to_max_length:
+        length = job.run.experiment.model.max_length
+        yield f"this run averages gates over padding: pad every row to {length} tokens there too"
+    elif getattr(method, "gated", False):
+        yield "adapters averages gates over padding, so its results for padded batches differ"
+    if not has_head(job.tuned):
+        yield (
+            f"adapters has no head that reads {job.tuned.pooling} pooling: none was written, "
+            "and the parity is that of hidden states"
+        )
+
+
+def _snippet(job: Job) -> str:
+    flags = "use_safetensors=True, set_active=True"  # without either it fails, or does nothing
+    return (
+        "from adapters import AutoAdapterModel\n\n"
+        f"model = AutoAdapterModel.from_pretrained({job.tuned.pretrained.public_name!r})\n"
+        f"model.load_adapter({job.directory.name!r}, {flags})\n"
+        "model.eval()"
+    )
+
+
 def write(run: Run, tuned: Tuned, directory: Path) -> None:
     """Write the folder's files: the submodules, and the head where there is one for it."""
     name = "unipelt_" + re.sub(r"[^A-Za-z0-9_-]", "_", run.task.name)
@@ -143,10 +186,7 @@ def load(tuned: Tuned, directory: Path) -> Any:
         for key, tensor in load_file(directory / file).items()
     }
     if wrong := next(_unread(model, name, written), None):
-        raise CheckError(
-            f"adapters {adapters.__version__} and the export disagree about the tensor {wrong}",
-            "this is a bug in unipelt: please report it with the run's experiment.toml",
-        )
+        raise exchange.disagreement(f"adapters {adapters.__version__}", wrong)
     return model.eval()
 
 
@@ -216,7 +256,7 @@ def _write_config(path: Path, config: Any, tuned: Tuned, name: str) -> None:
     full = build_full_config(
         config,
         tuned.classifier.backbone.config,
-        model_name=pretrained.name,
+        model_name=pretrained.public_name,
         name=name,
         model_class=f"{pretrained.layout.classes}AdapterModel",
     )

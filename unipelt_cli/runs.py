@@ -335,24 +335,27 @@ def probe(tuned: Tuned) -> Logits:
     return np.concatenate([compute_logits(tuned, rows, task) for task in tasks], axis=1)
 
 
-def probe_rows(tuned: Tuned) -> Encoded:
-    """Draw 64 rows of seeded random tokens that a model's backbone can read."""
+def probe_rows(tuned: Tuned, count: int = PROBE_ROWS, longest: int | None = None) -> Encoded:
+    """Draw rows of seeded random tokens that a model's backbone can read, `longest` of length."""
     config: Any = tuned.classifier.backbone.config
     random = np.random.default_rng(0)
     pad_id = config.pad_token_id or 0
     ids = [
         [int(token) for token in random.integers(0, config.vocab_size, length) if token != pad_id]
         or [(pad_id + 1) % config.vocab_size]
-        for length in random.integers(4, 33, PROBE_ROWS)
+        for length in random.integers(4, 33, count)
     ]
+    limits = (tuned.pretrained.layout.positions(config), longest)
+    limit = min((limit for limit in limits if limit is not None), default=None)
     native = tuned.pretrained.layout.native
     if native is not None and native.reads_last:  # its classifier looks for one end mark a row
         end = config.eos_token_id
-        ids = [[*(token for token in row if token != end), end] for row in ids]
-    limit = tuned.pretrained.layout.positions(config)
+        own = [[token for token in row if token != end] for row in ids]
+        ids = [[*row[: limit and limit - 1], end] for row in own]
+    ids = [row[:limit] for row in ids]
     has_types = getattr(config, "type_vocab_size", 0) > 1
     return Encoded(
-        [row[:limit] for row in ids],
-        [[0] * len(row[:limit]) for row in ids] if has_types else None,
+        ids,
+        [[0] * len(row) for row in ids] if has_types else None,
         pad_id,
     )

@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
-from unipelt_cli import arguments, options, render
-from unipelt_cli.errors import CheckError, ConfigError, nearest
+from unipelt_cli import arguments, options, render, targets
+from unipelt_cli.errors import CheckError, ConfigError
 from unipelt_cli.shell import print_json
 
 
 def export(
     run: options.RunPath,
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="adapters or hf.")],
+    to: Annotated[
+        str, typer.Option(metavar="FORMAT", help=f"One of {', '.join(targets.TARGETS)}.")
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to. (default RUN-FORMAT)")
     ] = None,
@@ -29,6 +31,21 @@ def export(
         float | None,
         typer.Option(min=0.0, help="The dev score that --static-gates may cost. (default 0.01)"),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="peft: one part of a union alone, which is another model: lora."),
+    ] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="onnx: numbers of 16 bits, half the size.")
+    ] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="How far logits may differ. (default 1e-4, with --fp16 0.05)",
+            show_default=False,
+        ),
+    ] = None,
     source: options.SourceOption = None,
     model: options.MovedModelOption = None,
     offline: options.Offline = False,
@@ -36,38 +53,68 @@ def export(
 ) -> None:
     """Write a run in another tool's format, and check that it computes the same there.
 
+    Where it does not, nothing is written, and the exit code is 1.
+
     Example: unipelt export RUN --to adapters
     """
-    if to not in ("adapters", "hf"):
-        raise ConfigError(f"--to {to!r}: no such format", nearest(to, ("adapters", "hf")))
+    targets.get(to)
+    if part is not None:
+        targets.only(to, f"--part {part}", lambda target: target.has_parts)
+    if fp16:
+        targets.only(to, "--fp16", lambda target: target.has_half)
+    if tolerance is not None and not tolerance > 0:
+        raise ConfigError(f"--tolerance {tolerance}: not above 0", "give a number such as 1e-4")
     if not static_gates and (given := arguments.said("--cost", cost)):
         raise ConfigError(f"{given}: only --static-gates costs anything", "give that too")
+    directory = out or arguments.beside(run, to)
     found = arguments.read_run(run, offline, source, model)
     tuned = found.build("cpu", model)
+    from unipelt_cli import artifact
     from unipelt_cli import export as exports
 
-    static = None
+    static, where = None, arguments.absolute(source)
     if static_gates:
-        from unipelt_cli.static import COST, make_static
+        from unipelt_cli import static as statics
 
-        rows = partial(found.rows, source=arguments.absolute(source))
-        most = COST if cost is None else cost
-        made = make_static(found, tuned, rows, cost=most, only=exports.HOLDS.get(to))
+        artifact.refuse_existing(directory)
+        most = statics.COST if cost is None else cost
+        rows, only = partial(found.rows, source=where), targets.get(to).holds
+        made = statics.make_static(found, tuned, rows, cost=most, only=only)
         found, tuned, static = made.run, made.tuned, made.report
         render.static_summary(static)
-    report = exports.export(found, tuned, to, out or arguments.beside(run, to))
-    parity = report["parity"]
-    render.say(
-        f"{to}: ",
-        (report["path"], "bold"),
-        f", largest logit difference {parity['max_abs_logit_diff']:.1e} over {parity['rows']} rows",
+    report = exports.export(
+        found,
+        tuned,
+        to,
+        directory,
+        source=where,
+        tolerance=tolerance,
+        part=part,
+        half=fp16,
+        static=static,
     )
+    parity, path = report["parity"], (report["path"], "bold")
+    difference = f"largest logit difference {parity['max_abs_logit_diff']:.1e}"
+    flips = f"{parity['label_flips']} labels differ" if parity["label_flips"] else "same labels"
+    render.say(f"{to}: ", path, f", {difference} over {parity['rows']} rows, {flips}")
     for note in report["notes"]:
         render.say(("note: ", "yellow"), note)
+    if report["written"]:
+        render.say("its README.md is a model card, and says how to load it")
     if as_json:
-        print_json(report if static is None else report | {"static": static})
-    if not exports.holds(parity):
+        print_json(report)
+    if not report["written"]:
         raise CheckError(
-            f"{report['path']}: logits differ by {parity['max_abs_logit_diff']:.2g}",
-            "do not use this export; please report it with the run's experiment.toml",
+            f"{report['path']}: not written, its logits differ by "
+            f"{parity['max_abs_logit_diff']:.2g}, and {report['tolerance']:g} is allowed",
+            _advice(part, fp16),
         )
+
+
+def _advice(part: str | None, fp16: bool) -> str:
+    """Say what to do about an export that computes something else."""
+    if part is not None:
+        return "a part is another model: --tolerance NUMBER says how far it may be off"
+    if fp16:
+        return "export it without --fp16, or say with --tolerance how far it may be off"
+    return "please report it with the run's experiment.toml"

@@ -14,15 +14,16 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor
 
-from unipelt_cli import inspection, modeling
+from unipelt_cli import exchange, inspection, modeling
 from unipelt_cli.batches import Encoded
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.evaluation import compute_logits, encode_rows, predictions, references
 from unipelt_cli.methods.base import Method
-from unipelt_cli.methods.submodules import Submodules, by_hooks, closed
+from unipelt_cli.methods.reduced import with_constant_gates, without
+from unipelt_cli.methods.submodules import Submodules, closed
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.runs import Run
-from unipelt_cli.tasks import Values
+from unipelt_cli.tasks import Values, is_better
 
 COST = 0.01
 ROUNDS = 5  # of timing
@@ -54,7 +55,7 @@ class _Split:
     def lost(self, before: float, tuned: Tuned) -> float:
         """Return how much worse than `before` a model scores."""
         after = self.score(tuned)
-        return after - before if self.run.task.metric == "mse" else before - after
+        return after - before if is_better(self.run.task.metric, 0, 1) else before - after
 
 
 def make_static(
@@ -75,7 +76,8 @@ def make_static(
     method = _gated(run, tuned)
     gated = _rebuilt(run, tuned, method, method.fold(tuned.classifier.backbone))
     gates = _means(run, gated, rows("train"))
-    ungated, stored = method.with_constant_gates(method.fold(gated.classifier.backbone), gates)
+    folded = method.fold(gated.classifier.backbone)
+    ungated, stored = with_constant_gates(method, folded, gates)
     constant = _rebuilt(run, tuned, ungated, stored)
     dev, test = (_split(run, gated, rows(name)) for name in ("dev", "test"))
     before = dev.score(gated)
@@ -88,14 +90,17 @@ def make_static(
     forced = [place for place in places if only is not None and place[1] not in only]
     if len(forced) == len(places):
         raise RunError(
-            f"{run.directory}: nothing of its {' and '.join(ungated.parts)} merges",
-            "export it to a format that holds them, such as --to adapters",
+            f"{run.directory}: the format holds nothing of its {' and '.join(ungated.parts)}",
+            "choose one that does, such as --to adapters or --to onnx",
         )
-    free = [] if only is not None else places  # what merges costs nothing afterwards
+    free = [] if only is not None else places  # such a format gains nothing by a layer's less
     costs, dropped = _droppable(dev, before, constant, forced, free, cost)
-    final, kept = ungated.without(stored, dropped, len(gates))
+    final, kept = without(ungated, stored, dropped, len(gates))
     pruned = _rebuilt(run, tuned, final, kept)
+    changed = _with_method(run, final)
     sizes = [one.parameter_counts()["stored_parameters"] for one in (gated, pruned)]
+    pair = ((run, gated), (changed, pruned))
+    plain = [exchange.copied(*own, hasten=False) for own in pair]  # as other tools compute them
     report = {
         "cost": cost,
         "gates": [{"layer": layer, **own} for layer, own in enumerate(gates)],
@@ -105,9 +110,9 @@ def make_static(
         "dev": _change(before, dev.score(pruned)),
         "test": _change(test.score(gated), test.score(pruned)),
         "stored_parameters": _change(*sizes),
-        "rows_per_second": _change(*_speeds(dev.rows, [gated, pruned])),
+        "rows_per_second": _change(*_speeds(dev.rows, plain)),
     }
-    return Static(_with_method(run, final), pruned, report)
+    return Static(changed, pruned, report)
 
 
 def _gated(run: Run, tuned: Tuned) -> Submodules:
@@ -201,12 +206,11 @@ def _change(before: float, after: float) -> dict[str, float]:
 
 
 def _speeds(rows: Encoded, models: Sequence[Tuned]) -> list[float]:
-    """Return the rows a second of each model in the library's layers, measured in turns."""
+    """Return the rows a second of each model, measured in turns."""
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(ROUNDS):
         for own, tuned in zip(seconds, models, strict=True):
-            with by_hooks(tuned.classifier.backbone):
-                start = time.perf_counter()
-                compute_logits(tuned, rows)
-                own.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            compute_logits(tuned, rows)
+            own.append(time.perf_counter() - start)
     return [len(rows) / median(own) for own in seconds]

@@ -7,16 +7,29 @@ from functools import cache
 from types import MappingProxyType
 
 from unipelt_cli.errors import ConfigError, nearest
-from unipelt_cli.methods.base import CannotMerge, Category, Method, Moment, Pass, Recipe
+from unipelt_cli.methods.base import (
+    CannotMerge,
+    Category,
+    LowRankUpdates,
+    Method,
+    Moment,
+    NoKnownForm,
+    Pass,
+    Recipe,
+    Rescalings,
+)
 
 __all__ = [
     "DEFAULT",
     "CannotMerge",
     "Category",
+    "LowRankUpdates",
     "Method",
     "Moment",
+    "NoKnownForm",
     "Pass",
     "Recipe",
+    "Rescalings",
     "get",
     "table",
 ]

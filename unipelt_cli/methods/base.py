@@ -94,6 +94,30 @@ class Joint(Protocol):
         """
 
 
+Gates = Sequence[Mapping[str, float]]
+"""By layer: gate -> one value for all rows."""
+
+
+@dataclass(frozen=True)
+class LowRankUpdates:
+    """Linear units that compute W x + b + scale B A x, all of one rank."""
+
+    rank: int
+    scale: float
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    """The path of a unit in the backbone -> A (R, inputs), B (outputs, R)."""
+
+
+@dataclass(frozen=True)
+class Rescalings:
+    """Linear units whose outputs, or whose inputs, are multiplied by vectors."""
+
+    outputs: Mapping[str, Tensor]
+    """The path of a unit in the backbone -> (outputs,)."""
+    inputs: Mapping[str, Tensor]
+    """The path of a unit in the backbone -> (inputs,)."""
+
+
 @checked_dataclass(frozen=True, config=CHECKS)
 class Method:
     """Base of all methods: the hyperparameters are the fields of the subclass."""
@@ -218,6 +242,18 @@ class Method:
         if self.unmergeable is not None:
             raise CannotMerge(self.unmergeable)
 
+    def known_form(
+        self, backbone: nn.Module, part: str | None = None, gates: Gates = ()
+    ) -> "LowRankUpdates | Rescalings":
+        """Return the stored method as a form that other libraries have too, exactly.
+
+        With `part` that part of a union alone, which is another model; gates are then held at
+        these values. Raises NoKnownForm with the reason where there is none.
+        """
+        if part is not None:
+            raise NoKnownForm(f"it has no part {part!r}")
+        raise NoKnownForm("it is neither LoRA nor (IA)3")
+
     def report(self, backbone: nn.Module) -> dict[str, float]:
         """Return what was measured in the forward passes since the last call, for the result."""
         return {}
@@ -252,6 +288,10 @@ def new_linear(inputs: int, outputs: int, generator: Generator, std: float = STD
     linear = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
     initialise(linear, generator, std)
     return linear
+
+
+class NoKnownForm(Exception):
+    """No other library computes what this method computes; the message says why."""
 
 
 class CannotMerge(Exception):

@@ -40,7 +40,6 @@ class ForwardState:
         self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
         self.recorded_sites: list[int] = []  # the layers in whose order they come
         self.task = 0  # whose gate terms count, where tasks have some
-        self.by_hooks = False  # whether the stack must leave a pass to the hooks
         self.closed: frozenset[tuple[int, str]] = frozenset()  # (layer, part) that rest
 
 

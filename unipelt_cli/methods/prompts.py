@@ -15,7 +15,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from unipelt_cli.backbones import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Gates,
+    Method,
+    NoKnownForm,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
 
 
 class Prompt(nn.Module):
@@ -53,7 +61,7 @@ class Prompt(nn.Module):
         return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
 
     def _insert(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor:
-        rows = self.rows.to(output.dtype).expand(len(output), -1, -1)
+        rows = self.rows.to(output.dtype).expand(output.shape[0], -1, -1)
         return self._put_in(output, rows)
 
     def _drop(self, backbone: nn.Module, args: Any, output: Any) -> Any:
@@ -103,6 +111,9 @@ class PromptTuning(Method):
             rows = norm(table[chosen]).float()
         # A skeleton on the meta device has no numbers, and needs only the shape.
         return torch.zeros(rows.shape) if rows.is_meta else rows
+
+    def known_form(self, backbone: nn.Module, part: str | None = None, gates: Gates = ()) -> Any:
+        raise NoKnownForm("its soft tokens stand after the first token, and PEFT's before it")
 
     def decays(self, name: str) -> bool:
         return False  # zero is no neutral place for a token

@@ -12,7 +12,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from unipelt_cli.backbones import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Gates,
+    Method,
+    Recipe,
+    Rescalings,
+    Site,
+    refuse_unusual_layers,
+)
 
 
 class LayerScales(nn.Module):
@@ -81,6 +89,23 @@ class Rescaling(Method):
 
     def decays(self, name: str) -> bool:
         return False  # decay would pull a scale towards 0, and nothing changes at 1
+
+    def known_form(
+        self, backbone: nn.Module, part: str | None = None, gates: Gates = ()
+    ) -> Rescalings:
+        """Return the vectors; of a part there can be no question."""
+        if part is not None:
+            super().known_form(backbone, part)
+        scales = backbone.scales
+        assert isinstance(scales, Scales)
+        layout = scales.layout
+        outputs, inputs = {}, {}
+        for path, own in zip(layout.layer_paths(backbone), scales.layers, strict=True):
+            assert isinstance(own, LayerScales)
+            outputs[f"{path}.{layout.key}"] = own.key.detach()
+            outputs[f"{path}.{layout.value}"] = own.value.detach()
+            inputs[f"{path}.{layout.output}"] = own.inner.detach()
+        return Rescalings(outputs, inputs)
 
     @property
     def unmergeable(self) -> None:

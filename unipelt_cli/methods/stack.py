@@ -86,8 +86,7 @@ class Stack:
         is_watched = any(map(inputs.get, WATCHED))
         if torch.is_grad_enabled():  # a pass without gradients records and closes by itself
             is_watched |= state.recorded is not None or bool(state.closed)
-        is_left = is_watched or state.by_hooks
-        is_exact = not is_left and all(layer.is_current for layer in self.layers)
+        is_exact = not is_watched and all(layer.is_current for layer in self.layers)
         is_exact = is_exact and not torch.is_autocast_enabled(mask.device.type)
         if not is_exact and len(self.runs) > 1:
             raise RuntimeError("several runs in one pass, and the backbone's tensors were replaced")

@@ -3,9 +3,9 @@
 Mao et al. 2022 (arXiv 2110.07577): the hyperparameters of every union, and the table of them.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import field
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
@@ -13,10 +13,21 @@ import torch
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
-from unipelt_cli.methods.hooks import Container, LayerSubmodules
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Gates,
+    LowRankUpdates,
+    Method,
+    NoKnownForm,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
+from unipelt_cli.methods.hooks import THIRDS, Container, LayerSubmodules
+from unipelt_cli.methods.parts import LowRank
 from unipelt_cli.methods.stack import PARTS, Stack
 from unipelt_cli.workers import shared_out
 
@@ -191,59 +202,24 @@ class Submodules(Method):
                 stored["submodules.prefix.rows"] = container.prefix().contiguous()
         return stored
 
-    def with_constant_gates(
-        self, stored: Mapping[str, Tensor], gates: Sequence[Mapping[str, float]]
-    ) -> tuple["Submodules", dict[str, Tensor]]:
-        """Return the ungated union, and its stored tensors, that has these numbers for gates.
-
-        `stored` is what `fold` gave; `gates` has a layer's each, by the names of `gate_names`.
-        """
-        kept = {}
-        for name, tensor in stored.items():
-            _, place, *rest = name.split(".")
-            if place == "prefix":
-                layers = [layer for layer in range(len(gates)) if "prefix" in gates[layer]]
-                factors = tensor.new_tensor([gates[layer]["prefix"] for layer in layers])
-                kept[name] = tensor * factors[:, None, None, None]
-                continue
-            layer, part, *path = rest
-            if part in ("gates", "task_gates"):
-                continue
-            factor = _factor(gates[int(layer)], part, path)
-            kept[name] = tensor if factor is None else tensor * factor
-        ungated = replace(
-            self,
-            gated=False,
-            lora_scale=self.lora_factor,
-            gate_pooling="masked",
-            lora_gates="shared",
-            gate_bias=0.0,
-        )
-        return ungated, kept
-
-    def without(
-        self, stored: Mapping[str, Tensor], places: Collection[tuple[int, str]], layers: int
-    ) -> tuple["Submodules", dict[str, Tensor]]:
-        """Return the union, and its stored tensors, that lacks some (layer, part) places too."""
-        gone = self.left_out.union(places)
-        whole = {part for part in self.parts if all((n, part) in gone for n in range(layers))}
-        named = sorted((part, layer) for layer, part in gone if part not in whole)
-        rows = [layer for layer in range(layers) if (layer, "prefix") not in self.left_out]
-        kept = {}
-        for name, tensor in stored.items():
-            _, place, *rest = name.split(".")
-            if place == "prefix":
-                still = [row for row, layer in enumerate(rows) if (layer, "prefix") not in gone]
-                if still:
-                    kept[name] = tensor[still]
-                continue
-            layer, part, *path = rest
-            owner = path[-2].partition("_")[0] if part in ("gates", "task_gates") else part
-            if (int(layer), owner) not in gone:
-                kept[name] = tensor
-        parts = tuple(part for part in self.parts if part not in whole)
-        leave_out = tuple(f"{part}.{layer}" for part, layer in named)
-        return replace(self, parts=parts, leave_out=leave_out), kept
+    def known_form(
+        self, backbone: nn.Module, part: str | None = None, gates: Gates = ()
+    ) -> LowRankUpdates:
+        """Return LoRA alone as what it is, and what stands beside it only if asked for a part."""
+        if part is None and self.gated:
+            raise NoKnownForm("its gates depend on the input")
+        if part is None and self.parts == ("prefix",):
+            raise NoKnownForm("PEFT's prefix moves a row's positions, and this one does not")
+        if part is None and self.parts != ("lora",):
+            names = [_NAMES.get(name, name) for name in self.parts if name != "lora"]
+            raise NoKnownForm(f"PEFT does not have its {' and '.join(names)}")
+        if part not in (None, "lora"):
+            raise NoKnownForm(f"of UniPELT's parts PEFT has lora, not {part!r}")
+        if "lora" not in self.parts:
+            raise NoKnownForm("it has no LoRA")
+        if any(part == "lora" for _, part in self.left_out):
+            raise NoKnownForm("some of its layers have no LoRA")
+        return _low_rank_updates(_container(backbone), backbone, gates)
 
     @property
     def unmergeable(self) -> str | None:
@@ -389,30 +365,35 @@ def closed(backbone: nn.Module, places: Collection[tuple[int, str]]) -> Iterator
         state.closed = before
 
 
-@contextmanager
-def by_hooks(backbone: nn.Module) -> Iterator[None]:
-    """Inside, the library's layers and hooks compute a union, as they do in other tools."""
-    state = _container(backbone).state
-    state.by_hooks = True
-    try:
-        yield
-    finally:
-        state.by_hooks = False
-
-
-def _factor(gates: Mapping[str, float], part: str, path: Sequence[str]) -> float | None:
-    """Return the gate that multiplies a tensor of a layer; None where it multiplies another."""
-    match part, path:
-        case "lora", [place, "b"]:
-            return gates.get("lora", gates.get(f"lora_{place}"))
-        case "lora", _:
-            return None
-        case (("adapter" | "parallel"), ["down", _]):
-            return None
-    return gates[part]
-
-
 def _container(backbone: nn.Module) -> Container:
     container = backbone.submodules
     assert isinstance(container, Container)
     return container
+
+
+def _low_rank_updates(container: Container, backbone: nn.Module, gates: Gates) -> LowRankUpdates:
+    """Return the LoRA of every layer; where they are gated, its gate's value is in B."""
+    layout, layers = container.layout, cast(Iterable[LayerSubmodules], container.layers)
+    rows = (layout, *layout.more)
+    sites = [(row, path) for row in rows for path in row.layer_paths(backbone)]
+    if gates and (layout.more or len(gates) != len(sites)):
+        raise NoKnownForm(f"in {layout.model_type} not every layer has a gate of its own")
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for place, ((row, path), own) in enumerate(zip(sites, layers, strict=True)):
+        factors = {
+            name: gates[place].get("lora", gates[place].get(f"lora_{name}", 1.0)) if gates else 1.0
+            for name in own.lora
+        }
+        units = {name: cast(LowRank, own.lora[name]) for name in own.lora}
+        found = {n: (unit.a.detach(), factors[n] * unit.b.detach()) for n, unit in units.items()}
+        if row.fused:  # one unit, and so one pair: the ranks stand beside each other
+            width = len(found["query"][1])
+            b = [
+                functional.pad(b, (0, 0, width * THIRDS.index(n), width * (2 - THIRDS.index(n))))
+                for n, (_, b) in found.items()
+            ]
+            fused = torch.cat([a for a, _ in found.values()]), torch.cat(b, dim=1)
+            found = {"query": fused}
+        pairs |= {f"{path}.{getattr(row, name)}": pair for name, pair in found.items()}
+    rank = len(next(iter(pairs.values()))[0])
+    return LowRankUpdates(rank, next(iter(layers)).scale, pairs)
