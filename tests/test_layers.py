@@ -69,6 +69,7 @@ RANKS = {
     "sweep": 11,
     "worker": 11,
     "shell": 11,
+    "tracking": 11,
     "watching": 12,
     "several": 13,
     "finished": 13,

@@ -126,6 +126,7 @@ def train(
     out: options.RunOption = None,
     resume: options.ResumeOption = False,
     overwrite: options.OverwriteOption = False,
+    track: options.TrackOption = None,
     dry_run: options.DryRunOption = False,
     offline: options.Offline = False,
     as_json: options.Json = False,
@@ -142,6 +143,8 @@ def train(
         "train": {"seed": seed, "device": device, "precision": precision},
     }
 
+    trackers: list[str] = []
+
     def resolved() -> "Experiment":
         arguments.refuse_pairs(
             ("--resume" if resume else None, "--overwrite" if overwrite else None),
@@ -150,6 +153,7 @@ def train(
         )
         if given := arguments.said("--data-seeds", data_seeds) or arguments.said("--seeds", seeds):
             arguments.refuse_processes(given)
+        trackers.extend(arguments.trackers(track, offline))
         return arguments.resolve([preset] if preset else [], settings, flags, offline=offline)
 
     def described() -> "dict[str, Experiment]":
@@ -175,11 +179,11 @@ def train(
         if data_seeds is None and seeds is None:
             (experiment,) = grid.values()
             directory = out or Path("runs") / run_name(experiment)
-            answer = watching.train(experiment, directory, mode, joined)
+            answer = watching.train(experiment, directory, mode, joined, trackers)
         else:
             root = out or Path("runs")
             directories = [root / run_name(own) for own in grid.values()]
-            answer = watching.train_together(grid, directories, mode)
+            answer = watching.train_together(grid, directories, mode, trackers)
     if as_json and not render.is_hushed():
         print_json(answer)
     if failed := answer.get("failed"):
