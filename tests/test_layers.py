@@ -55,6 +55,7 @@ RANKS = {
     "together": 9,
     "execution": 10,
     "inspection": 9,
+    "remote": 9,
     "listing": 9,
     "render": 9,
     "screen": 10,
@@ -75,6 +76,7 @@ RANKS = {
     "finished": 13,
     "inside": 13,
     "shipping": 13,
+    "sharing": 13,
     "cli": 14,
     "__main__": 15,
 }

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unipelt_cli import processes
+from unipelt_cli import processes, remote, render
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.libraries import importing
 
@@ -134,17 +134,29 @@ def settle_backbone(name: str, offline: bool) -> None:
 
 
 def read_run(
-    directory: Path, offline: bool, source: str | None = None, model: str | None = None
+    run: Path, offline: bool, source: str | None = None, model: str | None = None
 ) -> "Run":
     """Read a finished run, and settle whether the network is used to build its model."""
+    directory = locate(run, offline)
     settle_run(directory, offline, source, model)
     from unipelt_cli import runs
 
     return runs.read(directory)
 
 
+def locate(run: Path, offline: bool) -> Path:
+    """Return the directory of a run; one on the hub is fetched, unless it is in the cache."""
+    if not remote.is_remote(run):
+        return run
+    directory = remote.fetch(str(run), offline=offline)
+    render.say(f"{run}: commit {directory.name[:12]}")
+    return directory
+
+
 def beside(run: Path, what: str) -> Path:
-    """Return where what is made of a run goes, if nobody says so: beside it."""
+    """Return where what is made of a run goes, if nobody says so: beside it, or here."""
+    if remote.is_remote(run):
+        return Path(f"{remote.parse(str(run))[0].partition('/')[2]}-{what}")
     named = run if run.name not in ("", "..") else run.resolve()
     return named.with_name(f"{named.name}-{what}")
 

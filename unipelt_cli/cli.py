@@ -16,6 +16,7 @@ from unipelt_cli import (
     processes,
     render,
     several,
+    sharing,
     shipping,
 )
 from unipelt_cli.errors import CheckError, ConfigError, nearest
@@ -268,6 +269,7 @@ app.command("eval")(finished.evaluate)
 app.command()(finished.predict)
 app.command("inspect-gates")(inside.inspect_gates)
 app.command()(shipping.export)
+app.command()(sharing.push)
 app.command()(finished.verify)
 app.command()(finished.reproduce)
 app.command()(several.sweep)
