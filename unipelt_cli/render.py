@@ -182,6 +182,7 @@ class TrainingView:
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
+            redirect_stderr=False,  # which this console writes to: it would wait for itself
             disable=not self.console.is_terminal,
         )
         self.bar: TaskID | None = None
