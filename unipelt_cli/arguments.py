@@ -194,6 +194,7 @@ def trackers(given: Sequence[str] | None, offline: bool) -> list[str]:
 
 def _settle_wandb(offline: bool) -> None:
     """Decide whether wandb uses the network, and see to it that it will not ask for a login."""
+    os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     if offline:
         os.environ["WANDB_MODE"] = "offline"

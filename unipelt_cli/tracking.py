@@ -126,7 +126,6 @@ def _wandb(run: _Run, ready: Ready) -> Started:
     PartialState()  # the tracker's own log asks for it
     settings = wandb.Settings(
         console="off",
-        silent=True,
         disable_git=True,
         save_code=False,
         init_timeout=INIT_SECONDS,
