@@ -1,5 +1,6 @@
 """The command among other programs: pipes that close, disks that fill, requests to end."""
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import write_rows
+
+from unipelt_cli import render
 
 UNIPELT = f"{sys.executable} -m unipelt_cli"
 
@@ -183,3 +186,20 @@ def test_flags_that_contradict_each_other_are_refused(
     assert (code, stdout) == (2, "")
     assert stderr.startswith(f"error: {message}"), stderr
     assert len(stderr.splitlines()) == 2
+
+
+def test_talk_beside_the_progress_of_a_terminal_comes_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A console that writes to what stands in its own place never ends."""
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with render.live() as show:
+        view = show("accuracy", 3)
+        assert sys.stderr is terminal
+        render.say("beside it")
+        view.console.print("an epoch")
+    assert "beside it\n" in terminal.getvalue()
+    assert "an epoch\n" in terminal.getvalue()

@@ -3,18 +3,21 @@
 Heavy imports are inside the functions: what fails on the command line alone must fail at once.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unipelt_cli import processes
-from unipelt_cli.errors import ConfigError
+from unipelt_cli import processes, remote, render
+from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.libraries import importing
 
 if TYPE_CHECKING:
     from unipelt_cli.config import Experiment, Settings
     from unipelt_cli.runs import Run
+
+TRACKERS = ("tensorboard", "wandb")
 
 
 def data_flags(values: dict[str, Any]) -> "Settings":
@@ -131,17 +134,29 @@ def settle_backbone(name: str, offline: bool) -> None:
 
 
 def read_run(
-    directory: Path, offline: bool, source: str | None = None, model: str | None = None
+    run: Path, offline: bool, source: str | None = None, model: str | None = None
 ) -> "Run":
     """Read a finished run, and settle whether the network is used to build its model."""
+    directory = locate(run, offline)
     settle_run(directory, offline, source, model)
     from unipelt_cli import runs
 
     return runs.read(directory)
 
 
+def locate(run: Path, offline: bool) -> Path:
+    """Return the directory of a run; one on the hub is fetched, unless it is in the cache."""
+    if not remote.is_remote(run):
+        return run
+    directory = remote.fetch(str(run), offline=offline)
+    render.say(f"{run}: commit {directory.name[:12]}")
+    return directory
+
+
 def beside(run: Path, what: str) -> Path:
-    """Return where what is made of a run goes, if nobody says so: beside it."""
+    """Return where what is made of a run goes, if nobody says so: beside it, or here."""
+    if remote.is_remote(run):
+        return Path(f"{remote.parse(str(run))[0].partition('/')[2]}-{what}")
     named = run if run.name not in ("", "..") else run.resolve()
     return named.with_name(f"{named.name}-{what}")
 
@@ -155,6 +170,45 @@ def settle_run(directory: Path, offline: bool, source: str | None, model: str | 
     if path.is_file():
         experiment = config.resolve([("", config.read_preset(str(path)))])
         settle([experiment.moved(source, model)], offline)
+
+
+def trackers(given: Sequence[str] | None, offline: bool) -> list[str]:
+    """Take the names of trackers apart; they must be known, installed and logged in.
+
+    Raises ConfigError. With `offline` wandb keeps what it is told on the disk.
+    """
+    names = [name.strip() for text in given or () for name in text.split(",")]
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"--track {name!r}: no such tracker", nearest(name, TRACKERS))
+        for package in ("accelerate", name):
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(
+                    f"--track {name}: {package} is not installed",
+                    "install the extra: pip install 'unipelt[trackers]'",
+                )
+    if "wandb" in names:
+        _settle_wandb(offline)
+    return names
+
+
+def _settle_wandb(offline: bool) -> None:
+    """Decide whether wandb uses the network, and see to it that it will not ask for a login."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if offline:
+        os.environ["WANDB_MODE"] = "offline"
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    from requests.utils import get_netrc_auth
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    keys = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if not any(map(os.environ.get, keys)) and get_netrc_auth(host) is None:
+        raise ConfigError(
+            "--track wandb: not logged in there",
+            "log in with `wandb login`, set WANDB_API_KEY, or add --offline and sync later",
+        )
 
 
 def refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:

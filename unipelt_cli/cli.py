@@ -16,6 +16,7 @@ from unipelt_cli import (
     processes,
     render,
     several,
+    sharing,
     shipping,
 )
 from unipelt_cli.errors import CheckError, ConfigError, nearest
@@ -126,6 +127,7 @@ def train(
     out: options.RunOption = None,
     resume: options.ResumeOption = False,
     overwrite: options.OverwriteOption = False,
+    track: options.TrackOption = None,
     dry_run: options.DryRunOption = False,
     offline: options.Offline = False,
     as_json: options.Json = False,
@@ -142,6 +144,8 @@ def train(
         "train": {"seed": seed, "device": device, "precision": precision},
     }
 
+    trackers: list[str] = []
+
     def resolved() -> "Experiment":
         arguments.refuse_pairs(
             ("--resume" if resume else None, "--overwrite" if overwrite else None),
@@ -150,6 +154,7 @@ def train(
         )
         if given := arguments.said("--data-seeds", data_seeds) or arguments.said("--seeds", seeds):
             arguments.refuse_processes(given)
+        trackers.extend(arguments.trackers(track, offline))
         return arguments.resolve([preset] if preset else [], settings, flags, offline=offline)
 
     def described() -> "dict[str, Experiment]":
@@ -175,11 +180,11 @@ def train(
         if data_seeds is None and seeds is None:
             (experiment,) = grid.values()
             directory = out or Path("runs") / run_name(experiment)
-            answer = watching.train(experiment, directory, mode, joined)
+            answer = watching.train(experiment, directory, mode, joined, trackers)
         else:
             root = out or Path("runs")
             directories = [root / run_name(own) for own in grid.values()]
-            answer = watching.train_together(grid, directories, mode)
+            answer = watching.train_together(grid, directories, mode, trackers)
     if as_json and not render.is_hushed():
         print_json(answer)
     if failed := answer.get("failed"):
@@ -264,6 +269,7 @@ app.command("eval")(finished.evaluate)
 app.command()(finished.predict)
 app.command("inspect-gates")(inside.inspect_gates)
 app.command()(shipping.export)
+app.command()(sharing.push)
 app.command()(finished.verify)
 app.command()(finished.reproduce)
 app.command()(several.sweep)

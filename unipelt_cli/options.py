@@ -8,7 +8,10 @@ import typer
 WHERE, HOW, OUTPUT = "Data", "Method and training", "Output"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Open no network connection.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunPath = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run directory, or hub:OWNER/NAME[@REVISION]."),
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="auto, cpu, cuda or mps.", rich_help_panel=HOW)
 ]
@@ -133,6 +136,15 @@ ResumeOption = Annotated[
 ]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace the run there.", rich_help_panel=OUTPUT)
+]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Tell a tracker too: tensorboard, wandb; may be repeated.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 DryRunOption = Annotated[
     bool,

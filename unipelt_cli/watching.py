@@ -15,20 +15,26 @@ from unipelt_cli.execution import Failed, Finished, Mode, Ready
 from unipelt_cli.processes import ALONE, Processes
 from unipelt_cli.recommend import Candidate
 from unipelt_cli.sweep import Engine, Standing, Sweep, best_so_far
+from unipelt_cli.tracking import Tracking
 
 SPLITS = ("dev", "test")
 ECHO_SECONDS = 5.0
 
 
 def train(
-    experiment: Experiment, directory: Path, mode: Mode, processes: Processes = ALONE
+    experiment: Experiment,
+    directory: Path,
+    mode: Mode,
+    processes: Processes = ALONE,
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Carry one run out and return its result; a request to stop any process stops them all.
 
     Raises KeyboardInterrupt after a request to stop: then the run can go on from there.
     """
     hint = f"--resume --out {directory}"
-    (ended,) = _watch({"": experiment}, [directory], mode, hint, processes).values()
+    given = ({"": experiment}, [directory], mode, hint, processes, trackers)
+    (ended,) = _watch(*given).values()
     if isinstance(ended, Failed):
         raise ended.error
     render.result_summary(ended.result, directory)
@@ -36,13 +42,17 @@ def train(
 
 
 def train_together(
-    grid: Mapping[str, Experiment], directories: Sequence[Path], mode: Mode
+    grid: Mapping[str, Experiment],
+    directories: Sequence[Path],
+    mode: Mode,
+    trackers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Carry several runs out; return their results by label, the means, and what failed.
 
     Raises KeyboardInterrupt after a request to stop: then the runs can go on from there.
     """
-    ended = _watch(grid, directories, mode, "the same command and --resume")
+    hint = "the same command and --resume"
+    ended = _watch(grid, directories, mode, hint, trackers=trackers)
     finished = {
         label: {"run": str(event.directory), **event.result}
         for label, event in ended.items()
@@ -71,13 +81,20 @@ def _watch(
     mode: Mode,
     hint: str,
     processes: Processes = ALONE,
+    trackers: Sequence[str] = (),
 ) -> dict[str, Finished | Failed]:
     """Show the events of runs as they come; return how each ended, in the order of the grid."""
     labels, view = list(grid), None
     ended: dict[str, Finished | Failed] = {}
     events = execution.execute_together(list(grid.values()), directories, mode, processes)
+    tracking = Tracking(trackers if processes.is_main else (), directories)
     stop_requests = _stop_requests(processes)
-    with stop_requests as is_stopped, render.live() as show, closing(events):
+    with (
+        stop_requests as is_stopped,
+        render.live() as show,
+        closing(tracking),
+        closing(events),
+    ):
         for place, event in events:
             label = f"{labels[place]}  " if labels[place] else ""
             match event:
@@ -97,6 +114,7 @@ def _watch(
                     ended[labels[place]] = event
                     if len(grid) > 1:
                         render.error(f"{event.directory}: {event.error.message}", event.error.hint)
+            tracking.see(place, event)
             if len(ended) < len(grid) and processes.any(is_stopped()):
                 events.close()
                 render.say(("interrupted", "yellow"), f": go on with {hint}")
