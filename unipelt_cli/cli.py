@@ -10,6 +10,7 @@ import typer
 from unipelt_cli import (
     __version__,
     arguments,
+    completion,
     finished,
     inside,
     options,
@@ -269,6 +270,7 @@ app.command()(finished.reproduce)
 app.command()(several.sweep)
 app.command()(several.compare)
 app.command()(several.recommend)
+completion.attach(app)
 
 
 def main() -> None:

