@@ -7,6 +7,8 @@ switches only when they are imported.
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -81,12 +83,17 @@ def is_offline() -> bool:
 
 
 def _hub_answers() -> bool:
-    """Probe the hub's port; resolving names can hang, so it runs in a thread with a deadline."""
-    if is_offline():
-        return False
+    return not is_offline() and probing()()
+
+
+def probing() -> Callable[[], bool]:
+    """Begin to probe the hub's port; what is returned waits for the answer, and not long.
+
+    Resolving names can hang, so it runs in a thread with a deadline.
+    """
     proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
     endpoint = proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    answered = threading.Event()
+    answered, end = threading.Event(), time.monotonic() + PROBE_SECONDS
 
     def probe() -> None:
         try:
@@ -99,5 +106,9 @@ def _hub_answers() -> bool:
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
+
+    def answers() -> bool:
+        thread.join(max(0.0, end - time.monotonic()))
+        return answered.is_set()
+
+    return answers

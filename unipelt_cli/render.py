@@ -6,11 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from math import isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import IO, Any, cast
 
+from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
 from rich.live import Live
 from rich.progress import (
@@ -28,6 +30,9 @@ from unipelt_cli.errors import RunError
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR_CELLS = 6
+COLUMNS, GAP = 80, 2
+# What an encoding that is not Unicode gets in place of a sign, one for one: columns stay straight.
+SIGNS = str.maketrans("±·…–×█▉▊▋▌▍▎▏━╸╺", "~..-x#####...---")
 _is_hushed = False
 
 
@@ -39,8 +44,16 @@ class _Talk(io.TextIOBase):
         return getattr(sys.stderr, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        self._try(lambda: sys.stderr.write(text))
+        self._try(lambda: sys.stderr.write(self._encodable(text)))
         return len(text)
+
+    def _encodable(self, text: str) -> str:
+        try:
+            text.encode(self.encoding)
+        except UnicodeEncodeError:
+            plain = text.translate(SIGNS)
+            return plain.encode(self.encoding, "replace").decode(self.encoding)
+        return text
 
     def flush(self) -> None:
         self._try(lambda: sys.stderr.flush())
@@ -78,21 +91,41 @@ def discard(stream: Any) -> None:
 
 def console() -> Console:
     """Return the console for talk: stderr, 80 columns where nobody says otherwise."""
-    width = None if os.environ.get("COLUMNS") or _is_terminal() else 80
-    return Console(file=_talk(), width=width, highlight=False, soft_wrap=False)
+    width = None
+    if not os.environ.get("COLUMNS"):
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
+        except (OSError, ValueError, AttributeError):
+            width = COLUMNS
+    return Console(file=_talk(), width=width, force_terminal=_forced(), highlight=False)
 
 
-def _is_terminal() -> bool:
-    return Console(file=_talk()).is_terminal
+def _forced() -> bool | None:
+    """Return False where nothing but text is wanted; without an answer rich looks by itself."""
+    return False if os.environ.get("NO_COLOR") or os.environ.get("CLICOLOR") == "0" else None
+
+
+def can_move(out: Console) -> bool:
+    """Say whether lines can be drawn again there: FORCE_COLOR colours a pipe, and no more."""
+    return out.is_terminal and out.file.isatty() and not out.is_dumb_terminal
 
 
 def _talk() -> IO[str]:
     return cast(IO[str], _Talk())
 
 
+def terminal() -> tuple[str, str | None]:
+    """Return what talk is written to: width, colours, encoding; and how to mend the last."""
+    out = console()
+    where = f"{out.width} columns" + ("" if out.file.isatty() else ", no terminal")
+    found = f"{where}, {out.color_system or 'no'} colours, {out.encoding}"
+    is_plain = not out.encoding.startswith("utf")
+    return found, "PYTHONIOENCODING=utf-8 shows bars as they are" if is_plain else None
+
+
 def error(message: str, hint: str) -> None:
     """Print what is wrong and what to do, each on a line of its own."""
-    out = Console(file=_talk(), highlight=False, soft_wrap=True)
+    out = Console(file=_talk(), force_terminal=_forced(), highlight=False, soft_wrap=True)
     out.print(Text.assemble(("error: ", "bold red"), plain(message)))
     out.print(Text.assemble(("hint: ", "bold cyan"), plain(hint)))
 
@@ -120,14 +153,24 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     console().print(view)
 
 
-def check_table(checks: Sequence[tuple[str, bool | None, str]]) -> None:
-    """Print what was checked: whether it holds, and what was found."""
+def check_table(
+    checks: Sequence[tuple[str, bool | None, str]],
+    remedies: Sequence[str | None] = (),
+    otherwise: str = "not checked",
+) -> None:
+    """Print what was checked: whether it holds, what was found, and below it how to mend it."""
     words = {
         True: Text("ok", "green"),
         False: Text("FAILED", "bold red"),
-        None: Text("not checked"),
+        None: Text(otherwise),
     }
-    table(("check", "", "found"), [[what, words[passed], said] for what, passed, said in checks])
+    rows: list[tuple[str, Text, Text]] = []
+    for (what, passed, said), remedy in zip_longest(checks, remedies):
+        found = Text(plain(said))
+        if remedy is not None:
+            found = Text.assemble(found, "\n", ("fix: ", "cyan"), plain(remedy))
+        rows.append((what, words[passed], found))
+    table(("check", "", "found"), rows)
 
 
 def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
@@ -182,7 +225,10 @@ class TrainingView:
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            # Talk finds its way to stderr by itself: caught and printed again, it never ends.
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not can_move(self.console),
         )
         self.bar: TaskID | None = None
 
@@ -230,11 +276,15 @@ class SweepView:
         self.start = time.monotonic()
         self.console = console()
         self.live = Live(
-            console=self.console, transient=True, auto_refresh=False, redirect_stderr=False
+            console=self.console,
+            transient=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
 
     def __enter__(self) -> "SweepView":
-        if self.console.is_terminal:
+        if can_move(self.console):
             self.live.start()
         return self
 
@@ -256,7 +306,7 @@ class SweepView:
         best: Mapping[str, tuple[str, float]],
     ) -> None:
         """Draw what runs now, as (name, epoch, score), and the best method of each task."""
-        if not self.console.is_terminal:
+        if not can_move(self.console):
             return
         view = Table(box=None, pad_edge=False)
         view.add_column(self._summary(len(running)), no_wrap=True, overflow="ellipsis", ratio=1)
@@ -308,15 +358,30 @@ def live() -> Iterator[Callable[[str, int], TrainingView]]:
 
 def data_summary(manifest: Mapping[str, Any]) -> None:
     """Print the splits: rows, labels, lengths, and what was noticed about them."""
-    rows = []
+    columns, rows, counts = ("split", "rows", "words", "max"), [], []
     for name, split in manifest["splits"].items():
-        labels = split["labels"]
-        shown = "  ".join(f"{label} {_short(count)}" for label, count in labels.items())
         words = split["words"]
-        rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"]), shown])
-    table(("split", "rows", "words", "max", "labels"), rows)
+        rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"])])
+        labels = split["labels"].items()
+        counts.append([f"{plain(label)} {_short(count)}" for label, count in labels])
+    used = sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))
+    room = console().width - used
+    shown = [[*row, _packed(own, room)] for row, own in zip(rows, counts, strict=True)]
+    table((*columns, "labels"), shown)
     for note in (*manifest["notes"], *_repeated(manifest)):
         say(("note: ", "yellow"), note)
+
+
+def _packed(words: Sequence[str], room: int) -> Text:
+    """Put words on lines: each one whole, where it is not longer than a line."""
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]}{' ' * GAP if lines[-1] else ''}{word}"
+        if lines[-1] and cell_len(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return Text("\n".join(lines))
 
 
 def _repeated(manifest: Mapping[str, Any]) -> Iterator[str]:
