@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unipelt_cli import arguments, options, render
+from unipelt_cli import arguments, options, render, talk
 from unipelt_cli.errors import CheckError, ConfigError, RunError, UnipeltError, nearest
 from unipelt_cli.libraries import importing
 from unipelt_cli.shell import print_json
@@ -75,7 +75,7 @@ def doctor(
     """
     from unipelt_cli import doctor as examination
 
-    found = list(examination.examine(model, offline=offline, terminal=render.terminal()))
+    found = list(examination.examine(model, offline=offline, terminal=talk.terminal()))
     render.check_table(
         [(one.what, one.ok, one.found) for one in found], [one.remedy for one in found], "-"
     )
@@ -119,7 +119,7 @@ def dry_run(
         )
     if problem is not None:
         render.say(("warning: ", "yellow"), f"{problem.message}: {problem.hint}")
-    if as_json and not render.is_hushed():
+    if as_json and not talk.is_hushed():
         described = {
             key: {
                 manifest["task"]: {name: split[key] for name, split in manifest["splits"].items()}

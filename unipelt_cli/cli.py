@@ -19,6 +19,7 @@ from unipelt_cli import (
     render,
     several,
     shipping,
+    talk,
 )
 from unipelt_cli.errors import CheckError, ConfigError
 from unipelt_cli.libraries import importing
@@ -165,7 +166,7 @@ def train(
     found = processes.tried(resolved)  # before accelerate can import what reads offline switches
     with processes.joined() as joined:
         if not joined.is_main:
-            render.hush()
+            talk.hush()
         grid = joined.each(described)
         from unipelt_cli import watching
         from unipelt_cli.grid import run_name
@@ -185,7 +186,7 @@ def train(
             answer = watching.train(experiment, directories[0], mode, joined)
         else:
             answer = watching.train_together(grid, directories, mode)
-    if as_json and not render.is_hushed():
+    if as_json and not talk.is_hushed():
         print_json(answer)
     if failed := answer.get("failed"):
         raise CheckError(

@@ -1,19 +1,16 @@
 """What people see: tables, progress and pictures."""
 
-import io
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import zip_longest
 from math import isnan, nan
 from pathlib import Path
 from statistics import mean, stdev
-from typing import IO, Any, cast
+from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -27,107 +24,18 @@ from rich.table import Table
 from rich.text import Text
 
 from unipelt_cli.errors import RunError
+from unipelt_cli.talk import can_move, console
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR_CELLS = 6
-COLUMNS, GAP = 80, 2
-# What an encoding that is not Unicode gets in place of a sign, one for one: columns stay straight.
-SIGNS = str.maketrans("±·…–×█▉▊▋▌▍▎▏━╸╺", "~..-x#####...---")
-_is_hushed = False
-
-
-class _Talk(io.TextIOBase):
-    """Standard error, whose reader may go or whose disk may fill: talk must not end a run."""
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return getattr(sys.stderr, "encoding", None) or "utf-8"
-
-    def write(self, text: str) -> int:
-        self._try(lambda: sys.stderr.write(self._encodable(text)))
-        return len(text)
-
-    def _encodable(self, text: str) -> str:
-        try:
-            text.encode(self.encoding)
-        except UnicodeEncodeError:
-            plain = text.translate(SIGNS)
-            return plain.encode(self.encoding, "replace").decode(self.encoding)
-        return text
-
-    def flush(self) -> None:
-        self._try(lambda: sys.stderr.flush())
-
-    def isatty(self) -> bool:
-        return bool(self._try(lambda: sys.stderr.isatty()))
-
-    def fileno(self) -> int:
-        return sys.stderr.fileno()
-
-    def _try(self, do: Callable[[], Any]) -> Any:
-        try:
-            return None if sys.stderr is None or _is_hushed else do()
-        except (OSError, ValueError):
-            discard(sys.stderr)
-            return None
-
-
-def hush() -> None:
-    """Say nothing from now on: of several processes of one run, one talks."""
-    global _is_hushed  # as the streams are the process's
-    _is_hushed = True
-
-
-def is_hushed() -> bool:
-    """Say whether another process talks, and answers, in this one's place."""
-    return _is_hushed
-
-
-def discard(stream: Any) -> None:
-    """Send what a stream still holds, and all that comes, nowhere: Python ends without a word."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def console() -> Console:
-    """Return the console for talk: stderr, 80 columns where nobody says otherwise."""
-    width = None
-    if not os.environ.get("COLUMNS"):
-        try:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
-        except (OSError, ValueError, AttributeError):
-            width = COLUMNS
-    return Console(file=_talk(), width=width, force_terminal=_forced(), highlight=False)
-
-
-def _forced() -> bool | None:
-    """Return False where nothing but text is wanted; without an answer rich looks by itself."""
-    return False if os.environ.get("NO_COLOR") or os.environ.get("CLICOLOR") == "0" else None
-
-
-def can_move(out: Console) -> bool:
-    """Say whether lines can be drawn again there: FORCE_COLOR colours a pipe, and no more."""
-    return out.is_terminal and out.file.isatty() and not out.is_dumb_terminal
-
-
-def _talk() -> IO[str]:
-    return cast(IO[str], _Talk())
-
-
-def terminal() -> tuple[str, str | None]:
-    """Return what talk is written to: width, colours, encoding; and how to mend the last."""
-    out = console()
-    where = f"{out.width} columns" + ("" if out.file.isatty() else ", no terminal")
-    found = f"{where}, {out.color_system or 'no'} colours, {out.encoding}"
-    is_plain = not out.encoding.startswith("utf")
-    return found, "PYTHONIOENCODING=utf-8 shows bars as they are" if is_plain else None
+GAP = 2
 
 
 def error(message: str, hint: str) -> None:
     """Print what is wrong and what to do, each on a line of its own."""
-    out = Console(file=_talk(), force_terminal=_forced(), highlight=False, soft_wrap=True)
-    out.print(Text.assemble(("error: ", "bold red"), plain(message)))
-    out.print(Text.assemble(("hint: ", "bold cyan"), plain(hint)))
+    out = console()
+    out.print(Text.assemble(("error: ", "bold red"), plain(message)), soft_wrap=True)
+    out.print(Text.assemble(("hint: ", "bold cyan"), plain(hint)), soft_wrap=True)
 
 
 def say(*parts: str | tuple[str, str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from unipelt_cli import completion, habits, render
+from unipelt_cli import completion, habits, render, talk
 from unipelt_cli.errors import UnipeltError, nearest
 from unipelt_cli.libraries import is_importing
 
@@ -65,7 +65,7 @@ class Commands(TyperGroup):
         except SystemExit as ended:  # the parser's own way out of a pipe that was closed
             code = 0 if isinstance(ended.__context__, BrokenPipeError) else ended.code
         except (KeyboardInterrupt, typer.Abort):
-            render.discard(sys.stdout)  # half an answer would look whole
+            talk.discard(sys.stdout)  # half an answer would look whole
             code = INTERRUPTED
         code = code if isinstance(code, int) else 0
         if standalone_mode:
@@ -77,7 +77,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            render.discard(sys.stdout)
+            talk.discard(sys.stdout)
             return 0
 
 
@@ -92,7 +92,7 @@ def _flush() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        render.discard(sys.stdout)
+        talk.discard(sys.stdout)
 
 
 def _system(error: OSError) -> tuple[str, str]:
@@ -100,7 +100,7 @@ def _system(error: OSError) -> tuple[str, str]:
     reason = error.strerror or type(error).__name__
     if error.filename is not None:
         return f"{error.filename}: {reason}", "check the path and its rights"
-    render.discard(sys.stdout)  # most likely what failed: it must not fail again at the end
+    talk.discard(sys.stdout)  # most likely what failed: it must not fail again at the end
     return f"the output cannot be written: {reason}", "check the disk, and where the output goes"
 
 
