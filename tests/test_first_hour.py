@@ -181,7 +181,7 @@ def test_other_encodings_say_how_they_are_converted(
 def test_one_label_alone_is_told_before_anything_else(tmp_path: Path) -> None:
     path = write(tmp_path / "one.csv", "text,label", lambda n: f"{sentence(n)},same")
     assert error_of("prepare", *own(path)) == (
-        f"{path}: every row has the label 'same'",
+        "one: every row has the label 'same'",
         "give rows of at least two classes, or another column with --label",
     )
 

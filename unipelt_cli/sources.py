@@ -196,12 +196,6 @@ def _own_task(
     regression = settings.kind == "regression"
     regression |= settings.kind == "auto" and _fractional(found)
     labels = () if regression else _ordered(found)
-    if len(labels) == 1:
-        origin = settings.train_file or settings.dataset
-        raise DataError(
-            f"{origin}: every row has the label {short(labels[0])}",
-            "give rows of at least two classes, or another column with --label",
-        )
     metric = own_metric(labels)
     possible = REGRESSION_METRICS if regression else CLASSIFICATION_METRICS
     also = tuple(other for other in possible if other != metric)
