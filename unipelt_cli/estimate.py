@@ -164,11 +164,16 @@ def _measure(
     return speed, (train, scored, test)
 
 
-def _cost(experiment: Experiment, speed: _Speed, size: tuple[float, float, float]) -> Estimate:
+def _cost(
+    experiment: Experiment,
+    speed: _Speed,
+    size: tuple[float, float, float],
+    setup: float = SETUP_SECONDS,
+) -> Estimate:
     train, dev, test = size
     settings = experiment.train
     epoch = train / speed.train + dev / speed.evaluation
-    once = SETUP_SECONDS + test / speed.evaluation
+    once = setup + test / speed.evaluation
     least = min(settings.epochs, speed.stages * (settings.patience + 1))
     disk = 4 * speed.stored + OTHER_BYTES
     return Estimate(once + least * epoch, once + settings.epochs * epoch, disk)
