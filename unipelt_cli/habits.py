@@ -55,7 +55,7 @@ FLAGS: Mapping[str, str] = {
     "fp32": "--precision fp32",
     **dict.fromkeys(("force", "overwrite-output-dir"), "--overwrite"),
     **dict.fromkeys(("continue", "resume-from-checkpoint"), "--resume"),
-    **dict.fromkeys(("dryrun", "check", "n-dry"), "--dry-run"),
+    **dict.fromkeys(("dryrun", "check"), "--dry-run"),
     **dict.fromkeys(("local-files-only", "no-network"), "--offline"),
 }
 SEVERAL: Mapping[str, str] = {
