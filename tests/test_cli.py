@@ -554,7 +554,7 @@ UNKNOWN = [
     (
         ["trian"],
         "No such command 'trian'",
-        "did you mean train? otherwise choose one of compare, eval, export, "
+        "did you mean train? otherwise choose one of compare, doctor, eval, export, "
         "inspect-gates, list, predict, prepare, recommend, reproduce, sweep, train, verify",
     ),
     (
@@ -564,11 +564,14 @@ UNKNOWN = [
     ),
     (
         ["train", "--task", "demo", "--k", "ten"],
-        "Invalid value for '--k': Input should be a valid integer, unable to parse string as an "
-        "integer",
-        "see `unipelt train --help`",
+        "--k 'ten': not a whole number",
+        "give a whole number",
     ),
-    (["eval"], "Missing argument 'RUN'", "see `unipelt eval --help`"),
+    (
+        ["eval"],
+        "Missing argument 'RUN'",
+        "give a run's directory; `unipelt list runs` shows those below runs/",
+    ),
     (["eval", "nowhere"], "nowhere: not a run directory", "give a directory that `train` wrote"),
     (
         ["list", "method"],
@@ -604,7 +607,7 @@ BAD_DATA: list[tuple[str | bytes, list[str], str]] = [
     (
         "text,label\n" + GOOD.replace("no\n", "yes\n"),
         [],
-        "every train row of rows has the label 'yes'",
+        "every row has the label 'yes'",
     ),
     (b"", [], "empty"),
     (b"text,label\n\xff\xfe,yes\n", [], "UTF-8"),

@@ -698,7 +698,7 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch, failure):
             "{}, line 1: not UTF-8 (byte 0xff at offset 0)",
         ),
         ("a.csv", "body,label\na,b\n", "{}: no column 'text'"),
-        ("a.csv", "text;label\na;b\n", "{}: no column 'label'"),
+        ("a.csv", "text;other\na;b\n", "{}: no column 'label'"),
         ("a.jsonl", '{"text": "a"}\n', "{}: no column 'label'"),
         ("a.csv", "text,label\na,\n", "{}, line 2: the label is missing"),
         ("a.csv", "text,label\na,x\nb,NaN\n", "{}, line 3: the label is missing"),
@@ -943,7 +943,7 @@ def test_settings_that_the_rows_contradict_are_told(tmp_path, monkeypatch, setti
 @pytest.mark.parametrize(
     ("rows", "labels", "k", "message"),
     [
-        (50, ("x",), None, "data.k is not set: every train row of own has the label 'x'"),
+        (50, ("x",), None, "own: every row has the label 'x'"),
         (50, ("x", "y"), 1, "data.k = 1: every train row of own has the label"),
         (1, ("x",), None, "own: too few rows (1)"),
         (2, ("x", "y"), None, "own: too few rows (2)"),

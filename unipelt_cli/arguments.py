@@ -71,7 +71,7 @@ def resolve(
 ) -> "Experiment":
     """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
     layers = preset_layers(presets)
-    experiment = complete(layers, given(assignments, flags))
+    experiment = complete(layers, with_columns(layers, given(assignments, flags)))
     settle([experiment], offline, data_only=data_only)
     return experiment
 
@@ -94,6 +94,26 @@ def given(assignments: Sequence[str] | None, flags: "Settings") -> "Settings":
     }
     sets = [config.parse_assignment(text) for text in assignments or ()]
     return with_absolute_paths(config.merge([*sets, own]))
+
+
+def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Settings":
+    """Guess which columns of own rows hold text and label, where no layer says so, and say it."""
+    from unipelt_cli import config
+
+    data = config.merge([*(layer for _, layer in layers), own]).get("data", {})
+    path = data.get("train_file")
+    elsewhere = any(data.get(key) for key in ("dataset", "prepared", "tasks"))
+    named = {key: data.get(key) for key in ("text", "text_pair", "label")}
+    if not isinstance(path, str) or elsewhere or (named["text"] and named["label"]):
+        return own
+    if not all(value is None or isinstance(value, str) for value in named.values()):
+        return own  # said by the check of each key
+    from unipelt_cli import guess
+
+    found = guess.columns(Path(path), **named)
+    if processes.is_first():
+        render.say(("note: ", "yellow"), found.said)
+    return config.merge([{"data": found.settings}, own])
 
 
 def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Experiment":

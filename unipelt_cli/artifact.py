@@ -121,6 +121,17 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def writable(path: Path) -> Path:
+    """Return the nearest directory that is there; raise RunError if `path` cannot be made in it."""
+    nearest = next(own for own in (path, *path.absolute().parents) if own.exists())
+    with writing(path):
+        if not nearest.is_dir():
+            raise NotADirectoryError(None, "Not a directory")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise PermissionError(None, "Permission denied")
+    return nearest
+
+
 def sync(path: Path) -> None:
     """Have what was written there on the disk, so that a rename cannot overtake it."""
     number = os.open(path, os.O_RDONLY)

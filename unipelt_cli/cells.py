@@ -17,22 +17,31 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
 
 from unipelt_cli import columnar
 from unipelt_cli.errors import DataError
 from unipelt_cli.strict import parse_json
 from unipelt_cli.tasks import Glue, Task
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Far inside float32's range, so that squares of labels and their sums stay finite.
 LARGEST_VALUE = 1e15
 # What is read is held in memory, many times over.
 LARGEST_FILE = 2**31
+_OTHER_TYPES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), ": in the spreadsheet, save as CSV (UTF-8)"),
+    ".json": "; JSON lines have one object a line: jq -c '.[]' FILE.json > FILE.jsonl",
+    ".txt": ": rename it to .tsv if tabs part its columns, and .csv if commas do",
+}
+# By a byte-order mark, or taken for the encoding of older spreadsheets.
+_ENCODINGS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 FILL_IN = "fill it in, or drop the row"
 GIVE_FINITE = "give a number below 1e15"
 GIVE_ROWS = "give a file with labelled rows"
@@ -119,7 +128,7 @@ def require(origin: str, names: Iterable[str], found: Iterable[str]) -> None:
             raise DataError(f"{origin}: no column {short(name)}", f"columns found: {listed}")
 
 
-def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -> Dataset:
+def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -> "Dataset":
     """Build the checked rows of a task from the columns that hold its texts and label."""
     require(cells.origin, (*text, label), cells.columns)
     return encode(cells, task.text, text, _codes(cells, label, task))
@@ -127,7 +136,7 @@ def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -
 
 def encode(
     cells: Cells, names: Sequence[str], columns: Sequence[str], labels: pa.Array | None = None
-) -> Dataset:
+) -> "Dataset":
     """Build checked rows; `names` are our names of the text columns, `columns` the source's."""
     pairs = zip(names, columns, strict=True)
     arrays = {name: pa.array(cells.texts(column), pa.string()) for name, column in pairs}
@@ -137,8 +146,10 @@ def encode(
     return as_dataset(pa.table(arrays))
 
 
-def as_dataset(table: pa.Table) -> Dataset:
+def as_dataset(table: pa.Table) -> "Dataset":
     """Wrap a table; a random fingerprint spares hashing it, and nothing here is cached by it."""
+    from datasets import Dataset  # reads its offline switches now: columns are guessed before
+
     return Dataset(table.combine_chunks(), fingerprint=uuid.uuid4().hex[:16])
 
 
@@ -187,11 +198,15 @@ def read_cells(path: Path, header: bool = True, published: bool = False) -> Cell
         raise DataError(f"{origin}: empty file", GIVE_ROWS)
     if suffix == ".jsonl":
         return _jsonl(origin, text)
+    notes: tuple[str, ...] = ()
     if suffix == ".csv":
-        records = _csv_records(origin, text)
+        delimiter = _delimiter(text)
+        if delimiter != ",":
+            notes = (f"{path.name}: read with {delimiter!r} between its fields",)
+        records = _csv_records(origin, text, delimiter)
     else:
         records = ((number, line.split("\t")) for number, line in _lines(text))
-    return _grid(origin, records, header, published)
+    return _grid(origin, records, header, published, notes)
 
 
 def parse_cells(origin: str, content: bytes, columns: Sequence[str]) -> Cells:
@@ -230,7 +245,10 @@ def read_bytes(path: Path, suffixes: Sequence[str]) -> bytes:
         found = path.stat()
         if path.suffix.lower() not in suffixes and not stat.S_ISDIR(found.st_mode):
             what = f"unknown file type {path.suffix!r}"
-            raise DataError(f"{path}: {what}", f"give {', '.join(suffixes)}")
+            hint = f"give {', '.join(suffixes)}"
+            if suffixes == SUFFIXES:
+                hint += _OTHER_TYPES.get(path.suffix.lower(), "")
+            raise DataError(f"{path}: {what}", hint)
         if not stat.S_ISREG(found.st_mode):
             what = "Is a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
             raise DataError(f"{path}: {what}", "give the path of a file")
@@ -260,7 +278,9 @@ def _decoded(origin: str, content: bytes) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         what = f"not UTF-8 (byte 0x{content[error.start]:02x} at offset {error.start})"
-        raise DataError(f"{origin}, line {line}: {what}", "save the file as UTF-8") from error
+        encoding = _ENCODINGS.get(content[:2], "windows-1252")
+        hint = f"save it as UTF-8, for example: iconv -f {encoding} -t utf-8 FILE > NEW"
+        raise DataError(f"{origin}, line {line}: {what}", hint) from error
     return text if text.strip() else ""
 
 
@@ -270,10 +290,16 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
         yield number, line.removesuffix("\n").removesuffix("\r")
 
 
-def _csv_records(origin: str, text: str) -> Iterator[tuple[int, list[str]]]:
+def _delimiter(text: str) -> str:
+    """Return what parts the fields: a comma, unless the first line has none, and another does."""
+    first = text.partition("\n")[0]
+    return next((mark for mark in ",;\t" if mark in first), ",")
+
+
+def _csv_records(origin: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield each record with the line on which it starts; quoted fields may hold line ends."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
         for record in reader:
@@ -285,7 +311,11 @@ def _csv_records(origin: str, text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _grid(
-    origin: str, records: Iterator[tuple[int, list[str]]], header: bool, published: bool
+    origin: str,
+    records: Iterator[tuple[int, list[str]]],
+    header: bool,
+    published: bool,
+    notes: tuple[str, ...],
 ) -> Cells:
     """Turn records into columns; of published files, up to 1 % of garbled rows are left out."""
     start, first = next(records)
@@ -313,7 +343,7 @@ def _grid(
         raise DataError(wrong, hint)
     if not rows:
         raise DataError(f"{origin}: a header but no rows", GIVE_ROWS)
-    notes = (f"{origin}: garbled rows left out: {bad}",) if bad else ()
+    notes += (f"{origin}: garbled rows left out: {bad}",) if bad else ()
     return Cells(origin, dict(zip(names, columns, strict=True)), rows, lines, published, notes)
 
 

@@ -10,6 +10,8 @@ import typer
 from unipelt_cli import (
     __version__,
     arguments,
+    before,
+    completion,
     finished,
     inside,
     options,
@@ -18,8 +20,9 @@ from unipelt_cli import (
     several,
     sharing,
     shipping,
+    talk,
 )
-from unipelt_cli.errors import CheckError, ConfigError, nearest
+from unipelt_cli.errors import CheckError, ConfigError
 from unipelt_cli.libraries import importing
 from unipelt_cli.shell import INTERRUPTED, Commands, leave, obey_requests, print_json
 
@@ -168,24 +171,27 @@ def train(
     found = processes.tried(resolved)  # before accelerate can import what reads offline switches
     with processes.joined() as joined:
         if not joined.is_main:
-            render.hush()
+            talk.hush()
         grid = joined.each(described)
-        if dry_run:
-            joined.each(lambda: _dry_run(next(iter(grid.values())), as_json, len(grid)))
-            return
         from unipelt_cli import watching
         from unipelt_cli.grid import run_name
 
         mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
-        if data_seeds is None and seeds is None:
+        is_one = data_seeds is None and seeds is None
+        root = out or Path("runs")
+        directories = [root / run_name(own) for own in grid.values()]
+        if is_one and out is not None:
+            directories = [out]
+        if dry_run:
+            first = next(iter(grid.values()))
+            joined.each(lambda: before.dry_run(first, directories, mode, as_json))
+            return
+        if is_one:
             (experiment,) = grid.values()
-            directory = out or Path("runs") / run_name(experiment)
-            answer = watching.train(experiment, directory, mode, joined, trackers)
+            answer = watching.train(experiment, directories[0], mode, joined, trackers)
         else:
-            root = out or Path("runs")
-            directories = [root / run_name(own) for own in grid.values()]
             answer = watching.train_together(grid, directories, mode, trackers)
-    if as_json and not render.is_hushed():
+    if as_json and not talk.is_hushed():
         print_json(answer)
     if failed := answer.get("failed"):
         raise CheckError(
@@ -194,77 +200,8 @@ def train(
         )
 
 
-@app.command("list")
-def list_(
-    what: Annotated[
-        str,
-        typer.Argument(metavar="WHAT", help="tasks, methods, presets, sweeps, backbones or runs."),
-    ],
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path(
-        "runs"
-    ),
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|DIR", help="The backbone that methods are counted on. (default BERT-base)"
-        ),
-    ] = None,
-    offline: options.Offline = False,
-    as_json: options.Json = False,
-) -> None:
-    """List what there is to choose from, or the runs in a directory.
-
-    Example: unipelt list methods --model minilm
-    """
-    if model is not None and what != "methods":
-        raise ConfigError(f"--model {model!r}: only methods are counted on one", "drop --model")
-    if model is not None:
-        arguments.settle_backbone(model, offline)
-    with importing():
-        from unipelt_cli import listing
-
-    if what not in listing.LISTS:
-        raise ConfigError(f"list {what!r}: no such list", nearest(what, listing.LISTS))
-    entries = listing.entries(what, directory, model)
-    if as_json:
-        print_json({what: entries})
-        return
-    if what == "methods":
-        render.method_table(entries, model or "BERT-base")
-        return
-    columns = list(entries[0]) if entries else []
-    render.table(columns, [[render.cell(entry[c]) for c in columns] for entry in entries])
-    if not entries:
-        render.say(f"no {what} in {directory}")
-
-
-def _dry_run(experiment: "Experiment", as_json: bool, runs: int) -> None:
-    from unipelt_cli import execution, watching
-
-    experiment, prepared, tuned = execution.plan(experiment)
-    counts = tuned.parameter_counts()
-    manifests = [own.manifest for own in prepared]
-    watching.summarise(manifests)
-    render.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
-    render.say(
-        f"{experiment.method_name} on {experiment.model.backbone}, {tuned.pooling} pooling, "
-        f"{tuned.precision} on {tuned.device.type}; "
-        + (f"the first of {runs} runs; " if runs > 1 else "")
-        + "nothing was written"
-    )
-    if as_json and not render.is_hushed():
-        described = {
-            key: {
-                manifest["task"]: {name: split[key] for name, split in manifest["splits"].items()}
-                for manifest in manifests
-            }
-            for key in ("rows", "labels")
-        }
-        if len(manifests) == 1:
-            described = {key: next(iter(each.values())) for key, each in described.items()}
-        print_json({**counts, **described, "experiment": experiment.settings()})
-
-
+app.command("list")(before.list_)
+app.command()(before.doctor)
 app.command("eval")(finished.evaluate)
 app.command()(finished.predict)
 app.command("inspect-gates")(inside.inspect_gates)
@@ -275,6 +212,7 @@ app.command()(finished.reproduce)
 app.command()(several.sweep)
 app.command()(several.compare)
 app.command()(several.recommend)
+completion.attach(app)
 
 
 def main() -> None:

@@ -270,7 +270,7 @@ def _data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
         if data.task is None:
             yield (
                 "data.task is not set",
-                "give --task NAME, or --train-file FILE --text COLUMN --label COLUMN",
+                "give --task NAME, or your own rows with --train-file FILE",
             )
         else:
             try:

@@ -269,6 +269,11 @@ def _check_classes(task: Task, train: Dataset, k: int | None) -> None:
     if not task.is_regression and len(drawn) == 1:
         setting = "data.k is not set" if k is None else f"data.k = {k}"
         label = short(task.labels[drawn.pop()])
+        if len(task.labels) == 1:
+            raise DataError(
+                f"{task.name}: every row has the label {label}",
+                "give rows of at least two classes, or another column with --label",
+            )
         raise DataError(
             f"{setting}: every train row of {task.name} has the label {label}",
             "give rows of at least two classes: a larger --k, another --data-seed or other data",

@@ -49,6 +49,7 @@ def nearest(name: str, choices: Iterable[str], shown_by: str | None = None) -> s
     Where they are many, `shown_by` is the command that shows them.
     """
     names = sorted(choices)
-    close = get_close_matches(name, names, n=1)
+    folded = {own.casefold(): own for own in names}
+    close = get_close_matches(name.casefold(), folded, n=1)
     listed = f"choose one of {', '.join(names)}" if shown_by is None else f"see `{shown_by}`"
-    return f"did you mean {close[0]}? otherwise {listed}" if close else listed
+    return f"did you mean {folded[close[0]]}? otherwise {listed}" if close else listed

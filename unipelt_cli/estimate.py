@@ -1,20 +1,24 @@
-"""What a grid would take: a few real steps of each method, and how many tokens its cells have."""
+"""What runs would take: a few real steps of each method, and how many tokens they have."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from unipelt_cli import libraries, memory
 from unipelt_cli.config import Experiment
+from unipelt_cli.data import Prepared
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.evaluation import compute_logits
-from unipelt_cli.execution import Shared, loop_of, plan
+from unipelt_cli.execution import Shared, longest_batch, loop_of, plan
 from unipelt_cli.grid import Cell
-from unipelt_cli.training import Step
+from unipelt_cli.modeling import OPTIMISED, Tuned, choose_device
+from unipelt_cli.training import Step, Training
 
 STEPS = 4
 ROWS = 64
 SETUP_SECONDS = 1.0  # rows, model, reading back
+KEPT = 3  # times a batch's memory that a CPU's allocator keeps in the end, measured
 OTHER_BYTES = 40_000  # a run directory without its tensors
 
 
@@ -28,6 +32,42 @@ class Estimate:
     least_seconds: float
     most_seconds: float
     disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes that a run holds at its peak, and those that the device can still give."""
+
+    process: int
+    """Held before the model: Python, the libraries, the rows. Nothing on a GPU."""
+    weights: int
+    """Of the model, and in float32 of the one that is read back to be checked at the end."""
+    states: int
+    """A gradient and two moments of each number that trains."""
+    activations: int
+    """What the longest batch keeps for the backward pass."""
+    free: int | None
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.process + self.weights + self.states + self.activations
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device can give what is not held yet; None where it does not say."""
+        return None if self.free is None else self.total - self.process <= self.free
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One run before it is trained: what it would train on, and what that would take."""
+
+    experiment: Experiment
+    prepared: tuple[Prepared, ...]
+    tuned: Tuned
+    cost: Estimate
+    memory: Memory
 
 
 @dataclass(frozen=True)
@@ -52,7 +92,9 @@ def estimate(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Estimate | UnipeltEr
         place = (data, experiment.model.backbone, experiment.model.max_length)
         if key not in speeds or place not in sizes:
             try:
-                speed, size = _measure(experiment, shared)
+                planned, prepared, tuned = plan(experiment, shared)
+                loop = loop_of(planned, prepared, tuned, shared)
+                speed, size = _measure(loop, prepared)
             except UnipeltError as error:
                 yield cell, error
                 continue
@@ -61,17 +103,46 @@ def estimate(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Estimate | UnipeltEr
         yield cell, _cost(experiment, speeds[key], sizes[place])
 
 
+def outlook(experiment: Experiment) -> Outlook:
+    """Make everything ready that a run needs, and take a few steps; write nothing.
+
+    Raises what the run itself would raise before it trains.
+    """
+    shared = Shared()
+    shared.prepare(experiment.data)
+    libraries.transformers()
+    device = choose_device(experiment.train.device)
+    held, free = memory.held(device), memory.available(device)
+    experiment, prepared, tuned = plan(experiment, shared)
+    loop = loop_of(experiment, prepared, tuned, shared)
+    needed = Memory(held, *_needed(loop), free)
+    return Outlook(
+        experiment, prepared, tuned, _cost(experiment, *_measure(loop, prepared)), needed
+    )
+
+
+def _needed(loop: Training) -> tuple[int, int, int]:
+    """Return the bytes of weights, states and activations."""
+    classifier, device = loop.tuned.classifier, loop.tuned.device
+    tensors = [*classifier.parameters(), *classifier.buffers()]
+    weights = sum(own.numel() * (own.element_size() + 4) for own in tensors)
+    trained = sum(own.numel() for own in classifier.parameters() if own.requires_grad)
+    activations = memory.activations(*longest_batch(loop), classifier.backbone.config)
+    times = 1 if device.type == "cuda" else KEPT
+    return weights, 4 * OPTIMISED * trained, times * activations
+
+
 def _kind(experiment: Experiment) -> str:
     settings = experiment.settings()
     train = {key: settings["train"][key] for key in ("batch_size", "device", "precision")}
     return repr((settings["model"], settings["method"], train))
 
 
-def _measure(experiment: Experiment, shared: Shared) -> tuple[_Speed, tuple[float, float, float]]:
+def _measure(
+    loop: Training, prepared: Sequence[Prepared]
+) -> tuple[_Speed, tuple[float, float, float]]:
     """Take a few steps, score a few rows, and count the tokens of train, dev and test."""
-    experiment, prepared, tuned = plan(experiment, shared)
-    loop = loop_of(experiment, prepared, tuned, shared)
-    rates = []
+    tuned, rates = loop.tuned, list[float]()
     for event in loop.events():
         if isinstance(event, Step):
             rates.append(event.tokens_per_second)
@@ -93,11 +164,16 @@ def _measure(experiment: Experiment, shared: Shared) -> tuple[_Speed, tuple[floa
     return speed, (train, scored, test)
 
 
-def _cost(experiment: Experiment, speed: _Speed, size: tuple[float, float, float]) -> Estimate:
+def _cost(
+    experiment: Experiment,
+    speed: _Speed,
+    size: tuple[float, float, float],
+    setup: float = SETUP_SECONDS,
+) -> Estimate:
     train, dev, test = size
     settings = experiment.train
     epoch = train / speed.train + dev / speed.evaluation
-    once = SETUP_SECONDS + test / speed.evaluation
+    once = setup + test / speed.evaluation
     least = min(settings.epochs, speed.stages * (settings.patience + 1))
     disk = 4 * speed.stored + OTHER_BYTES
     return Estimate(once + least * epoch, once + settings.epochs * epoch, disk)

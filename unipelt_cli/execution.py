@@ -390,10 +390,15 @@ def loop_of(
 
 def _doubt(training: Training) -> str | None:
     """Say where the longest rows may not fit into memory as one batch."""
-    lengths = max((course.train[0].lengths for course in training.courses), key=max)
-    rows = min(training.settings.batch_size, len(lengths))
     tuned = training.tuned
-    return memory.doubt(rows, max(lengths), tuned.classifier.backbone.config, tuned.device)
+    batch = longest_batch(training)
+    return memory.doubt(*batch, tuned.classifier.backbone.config, tuned.device)
+
+
+def longest_batch(training: Training) -> tuple[int, int]:
+    """Return the rows and the tokens a row of the longest batch that there can be."""
+    lengths = max((course.train[0].lengths for course in training.courses), key=max)
+    return min(training.settings.batch_size, len(lengths)), int(max(lengths))
 
 
 def _restore(training: Training, writer: Writer) -> float:

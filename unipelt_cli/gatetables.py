@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from unipelt_cli.inspection import NEARLY_CLOSED, Layers, gate_names, over_layers
-from unipelt_cli.render import console, plain, say
+from unipelt_cli.render import plain, say
+from unipelt_cli.talk import console
 
 Answer = Mapping[str, Any]
 Item = TypeVar("Item")

@@ -62,13 +62,18 @@ def require(numbers: int, times: int, what: str, device: torch.device) -> None:
         )
 
 
-def doubt(rows: int, length: int, config: Any, device: torch.device) -> str | None:
-    """Say where a training batch may not fit, as far as that can be known before; None elsewhere.
+def activations(rows: int, length: int, config: Any) -> int:
+    """Return the bytes that a batch keeps for the backward pass, about.
 
-    What is kept for the backward pass is about sixteen numbers for each of a layer's units.
+    That is sixteen numbers for each of a layer's units.
     """
     layers = getattr(config, "num_hidden_layers", 1)
-    needed = 4 * 16 * rows * length * layers * config.hidden_size
+    return int(4 * 16 * rows * length * layers * config.hidden_size)
+
+
+def doubt(rows: int, length: int, config: Any, device: torch.device) -> str | None:
+    """Say where a training batch may not fit, as far as that is known before; None elsewhere."""
+    needed = activations(rows, length, config)
     free = available(device)
     if free is None or needed <= free:
         return None
@@ -84,6 +89,17 @@ def available(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     known = [bound for bound in (_free(), _limit()) if bound is not None]
     return min(known, default=None)
+
+
+def held(device: torch.device) -> int:
+    """Return the bytes that this process has now; its peak where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak(device)
 
 
 def peak(device: torch.device) -> int:

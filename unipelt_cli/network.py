@@ -7,6 +7,8 @@ switches only when they are imported.
 import os
 import socket
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,8 +34,7 @@ def require_cached(*, backbone: str | None, dataset: str | None) -> None:
     """
     if not is_offline():
         return
-    hub = Path(os.environ.get("HF_HUB_CACHE", home() / "hub"))
-    data = Path(os.environ.get("HF_DATASETS_CACHE", home() / "datasets"))
+    hub, data = caches()
     lacks = "not in the local cache, and the hub cannot be reached"
     if dataset is not None:
         places = (
@@ -58,6 +59,18 @@ def home() -> Path:
     return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
 
 
+def caches() -> tuple[Path, Path]:
+    """Return where they keep backbones, and data sets."""
+    hub = Path(os.environ.get("HF_HUB_CACHE", home() / "hub"))
+    return hub, Path(os.environ.get("HF_DATASETS_CACHE", home() / "datasets"))
+
+
+def cached_backbones() -> list[str]:
+    """Return the hub names of the backbones that were fetched before."""
+    found = caches()[0].glob("models--*")
+    return sorted(path.name.removeprefix("models--").replace("--", "/") for path in found)
+
+
 def names_hub(backbone: str) -> bool:
     """Say whether finding a backbone of this name would ask the hub."""
     return backbone != "minilm" and not is_path(backbone) and not Path(backbone).is_dir()
@@ -74,14 +87,19 @@ def is_offline() -> bool:
 
 
 def _hub_answers() -> bool:
-    """Probe the hub's port; resolving names can hang, so it runs in a thread with a deadline."""
-    if is_offline():
-        return False
+    return not is_offline() and probing()()
+
+
+def probing() -> Callable[[], bool]:
+    """Begin to probe the hub's port; what is returned waits for the answer, and not long.
+
+    Resolving names can hang, so it runs in a thread with a deadline.
+    """
     try:
         address = _address()
     except ValueError:
-        return False
-    answered = threading.Event()
+        return lambda: False
+    answered, end = threading.Event(), time.monotonic() + PROBE_SECONDS
 
     def probe() -> None:
         try:
@@ -92,8 +110,12 @@ def _hub_answers() -> bool:
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
+
+    def answers() -> bool:
+        thread.join(max(0.0, end - time.monotonic()))
+        return answered.is_set()
+
+    return answers
 
 
 def _address() -> tuple[str, int]:

@@ -194,6 +194,11 @@ def launched() -> int:
     return int(said)
 
 
+def is_first() -> bool:
+    """Say whether this process is the one that talks, before the others can be reached."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Inside, this process knows the others that were launched with it; most often it is alone.

@@ -1,16 +1,15 @@
 """What people see: tables, progress and pictures."""
 
-import io
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean, stdev
-from typing import IO, Any, cast
+from typing import Any
 
-from rich.console import Console, JustifyMethod
+from rich.cells import cell_len
+from rich.console import JustifyMethod
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -23,74 +22,17 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from unipelt_cli.talk import can_move, console
+
 _CHANGE = ("before", "after")
-_is_hushed = False
-
-
-class _Talk(io.TextIOBase):
-    """Standard error, whose reader may go or whose disk may fill: talk must not end a run."""
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return getattr(sys.stderr, "encoding", None) or "utf-8"
-
-    def write(self, text: str) -> int:
-        self._try(lambda: sys.stderr.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(lambda: sys.stderr.flush())
-
-    def isatty(self) -> bool:
-        return bool(self._try(lambda: sys.stderr.isatty()))
-
-    def fileno(self) -> int:
-        return sys.stderr.fileno()
-
-    def _try(self, do: Callable[[], Any]) -> Any:
-        try:
-            return None if sys.stderr is None or _is_hushed else do()
-        except (OSError, ValueError):
-            discard(sys.stderr)
-            return None
-
-
-def hush() -> None:
-    """Say nothing from now on: of several processes of one run, one talks."""
-    global _is_hushed  # as the streams are the process's
-    _is_hushed = True
-
-
-def is_hushed() -> bool:
-    """Say whether another process talks, and answers, in this one's place."""
-    return _is_hushed
-
-
-def discard(stream: Any) -> None:
-    """Send what a stream still holds, and all that comes, nowhere: Python ends without a word."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def console() -> Console:
-    """Return the console for talk: stderr, 80 columns where nobody says otherwise."""
-    width = None if os.environ.get("COLUMNS") or _is_terminal() else 80
-    return Console(file=_talk(), width=width, highlight=False, soft_wrap=False)
-
-
-def _is_terminal() -> bool:
-    return Console(file=_talk()).is_terminal
-
-
-def _talk() -> IO[str]:
-    return cast(IO[str], _Talk())
+GAP = 2
 
 
 def error(message: str, hint: str) -> None:
     """Print what is wrong and what to do, each on a line of its own."""
-    out = Console(file=_talk(), highlight=False, soft_wrap=True)
-    out.print(Text.assemble(("error: ", "bold red"), plain(message)))
-    out.print(Text.assemble(("hint: ", "bold cyan"), plain(hint)))
+    out = console()
+    out.print(Text.assemble(("error: ", "bold red"), plain(message)), soft_wrap=True)
+    out.print(Text.assemble(("hint: ", "bold cyan"), plain(hint)), soft_wrap=True)
 
 
 def say(*parts: str | tuple[str, str]) -> None:
@@ -116,14 +58,24 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     console().print(view)
 
 
-def check_table(checks: Sequence[tuple[str, bool | None, str]]) -> None:
-    """Print what was checked: whether it holds, and what was found."""
+def check_table(
+    checks: Sequence[tuple[str, bool | None, str]],
+    remedies: Sequence[str | None] = (),
+    otherwise: str = "not checked",
+) -> None:
+    """Print what was checked: whether it holds, what was found, and below it how to mend it."""
     words = {
         True: Text("ok", "green"),
         False: Text("FAILED", "bold red"),
-        None: Text("not checked"),
+        None: Text(otherwise),
     }
-    table(("check", "", "found"), [[what, words[passed], said] for what, passed, said in checks])
+    rows: list[tuple[str, Text, Text]] = []
+    for (what, passed, said), remedy in zip_longest(checks, remedies):
+        found = Text(plain(said))
+        if remedy is not None:
+            found = Text.assemble(found, "\n", ("fix: ", "cyan"), plain(remedy))
+        rows.append((what, words[passed], found))
+    table(("check", "", "found"), rows)
 
 
 def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
@@ -178,8 +130,10 @@ class TrainingView:
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
-            redirect_stderr=False,  # the console writes there itself: each line would come back
+            # Talk finds its way to stderr by itself: caught and printed again, it never ends.
+            redirect_stdout=False,
+            redirect_stderr=False,
+            disable=not can_move(self.console),
         )
         self.bar: TaskID | None = None
 
@@ -227,11 +181,15 @@ class SweepView:
         self.start = time.monotonic()
         self.console = console()
         self.live = Live(
-            console=self.console, transient=True, auto_refresh=False, redirect_stderr=False
+            console=self.console,
+            transient=True,
+            auto_refresh=False,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
 
     def __enter__(self) -> "SweepView":
-        if self.console.is_terminal:
+        if can_move(self.console):
             self.live.start()
         return self
 
@@ -253,7 +211,7 @@ class SweepView:
         best: Mapping[str, tuple[str, float]],
     ) -> None:
         """Draw what runs now, as (name, epoch, score), and the best method of each task."""
-        if not self.console.is_terminal:
+        if not can_move(self.console):
             return
         view = Table(box=None, pad_edge=False)
         view.add_column(self._summary(len(running)), no_wrap=True, overflow="ellipsis", ratio=1)
@@ -305,15 +263,30 @@ def live() -> Iterator[Callable[[str, int], TrainingView]]:
 
 def data_summary(manifest: Mapping[str, Any]) -> None:
     """Print the splits: rows, labels, lengths, and what was noticed about them."""
-    rows = []
+    columns, rows, counts = ("split", "rows", "words", "max"), [], []
     for name, split in manifest["splits"].items():
-        labels = split["labels"]
-        shown = "  ".join(f"{label} {_short(count)}" for label, count in labels.items())
         words = split["words"]
-        rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"]), shown])
-    table(("split", "rows", "words", "max", "labels"), rows)
+        rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"])])
+        labels = split["labels"].items()
+        counts.append([f"{plain(label)} {_short(count)}" for label, count in labels])
+    used = sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))
+    room = console().width - used
+    shown = [[*row, _packed(own, room)] for row, own in zip(rows, counts, strict=True)]
+    table((*columns, "labels"), shown)
     for note in (*manifest["notes"], *_repeated(manifest)):
         say(("note: ", "yellow"), note)
+
+
+def _packed(words: Sequence[str], room: int) -> Text:
+    """Put words on lines: each one whole, where it is not longer than a line."""
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]}{' ' * GAP if lines[-1] else ''}{word}"
+        if lines[-1] and cell_len(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return Text("\n".join(lines))
 
 
 def _repeated(manifest: Mapping[str, Any]) -> Iterator[str]:

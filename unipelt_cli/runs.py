@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def _answers(tensor: Tensor | None, task: Task) -> Values | None:
 def read(directory: Path) -> Run:
     """Read a finished run; raise RunError when it is absent, unfinished, damaged or newer."""
     if not (directory / EXPERIMENT).is_file():
-        raise RunError(f"{directory}: not a run directory", "give a directory that `train` wrote")
+        raise RunError(f"{directory}: not a run directory", _where_runs_are(directory))
     if not os.path.lexists(directory / RESULT):
         raise RunError(
             f"{directory}: unfinished, {describe_progress(directory)}",
@@ -293,6 +294,17 @@ def _revision(name: str | None) -> str:
 def read_experiment(directory: Path) -> Experiment:
     """Read the resolved experiment of a run directory."""
     return resolve([("", read_preset(str(artifact.own_file(directory / EXPERIMENT))))])
+
+
+def _where_runs_are(directory: Path) -> str:
+    """Return the hint for what is no run: those below it, else the nearest name beside it."""
+    if below := sorted(path.parent for path in directory.glob(f"*/{RESULT}")):
+        return f"it holds runs: give one of them, such as {below[0]}"
+    beside = (directory.parent, Path("runs"))
+    found = {path.parent.name: path.parent for own in beside for path in own.glob(f"*/{RESULT}")}
+    if close := get_close_matches(directory.name, found, n=1):
+        return f"did you mean {found[close[0]]}? otherwise see `unipelt list runs`"
+    return "give a directory that `train` wrote"
 
 
 def describe_progress(directory: Path) -> str:

@@ -7,8 +7,9 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from unipelt_cli.render import console, is_number, plain
+from unipelt_cli.render import is_number, plain
 from unipelt_cli.sheets import Sheet
+from unipelt_cli.talk import console
 
 GAP = 2
 LABEL_CELLS = 24  # of the column that every block repeats

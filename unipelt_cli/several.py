@@ -1,6 +1,7 @@
 """The commands over several runs."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -259,7 +260,7 @@ def recommend(
     from unipelt_cli import artifact, config, execution, render
 
     seconds = recommending.seconds_of(budget)
-    own = arguments.given(settings, flags)
+    own = arguments.with_columns([], arguments.given(settings, flags))
     arguments.settle([arguments.complete([], own)], offline)
 
     def base(name: str, rate: float) -> "Experiment":
@@ -361,6 +362,8 @@ def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
     from unipelt_cli.execution import with_drawn_rows
 
     layers = arguments.preset_layers([preset] if preset else [])
+    shared = [*layers, ("", asked.settings)]
+    asked = replace(asked, flags=arguments.with_columns(shared, asked.flags))
     cells = asked.cells(lambda own: with_drawn_rows(arguments.complete(layers, config.merge(own))))
     arguments.settle((cell.experiment for cell in cells), offline)
     return cells

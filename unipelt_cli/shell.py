@@ -12,12 +12,18 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from unipelt_cli import render
+from unipelt_cli import completion, habits, render, talk
 from unipelt_cli.errors import UnipeltError, nearest
 from unipelt_cli.libraries import is_importing
 
 INTERRUPTED = 130
 USAGE = 2
+MISSING = {
+    "run": "give a run's directory; `unipelt list runs` shows those below runs/",
+    "file": "give a file with the run's text columns, or - to read lines from stdin",
+    "what": f"give one of {', '.join(completion.LISTS)}",
+    "directories": "give runs, or directories that hold some, for example runs/",
+}
 _was_asked = False
 # Typer carries its own Click, whose classes it does not export one by one.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -47,7 +53,7 @@ class Commands(TyperGroup):
                     raise KeyboardInterrupt from None
                 raise
         except UsageError as error:
-            code = _fail(*_usage(error), USAGE)
+            code = _fail(*_usage(error, sys.argv[1:] if args is None else args), USAGE)
         except UnipeltError as error:
             if debug:
                 raise
@@ -59,7 +65,7 @@ class Commands(TyperGroup):
         except SystemExit as ended:  # the parser's own way out of a pipe that was closed
             code = 0 if isinstance(ended.__context__, BrokenPipeError) else ended.code
         except (KeyboardInterrupt, typer.Abort):
-            render.discard(sys.stdout)  # half an answer would look whole
+            talk.discard(sys.stdout)  # half an answer would look whole
             code = INTERRUPTED
         code = code if isinstance(code, int) else 0
         if standalone_mode:
@@ -71,7 +77,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            render.discard(sys.stdout)
+            talk.discard(sys.stdout)
             return 0
 
 
@@ -86,7 +92,7 @@ def _flush() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        render.discard(sys.stdout)
+        talk.discard(sys.stdout)
 
 
 def _system(error: OSError) -> tuple[str, str]:
@@ -94,7 +100,7 @@ def _system(error: OSError) -> tuple[str, str]:
     reason = error.strerror or type(error).__name__
     if error.filename is not None:
         return f"{error.filename}: {reason}", "check the path and its rights"
-    render.discard(sys.stdout)  # most likely what failed: it must not fail again at the end
+    talk.discard(sys.stdout)  # most likely what failed: it must not fail again at the end
     return f"the output cannot be written: {reason}", "check the disk, and where the output goes"
 
 
@@ -128,17 +134,29 @@ def _fail(message: str, hint: str, code: int) -> int:
     return code
 
 
-def _usage(error: Any) -> tuple[str, str]:
+def _usage(error: Any, given: Sequence[str]) -> tuple[str, str]:
     """Turn a parser's error into what is wrong and what to do."""
     message = " ".join(error.format_message().split())
     message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message).rstrip(".")
     path = error.ctx.command_path if error.ctx is not None else "unipelt"
+    see = f"see `{path} --help`"
+    if error.ctx is None:
+        return message, see
+    options = [o for p in error.ctx.command.params for o in p.opts if o.startswith("--")]
     name = getattr(error, "option_name", None)
-    if name is not None and error.ctx is not None:
-        options = [o for p in error.ctx.command.params for o in p.opts if o.startswith("--")]
+    if name is not None:
         close = nearest(name, options).partition(" otherwise")[0]
-        return message, f"{close} see `{path} --help`" if "?" in close else f"see `{path} --help`"
-    unknown = re.match(r"No such command '(.*)'", message)
-    if unknown:
-        return message, nearest(unknown[1], error.ctx.command.commands)
-    return message[0].upper() + message[1:], f"see `{path} --help`"
+        known = habits.option(name, given, options)
+        return message, known or (f"{close} {see}" if "?" in close else see)
+    if unknown := re.match(r"No such command '(.*)'", message):
+        return message, habits.command(unknown[1], list(error.ctx.command.commands))
+    if extra := re.match(r"Got unexpected extra argument\S* \(([^\s)]+)", message):
+        known = habits.argument(extra[1], given, options)
+        return message.replace("(s)", ""), known or see
+    if wrong := re.match(r"Invalid value for '(--\S+)'.*valid integer", message):
+        value = habits.value_of(wrong[1], given) or ""
+        return f"{wrong[1]} {value!r}: not a whole number", habits.number(wrong[1], value)
+    missing = getattr(error, "param", None)
+    if message.startswith("Missing") and missing is not None and missing.name in MISSING:
+        return message, MISSING[missing.name]
+    return message[0].upper() + message[1:], see

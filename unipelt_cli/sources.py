@@ -108,12 +108,18 @@ def _packaged(task: Task) -> Found:
 
 
 def _glue_directory(task: Task, glue: Glue, root: Path) -> Found:
-    folder = _glue_folder(task.name, glue.folder, root)
     header = isinstance(glue.label, str)
-    files = {"train": folder / "train.tsv", "test": folder / f"{glue.dev}.tsv"}
+    files = glue_files(task, root)
     cells = {split: read_cells(path, header, published=True) for split, path in files.items()}
     source = {"kind": "directory", "path": str(root)}
     return _found(task, source, cells, [str(column) for column in glue.columns], str(glue.label))
+
+
+def glue_files(task: Task, root: Path) -> dict[str, Path]:
+    """Return where a task's splits lie in GLUE's layout; raise DataError without its folder."""
+    assert isinstance(task.source, Glue)
+    folder = _glue_folder(task.name, task.source.folder, root)
+    return {"train": folder / "train.tsv", "test": folder / f"{task.source.dev}.tsv"}
 
 
 def _glue_folder(name: str, folder: str, root: Path) -> Path:

@@ -250,7 +250,12 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 def get_task(name: str) -> Task:
     """Return the task called `name`; raise ConfigError with the nearest name if there is none."""
     if name not in TASKS:
-        raise ConfigError(f"data.task = {name!r}: no such task", nearest(name, TASKS))
+        hint = nearest(name, TASKS)
+        if "," in name and all(one in TASKS for one in name.split(",")):
+            hint = f"write --tasks {name} to train one model on them all"
+        elif name.endswith((".csv", ".tsv", ".jsonl", ".parquet")):
+            hint = f"write --train-file {name} for rows of your own"
+        raise ConfigError(f"data.task = {name!r}: no such task", hint)
     return TASKS[name]
 
 

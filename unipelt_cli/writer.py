@@ -63,15 +63,13 @@ class Writer:
         One that exists needs `overwrite`, may hold no file that no run wrote, and may not be
         another process's.
         """
-        directory = self.directory
-        nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-        with artifact.writing(directory):
-            if not nearest.is_dir():
-                raise NotADirectoryError(None, "Not a directory")
-            if not os.access(nearest, os.W_OK | os.X_OK):
-                raise PermissionError(None, "Permission denied")
-        if nearest == directory:
+        if artifact.writable(self.directory) == self.directory:
             self.claim()
+            self._check_content(overwrite)
+
+    def foresee(self, *, overwrite: bool = False) -> None:
+        """Raise RunError for what `check` would find now, but take no right and write nothing."""
+        if artifact.writable(self.directory) == self.directory:
             self._check_content(overwrite)
 
     def claim(self) -> None:

@@ -53,5 +53,7 @@ def get(name: str) -> Recipe:
     """Return the recipe called `name`; raise ConfigError with the nearest name if absent."""
     if name not in table():
         hint = nearest(name, table(), "unipelt list methods")
+        if "," in name:
+            hint = f"a run has one method; write `unipelt sweep --methods {name}` for a run of each"
         raise ConfigError(f"method.name = {name!r}: no such method", hint)
     return table()[name]

@@ -1,0 +1,110 @@
+"""The stream of talk: stderr with its width, colours and encoding, and what it may do to a run."""
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import IO, Any, cast
+
+from rich.console import Console
+
+COLUMNS, LINES = 80, 25
+# What an encoding that is not Unicode gets in place of a sign, one for one: columns stay straight.
+SIGNS = str.maketrans("±·…█▉▊▋▌▍▎▏━╸╺", "~..#####...---")
+_is_hushed = False
+
+
+class _Talk(io.TextIOBase):
+    """Standard error, whose reader may go or whose disk may fill: talk must not end a run."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.stderr, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        self._try(lambda: sys.stderr.write(self._encodable(text)))
+        return len(text)
+
+    def _encodable(self, text: str) -> str:
+        try:
+            text.encode(self.encoding)
+        except UnicodeEncodeError:
+            plain = text.translate(SIGNS)
+            return plain.encode(self.encoding, "replace").decode(self.encoding)
+        return text
+
+    def flush(self) -> None:
+        self._try(lambda: sys.stderr.flush())
+
+    def isatty(self) -> bool:
+        return bool(self._try(lambda: sys.stderr.isatty()))
+
+    def fileno(self) -> int:
+        return sys.stderr.fileno()
+
+    def _try(self, do: Callable[[], Any]) -> Any:
+        try:
+            return None if sys.stderr is None or _is_hushed else do()
+        except (OSError, ValueError):
+            discard(sys.stderr)
+            return None
+
+
+def hush() -> None:
+    """Say nothing from now on: of several processes of one run, one talks."""
+    global _is_hushed  # as the streams are the process's
+    _is_hushed = True
+
+
+def is_hushed() -> bool:
+    """Say whether another process talks, and answers, in this one's place."""
+    return _is_hushed
+
+
+def discard(stream: Any) -> None:
+    """Send what a stream still holds, and all that comes, nowhere: Python ends without a word."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def console() -> Console:
+    """Return the console for talk: stderr, 80 columns where nobody says otherwise."""
+    width, height = _size()
+    return Console(
+        file=_talk(), width=width, height=height, force_terminal=_forced(), highlight=False
+    )
+
+
+def _size() -> tuple[int, int]:
+    """Return columns and lines; a terminal says them even where it can do nothing else."""
+    try:
+        found = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):  # no terminal, or nothing at all
+        found = os.terminal_size((0, 0))
+    said = os.environ.get("COLUMNS", "")
+    columns = int(said) if said.isdecimal() else found.columns
+    return columns or COLUMNS, found.lines or LINES
+
+
+def _forced() -> bool | None:
+    """Return False where nothing but text is wanted; without an answer rich looks by itself."""
+    return False if os.environ.get("NO_COLOR") or os.environ.get("CLICOLOR") == "0" else None
+
+
+def can_move(out: Console) -> bool:
+    """Say whether lines can be drawn again there: FORCE_COLOR colours a pipe, and no more."""
+    return out.is_terminal and out.file.isatty() and not out.is_dumb_terminal
+
+
+def _talk() -> IO[str]:
+    return cast(IO[str], _Talk())
+
+
+def terminal() -> tuple[str, str | None]:
+    """Return what talk is written to: width, colours, encoding; and how to mend the last."""
+    out = console()
+    where = f"{out.width} columns" + ("" if out.file.isatty() else ", no terminal")
+    found = f"{where}, {out.color_system or 'no'} colours, {out.encoding}"
+    is_plain = not out.encoding.startswith("utf")
+    return found, "PYTHONIOENCODING=utf-8 shows bars as they are" if is_plain else None
