@@ -1,11 +1,12 @@
 """From rows to logits, and from logits to predictions and scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unipelt_cli.batches import Encoded, by_length, encode
 from unipelt_cli.memory import is_exhausted, release, too_large
@@ -40,21 +41,28 @@ def compute_logits(
     outputs = tuned.classifier.heads[task].out.out_features
     logits = np.zeros((len(rows), outputs), dtype=np.float32)
     own = np.argsort(-rows.lengths, kind="stable")[processes.rank :: processes.count]
-    processes.each(lambda: _fill(logits, tuned, rows, own))
+    processes.each(lambda: fill([logits], lambda i: [tuned.classifier(**i)], tuned, rows, own))
     processes.sum(torch.from_numpy(logits))
     return logits
 
 
-def _fill(logits: Logits, tuned: Tuned, rows: Encoded, chosen: NDArray[np.int64]) -> None:
-    """Compute the logits of the chosen rows, in batches that fit into memory."""
+def fill(
+    logits: Sequence[Logits],
+    compute: Callable[[Mapping[str, Tensor]], Sequence[Tensor]],
+    tuned: Tuned,
+    rows: Encoded,
+    chosen: NDArray[np.int64],
+) -> None:
+    """Compute the chosen rows' logits, of one model or of several alike, in batches that fit."""
     with torch.inference_mode(), shared_out(tuned.classifier.shares_rows):
         batches = by_length(rows.lengths[chosen], rows.pad_to)
         waiting = [chosen[batch].tolist() for batch in batches][::-1]
         while waiting:
             batch = waiting.pop()
             try:
-                output = tuned.classifier(**rows.batch(batch, tuned.device))
-                logits[batch] = output.float().cpu().numpy()
+                answers = compute(rows.batch(batch, tuned.device))
+                for own, answer in zip(logits, answers, strict=True):
+                    own[batch] = answer.float().cpu().numpy()
                 continue
             except (RuntimeError, MemoryError) as error:
                 if not is_exhausted(error):
@@ -64,6 +72,19 @@ def _fill(logits: Logits, tuned: Tuned, rows: Encoded, chosen: NDArray[np.int64]
             release()
             half = len(batch) // 2
             waiting += [batch[half:], batch[:half]]
+
+
+def answers(
+    tuned: Tuned, task: Task, parts: Iterable[Any], max_length: int, place: int = 0
+) -> tuple[Values, Values]:
+    """Return predictions and references (rows,) of labelled rows that come part by part."""
+    told: list[Any] = []
+    true: list[Any] = []
+    for rows in parts:
+        encoded = encode_rows(tuned, [rows[column] for column in task.text], max_length)
+        told.append(predictions(task, compute_logits(tuned, encoded, place)))
+        true.append(references(rows))
+    return np.concatenate(told), np.concatenate(true)
 
 
 def predictions(task: Task, logits: Logits) -> Values:

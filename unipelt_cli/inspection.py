@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from unipelt_cli.batches import by_length
+from unipelt_cli.batches import Encoded, by_length
 from unipelt_cli.errors import RunError
 from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods.submodules import record_gates
@@ -87,14 +87,22 @@ def inspect(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport
     Raises RunError for a method that has none.
     """
     task = run.tasks[place]
-    tuned.classifier.select(place)
     encoded = encode_rows(
         tuned, [rows[column] for column in task.text], run.experiment.model.max_length
     )
+    return GateReport(collect(run, tuned, encoded, place), rows, task.labels)
+
+
+def collect(run: Run, tuned: Tuned, rows: Encoded, place: int = 0) -> Gates:
+    """Return how far every gate of every layer opens for each row.
+
+    Raises RunError for a method that has none.
+    """
+    tuned.classifier.select(place)
     collected: list[dict[str, NDArray[np.float32]]] = []
     with torch.inference_mode(), record_gates(tuned.classifier.backbone) as recorded:
-        for batch in by_length(encoded.lengths, encoded.pad_to):
-            tuned.classifier(**encoded.batch(batch, tuned.device))
+        for batch in by_length(rows.lengths, rows.pad_to):
+            tuned.classifier(**rows.batch(batch, tuned.device))
             if not recorded or not recorded[0]:
                 raise RunError(
                     f"{run.directory}: method {run.experiment.method_name!r} has no gates",
@@ -108,7 +116,7 @@ def inspect(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport
             for layer, gates in zip(collected, recorded, strict=True):
                 for name, values in gates.items():
                     layer[name][batch] = values.numpy()
-    return GateReport(collected, rows, task.labels)
+    return collected
 
 
 def _summary(values: NDArray[np.float32]) -> dict[str, float]:
