@@ -70,7 +70,8 @@ class ParquetColumns(Mapping[str, pa.ChunkedArray]):
         largest = UNPACKED_BYTES + UNPACKED_SHARE * len(self._content)
         for name in names:
             check_type(self._file.schema_arrow.field(name).type)
-            most = min(most, max(1, largest // max(1, self._longest(name, largest))))
+            longest = max(1, self._longest(name, largest))
+            most = min(most, max(1, largest // (len(names) * longest)))
         rows, unpacked = 0, dict.fromkeys(names, 0)
         for batch in self._file.iter_batches(most, columns=[*names], use_threads=False):
             found = {}

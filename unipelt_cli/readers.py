@@ -201,7 +201,10 @@ def _csv_records(found: Lines) -> Iterator[Record]:
         for _, text in found:
             if found.taken - begun > lines.LONGEST_LINE:
                 raise csv.Error(f"a row of more than {lines.LONGEST_LINE} characters")
-            yield from io.StringIO(text, newline="")  # of old files, lines end otherwise
+            if "\r" in text.rstrip("\r\n"):  # as lines of old files end
+                yield from io.StringIO(text, newline="")
+            else:
+                yield text
 
     reader = csv.reader(pieces(), strict=True)
     line = 1
