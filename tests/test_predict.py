@@ -1,5 +1,6 @@
 """Labelling rows: as they come, in constant memory, by several runs at once, and from Python."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ import unipelt_cli
 from unipelt_cli import lines, network, readers, runs, serving, together
 from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.evaluation import compute_logits, encode_rows
+from unipelt_cli.tasks import get_task
 
 METHODS = ("unipelt-apl", "unipelt-ap", "lora", "bitfit", "full", "head")
 
@@ -348,6 +351,25 @@ def test_runs_that_read_other_columns_take_their_own(
     assert_close([plain["lora"]["probabilities"]], [answer["lora"]["probabilities"]])
     rows.write_text('{"text": "good"}\n')
     assert error_of("predict", *both, rows)[0] == f"{rows}: no column 'body'"
+
+
+def test_lines_without_names_that_fill_no_columns_are_refused() -> None:
+    content = io.BytesIO(b"good\tbad\n")
+    with pytest.raises(DataError) as caught:
+        list(readers.read_input(content, ["text", "a", "b"], plain=[]))
+    assert caught.value.message == "stdin: lines without names, and the runs read different columns"
+    assert caught.value.hint == (
+        "give JSON lines, or CSV or TSV, with the columns 'text', 'a', 'b'"
+    )
+    task = get_task("sst2")
+    loaded = [
+        serving.LoadedRun(SimpleNamespace(tasks=(own,)), None) for own in (task, get_task("mrpc"))
+    ]  # type: ignore[arg-type]
+    several = serving.LoadedRuns(dict(zip("ab", loaded, strict=True)))
+    assert several.columns == ["sentence", "sentence1", "sentence2"]
+    assert several.plain == []
+    with pytest.raises(DataError, match="rows, row 0: one text"):
+        several.predict(["good"])
 
 
 def test_what_runs_cannot_be_asked_together_is_said(

@@ -75,7 +75,7 @@ def evaluate(
 def predict(
     run: Annotated[
         str,
-        typer.Argument(metavar="[RUN]", help="A run directory; left out where --run names some."),
+        typer.Argument(metavar="RUN", help="A run directory; left out where --run names some."),
     ],
     file: Annotated[
         str | None,
@@ -108,8 +108,8 @@ def predict(
 ) -> None:
     """Label new rows as they come: one JSON object a line, in the order of the input.
 
-    A file of any size holds the text columns of the run. On stdin: JSON lines, CSV or TSV with a
-    header that names these columns, or plain lines of text; each is answered at once.
+    A file of any size holds the run's text columns. On stdin: JSON lines, CSV or TSV with these
+    columns and others, or plain lines of text. What is there is answered before more is waited for.
 
     Example: echo "my parcel never came" | unipelt predict RUN -
 
@@ -131,8 +131,8 @@ def predict(
         windows = readers.read_input(sys.stdin.buffer, loaded.columns, kind, loaded.plain)
     else:
         windows = readers.read_file(Path(rows), loaded.columns, kind, loaded.plain)
-    written = out is not None or not sys.stdout.isatty()
-    with _output(out) as write, render.counting("rows", shown=written and rows != "-") as count:
+    shown = rows != "-" and not (out is None and sys.stdout is not None and sys.stdout.isatty())
+    with _output(out) as write, render.counting("rows", shown=shown) as count:
         for columns in readers.texts(windows, loaded.columns):
             answers = list(loaded.predict_columns(columns))
             write("".join(f"{json.dumps(_shape(said, several))}\n" for said in answers))
