@@ -323,6 +323,7 @@ def test_the_backbone_is_held_once(place: Path, order: tuple[str, ...]) -> None:
         for key, parameter in one.tuned.classifier.backbone.named_parameters():
             if name != "full" and not key.startswith("submodules") and "bias" not in key:
                 seen.setdefault(key, set()).add(parameter.data_ptr())
+    assert len({id(one.tuned.tokenizer) for one in loaded.values()}) == 1
     assert len(seen) > 20
     assert {key for key, places in seen.items() if len(places) > 1} == set()
     stacks = [loaded[n].tuned.classifier.backbone.submodules.stack for n in ("again", "lora")]

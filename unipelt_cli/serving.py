@@ -6,7 +6,7 @@ through it in one pass. What is said of a row depends on no other row.
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from unipelt_cli import evaluation, inspection, network, pretrained, runs, together
+from unipelt_cli import evaluation, inspection, memory, network, pretrained, runs, together
 from unipelt_cli.batches import Encoded
 from unipelt_cli.cells import Cells
 from unipelt_cli.errors import ConfigError, DataError, RunError
@@ -215,7 +215,11 @@ def load(
     for name, run in found.items():
         place = run.place(task if len(found) == 1 or len(run.tasks) > 1 else None)
         tuned = run.build(device, model)
-        together.hold_once([own.tuned for own in loaded.values()], tuned)
+        earlier = [own.tuned for own in loaded.values()]
+        if earlier:
+            together.hold_once(earlier, tuned)
+            tuned = replace(tuned, tokenizer=earlier[0].tokenizer)
+            memory.release()
         loaded[name] = LoadedRun(run, tuned, place)
     return LoadedRuns(loaded)
 
