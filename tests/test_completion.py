@@ -5,12 +5,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from typer.testing import CliRunner
 
-from unipelt_cli import completion, config, listing, methods, outline
+from unipelt_cli import (
+    arguments,
+    completion,
+    config,
+    inside,
+    listing,
+    methods,
+    outline,
+    readers,
+    targets,
+)
 from unipelt_cli.cli import app
 from unipelt_cli.tasks import TASKS
 
@@ -57,6 +67,20 @@ def test_the_outline_is_that_of_the_real_tables() -> None:
     assert outline.settings("data")["metric"].choices == get_args(config.Metric)
     assert set(completion.LISTS) == listing.LISTS.keys()
     assert completion.DEFAULT_METHOD == methods.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("to", set(targets.TARGETS)),
+        ("by", set(inside.VIEWS)),
+        ("kind", set(readers.FORMATS)),
+        ("track", set(arguments.TRACKERS)),
+    ],
+)
+def test_words_are_those_that_the_commands_take(name: str, choices: set[str]) -> None:
+    context: Any = None
+    assert {value for value, _ in completion.VALUES[name](context, "")} == choices
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from unipelt_cli import data, render
+from unipelt_cli import data, readers, render
 from unipelt_cli.config import DataSettings
 from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.tasks import TASKS, get_task
@@ -26,6 +27,24 @@ def write(path, content, encoding="utf-8"):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode(encoding))
     return path
+
+
+TEXT = ["text"]
+PAIR = ["question", "answer"]
+
+
+def texts_of(windows, columns):
+    """Return the texts of each column in all windows."""
+    found = list(readers.texts(windows, columns))
+    return [[text for one in found for text in one[column]] for column in columns]
+
+
+def of_file(path, columns):
+    return texts_of(readers.read_file(path, columns), columns)
+
+
+def of_stdin(content, columns):
+    return texts_of(readers.read_input(io.BytesIO(content), columns), columns)
 
 
 def own_file(folder, rows=50, labels=("bad", "good"), name="own.csv"):
@@ -290,11 +309,10 @@ def test_every_file_type_gives_the_same_rows(tmp_path, suffix):
 
 def test_csv_quotes_may_hold_line_ends_and_errors_name_the_first_line(tmp_path):
     path = write(tmp_path / "a.csv", 'text,label\n"two\nlines",a\n"say ""hi""",b\n')
-    rows = data.read_rows(path, ["text"])
-    assert rows[:]["text"] == ["two\nlines", 'say "hi"']
+    assert of_file(path, TEXT) == [["two\nlines", 'say "hi"']]
     write(path, 'text,label\n"two\nlines",a\n,b\n')
     with pytest.raises(DataError, match=r"a\.csv, line 4: 'text' is empty"):
-        data.read_rows(path, ["text"])
+        of_file(path, TEXT)
 
 
 def test_pairs_keep_the_names_of_their_columns(tmp_path):
@@ -363,7 +381,7 @@ def test_single_precision_values_are_the_decimals_that_were_meant(tmp_path):
 
 def test_numbers_are_written_out_as_text(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"text": 7}\n{"text": 0.5}\n')
-    assert data.read_rows(path, ["text"])[:]["text"] == ["7", "0.5"]
+    assert of_file(path, TEXT) == [["7", "0.5"]]
 
 
 def test_reading_own_files_writes_nothing(tmp_path, monkeypatch):
@@ -383,30 +401,25 @@ def test_reading_own_files_writes_nothing(tmp_path, monkeypatch):
 
 def test_rows_are_read_in_order_with_their_columns(tmp_path):
     path = write(tmp_path / "a.tsv", "b\ta\tc\n1\t2\t3\n4\t5\t6\n")
-    rows = data.read_rows(path, ["a", "b"])
-    assert rows.column_names == ["a", "b", "row"]
-    assert rows[:] == {"a": ["2", "5"], "b": ["1", "4"], "row": [0, 1]}
+    assert of_file(path, ["a", "b"]) == [["2", "5"], ["1", "4"]]
 
 
 def test_labelled_rows_take_names_or_values(tmp_path):
     content = "gold,sentence2,sentence1\n1,b,a\nequivalent,d,c\nnot_equivalent,f,e\n0,h,g\n"
     path = write(tmp_path / "a.csv", content)
-    rows = data.labelled_rows(path, get_task("mrpc"), "gold")
+    [rows] = data.labelled_rows(path, get_task("mrpc"), "gold")
     assert rows.column_names == ["sentence1", "sentence2", "label", "row"]
     assert rows[:]["label"] == [1, 1, 0, 0]
     write(path, "gold,sentence2,sentence1\n2,b,a\n")
     with pytest.raises(DataError, match=r"a\.csv, line 2: unknown label '2'") as caught:
-        data.labelled_rows(path, get_task("mrpc"), "gold")
+        list(data.labelled_rows(path, get_task("mrpc"), "gold"))
     assert caught.value.hint == "the labels of mrpc are 'not_equivalent', 'equivalent'"
 
 
 def test_labelled_rows_of_a_regression_are_numbers(tmp_path):
     path = write(tmp_path / "a.csv", "label,sentence1,sentence2\n2.5,a,b\n3,c,d\n")
-    assert data.labelled_rows(path, get_task("stsb"), "label")[:]["label"] == [2.5, 3.0]
-
-
-TEXT = ["text"]
-PAIR = ["question", "answer"]
+    [rows] = data.labelled_rows(path, get_task("stsb"), "label")
+    assert rows[:]["label"] == [2.5, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -426,7 +439,7 @@ PAIR = ["question", "answer"]
     ],
 )
 def test_lines_are_plain_texts_or_json(content, columns, texts):
-    assert data.parse_lines(content.encode(), columns) == texts
+    assert of_stdin(content.encode(), columns) == texts
 
 
 @pytest.mark.parametrize(
@@ -443,7 +456,7 @@ def test_lines_are_plain_texts_or_json(content, columns, texts):
 )
 def test_lines_that_are_no_texts_are_told(content, columns, message):
     with pytest.raises(DataError) as caught:
-        data.parse_lines(content, columns)
+        of_stdin(content, columns)
     assert caught.value.message == message
     assert caught.value.hint
 
@@ -465,12 +478,12 @@ def test_lines_that_are_no_texts_are_told(content, columns, message):
 )
 def test_json_lines_are_checked_as_those_of_a_file(tmp_path, content):
     path = write(tmp_path / "a.jsonl", content)
-    with pytest.raises(DataError) as of_file:
-        data.read_rows(path, TEXT)
-    with pytest.raises(DataError) as of_lines:
-        data.parse_lines(content.encode(), TEXT)
-    assert of_lines.value.message == of_file.value.message.replace(str(path), "stdin")
-    assert of_lines.value.hint == of_file.value.hint
+    with pytest.raises(DataError) as from_file:
+        of_file(path, TEXT)
+    with pytest.raises(DataError) as from_stdin:
+        of_stdin(content.encode(), TEXT)
+    assert from_stdin.value.message == from_file.value.message.replace(str(path), "stdin")
+    assert from_stdin.value.hint == from_file.value.hint
 
 
 # The manifest

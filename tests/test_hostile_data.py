@@ -5,6 +5,8 @@ and holds to least numbers of both: a test that only ever does one of them shows
 """
 
 import hashlib
+import io
+import itertools
 import json
 import os
 import random
@@ -27,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import error_of
 
-from unipelt_cli import cells, config, data
+from unipelt_cli import cells, config, data, lines, readers
 from unipelt_cli.config import DataSettings
 from unipelt_cli.errors import UnipeltError
 
@@ -298,8 +300,10 @@ def test_lines_of_stdin_give_texts_or_an_error() -> None:
     objects = VALID["jsonl"][0]
 
     def read(content: bytes, columns: list[str]) -> None:
-        for texts in data.parse_lines(content, columns):
-            assert all(isinstance(text, str) and text.strip() for text in texts)
+        windows = readers.read_input(io.BytesIO(content), columns)
+        for found in readers.texts(windows, columns):
+            for texts in found.values():
+                assert all(isinstance(text, str) and text.strip() for text in texts)
 
     for content, columns in ((plain, ["text"]), (paired, ["a", "b"]), (objects, ["text"])):
         for _ in range(90):
@@ -438,11 +442,11 @@ def test_refusing_costs_little_memory(bombs: dict[str, Path]) -> None:
         "task = Task('a', ('text',), ('0', '1'), 'accuracy')\n"
         "status = Path('/proc/self/status')\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])\n"
-        "labelled_rows(Path(sys.argv[1]), task, 'label')\n"
+        "list(labelled_rows(Path(sys.argv[1]), task, 'label'))\n"
         "for path in sys.argv[2:]:\n"
         "    before = peak()\n"
         "    try:\n"
-        "        labelled_rows(Path(path), task, 'label')\n"
+        "        list(labelled_rows(Path(path), task, 'label'))\n"
         "        print('accepted')\n"
         "    except DataError:\n"
         "        print(peak() - before)\n"
@@ -544,10 +548,32 @@ def test_settings_that_are_no_file_are_refused_at_once(tmp_path: Path, kind: str
     assert attempt("no file", lambda: config.read_preset(str(path))) is not None
 
 
-def test_an_endless_pipe_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells, "LARGEST_FILE", 5 * MEGABYTE)
-    with open("/dev/zero", "rb") as endless:  # noqa: PTH123
-        assert attempt("no file", lambda: cells.read_input(endless)) is not None
+@pytest.mark.parametrize("kind", [None, "lines", "jsonl", "csv", "tsv"])
+def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
+    monkeypatch.setattr(lines, "LONGEST_LINE", 5 * MEGABYTE)
+    with open("/dev/zero", "rb") as endless, measured() as peaks:  # noqa: PTH123
+        windows = readers.read_input(endless, ["text"], kind)
+        said = attempt("no file", lambda: list(windows))
+    assert said is not None
+    assert said.startswith("stdin, line 1: longer than 5242880 bytes")
+    assert peaks[0] < 20 * MEGABYTE
+
+
+@pytest.mark.parametrize("kind", ["lines", "jsonl", "csv"])
+def test_endless_empty_lines_and_quotes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(lines, "LONGEST_LINE", MEGABYTE // 4)
+    monkeypatch.setattr(lines, "MOST_EMPTY_LINES", 2**17)
+    repeated, first = (b"a\n", b'text\n"') if kind == "csv" else (b"\n", b"\n")
+    pieces = itertools.chain([first], itertools.repeat(repeated * 2**15))
+    monkeypatch.setattr(lines, "of_pipe", lambda *_: lines.Lines("stdin", lambda: next(pieces)))
+    with measured() as peaks:
+        windows = readers.read_input(io.BytesIO(), ["text"], kind)
+        said = attempt("no file", lambda: list(windows))
+    assert said is not None
+    assert ("more than 131072 lines are empty" in said) == (kind != "csv"), said
+    assert peaks[0] < 10 * MEGABYTE
 
 
 # Prepared directories

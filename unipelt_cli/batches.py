@@ -5,6 +5,7 @@ Submodules pool over real tokens only, so rows of any length may share a batch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,19 +38,20 @@ class Encoded:
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """Pad some rows to the longest of them: tensors (batch, length) by input name."""
-        length = self.pad_to or max(len(self.ids[row]) for row in rows)
-        ids = torch.full((len(rows), length), self.pad_id)
-        mask = torch.zeros((len(rows), length), dtype=torch.long)
-        types = torch.zeros((len(rows), length), dtype=torch.long)
-        for place, row in enumerate(rows):
-            count = len(self.ids[row])
-            ids[place, :count] = torch.tensor(self.ids[row])
-            mask[place, :count] = 1
-            if self.types is not None:
-                types[place, :count] = torch.tensor(self.types[row])
-        inputs = {"input_ids": ids, "attention_mask": mask}
+        counts = np.fromiter((len(self.ids[row]) for row in rows), np.int64, len(rows))
+        length = self.pad_to or int(counts.max())
+        mask = np.arange(length) < counts[:, None]
+
+        def padded(values: Sequence[Sequence[int]], value: int) -> Tensor:
+            there = np.full(mask.shape, value)
+            flat = chain.from_iterable(values[row] for row in rows)
+            there[mask] = np.fromiter(flat, np.int64, int(counts.sum()))
+            return torch.from_numpy(there)
+
+        ids, real = padded(self.ids, self.pad_id), torch.from_numpy(mask.astype(np.int64))
+        inputs = {"input_ids": ids, "attention_mask": real}
         if self.types is not None:
-            inputs["token_type_ids"] = types
+            inputs["token_type_ids"] = padded(self.types, 0)
         return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
 

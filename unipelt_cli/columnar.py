@@ -6,7 +6,7 @@ are read one by one and in pieces, and whatever is not text or a number is not r
 """
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,22 +59,34 @@ class ParquetColumns(Mapping[str, pa.ChunkedArray]):
         return self._read[name]
 
     def _column(self, name: str) -> pa.ChunkedArray:
+        pieces = [piece for batch in self.batches([name]) for piece in batch[name].chunks]
         kind = self._file.schema_arrow.field(name).type
-        check_type(kind)
+        return pa.chunked_array(pieces, None if pieces else kind)
+
+    def batches(
+        self, names: Sequence[str], most: int = MOST_BATCH_ROWS
+    ) -> Iterator[dict[str, pa.ChunkedArray]]:
+        """Yield some columns, at most so many rows of them at a time."""
         largest = UNPACKED_BYTES + UNPACKED_SHARE * len(self._content)
-        step = min(MOST_BATCH_ROWS, max(1, largest // max(1, self._longest(name, largest))))
-        pieces, unpacked = [], 0
-        for batch in self._file.iter_batches(step, columns=[name], use_threads=False):
-            piece = batch.column(batch.schema.names.index(name))
-            piece.validate(full=True)
-            pieces.append(_plain(piece))
-            unpacked += pieces[-1].nbytes
-            if unpacked > largest:
-                raise ValueError(_bomb(unpacked, len(self._content)))
-        column = pa.chunked_array(pieces, None if pieces else kind)
-        if len(column) != self.rows:
-            raise ValueError(f"it holds {len(column)} of {self.rows} rows")
-        return column
+        for name in names:
+            check_type(self._file.schema_arrow.field(name).type)
+            longest = max(1, self._longest(name, largest))
+            most = min(most, max(1, largest // (len(names) * longest)))
+        rows, unpacked = 0, dict.fromkeys(names, 0)
+        for batch in self._file.iter_batches(most, columns=[*names], use_threads=False):
+            found = {}
+            for name in names:
+                piece = batch.column(batch.schema.names.index(name))
+                piece.validate(full=True)
+                plain = _plain(piece)
+                unpacked[name] += plain.nbytes
+                if unpacked[name] > largest:
+                    raise ValueError(_bomb(unpacked[name], len(self._content)))
+                found[name] = pa.chunked_array([plain])
+            rows += len(batch)
+            yield found
+        if rows != self.rows:
+            raise ValueError(f"it holds {rows} of {self.rows} rows")
 
     def _longest(self, name: str, largest: int) -> int:
         """Return how long one text can be at most; raise ValueError for pages above `largest`."""

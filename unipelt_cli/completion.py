@@ -13,6 +13,7 @@ import typer
 from typer.models import ParameterInfo
 
 from unipelt_cli import network, outline
+from unipelt_cli.targets import TARGETS
 
 Found = Iterable[tuple[str, str]]  # a value, and what it is
 DEFAULT_METHOD = "unipelt-apl"
@@ -149,10 +150,13 @@ VALUES: Mapping[str, Callable[[typer.Context, str], Found]] = {
     "precision": _choices("train", "precision"),
     "split": words("dev", "test", "train"),
     "engine": words("local", "ray"),
-    "to": words("adapters", "hf"),
-    "by": words("class", "example", "layer"),
+    "to": lambda _, __: [(name, target.summary) for name, target in TARGETS.items()],
+    "by": words("layer", "class", "example", "epoch"),
+    "kind": words("lines", "jsonl", "csv", "tsv", "parquet"),
+    "track": _several(words("tensorboard", "wandb")),
     "what": words(*LISTS),
     "settings": _settings,
     "run": _runs,
+    "several": _runs,
     "directories": _runs,
 }

@@ -2,7 +2,7 @@
 
 Whatever the source, its train rows pass the same draw, so that the same settings always give the
 same bytes. `save` writes what was prepared as one Arrow stream for each split beside the manifest;
-`load` checks it by its hashes. Rows to predict or evaluate are read here too.
+`load` checks it by its hashes. Rows to evaluate are read here too.
 """
 
 import hashlib
@@ -21,20 +21,12 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from unipelt_cli import artifact, columnar
-from unipelt_cli.cells import (
-    LARGEST_VALUE,
-    as_dataset,
-    encode,
-    encode_labelled,
-    parse_cells,
-    read_bytes,
-    read_cells,
-    reason,
-    short,
-)
+from unipelt_cli.cells import LARGEST_VALUE, as_dataset, encode_labelled
 from unipelt_cli.config import DataSettings
-from unipelt_cli.errors import DataError
+from unipelt_cli.errors import DataError, reason, short
+from unipelt_cli.lines import read_bytes
 from unipelt_cli.manifest import check_manifest
+from unipelt_cli.readers import read_file
 from unipelt_cli.sources import Found, find, glue_root, with_metric
 from unipelt_cli.strict import parse_json
 from unipelt_cli.tasks import REGRESSION_METRICS, TASKS, Task
@@ -126,31 +118,14 @@ def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
     return {"tasks": {own.task.name: own.manifest for own in prepared}}
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Dataset:
-    """Read the named text columns of a CSV, TSV, JSONL or Parquet file, and "row".
+def labelled_rows(path: Path, task: Task, label: str, kind: str | None = None) -> Iterator[Dataset]:
+    """Read a file of any size as rows of a task, a window at a time.
 
-    Raises DataError for a file that cannot be read, a missing column, a missing or empty text.
+    Columns are those of a split, labels by the task's names. Raises DataError for a file that
+    cannot be read, a missing column, a missing or empty text, and a label that the task lacks.
     """
-    return encode(read_cells(path), columns, columns)
-
-
-def labelled_rows(path: Path, prepared_task: Task, label_column: str) -> Dataset:
-    """Read a file as rows of a task: columns as in a split, labels by the task's names.
-
-    Raises DataError as `read_rows` does, and for a label that the task does not have.
-    """
-    return encode_labelled(read_cells(path), prepared_task, prepared_task.text, label_column)
-
-
-def parse_lines(content: bytes, columns: Sequence[str]) -> list[list[str]]:
-    """Return the texts of each of `columns` as they came on standard input.
-
-    Its lines are JSON objects if the first looks like one. Otherwise a line is the texts of the
-    columns, a tab between each two; of a single column, blank lines are left out.
-    Raises DataError as `read_rows` does, and for a line of more or fewer texts.
-    """
-    cells = parse_cells("stdin", content, columns)
-    return [cells.texts(column) for column in columns]
+    for cells in read_file(path, (*task.text, label), kind):
+        yield encode_labelled(cells, task, task.text, label)
 
 
 def digest(rows: Dataset) -> str:

@@ -1,11 +1,12 @@
 """From rows to logits, and from logits to predictions and scores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from unipelt_cli.batches import Encoded, by_length, encode
 from unipelt_cli.memory import is_exhausted, release, too_large
@@ -48,7 +49,11 @@ def compute_logits(
     outputs = tuned.classifier.heads[task].out.out_features
     logits = np.zeros((len(rows), outputs), dtype=np.float32)
     own = np.argsort(-rows.lengths, kind="stable")[processes.rank :: processes.count]
-    processes.each(lambda: _fill(logits, tuned, rows, own, seen))
+
+    def compute(inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [tuned.classifier(**inputs)]
+
+    processes.each(lambda: fill([logits], compute, tuned, rows, own, seen))
     processes.sum(torch.from_numpy(logits))
     return logits
 
@@ -92,22 +97,27 @@ def gate_means(each: Sequence[Gates]) -> tuple[dict[str, float], ...]:
     )
 
 
-def _fill(
-    logits: Logits,
+def fill(
+    logits: Sequence[Logits],
+    compute: Callable[[Mapping[str, Tensor]], Sequence[Tensor]],
     tuned: Tuned,
     rows: Encoded,
     chosen: NDArray[np.int64],
-    seen: Callable[[list[int]], None] | None,
+    seen: Callable[[list[int]], None] | None = None,
 ) -> None:
-    """Compute the logits of the chosen rows, in batches that fit into memory."""
+    """Compute the chosen rows' logits, of one model or of several alike, in batches that fit.
+
+    `seen` is called after each batch with its rows.
+    """
     with torch.inference_mode(), shared_out(tuned.classifier.shares_rows):
         batches = by_length(rows.lengths[chosen], rows.pad_to)
         waiting = [chosen[batch].tolist() for batch in batches][::-1]
         while waiting:
             batch = waiting.pop()
             try:
-                output = tuned.classifier(**rows.batch(batch, tuned.device))
-                logits[batch] = output.float().cpu().numpy()
+                answers = compute(rows.batch(batch, tuned.device))
+                for own, answer in zip(logits, answers, strict=True):
+                    own[batch] = answer.float().cpu().numpy()
                 if seen is not None:
                     seen(batch)
                 continue
@@ -119,6 +129,19 @@ def _fill(
             release()
             half = len(batch) // 2
             waiting += [batch[half:], batch[:half]]
+
+
+def answers(
+    tuned: Tuned, task: Task, parts: Iterable[Any], max_length: int, place: int = 0
+) -> tuple[Values, Values]:
+    """Return predictions and references (rows,) of labelled rows that come part by part."""
+    told: list[Any] = []
+    true: list[Any] = []
+    for rows in parts:
+        encoded = encode_rows(tuned, [rows[column] for column in task.text], max_length)
+        told.append(predictions(task, compute_logits(tuned, encoded, place)))
+        true.append(references(rows))
+    return np.concatenate(told), np.concatenate(true)
 
 
 def predictions(task: Task, logits: Logits) -> Values:

@@ -2,14 +2,19 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unipelt_cli import arguments, options, render
 from unipelt_cli.errors import CheckError, ConfigError, DataError, UnipeltError
 from unipelt_cli.shell import print_json
+
+if TYPE_CHECKING:
+    from unipelt_cli.serving import Prediction
 
 
 def evaluate(
@@ -51,15 +56,13 @@ def evaluate(
     for place in places:
         one = found.tasks[place]
         if file is None:
-            rows = found.rows(split, arguments.absolute(source), place)
+            parts = iter([found.rows(split, arguments.absolute(source), place)])
         else:
-            rows = data.labelled_rows(file, one, label or found.experiment.data.label or "label")
-        encoded = evaluation.encode_rows(
-            tuned, [rows[c] for c in one.text], found.experiment.model.max_length
-        )
-        logits = evaluation.compute_logits(tuned, encoded, place)
-        scored.append(one.score(evaluation.predictions(one, logits), evaluation.references(rows)))
-        total += len(rows)
+            column = label or found.experiment.data.label or "label"
+            parts = data.labelled_rows(file, one, column)
+        told, true = evaluation.answers(tuned, one, parts, found.experiment.model.max_length, place)
+        scored.append(one.score(told, true))
+        total += len(true)
     scores = joint_scores([found.tasks[place] for place in places], scored)
     render.table(
         ("split", "rows", *scores),
@@ -70,9 +73,32 @@ def evaluate(
 
 
 def predict(
-    run: options.RunPath,
-    file: Annotated[str, typer.Argument(metavar="FILE|-", help="Rows to label; - reads stdin.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run directory; left out where --run names some."),
+    ],
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE|-", help="Rows to label; - reads stdin.", show_default=False),
+    ] = None,
+    several: Annotated[
+        list[Path] | None,
+        typer.Option("--run", metavar="RUN", help="Ask several runs at once; one option each."),
+    ] = None,
     task: options.OneTaskOption = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="lines|jsonl|csv|tsv|parquet",
+            help="What FILE or stdin holds. (default: its suffix, or its first line, says)",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write there, all or nothing. (default stdout)"),
+    ] = None,
     device: options.DeviceOption = None,
     model: options.MovedModelOption = None,
     offline: options.Offline = False,
@@ -80,35 +106,55 @@ def predict(
         bool, typer.Option("--json", help="The output is always JSON, an object a line.")
     ] = False,
 ) -> None:
-    """Label new rows: one JSON object a line, in the order of the input.
+    """Label new rows as they come: one JSON object a line, in the order of the input.
 
-    A file holds the run's text columns. On stdin: JSON lines, or plain lines of text.
+    A file of any size holds the run's text columns. On stdin: JSON lines, CSV or TSV with these
+    columns and others, or plain lines of text. What is there is answered before more is waited for.
 
     Example: echo "my parcel never came" | unipelt predict RUN -
-    """
-    found = arguments.read_run(run, offline, model=model)
-    place = found.place(task)
-    tuned = found.build(device, model)
-    from unipelt_cli import cells, data, evaluation
 
-    one = found.tasks[place]
-    if file == "-":
-        if sys.stdin is None:
-            raise DataError("stdin is closed", "give rows on it, or name a FILE")
-        columns = data.parse_lines(cells.read_input(sys.stdin.buffer), one.text)
+    Example: unipelt predict --run RUN --run OTHER rows.csv
+    """
+    if several and file is not None:
+        raise ConfigError(f"RUN {run} and --run contradict each other", "give every run with --run")
+    if file is None and not several:
+        raise ConfigError("predict: there is no FILE|-", "name a file of rows, or - for stdin")
+    given, rows = (several, run) if several else ([Path(run)], str(file))
+    found = [arguments.read_run(path, offline, model=model) for path in given]
+    from unipelt_cli import readers, serving
+
+    if rows == "-" and sys.stdin is None:
+        raise DataError("stdin is closed", "give rows on it, or name a FILE")
+    names = serving.named(given)
+    loaded = serving.load(dict(zip(names, found, strict=True)), task, device, model)
+    if rows == "-":
+        windows = readers.read_input(sys.stdin.buffer, loaded.columns, kind, loaded.plain)
     else:
-        rows = data.read_rows(Path(file), one.text)
-        columns = [list(rows[column]) for column in one.text]
-    encoded = evaluation.encode_rows(tuned, columns, found.experiment.model.max_length)
-    logits = evaluation.compute_logits(tuned, encoded, place)
-    predicted = evaluation.predictions(one, logits)
-    if one.is_regression:
-        for value in predicted:
-            typer.echo(json.dumps({"value": float(value)}))
+        windows = readers.read_file(Path(rows), loaded.columns, kind, loaded.plain)
+    shown = rows != "-" and not (out is None and sys.stdout is not None and sys.stdout.isatty())
+    with _output(out) as write, render.counting("rows", shown=shown) as count:
+        for columns in readers.texts(windows, loaded.columns):
+            answers = list(loaded.predict_columns(columns))
+            write("".join(f"{json.dumps(_shape(said, several))}\n" for said in answers))
+            count(len(answers))
+
+
+def _shape(said: "dict[str, Prediction]", several: list[Path] | None) -> dict[str, Any]:
+    """Return a row's object: one run's answer, or those of all by name."""
+    each = {name: own.as_json() for name, own in said.items()}
+    return {"runs": each} if several else next(iter(each.values()))
+
+
+@contextmanager
+def _output(path: Path | None) -> Iterator[Callable[[str], object]]:
+    """Give a function that writes, to stdout at once or to a file that is whole or not there."""
+    if path is None:
+        yield lambda text: typer.echo(text, nl=False)
         return
-    for index, shares in zip(predicted, evaluation.probabilities(logits), strict=True):
-        named = {name: float(share) for name, share in zip(one.labels, shares, strict=True)}
-        typer.echo(json.dumps({"label": one.labels[int(index)], "probabilities": named}))
+    from unipelt_cli import artifact
+
+    with artifact.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        yield stream.write
 
 
 def verify(

@@ -11,8 +11,9 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from unipelt_cli.cells import Cells, as_number, read_cells, short
-from unipelt_cli.errors import DataError
+from unipelt_cli.cells import Cells, as_number
+from unipelt_cli.errors import DataError, short
+from unipelt_cli.readers import read_cells
 
 ROWS = 5000  # that are looked at
 MOST_LABELS = 50

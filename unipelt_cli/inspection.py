@@ -154,10 +154,18 @@ def inspect(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport
     task = run.tasks[place]
     columns = [rows[column] for column in task.text]
     encoded = encode_rows(tuned, columns, run.experiment.model.max_length)
-    _, gates = compute_with_gates(tuned, encoded, place)
+    return GateReport(collect(run, tuned, encoded, place), rows, task.labels)
+
+
+def collect(run: Run, tuned: Tuned, rows: Encoded, place: int = 0) -> Gates:
+    """Return how far every gate of every layer opens for each row.
+
+    Raises RunError for a method that has none.
+    """
+    _, gates = compute_with_gates(tuned, rows, place)
     if not gates:
         raise without_gates(run)
-    return GateReport(gates, rows, task.labels)
+    return gates
 
 
 def without_gates(run: Run) -> RunError:

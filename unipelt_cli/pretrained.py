@@ -306,6 +306,17 @@ def _directory(name: str) -> Path:
         ) from None
 
 
+def cached(name: str) -> Path | None:
+    """Return where the hub's files of this name are on this machine, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
 def _minilm() -> Path:
     """Find the packaged backbone without running its package's code, and check every file."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)

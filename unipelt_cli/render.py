@@ -116,6 +116,26 @@ def is_number(text: str) -> bool:
     return text.strip().lstrip("+-").replace(".", "").replace(",", "").replace("%", "").isdigit()
 
 
+@contextmanager
+def counting(what: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Give a function that counts what is done; the total and its pace stand on a terminal."""
+    out, began, done = console(), time.perf_counter(), 0
+    columns = TextColumn("{task.description}"), TimeElapsedColumn()
+    progress = Progress(
+        *columns, console=out, transient=True, disable=not (shown and out.is_terminal)
+    )
+    bar = progress.add_task(f"0 {what}", total=None)
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        pace = done / (time.perf_counter() - began)
+        progress.update(bar, description=f"{done:,} {what}, {pace:,.0f} a second")
+
+    with progress:
+        yield count
+
+
 class TrainingView:
     """One line of progress on a terminal, one line an epoch where there is none."""
 

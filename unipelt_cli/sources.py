@@ -15,17 +15,10 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 
-from unipelt_cli.cells import (
-    Cells,
-    as_number,
-    encode_labelled,
-    read_cells,
-    reason,
-    require,
-    short,
-)
+from unipelt_cli.cells import Cells, as_number, encode_labelled, require
 from unipelt_cli.config import DataSettings
-from unipelt_cli.errors import DataError
+from unipelt_cli.errors import DataError, reason, short
+from unipelt_cli.readers import read_cells
 from unipelt_cli.tasks import (
     CLASSIFICATION_METRICS,
     HUB_GLUE,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -135,8 +136,8 @@ class Stack:
 
     def _kept(self, dtype: torch.dtype) -> list[Trained]:
         """Return the trained tensors ready for a pass; of a stored run they are made so once."""
-        read = [*self.trained.values(), *self.container.parameters_of_prefix()]
-        state = (dtype, *map(state_of, read))
+        own = ((*run.trained.values(), *run.container.parameters_of_prefix()) for run in self.runs)
+        state = (dtype, *map(state_of, chain.from_iterable(own)))
         if self.kept is None or self.kept[0] != state:
             names, tensors = zip(*self._tensors(), strict=True)
             made = self.ready(names, tensors, dtype)
