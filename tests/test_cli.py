@@ -582,7 +582,7 @@ UNKNOWN = [
     (
         ["export", "nowhere", "--to", "onx"],
         "--to 'onx': no such format",
-        "choose one of adapters, hf",
+        "did you mean onnx? otherwise choose one of adapters, hf, onnx, peft",
     ),
 ]
 

@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import SENTENCES, write_rows
+from conftest import SENTENCES as SHORT
+from conftest import write_rows
 from exported import LABELS, make_run
 from typer.testing import CliRunner
 
@@ -23,6 +24,7 @@ from unipelt_cli.config import resolve
 from unipelt_cli.errors import RunError
 
 Backbones = Callable[[str], Path]
+SENTENCES = [*SHORT, "the film was good but " * 20]  # the last one is cut
 
 
 @pytest.fixture(autouse=True)
@@ -226,4 +228,4 @@ def test_regression_prints_numbers(
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", labels=())
     export.export(run, tuned, "onnx", tmp_path / "out")
     names = run_snippet(tmp_path / "out", SENTENCES, monkeypatch)
-    assert names["logits"].shape == (4, 1)
+    assert names["logits"].shape == (5, 1)

@@ -3,7 +3,7 @@
 Mao et al. 2022 (arXiv 2110.07577): the hyperparameters of every union, and the table of them.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
 from types import MappingProxyType
@@ -13,7 +13,6 @@ import torch
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional
 
 from unipelt_cli.backbones import Layout
 from unipelt_cli.methods.base import (
@@ -373,27 +372,35 @@ def _container(backbone: nn.Module) -> Container:
 
 def _low_rank_updates(container: Container, backbone: nn.Module, gates: Gates) -> LowRankUpdates:
     """Return the LoRA of every layer; where they are gated, its gate's value is in B."""
-    layout, layers = container.layout, cast(Iterable[LayerSubmodules], container.layers)
+    layout, layers = container.layout, cast(Sequence[LayerSubmodules], container.layers)
     rows = (layout, *layout.more)
     sites = [(row, path) for row in rows for path in row.layer_paths(backbone)]
     if gates and (layout.more or len(gates) != len(sites)):
         raise NoKnownForm(f"in {layout.model_type} not every layer has a gate of its own")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for place, ((row, path), own) in enumerate(zip(sites, layers, strict=True)):
-        factors = {
-            name: gates[place].get("lora", gates[place].get(f"lora_{name}", 1.0)) if gates else 1.0
-            for name in own.lora
-        }
-        units = {name: cast(LowRank, own.lora[name]) for name in own.lora}
-        found = {n: (unit.a.detach(), factors[n] * unit.b.detach()) for n, unit in units.items()}
-        if row.fused:  # one unit, and so one pair: the ranks stand beside each other
-            width = len(found["query"][1])
-            b = [
-                functional.pad(b, (0, 0, width * THIRDS.index(n), width * (2 - THIRDS.index(n))))
-                for n, (_, b) in found.items()
-            ]
-            fused = torch.cat([a for a, _ in found.values()]), torch.cat(b, dim=1)
-            found = {"query": fused}
+        found = _pairs(own, gates[place] if gates else {})
+        if row.fused:
+            found = {"query": _fused(found)}
         pairs |= {f"{path}.{getattr(row, name)}": pair for name, pair in found.items()}
     rank = len(next(iter(pairs.values()))[0])
-    return LowRankUpdates(rank, next(iter(layers)).scale, pairs)
+    return LowRankUpdates(rank, layers[0].scale, pairs)
+
+
+def _pairs(own: LayerSubmodules, gates: Mapping[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return a layer's A and B by projection, with its gate's value in B if there is one."""
+    found = {}
+    for name, low_rank in own.lora.items():
+        assert isinstance(low_rank, LowRank)
+        gate = gates.get("lora", gates.get(f"lora_{name}", 1.0))
+        found[name] = low_rank.a.detach(), gate * low_rank.b.detach()
+    return found
+
+
+def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return one pair for the unit whose output is in thirds: ranks stand beside each other."""
+    columns = []
+    for name, (_, b) in pairs.items():
+        thirds = [b if name == third else torch.zeros_like(b) for third in THIRDS]
+        columns.append(torch.cat(thirds))
+    return torch.cat([a for a, _ in pairs.values()]), torch.cat(columns, dim=1)
