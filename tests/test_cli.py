@@ -555,7 +555,7 @@ UNKNOWN = [
         ["trian"],
         "No such command 'trian'",
         "did you mean train? otherwise choose one of compare, doctor, eval, export, "
-        "inspect-gates, list, predict, prepare, recommend, reproduce, sweep, train, verify",
+        "inspect-gates, list, predict, prepare, push, recommend, reproduce, sweep, train, verify",
     ),
     (
         ["train", "--tsk", "x"],

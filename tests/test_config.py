@@ -117,7 +117,11 @@ def test_every_problem_is_said_at_once() -> None:
             "data.label = 'l': the rows are those of data.prepared",
             "drop one of them",
         ),
-        ({"data": {}}, "data.task is not set", "give --task NAME, or --train-file FILE"),
+        (
+            {"data": {}},
+            "data.task is not set",
+            "give --task NAME, or your own rows with --train-file FILE",
+        ),
         (
             {"data": {"task": "rte", "dev_file": "d.csv"}},
             "data.dev_file is set without data.train_file",

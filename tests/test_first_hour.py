@@ -17,7 +17,7 @@ import pytest
 from conftest import write_rows
 from test_cli import FAST, error_of, invoke, own
 
-from unipelt_cli import config, data, doctor, guess, render
+from unipelt_cli import config, data, doctor, gatetables, guess, render
 from unipelt_cli.cli import app
 from unipelt_cli.doctor import Check
 from unipelt_cli.errors import DataError
@@ -440,12 +440,14 @@ def test_signs_have_a_stand_in_where_the_encoding_lacks_them(
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, "ascii", write_through=True))
-    render.gate_table([{"layer": 0, "lora": {"mean": 0.6, "std": 0.1}}], "mean \xb1 deviation")
+    gate = {"mean": 0.6, "std": 0.1, "p05": 0.5, "median": 0.6, "p95": 0.7, "entropy": 1.0}
+    gatetables.show_layers([{"layer": 0, "lora": gate}], "mean \xb1 deviation")
     render.say("caf\xe9")
     assert [line.split() for line in written.getvalue().decode("ascii").splitlines()] == [
         ["mean", "~", "deviation"],
         ["layer", "lora"],
-        ["0", "####..", "0.60", "~0.10"],
+        ["0", "###..", "0.60", "~0.10"],
+        [".50", ".60", ".70", "1.0"],
         ["caf?"],
     ]
 

@@ -145,7 +145,7 @@ def test_a_file_may_be_of_another_format_than_its_name_says(place: Path, tmp_pat
     path.write_text("good film\n\nawful\n")
     message, hint = error_of("predict", place / "lora", path)
     assert message == f"{path}: unknown file type '.txt'"
-    assert hint == "give .csv, .tsv, .jsonl, .parquet"
+    assert hint.startswith("give .csv, .tsv, .jsonl, .parquet: rename it")
     code, stdout, _ = invoke("predict", place / "lora", path, "--format", "lines")
     assert (code, len(stdout.splitlines())) == (0, 2)
     message, hint = error_of("predict", place / "lora", path, "--format", "json")

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def form(line: str) -> str:
     line = re.sub(r"-[0-9a-f]{8}\b", "-hash", line)
     line = re.sub(r"\b(fp32|bf16)$", "precision", line)
     line = re.sub(r"[█▏▎▍▌▋▊▉·]+", "=", re.sub(r'"label": "\w+"', "", line))
-    line = re.sub(r"[\d.,]+(e-?#*\d+)?", "#", line.rstrip(" *"))
+    line = re.sub(r"-?[\d.,]+(e-?#*\d+)?", "#", line.rstrip(" *"))
     return " ".join(line.split())
 
 
@@ -57,11 +58,29 @@ def form(line: str) -> str:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with the user's own file that the README speaks of."""
     directory = tmp_path_factory.mktemp("readme")
+    kinds = {"fault": "broken", "refund": "too dear", "status": "late"}
     rows = [
-        f"number {i} is {('late', 'broken')[i % 2]},{('post', 'repair')[i % 2]}" for i in range(100)
+        f"number {i} is {word},{label}"
+        for i, (label, word) in zip(range(100), cycle(kinds.items()), strict=False)
     ]
     (directory / "mine.csv").write_text("message,topic\n" + "\n".join(rows) + "\n")
     return directory
+
+
+def run_in(
+    directory: Path, command: str, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the shell as a user of this installation does."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=directory,
+        input=stdin,
+    )
 
 
 def test_the_first_screen_holds_the_two_commands() -> None:
@@ -75,17 +94,13 @@ def test_the_first_screen_holds_the_two_commands() -> None:
 
 def test_every_command_runs_and_prints_what_is_shown(workplace: Path) -> None:
     """In order, since later commands use the first one's run; one epoch instead of fifty."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONWARNINGS": "ignore"}
     ran = 0
     for command, shown in transcripts():
         command = command.removeprefix("pip install '.[demo]' && ")
         if command.startswith("pip "):
             continue
         cheap = re.sub(r"^unipelt (train|sweep) .*", lambda match: match[0] + CHEAP, command)
-        result = subprocess.run(
-            ["bash", "-c", cheap], capture_output=True, text=True, env=environment, cwd=workplace
-        )
+        result = run_in(workplace, cheap)
         assert result.returncode == 0, f"{command}\n{result.stderr}"
         printed = {form(line) for line in (result.stdout + result.stderr).splitlines()}
         missing = [line for line in shown if line != "..." and form(line) not in printed]
@@ -98,7 +113,7 @@ def test_indented_commands_resolve() -> None:
     from unipelt_cli import config
 
     commands = re.findall(r"^    unipelt train (.*)$", README, re.MULTILINE)
-    assert len(commands) == 4
+    assert len(commands) == 5
     for arguments in commands:
         words = dict(zip(arguments.split()[::2], arguments.split()[1::2], strict=True))
         layers = [("", config.read_preset(words["--preset"]))] if "--preset" in words else []
@@ -114,16 +129,36 @@ def test_indented_commands_resolve() -> None:
         assert config.resolve([*layers, ("", own)]).data.k == int(words["--k"])
 
 
-def test_indented_commands_over_runs_are_understood() -> None:
+def test_the_script_for_ci_runs(workplace: Path) -> None:
+    (script,) = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    cheap = re.sub(r"^unipelt train .*?(?= >)", lambda match: match[0] + CHEAP, script, flags=re.M)
+    assert cheap != script
+    result = run_in(workplace, cheap)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_python_for_a_run_runs(workplace: Path) -> None:
+    """On a run that the first command of the README left, or its like."""
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "load_run" in block]
+    (named,) = set(re.findall(r"runs/[\w-]+", code))
+    if not (workplace / named / "result.json").is_file():
+        train = f"unipelt train --task demo --k 100 --overwrite --out {named}{CHEAP}"
+        assert run_in(workplace, train).returncode == 0
+    result = run_in(workplace, f"{sys.executable} -", stdin=code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_indented_commands_are_understood() -> None:
     from typer.main import get_command
 
     from unipelt_cli.cli import app
 
     group: Any = get_command(app)
-    found = re.findall(r"^ +unipelt (sweep|compare|recommend) (.*)$", README, re.MULTILINE)
+    found = re.findall(r"^ +unipelt (\S+) (.*)$", README, re.MULTILINE)
     files = [path.read_text(encoding="utf-8") for path in (ROOT / "presets").glob("sweeps/*.toml")]
     found += re.findall(r"^# +unipelt (sweep|compare) (.*)$", "\n".join(files), re.MULTILINE)
-    assert len(found) >= 14
+    assert len(found) >= 22
     for name, arguments in found:
         group.commands[name].make_context(name, arguments.split())
 
@@ -170,7 +205,8 @@ def test_the_table_of_methods_is_the_codes() -> None:
 def test_adding_a_method_takes_the_readmes_one_file(
     tmp_path: Path, rows_file: Path, backbone_dir: Callable[[str], Path]
 ) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (code,) = [block for block in blocks if "METHODS" in block]
     (tmp_path / "scale.py").write_text(code, encoding="utf-8")
     main = (
         "import sys; from unipelt_cli import methods; methods.__path__.append(sys.argv.pop(1));"
