@@ -48,7 +48,9 @@ def make_run(
     counts = dict.fromkeys(labels, 2) | dict.fromkeys(labels[-1:], 0)
     split = {"rows": 4, "digest": "0" * 64, "row_ids": [0, 1, 2, 3], "labels": counts}
     data = {"source": {"kind": "files", "train": "/secret/rows.csv"}}
-    environment = {"unipelt": "1", "data": data | {"splits": {"train": split, "dev": split}}}
+    own = {"name": tuned.pretrained.name, "fingerprint": tuned.pretrained.fingerprint}
+    splits = {"splits": {"train": split, "dev": split}}
+    environment = {"unipelt": "1", "backbone": own, "data": data | splits}
     result = {
         **{"k": 4, "data_seed": 111, "seed": 42, "metric": "accuracy", "collapsed": False},
         **{"dev": {"accuracy": 0.5}, "test": {"accuracy": 0.25}, "files": {}},

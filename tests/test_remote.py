@@ -17,6 +17,7 @@ from huggingface_hub import constants, file_download
 from huggingface_hub.utils import reset_sessions
 from test_cli import error_of, invoke
 
+import unipelt_cli
 from unipelt_cli import arguments, execution, network, remote, runs
 
 NAMES = {*runs.RECORDED, runs.RESULT}
@@ -95,6 +96,18 @@ def test_a_pushed_run_is_the_same_and_says_what_is_published(hub: FakeHub, run: 
     assert settings.model.backbone in paths
     assert str(settings.data.train_file) in paths
     assert "to me/first, which you and those you let in can read" in lines
+    card = files["README.md"].decode()
+    assert "unipelt verify hub:me/first\n" in card
+    assert "## Scores" in card
+    assert settings.model.backbone not in card
+
+
+def test_a_run_on_the_hub_is_loaded_from_python(hub: FakeHub, run: Path) -> None:
+    hold(hub, run)
+    online()
+    texts = ["good film", "the plot was awful"]
+    there = unipelt_cli.load_run("hub:me/first")
+    assert there.predict(texts) == unipelt_cli.load_run(run).predict(texts)
 
 
 def test_a_fetched_run_answers_as_the_one_that_was_pushed(

@@ -166,10 +166,9 @@ def read_run(
 
 def locate(run: Path, offline: bool) -> Path:
     """Return the directory of a run; one on the hub is fetched, unless it is in the cache."""
-    if not remote.is_remote(run):
-        return run
-    directory = remote.fetch(str(run), offline=offline)
-    render.say(f"{run}: commit {directory.name[:12]}")
+    directory = remote.directory_of(run, offline=offline)
+    if remote.is_remote(run):
+        render.say(f"{run}: commit {directory.name[:12]}")
     return directory
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
-from unipelt_cli import artifact, inspection, network, significance, targets
+from unipelt_cli import artifact, inspection, network, pretrained, significance, targets
 from unipelt_cli.exchange import Job
 from unipelt_cli.runs import Run
 from unipelt_cli.weighted import weighted_metric
@@ -33,29 +33,59 @@ def write(job: Job, report: Mapping[str, Any], snippet: str, directory: Path) ->
 
 def lines(job: Job, report: Mapping[str, Any], snippet: str) -> Iterator[str]:
     """Yield the card's lines."""
-    run = job.run
-    library = targets.TARGETS[report["format"]].library
-    yield from ("---", _metadata(job, report["format"], library), "---", "")
-    result, task = run.result, escaped(run.task.name)
-    method, backbone = run.experiment.method_name, escaped(job.tuned.pretrained.public_name)
-    yield f"# {task}: {method} on {backbone}"
-    yield ""
-    kind = "Regression" if run.task.is_regression else f"Text classification, {_labels(run)}"
-    yield (
-        f"{kind}; trained by unipelt {escaped(run.environment.get('unipelt', ''))} on "
-        f"{_rows(run, 'train')} rows, and exported as `{report['format']}`."
-    )
+    run, to = job.run, report["format"]
+    yield from _head(run, job.directory.name, targets.TARGETS[to].library, to)
+    yield f"{_kind(run)}, and exported as `{to}`."
     yield from _section("Load it", ["```python", snippet, "```"])
     yield from _section("Constant gates", _static(report.get("static")))
     yield from _section("Scores", _scores(run))
     yield from _section("Data", _data(run))
-    yield from _section("Protocol", _protocol(run, job))
+    yield from _section("Protocol", _protocol(run))
     yield from _section("Gates", _gates(job))
     yield from _section("Parity", _parity(report))
     yield from _section("Notes", [f"- {escaped(note)}" for note in report["notes"]])
-    yield from _section(
-        "Limits", [f"- {limit}" for limit in _limits(run, bool(result["collapsed"]))]
-    )
+    yield from _section("Limits", [f"- {limit}" for limit in _limits(run)])
+
+
+def of_run(run: Run, repository: str) -> str:
+    """Return the card of a run that is published as it is."""
+    use = [
+        "```sh",
+        "pip install unipelt",
+        f"unipelt verify hub:{repository}",
+        f"echo 'some text' | unipelt predict hub:{repository} -",
+        "```",
+    ]
+    content = [*_head(run, repository, "unipelt"), f"{_kind(run)}.", *_section("Use it", use)]
+    if len(run.tasks) == 1:
+        content += _section("Scores", _scores(run))
+        content += _section("Data", _data(run))
+        content += _section("Protocol", _protocol(run))
+        content += _section("Limits", [f"- {limit}" for limit in _limits(run)])
+    else:
+        scores = run.result["test"].items()
+        rows = [[escaped(name), f"{value:.4f}"] for name, value in scores]
+        content += _section("Scores", _table(("metric", "test"), rows))
+    return "\n".join(content) + "\n"
+
+
+def _head(run: Run, name: str, library: str, *tags: str) -> Iterator[str]:
+    yield from ("---", _metadata(run, name, library, tags), "---", "")
+    task = ", ".join(escaped(own.name) for own in run.tasks)
+    yield f"# {task}: {run.experiment.method_name} on {escaped(_backbone(run))}"
+    yield ""
+
+
+def _kind(run: Run) -> str:
+    version = escaped(run.environment.get("unipelt", ""))
+    if len(run.tasks) > 1:
+        return f"{len(run.tasks)} tasks, a head each; trained by unipelt {version}"
+    kind = "Regression" if run.task.is_regression else f"Text classification, {_labels(run)}"
+    return f"{kind}; trained by unipelt {version} on {_rows(run, 'train')} rows"
+
+
+def _backbone(run: Run) -> str:
+    return pretrained.public_name(run.environment["backbone"]["name"])
 
 
 def escaped(text: object) -> str:
@@ -70,10 +100,10 @@ def _one_line(text: object) -> str:
     return "".join(own for own in " ".join(str(text).split()) if own.isprintable())
 
 
-def _metadata(job: Job, to: str, library: str) -> str:
+def _metadata(run: Run, name: str, library: str, tags: Sequence[str]) -> str:
     """Return the YAML that the hub reads."""
-    run, name = job.run, job.tuned.pretrained.name
-    is_public = network.names_hub(name) or job.tuned.pretrained.public_name != Path(name).name
+    own = run.environment["backbone"]["name"]
+    is_public = network.names_hub(own) or _backbone(run) != Path(own).name
     results = [
         EvalResult(
             task_type="text-classification",
@@ -86,11 +116,11 @@ def _metadata(job: Job, to: str, library: str) -> str:
         for metric, value in run.result["test"].items()
     ]
     data = ModelCardData(
-        base_model=job.tuned.pretrained.public_name if is_public else None,
+        base_model=_backbone(run) if is_public else None,
         pipeline_tag="text-classification",
         library_name=library or None,
-        tags=["unipelt", run.experiment.method_name, to],
-        model_name=_one_line(job.directory.name),
+        tags=["unipelt", run.experiment.method_name, *tags],
+        model_name=_one_line(name),
         eval_results=results,
     )
     return data.to_yaml().strip()
@@ -189,11 +219,11 @@ def _sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def _protocol(run: Run, job: Job) -> Iterator[str]:
+def _protocol(run: Run) -> Iterator[str]:
     result, model = run.result, run.experiment.model
     k = "all" if result["k"] is None else f"{result['k']:,}"
-    fingerprint = job.tuned.pretrained.fingerprint[:12]
-    yield f"- backbone {escaped(job.tuned.pretrained.public_name)}, fingerprint {fingerprint}"
+    fingerprint = run.environment["backbone"]["fingerprint"][:12]
+    yield f"- backbone {escaped(_backbone(run))}, fingerprint {fingerprint}"
     yield f"- k = {k} train rows, drawn by data seed {result['data_seed']}; seed {result['seed']}"
     yield f"- rows cut to {model.max_length} tokens, {result['pooling']} pooling"
     yield (
@@ -230,10 +260,10 @@ def _parity(report: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _limits(run: Run, has_collapsed: bool) -> Iterator[str]:
+def _limits(run: Run) -> Iterator[str]:
     """Yield what the card's reader must not expect."""
     splits = _splits(run)
-    if has_collapsed:
+    if run.result["collapsed"]:
         yield "**Collapsed**: it gives all test rows one answer. Do not use it."
     if splits["train"]["rows"] < FEW_ROWS:
         yield f"It saw {_rows(run, 'train')} labelled rows; expect rows unlike these to go wrong."

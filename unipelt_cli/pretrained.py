@@ -19,7 +19,7 @@ import torch
 from unipelt_cli import libraries, memory, untrusted
 from unipelt_cli.backbones import Attention, Layout, get_layout, refuse_unsound
 from unipelt_cli.errors import BackboneError
-from unipelt_cli.network import is_path
+from unipelt_cli.network import is_path, names_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +60,13 @@ TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added
 TOKENIZER_LIMIT = 100_000_000
 
 
+def public_name(name: str) -> str:
+    """Return what a stranger may find a backbone by: its name on the hub, or its folder's."""
+    if name == MINILM:
+        return MINILM_HUB
+    return name if names_hub(name) else Path(name).name
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """The files of one backbone, found and checked, nothing built yet."""
@@ -94,9 +101,7 @@ class Pretrained:
     @property
     def public_name(self) -> str:
         """Return what a stranger may find it by: its name on the hub, or its folder's."""
-        if self.name == MINILM:
-            return MINILM_HUB
-        return Path(self.name).name if Path(self.name).is_dir() else self.name
+        return public_name(self.name)
 
     def library_config(self) -> Any:
         """Return a config object of the transformers library, made from the checked keys."""

@@ -29,9 +29,14 @@ _ADDRESS = re.compile(rf"{PREFIX}({_NAME}/{_NAME})(?:@(\S+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def is_remote(run: Path) -> bool:
+def is_remote(run: str | Path) -> bool:
     """Say whether a run is named by its place on the hub."""
     return str(run).startswith(PREFIX)
+
+
+def directory_of(run: str | Path, *, offline: bool) -> Path:
+    """Return the directory of a run; one on the hub is fetched, unless it is in the cache."""
+    return fetch(str(run), offline=offline) if is_remote(run) else Path(run)
 
 
 def parse(name: str) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from unipelt_cli import evaluation, inspection, memory, network, pretrained, runs, together
+from unipelt_cli import evaluation, inspection, memory, network, pretrained, remote, runs, together
 from unipelt_cli.batches import Encoded
 from unipelt_cli.cells import Cells
 from unipelt_cli.errors import ConfigError, DataError, RunError
@@ -145,8 +145,9 @@ def load_run(
 ) -> LoadedRun:
     """Load a finished run: `task` is one of several, `model` where its backbone is now.
 
-    The network is used for one thing alone: a backbone of the hub that is not in the local cache;
-    with `offline` not even for that. Raises UnipeltError, in two sentences, for what cannot be.
+    The network is used for what is on the hub and not in the local cache, a run (hub:OWNER/NAME) or
+    its backbone, and for nothing else; with `offline` not even for that. Raises UnipeltError, in
+    two sentences, for what cannot be.
     """
     own = {"task": task, "device": device, "model": model, "offline": offline}
     (loaded,) = load_runs([path], **own).values()  # type: ignore[arg-type]
@@ -167,7 +168,10 @@ def load_runs(
     """
     if not paths:
         raise ConfigError("load_runs: no run was given", "give the directories of some")
-    found = {name: runs.read(Path(path)) for name, path in named(paths).items()}
+    found = {
+        name: runs.read(remote.directory_of(path, offline=offline))
+        for name, path in named(paths).items()
+    }
     first = next(iter(found.values()))
     where = str(model) if model is not None else first.experiment.model.backbone
     if network.names_hub(where):

@@ -9,7 +9,7 @@ from unipelt_cli.libraries import importing
 from unipelt_cli.shell import print_json
 
 if TYPE_CHECKING:
-    from unipelt_cli.runs import Run
+    pass
 
 CONTENTS = {
     "experiment.toml": "settings, paths of data and backbone",
@@ -40,45 +40,21 @@ def push(
     network.settle(offline=False, needed=True)
     directory = arguments.locate(run, offline=False)
     with importing():
-        from unipelt_cli import runs
+        from unipelt_cli import card, runs
     found = runs.read(directory)
     runs.check_file(directory / runs.METRICS, found.result["files"][runs.METRICS])
     upload = remote.prepare(found, repository, private=private, overwrite=overwrite)
-    card = _card(found, upload.repository)
+    text = card.of_run(found, upload.repository)
     sizes = {name: path.stat().st_size for name, path in upload.files.items()}
     rows = [[name, f"{size:,}", CONTENTS[name]] for name, size in sizes.items()]
     render.table(
-        ("published", "bytes", "what is in it"), [*rows, [remote.CARD, f"{len(card):,}", "card"]]
+        ("published", "bytes", "what is in it"), [*rows, [remote.CARD, f"{len(text):,}", "card"]]
     )
     if paths := upload.local_paths():
         render.say(("note: ", "yellow"), f"paths of this machine in them: {', '.join(paths)}")
     readers = "you and those you let in" if upload.private else "anyone"
     render.say(f"to {upload.repository}, which {readers} can read")
-    answer = upload.send(card)
+    answer = upload.send(text)
     render.say("pushed: ", (answer["url"], "bold"), f", commit {answer['commit'][:12]}")
     if as_json:
         print_json(answer)
-
-
-def _card(run: "Run", repository: str) -> str:
-    """Write a model card: the metadata that the hub reads, scores, and how to load the run."""
-    from huggingface_hub import ModelCardData
-
-    result = run.result
-    data = ModelCardData(
-        library_name="unipelt",
-        tags=["unipelt", result["method"], "text-classification"],
-        pipeline_tag="text-classification",
-    )
-    scores = "\n".join(
-        f"| {split} | {name} | {value:.4f} |"
-        for split in ("dev", "test")
-        for name, value in result[split].items()
-    )
-    return (
-        f"---\n{data.to_yaml()}\n---\n\n# {repository}\n\n"
-        f"`{result['method']}` on `{result['task']}`, trained with unipelt.\n\n"
-        f"| split | score | |\n|---|---|---|\n{scores}\n\n"
-        f"```\npip install unipelt\nunipelt verify hub:{repository}\n"
-        f'echo "some text" | unipelt predict hub:{repository} -\n```\n'
-    )
