@@ -434,7 +434,7 @@ def test_hf_folder_holds_a_regression_and_a_trained_pooler(
             "unipelt-apl",
             "native",
             "gates depend on the input",
-            "use --to adapters or --to onnx",
+            "use --to adapters or --to onnx, or see with --static-gates what constant gates would cost",
         ),
         (
             "hf",
@@ -474,7 +474,7 @@ def test_hf_folder_holds_a_regression_and_a_trained_pooler(
             "unipelt-aplb",
             "native",
             "gates depend on the input",
-            "use --to onnx",
+            "use --to onnx, or see with --static-gates what constant gates would cost",
         ),
     ],
 )

@@ -218,6 +218,19 @@ def test_the_command_refuses_in_two_lines(native: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_a_pooling_that_the_format_cannot_hold_is_refused_at_once(
+    native: Path, backbone_dir: Backbones, rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    model = ("--model", backbone_dir("bert"), "--set", "model.pooling=mean")
+    code, _, said = invoke("train", *own(rows_file), "--k", "24", *model, *FAST, "--out", out)
+    assert code == 0, said
+    assert error_of("export", out, "--to", "hf", "--static-gates") == (
+        "--to hf: holds no mean pooling, with or without gates",
+        "train with --set model.pooling=native, or use --to adapters or --to onnx",
+    )
+
+
 def test_a_refusal_writes_nothing(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

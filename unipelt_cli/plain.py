@@ -53,7 +53,11 @@ def _remedy(run: Run, tuned: Tuned) -> str:
     """Say what to do about a model that could not be merged (a copy: it may be spent here)."""
     problem = adapterhub.problem(run, tuned)
     formats = "use --to onnx" if problem else "use --to adapters or --to onnx"
-    if tuned.pretrained.layout.native is None or tuned.method.unmergeable is not None:
+    if tuned.pretrained.layout.native is None:
+        return formats
+    if getattr(tuned.method, "gated", False) and tuned.pooling == "native":
+        return f"{formats}, or see with --static-gates what constant gates would cost"
+    if tuned.method.unmergeable is not None:
         return formats
     return f"{formats}, or train with --set model.pooling=native"  # that alone was in the way
 

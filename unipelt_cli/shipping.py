@@ -29,7 +29,11 @@ def export(
     ] = False,
     cost: Annotated[
         float | None,
-        typer.Option(min=0.0, help="The dev score that --static-gates may cost. (default 0.01)"),
+        typer.Option(
+            min=0.0,
+            metavar="SCORE",
+            help="What --static-gates may cost of the dev score. (default 0.01)",
+        ),
     ] = None,
     part: Annotated[
         str | None,
@@ -77,6 +81,11 @@ def export(
         from unipelt_cli import static as statics
 
         artifact.refuse_existing(directory)
+        if targets.get(to).needs_native and tuned.pooling != "native":
+            raise ConfigError(
+                f"--to {to}: holds no {tuned.pooling} pooling, with or without gates",
+                "train with --set model.pooling=native, or use --to adapters or --to onnx",
+            )
         most = statics.COST if cost is None else cost
         rows, only = partial(found.rows, source=where), targets.get(to).holds
         made = statics.make_static(found, tuned, rows, cost=most, only=only)
