@@ -434,7 +434,8 @@ def test_hf_folder_holds_a_regression_and_a_trained_pooler(
             "unipelt-apl",
             "native",
             "gates depend on the input",
-            "use --to adapters or --to onnx, or see with --static-gates what constant gates would cost",
+            "use --to adapters or --to onnx, "
+            "or see with --static-gates what constant gates would cost",
         ),
         (
             "hf",
