@@ -16,6 +16,7 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from unipelt_cli import artifact, inspection, network, pretrained, significance, targets
+from unipelt_cli.batches import Encoded
 from unipelt_cli.exchange import Job
 from unipelt_cli.runs import Run
 from unipelt_cli.weighted import weighted_metric
@@ -235,10 +236,15 @@ def _protocol(run: Run) -> Iterator[str]:
 
 def _gates(job: Job) -> Iterator[str]:
     """Yield how far each gate opens, the mean over the rows compared; nothing without gates."""
-    layers = inspection.gates_of(job.tuned, job.rows.encoded)
+    count, encoded = job.rows.from_test, job.rows.encoded
+    if count:  # made-up rows open them otherwise
+        types = encoded.types and encoded.types[:count]
+        encoded = Encoded(encoded.ids[:count], types, encoded.pad_id, encoded.pad_to)
+    layers = inspection.gates_of(job.tuned, encoded)
     if not layers:
         return
-    yield "How far each opens, from 0 to 1: the mean over the rows of the parity check."
+    kind = "test rows of the parity check" if count else "made-up rows of the parity check"
+    yield f"How far each opens, from 0 to 1: the mean over the {kind}."
     yield ""
     names = list(dict.fromkeys(name for layer in layers for name in layer))
     rows = [

@@ -137,6 +137,8 @@ def train(
 ) -> None:
     """Train a method on few rows, keep the best epoch by dev, score test once.
 
+    Example: unipelt train --train-file mine.csv --k 100 --dry-run
+
     Example: unipelt train --task mrpc --k 500 --data-seeds 111,222,333,444,555
     """
     flags = arguments.data_flags(locals())

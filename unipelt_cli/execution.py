@@ -13,7 +13,7 @@ from unipelt_cli import data, memory, runs
 from unipelt_cli.batches import Encoded
 from unipelt_cli.config import DataSettings, Experiment
 from unipelt_cli.data import Prepared
-from unipelt_cli.errors import ConfigError, RunError, UnipeltError
+from unipelt_cli.errors import ConfigError, DataError, RunError, UnipeltError
 from unipelt_cli.evaluation import (
     compute_logits,
     encode_rows,
@@ -301,9 +301,28 @@ class _Session:
         )
 
     def _result(self) -> dict[str, Any] | None:
-        """Return the result of a run that is finished already."""
-        directory = self.writer.directory
-        return runs.read(directory).result if (directory / runs.RESULT).is_file() else None
+        """Return the result of a run that is finished already; its rows must still be the same.
+
+        Raises DataError where they are at hand, and are others: it would be another run's result.
+        """
+        directory, settings = self.writer.directory, self.experiment.data
+        if not (directory / runs.RESULT).is_file():
+            return None
+        found = runs.read(directory)
+        if settings.source == "hub" or settings.dataset is not None:
+            return found.result
+        try:
+            prepared = self.shared.prepare(settings)
+        except UnipeltError:  # no longer there: the result is all that is left of them
+            return found.result
+        for place, own in enumerate(prepared):
+            for split, said in own.manifest["splits"].items():
+                if said["digest"] != found.digest_of(split, place):
+                    raise DataError(
+                        f"{directory}: its {split} rows have changed since it was trained",
+                        "train on these with --overwrite, or into another --out",
+                    )
+        return found.result
 
     def _begin(self) -> None:
         """Write what the run is and started on, or check that it is still so."""

@@ -79,7 +79,15 @@ def _notes(job: Job, tuned: Tuned) -> Iterator[str]:
     if not job.rows.from_test:
         yield "its test rows were not found again, so rows of random tokens were compared"
     if tuned.precision != "fp32":
-        yield f"this run computes in {tuned.precision}; the parity is that of float32"
+        rows = job.rows.encoded
+        apart = exchange.compare(
+            rows, exchange.padded(rows), job.tuned.classifier, tuned.classifier
+        )
+        yield (
+            f"this run computes in {tuned.precision}, where its own logits differ from these by up "
+            f"to {apart['max_abs_logit_diff']:.2g}, and {apart['label_flips']} of "
+            f"{apart['rows']} labels do; the parity is that of float32"
+        )
 
 
 @contextmanager

@@ -29,6 +29,7 @@ def evaluate(
     label: options.LabelOption = None,
     source: options.SourceOption = None,
     device: options.DeviceOption = None,
+    precision: options.RunPrecisionOption = None,
     model: options.MovedModelOption = None,
     offline: options.Offline = False,
     as_json: options.Json = False,
@@ -47,7 +48,7 @@ def evaluate(
     found = arguments.read_run(run, offline, source, model)
     each = task is None and file is None
     places = list(range(len(found.tasks))) if each else [found.place(task)]
-    tuned = found.build(device, model)
+    tuned = found.build(device, model, precision)
     from unipelt_cli import data, evaluation
     from unipelt_cli.tasks import joint_scores
 
@@ -100,6 +101,7 @@ def predict(
         typer.Option(metavar="FILE", help="Write there, all or nothing. (default stdout)"),
     ] = None,
     device: options.DeviceOption = None,
+    precision: options.RunPrecisionOption = None,
     model: options.MovedModelOption = None,
     offline: options.Offline = False,
     as_json: Annotated[
@@ -115,6 +117,14 @@ def predict(
 
     Example: unipelt predict --run RUN --run OTHER rows.csv
     """
+    if not several and file not in (None, "-") and not Path(str(file)).exists():
+        is_text = " " in str(file)
+        raise DataError(
+            f"{file}: No such file or directory",
+            f"give a text as a line: echo {str(file)!r} | unipelt predict {run} -"
+            if is_text
+            else "name a file of rows, or - for stdin",
+        )
     if several and file is not None:
         raise ConfigError(f"RUN {run} and --run contradict each other", "give every run with --run")
     if file is None and not several:
@@ -126,7 +136,8 @@ def predict(
     if rows == "-" and sys.stdin is None:
         raise DataError("stdin is closed", "give rows on it, or name a FILE")
     names = serving.named(given)
-    loaded = serving.load(dict(zip(names, found, strict=True)), task, device, model)
+    each = dict(zip(names, found, strict=True))
+    loaded = serving.load(each, task, device, model, precision)
     if rows == "-":
         windows = readers.read_input(sys.stdin.buffer, loaded.columns, kind, loaded.plain)
     else:
@@ -192,9 +203,12 @@ def verify(
             }
         )
     if failed:
+        is_whole = all(check.what.split(",")[0].endswith(" rows") for check in failed)
         raise CheckError(
             f"{run}: {len(failed)} of {len(checks)} checks failed, the first: {failed[0].said}",
-            "do not use this run: restore it, or train it again",
+            "the run is whole, but its rows have changed since: restore them to check it on them"
+            if is_whole
+            else "do not use this run: restore it, or train it again",
         )
 
 

@@ -116,10 +116,11 @@ def show_epochs(epochs: Sequence[Answer], metric: str, title: str) -> None:
     say("* the best epoch by dev, which is the run's result")
 
 
-def show_ablation(ablation: Answer, title: str) -> None:
+def show_ablation(ablation: Answer, title: str, rows: int) -> None:
     """Print layers x submodules: the mean gate, and the score lost where it is closed."""
+    row = f"; one row is {1 / rows:.4f}" if ablation["metric"] == "accuracy" else ""
     say(title)
-    say("mean gate, and what closing it loses; below 0: the score rose")
+    say(f"mean gate, and what closing it loses; below 0: the score rose{row}")
     names = list(ablation["all"])
     view = _table("layer", *names)
     for own in ({"layer": "all", **ablation["all"]}, *ablation["layers"]):

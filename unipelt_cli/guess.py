@@ -122,6 +122,8 @@ def columns(
     if label is None:
         named = _named(left, LABELS, "label", path)
         left = [own for own in left if own is not named]
+        if named is not None and named.name.casefold() not in SURE:
+            _refuse_others(named, left, path)
     if text is None:
         texts = _texts(path, left, found)
         left = [own for own in left if own not in texts]
@@ -139,6 +141,16 @@ def columns(
     ]
     sentence = f"{path.name}: guessed {', '.join(said)}; to choose: {' '.join(flags)}"
     return Guess(settings, sentence)
+
+
+def _refuse_others(named: _Column, left: Sequence[_Column], path: Path) -> None:
+    """Raise DataError where another column looks like a label as well: a name alone is no proof."""
+    others = [own.name for own in left if own.is_label and not own.is_values and not own.is_text]
+    if others:
+        raise DataError(
+            f"{path}: {_listed([named.name, *others])} could each be the label",
+            "give --label with one of them",
+        )
 
 
 def _column(cells: Cells, name: str) -> _Column | None:

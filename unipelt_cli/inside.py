@@ -199,7 +199,7 @@ class _View:
         answer = ablation.summary(study, losses)
         score = f"{study.task.metric} {study.score:.4f}"
         title = f"{self.name}, {len(self.rows)} {self.split} rows, {score}"
-        gatetables.show_ablation(answer, title)
+        gatetables.show_ablation(answer, title, len(self.rows))
         return answer
 
     def plot(self, answer: dict[str, Any], by: str, path: Path) -> None:

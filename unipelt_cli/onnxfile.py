@@ -138,6 +138,7 @@ def _snippet(job: Job) -> str:
     if task.labels:
         answer = '[config["id2label"][str(place)] for place in logits.argmax(axis=1)]'
     return f"""\
+# pip install onnxruntime tokenizers numpy; folder is the path of the one with this card
 import json
 from pathlib import Path
 import numpy

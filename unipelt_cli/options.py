@@ -117,6 +117,9 @@ PrecisionOption = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+RunPrecisionOption = Annotated[
+    str | None, typer.Option("--precision", help="fp32 or bf16. (default the run's own)")
+]
 RunOption = Annotated[
     Path | None,
     typer.Option(

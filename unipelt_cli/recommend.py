@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +19,7 @@ from unipelt_cli.execution import Shared, loop_of, plan
 from unipelt_cli.tasks import is_better, joint_metric
 from unipelt_cli.training import Epoch
 
-FACTORS = (1 / 3, 1.0, 3.0)
+FACTORS = (1.0, 1 / 3, 3.0)  # of a method's own rate, which is tried first
 KEPT = 3  # one candidate of so many goes on
 SEEDS = 3  # of those that train to their end
 FINAL_SHARE = 0.25  # of the budget, kept for the run at the end
@@ -98,10 +99,17 @@ def candidates(
     for name in chosen:
         if name not in table:
             raise ConfigError(f"method {name!r}: no such method", nearest(name, table))
+    own = {
+        name: rates or [float(f"{table[name].learning_rate * f:.2g}") for f in FACTORS]
+        for name in chosen
+    }
+    # Every method once before one of them again: the budget may end anywhere.
+    turns = zip_longest(*own.values())
     return [
         Candidate(base(name, rate))
-        for name in chosen
-        for rate in rates or [float(f"{table[name].learning_rate * f:.2g}") for f in FACTORS]
+        for turn in turns
+        for name, rate in zip(own, turn, strict=True)
+        if rate is not None
     ]
 
 

@@ -86,15 +86,20 @@ class Run:
             )
         return 0 if name is None else names.index(name)
 
-    def build(self, device: str | None = None, backbone: str | None = None) -> Tuned:
+    def build(
+        self,
+        device: str | None = None,
+        backbone: str | None = None,
+        precision: str | None = None,
+    ) -> Tuned:
         """Build the model on its backbone and load what was stored, strictly.
 
-        `backbone` says where the run's backbone is now. Raises RunError when it is another one,
-        or a tensor is missing, extra, reshaped, not finite or changed.
+        `backbone` says where the run's backbone is now; `precision` is the run's unless given.
+        Raises RunError when it is another one, or a tensor is missing, extra, reshaped, not finite
+        or changed.
         """
         experiment = self.experiment
-        if device is not None:
-            experiment = experiment.replace("train", device=device)
+        experiment = experiment.replace("train", device=device, precision=precision)
         pretrained = find(backbone or experiment.model.backbone)
         self.check_backbone(pretrained)
         tuned = _load(self.directory, experiment, self.tasks, pretrained)
@@ -153,9 +158,16 @@ class Run:
         if data.digest(found) != self.digest_of(split, place):
             raise DataError(
                 f"the {split} rows found now are not those of {self.directory}",
-                "the source has changed; give the one that was used with --source",
+                self._where_rows_were(place),
             )
         return found
+
+    def _where_rows_were(self, place: int) -> str:
+        """Say what to do where the rows have changed."""
+        file = self.experiment.data.each()[place].train_file
+        if file is None:
+            return "the source has changed; give the one that was used with --source"
+        return f"{file} has changed: restore it, or score other rows with `unipelt eval --file`"
 
     def prepared(self, source: str | None = None, place: int = 0) -> data.Prepared:
         """Find and draw a task's rows again; whether they are the same is not checked."""

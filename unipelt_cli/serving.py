@@ -200,6 +200,7 @@ def load(
     task: str | None = None,
     device: str | None = None,
     model: str | None = None,
+    precision: str | None = None,
 ) -> LoadedRuns:
     """Build runs that were read, the frozen tensors of their backbone held once.
 
@@ -217,7 +218,7 @@ def load(
     loaded: dict[str, LoadedRun] = {}
     for name, run in found.items():
         place = run.place(task if len(found) == 1 or len(run.tasks) > 1 else None)
-        tuned = run.build(device, model)
+        tuned = run.build(device, model, precision)
         earlier = [own.tuned for own in loaded.values()]
         if earlier:
             together.hold_once(earlier, tuned)

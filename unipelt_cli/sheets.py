@@ -200,7 +200,7 @@ def _comparison(entry: Answer) -> tuple[str, ...]:
     if entry["wins"] is not None:
         won = f"{entry['wins']}/{entry['ties']}/{entry['losses']}"
     return (
-        one,
+        f"{one} minus",
         other,
         _signed(entry["difference"]),
         ABSENT if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}",

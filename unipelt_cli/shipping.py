@@ -14,8 +14,11 @@ from unipelt_cli.shell import print_json
 def export(
     run: options.RunPath,
     to: Annotated[
-        str, typer.Option(metavar="FORMAT", help=f"One of {', '.join(targets.TARGETS)}.")
-    ],
+        str | None,
+        typer.Option(
+            metavar="FORMAT", help=f"One of {', '.join(targets.TARGETS)}.", show_default=False
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to. (default RUN-FORMAT)")
     ] = None,
@@ -61,6 +64,9 @@ def export(
 
     Example: unipelt export RUN --to adapters
     """
+    if to is None:
+        names = ", ".join(targets.TARGETS)
+        raise ConfigError("export: there is no --to FORMAT", f"add --to with one of {names}")
     targets.get(to)
     if part is not None:
         targets.only(to, f"--part {part}", lambda target: target.has_parts)

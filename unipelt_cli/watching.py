@@ -37,7 +37,12 @@ def train(
     (ended,) = _watch(*given).values()
     if isinstance(ended, Failed):
         raise ended.error
+    done, settings = ended.result["epochs"], experiment.train
+    if done < settings.epochs:
+        why = f"dev was not better for {settings.patience} epochs (* marks the best so far)"
+        render.say(f"ended after {done} of {settings.epochs}: {why}")
     render.result_summary(ended.result, directory)
+    render.say(f"next: unipelt predict {directory} FILE, or inspect-gates, eval, export --to onnx")
     return ended.result
 
 
@@ -66,6 +71,9 @@ def train_together(
     if finished:
         render.runs_summary(finished)
         render.say("runs: ", (str(directories[0].parent), "bold"))
+        for directory in directories:
+            render.say(f"  {directory.name}")
+        render.say(f"next: unipelt compare {directories[0].parent}")
     results = list(finished.values())
     means = {
         split: {name: fmean(r[split][name] for r in results) for name in results[0][split]}
@@ -174,6 +182,12 @@ def search(found: Sequence[Candidate], budget: float) -> Candidate:
             f"{candidate.metric} {score} after epoch {said['epochs']}{seeds}"
         )
     chosen = recommend.best(found)
+    untried = [own.said() for own in found if own.score is None and own.error is None]
+    if chosen.rung + 1 < len(recommend.RUNGS):
+        names = ", ".join(f"{own['method']} at {own['learning_rate']:g}" for own in untried)
+        left = f"; not tried: {names}" if names else ""
+        ended = f"the budget ended in round {chosen.rung + 1} of {len(recommend.RUNGS)}{left}"
+        render.say(("warning: ", "yellow"), ended)
     rows = []
     for candidate in recommend.ranked(found):
         said = candidate.said()
