@@ -36,9 +36,14 @@ def error(message: str, hint: str) -> None:
 
 
 def say(*parts: str | tuple[str, str]) -> None:
-    """Print one line of talk; what comes from data or names is never read as markup."""
+    """Print one line of talk; what comes from data or names is never read as markup.
+
+    A terminal's is broken between words, unless a word alone is wider: a path stays whole.
+    """
     clean = [(plain(p[0]), p[1]) if isinstance(p, tuple) else plain(p) for p in parts]
-    console().print(Text.assemble(*clean), soft_wrap=True)
+    out, line = console(), Text.assemble(*clean)
+    fits = out.file.isatty() and max(map(cell_len, line.plain.split()), default=0) <= out.width
+    out.print(line, soft_wrap=not fits)
 
 
 def plain(text: str) -> str:
@@ -48,14 +53,16 @@ def plain(text: str) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     """Print a plain table: first column left, numbers right."""
-    view = Table(box=None, pad_edge=False)
+    out, view = console(), Table(box=None, pad_edge=False)
     for place, column in enumerate(columns):
         numeric = bool(rows) and all(is_number(str(row[place])) for row in rows)
         justify: JustifyMethod = "right" if numeric else "left"
-        view.add_column(Text(plain(column)), justify=justify, overflow="fold")
+        name = None if place or not rows else max(cell_len(plain(str(row[0]))) for row in rows)
+        least = None if name is None or name > out.width // 2 else name  # names stay whole
+        view.add_column(Text(plain(column)), justify=justify, overflow="fold", min_width=least)
     for row in rows:
         view.add_row(*(Text(plain(c)) if isinstance(c, str) else c for c in row))
-    console().print(view)
+    out.print(view)
 
 
 def check_table(
