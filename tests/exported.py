@@ -60,7 +60,7 @@ def make_run(
 
 
 def rows_of(tuned: Tuned) -> list[dict[str, Tensor]]:
-    rows = runs.probe_rows(tuned)
+    rows = runs.probe_rows(tuned, 8)
     return [rows.batch([row], torch.device("cpu")) for row in range(4)]
 
 

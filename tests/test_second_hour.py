@@ -89,6 +89,8 @@ def test_what_is_left_out_is_named(run: Path) -> None:
         "the parcel is late: No such file or directory",
         f"give a text as a line: echo 'the parcel is late' | unipelt predict {run} -",
     )
+    long = "late " * 200  # longer than a file's name can be
+    assert error_of("predict", run, long)[1].startswith("give a text as a line: echo 'late late ")
     assert error_of("predict", run, "more.csv") == (
         "more.csv: No such file or directory",
         "name a file of rows, or - for stdin",

@@ -17,7 +17,7 @@ from unipelt_cli.evaluation import Gates, compute_with_gates, encode_rows, predi
 from unipelt_cli.methods.submodules import closed, places
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.runs import Run
-from unipelt_cli.tasks import Values, is_better
+from unipelt_cli.tasks import Values, lost
 
 LAST = ("adapter", "parallel")
 OPEN = 0.5  # a gate whose mean is at least this much says that its submodule takes part
@@ -66,10 +66,10 @@ class Ablation:
         with closed(self.tuned.classifier.backbone, resting):
             predicted, _ = self._pass()
         score = self._score(predicted)
-        lost = score - self.score if is_better(self.task.metric, 0, 1) else self.score - score
+        worse = lost(self.task.metric, self.score, score)
         changed = int(np.sum(predicted != self.whole))
         flips = None if self.task.is_regression else changed
-        return Loss(layer, part, self._gate(layer, part), round(score, 6), round(lost, 6), flips)
+        return Loss(layer, part, self._gate(layer, part), round(score, 6), round(worse, 6), flips)
 
     def _pass(self) -> tuple[Values, Gates]:
         logits, gates = compute_with_gates(self.tuned, self.encoded, self.place)

@@ -1,6 +1,7 @@
 """The commands that use and check a finished run."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ def predict(
 
     Example: unipelt predict --run RUN --run OTHER rows.csv
     """
-    if not several and file not in (None, "-") and not Path(str(file)).exists():
+    if not several and file not in (None, "-") and not os.path.lexists(str(file)):
         is_text = " " in str(file)
         raise DataError(
             f"{file}: No such file or directory",

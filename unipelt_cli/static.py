@@ -6,7 +6,6 @@ A gate that is a number is a factor on weights, so the result costs less and mer
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -20,10 +19,10 @@ from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.evaluation import compute_logits, encode_rows, predictions, references
 from unipelt_cli.methods.base import Method
 from unipelt_cli.methods.reduced import with_constant_gates, without
-from unipelt_cli.methods.submodules import Submodules, closed
+from unipelt_cli.methods.submodules import Submodules, closed, places
 from unipelt_cli.modeling import Tuned
 from unipelt_cli.runs import Run
-from unipelt_cli.tasks import Values, is_better
+from unipelt_cli.tasks import Values, lost
 
 COST = 0.01
 ROUNDS = 5  # of timing
@@ -54,8 +53,7 @@ class _Split:
 
     def lost(self, before: float, tuned: Tuned) -> float:
         """Return how much worse than `before` a model scores."""
-        after = self.score(tuned)
-        return after - before if is_better(self.run.task.metric, 0, 1) else before - after
+        return lost(self.run.task.metric, before, self.score(tuned))
 
 
 def make_static(
@@ -81,19 +79,14 @@ def make_static(
     constant = _rebuilt(run, tuned, ungated, stored)
     dev, test = (_split(run, gated, rows(name)) for name in ("dev", "test"))
     before = dev.score(gated)
-    places = [
-        (layer, part)
-        for layer in range(len(gates))
-        for part in ungated.parts
-        if (layer, part) not in ungated.left_out
-    ]
-    forced = [place for place in places if only is not None and place[1] not in only]
-    if len(forced) == len(places):
+    there = places(constant.classifier.backbone)
+    forced = [place for place in there if only is not None and place[1] not in only]
+    if len(forced) == len(there):
         raise RunError(
             f"{run.directory}: the format holds nothing of its {' and '.join(ungated.parts)}",
             "choose one that does, such as --to adapters or --to onnx",
         )
-    free = [] if only is not None else places  # such a format gains nothing by a layer's less
+    free = [] if only is not None else there  # such a format gains nothing by a layer's less
     costs, dropped = _droppable(dev, before, constant, forced, free, cost)
     final, kept = without(ungated, stored, dropped, len(gates))
     pruned = _rebuilt(run, tuned, final, kept)
@@ -156,21 +149,21 @@ def _droppable(
 ) -> tuple[dict[Place, float], list[Place]]:
     """Return what each place alone costs, and which go; those that are forced to go first."""
 
-    def lost(places: Collection[Place]) -> float:
-        with closed(tuned.classifier.backbone, places) if places else nullcontext():
+    def without_these(places: Collection[Place]) -> float:
+        with closed(tuned.classifier.backbone, places):
             return dev.lost(before, tuned)
 
-    if (constant := lost([])) > most:
+    if (constant := without_these([])) > most:
         raise _too_dear(dev, "constant gates alone cost", constant, most)
-    if forced and (taken := lost(forced)) > most:
+    if forced and (taken := without_these(forced)) > most:
         parts = " and ".join(sorted({part for _, part in forced}))
         raise _too_dear(dev, f"going without {parts} costs", taken, most)
-    costs = {place: lost([place]) for place in free}
+    costs = {place: without_these([place]) for place in free}
     order = sorted(free, key=lambda place: costs[place])
     fits, beyond = 0, len(order)  # all of them are never dropped
     while beyond - fits > 1:
         middle = (fits + beyond) // 2
-        if lost([*forced, *order[:middle]]) <= most:
+        if without_these([*forced, *order[:middle]]) <= most:
             fits = middle
         else:
             beyond = middle

@@ -151,6 +151,11 @@ def is_better(metric: str, score: float, best: float) -> bool:
     return score < best if metric == "mse" else score > best
 
 
+def lost(metric: str, before: float, after: float) -> float:
+    """Return how much worse a score has become; below 0 where it is better."""
+    return after - before if is_better(metric, 0, 1) else before - after
+
+
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
 TASKS: Mapping[str, Task] = MappingProxyType(
