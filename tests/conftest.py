@@ -19,13 +19,14 @@ import torch
 import transformers
 from transformers import BertTokenizerFast
 
-from unipelt_cli import artifact, runs
-from unipelt_cli.backbones import BACKBONES
-from unipelt_cli.config import Experiment, resolve
-from unipelt_cli.evaluation import encode_rows
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.pretrained import BERT_BASE, Pretrained
+from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.files import atomic
 from unipelt_cli.methods import get
-from unipelt_cli.modeling import Tuned, count
-from unipelt_cli.pretrained import BERT_BASE, Pretrained
+from unipelt_cli.models.build import Tuned, count
+from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.runs import run
 
 torch.set_num_threads(1)
 
@@ -244,14 +245,14 @@ def bert_base_counts(name: str, head_parameters: int = 1538, **options: Any) -> 
 
 def reseal(directory: Path) -> None:
     """Let a changed run's result vouch for its files again: what is behind the hashes is tried."""
-    path = directory / runs.RESULT
+    path = directory / run.RESULT
     result = json.loads(path.read_text())
     result["files"] = {
         name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
-        for name in runs.RECORDED
+        for name in run.RECORDED
         if (directory / name).is_file()
     }
-    artifact.write_json(path, artifact.sealed(result))
+    atomic.write_json(path, atomic.sealed(result))
 
 
 SLOW = ("test_sweep.py", "test_processes.py", "test_readme.py")

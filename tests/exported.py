@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unipelt_cli import runs
-from unipelt_cli.config import resolve
+from unipelt_cli.config.experiment import resolve
 from unipelt_cli.methods import get
-from unipelt_cli.methods.submodules import Submodules
-from unipelt_cli.modeling import Tuned, build
-from unipelt_cli.runs import Run
+from unipelt_cli.methods.unipelt.method import Submodules
+from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.runs import run
+from unipelt_cli.runs.run import Run
 
 LABELS = ("low", "middle", "high")
 TINY = {"prefix_length": 4, "prefix_width": 16, "rank": 4, "reduction": 8}
@@ -60,7 +60,7 @@ def make_run(
 
 
 def rows_of(tuned: Tuned) -> list[dict[str, Tensor]]:
-    rows = runs.probe_rows(tuned, 8)
+    rows = run.probe_rows(tuned, 8)
     return [rows.batch([row], torch.device("cpu")) for row in range(4)]
 
 

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from unipelt_cli import execution, processes
-from unipelt_cli.config import Experiment, resolve
+from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.errors import CheckError, RunError, UnipeltError
-from unipelt_cli.evaluation import compute_logits, encode_rows
-from unipelt_cli.modeling import Classifier, build
-from unipelt_cli.processes import ALONE, Processes
+from unipelt_cli.models.build import Classifier, build
+from unipelt_cli.models.evaluation import compute_logits, encode_rows
+from unipelt_cli.runs.writer import Writer
+from unipelt_cli.system import processes
+from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Course, Epoch, Halved, Training
-from unipelt_cli.writer import Writer
+from unipelt_cli.training import execution
+from unipelt_cli.training.loop import Course, Epoch, Halved, Training
 
 SENTENCES = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(21)]
 BATCH = 4  # the last batch has one row: one of two processes has none

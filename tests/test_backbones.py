@@ -10,13 +10,13 @@ import transformers
 from conftest import SENTENCES, VARIANTS, disturbed, experiment, logits_of, save_backbone
 from torch import Tensor, nn
 
-from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.pretrained import find
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Site
-from unipelt_cli.methods.hooks import Container
-from unipelt_cli.methods.submodules import Submodules, closed, record_gates
-from unipelt_cli.modeling import build, merge
-from unipelt_cli.pretrained import find
+from unipelt_cli.methods.unipelt.layer import Container
+from unipelt_cli.methods.unipelt.method import Submodules, closed, record_gates
+from unipelt_cli.models.build import build, merge
 
 PARTS = ("lora", "prefix", "adapter", "bias", "all")
 KINDS = {**BACKBONES, **{name: BACKBONES[kind] for name, (kind, _) in VARIANTS.items()}}

@@ -21,16 +21,17 @@ from conftest import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli import adapterhub, methods
-from unipelt_cli.backbones import BACKBONES, Layout
-from unipelt_cli.config import resolve
+from unipelt_cli import methods
+from unipelt_cli.backbones.architectures import BACKBONES, Layout
+from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import BackboneError, ConfigError
-from unipelt_cli.evaluation import encode_rows
-from unipelt_cli.methods.bottlenecks import SparseAdapter, _pack, _unpack
-from unipelt_cli.methods.submodules import Submodules, record_gates
-from unipelt_cli.modeling import Tuned, build, merge
+from unipelt_cli.exports import adapters_folder
+from unipelt_cli.methods.additive.sparse_adapter import SparseAdapter, _pack, _unpack
+from unipelt_cli.methods.unipelt.method import Submodules, record_gates
+from unipelt_cli.models.build import Tuned, build, merge
+from unipelt_cli.models.evaluation import encode_rows
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Epoch, Training
+from unipelt_cli.training.loop import Epoch, Training
 
 Backbones = Callable[[str], Path]
 PLAIN = sorted(name for name, layout in BACKBONES.items() if layout.is_plain)
@@ -446,7 +447,7 @@ def test_adapters_is_not_given_what_it_cannot_hold(
 ) -> None:
     settings = experiment(backbone_dir("bert"), method)
     run: Any = SimpleNamespace(directory="runs/x", experiment=settings)
-    problem = adapterhub.problem(run, build(settings, 2))
+    problem = adapters_folder.problem(run, build(settings, 2))
     assert problem is not None
     said, hint = problem
     assert message in said

@@ -12,8 +12,12 @@ from conftest import write_rows
 from exported import LABELS, make_run
 from huggingface_hub import ModelCard
 
-from unipelt_cli import card, exchange, execution, export, inspection, runs
-from unipelt_cli.config import resolve
+from unipelt_cli.config.experiment import resolve
+from unipelt_cli.exports import export, model_card
+from unipelt_cli.exports import parity as parity_module
+from unipelt_cli.gates.report import inspect
+from unipelt_cli.runs.run import Run, read
+from unipelt_cli.training import execution
 
 Backbones = Callable[[str], Path]
 HOSTILE = "<img src=x>\n# [a](http://b.c) `d` | *e* ![f](g) \x1b[31m\u202e www.h.i @j &lt; $k$"
@@ -21,7 +25,7 @@ HOSTILE = "<img src=x>\n# [a](http://b.c) `d` | *e* ![f](g) \x1b[31m\u202e www.h
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "ROWS", 24)
+    monkeypatch.setattr(parity_module, "ROWS", 24)
 
 
 def card_of(directory: Path) -> str:
@@ -42,7 +46,7 @@ def table(text: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def exported(
     backbone_dir: Backbones, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[runs.Run, dict[str, Any], Path]:
+) -> tuple[Run, dict[str, Any], Path]:
     """A run of own rows, exported to `adapters` with the card that its data gives."""
     root = tmp_path_factory.mktemp("card")
     (root / "secret").mkdir()
@@ -54,13 +58,13 @@ def exported(
     }
     for _ in execution.execute(resolve([("", settings)]), root / "run"):
         pass
-    run = runs.read(root / "run")
+    run = read(root / "run")
     report = export.export(run, run.build(), "adapters", root / "out")
     assert report["written"]
     return run, report, root / "out"
 
 
-def test_head_is_what_the_hub_reads(exported: tuple[runs.Run, dict[str, Any], Path]) -> None:
+def test_head_is_what_the_hub_reads(exported: tuple[Run, dict[str, Any], Path]) -> None:
     run, _, out = exported
     data = ModelCard(card_of(out)).data
     assert data.library_name == "adapter-transformers"
@@ -73,7 +77,7 @@ def test_head_is_what_the_hub_reads(exported: tuple[runs.Run, dict[str, Any], Pa
 
 
 def test_scores_have_the_interval_of_rows_drawn_anew(
-    exported: tuple[runs.Run, dict[str, Any], Path],
+    exported: tuple[Run, dict[str, Any], Path],
 ) -> None:
     run, _, out = exported
     answers = run.predictions()
@@ -89,7 +93,7 @@ def test_scores_have_the_interval_of_rows_drawn_anew(
 
 
 def test_data_is_counted_and_hashed_and_no_text_or_path_is_in_it(
-    exported: tuple[runs.Run, dict[str, Any], Path],
+    exported: tuple[Run, dict[str, Any], Path],
 ) -> None:
     run, _, out = exported
     text = card_of(out)
@@ -105,15 +109,15 @@ def test_data_is_counted_and_hashed_and_no_text_or_path_is_in_it(
 
 
 def test_gates_are_the_means_over_the_rows_compared(
-    exported: tuple[runs.Run, dict[str, Any], Path],
+    exported: tuple[Run, dict[str, Any], Path],
 ) -> None:
     run, _, out = exported
     tuned = run.build()
     rows = run.rows("test")
-    layers = inspection.inspect(run, tuned, rows).by_layer()
+    layers = inspect(run, tuned, rows).by_layer()
     header, *lines = table(section(card_of(out), "Gates"))
     assert set(header) == {"layer", "adapter", "prefix", "lora"}
-    parity = exchange.find_rows(run, tuned)
+    parity = parity_module.find_rows(run, tuned)
     assert parity.from_test == len(rows)
     drawn = len(parity.encoded) - parity.from_test
     for layer, line in zip(layers, lines, strict=True):
@@ -122,7 +126,7 @@ def test_gates_are_the_means_over_the_rows_compared(
 
 
 def test_parity_and_protocol_are_those_of_the_report(
-    exported: tuple[runs.Run, dict[str, Any], Path],
+    exported: tuple[Run, dict[str, Any], Path],
 ) -> None:
     _, report, out = exported
     said = section(card_of(out), "Parity")
@@ -133,11 +137,11 @@ def test_parity_and_protocol_are_those_of_the_report(
     assert "k = all train rows, drawn by data seed 111; seed 42" in protocol
     assert "test was scored once" in protocol
     for note in report["notes"]:
-        assert card.escaped(note) in section(card_of(out), "Notes")
+        assert model_card.escaped(note) in section(card_of(out), "Notes")
 
 
 def test_same_run_gives_the_same_card(
-    exported: tuple[runs.Run, dict[str, Any], Path], tmp_path: Path
+    exported: tuple[Run, dict[str, Any], Path], tmp_path: Path
 ) -> None:
     run, _, out = exported
     export.export(run, run.build(), "adapters", tmp_path / "out")
@@ -171,7 +175,7 @@ def test_names_of_strangers_are_text(backbone_dir: Backbones, tmp_path: Path) ->
     assert " ".join(HOSTILE.split())[:20] in ModelCard(text).data.eval_results[0].dataset_name
     assert "\x1b" not in text
     assert "\u202e" not in text
-    escaped = card.escaped(HOSTILE)
+    escaped = model_card.escaped(HOSTILE)
     assert body.count(escaped) == 4  # the title, the labels, the columns, the counts
     rest = body.replace(escaped, "")
     assert "img" not in rest
@@ -198,4 +202,4 @@ def test_names_of_strangers_are_text(backbone_dir: Backbones, tmp_path: Path) ->
     ],
 )
 def test_escaped(text: str, expected: str) -> None:
-    assert card.escaped(text) == expected
+    assert model_card.escaped(text) == expected

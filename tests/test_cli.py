@@ -18,10 +18,15 @@ from conftest import reseal, write_rows
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from unipelt_cli import artifact, evaluation, execution, network, runs, writer
 from unipelt_cli.cli import app
 from unipelt_cli.errors import CheckError
-from unipelt_cli.training import Epoch, Training
+from unipelt_cli.files import atomic
+from unipelt_cli.models import evaluation
+from unipelt_cli.runs import writer
+from unipelt_cli.runs.run import RESULT, read, read_experiment, read_metrics
+from unipelt_cli.system import network
+from unipelt_cli.training import execution
+from unipelt_cli.training.loop import Epoch, Training
 
 FAST = [
     *("--set", "train.epochs=3", "--set", "train.batch_size=8"),
@@ -111,7 +116,7 @@ def test_train_writes_the_contracts_files_and_result(run: Path) -> None:
         "collapsed",
     } <= result.keys()
     assert result["artifact_bytes"] == (run / "model.safetensors").stat().st_size
-    epochs = [event for event in runs.read_metrics(run) if event["kind"] == "epoch"]
+    epochs = [event for event in read_metrics(run) if event["kind"] == "epoch"]
     assert [event["epoch"] for event in epochs] == [1, 2, 3]
     assert {"train_loss", "dev", "train_seconds", "evaluation_seconds", "tokens"} <= epochs[
         0
@@ -202,7 +207,7 @@ def test_inspect_gates_table_json_and_picture(run: Path, tmp_path: Path) -> None
 
 
 def test_gates_are_what_a_hand_computation_gives(run: Path) -> None:
-    found = runs.read(run)
+    found = read(run)
     tuned = found.build()
     rows = found.rows("test")
     _, stdout, _ = invoke("inspect-gates", run, "--by", "example", "--json")
@@ -355,7 +360,7 @@ def test_several_seeds_are_ordinary_runs_and_a_table(
     for result in answer["runs"]:
         directory = Path(result["run"])
         assert directory.parent == tmp_path
-        assert runs.read(directory).result["test"] == result["test"]
+        assert read(directory).result["test"] == result["test"]
     assert invoke(*given, *seeds, "--json", "--resume")[0] == 0, "finished runs are returned"
     message, hint = error_of(*given, *seeds)
     assert message.endswith("-d111-s1: exists already")
@@ -422,7 +427,7 @@ def test_a_run_that_fails_among_several_is_said_and_the_others_are_kept(
         "error: 1 of 3 runs failed, the first with: the loss is nan at step 1",
         f"hint: see its directory {failed['run']}; the other runs are finished",
     ]
-    states = {path.name[-2:]: (path / runs.RESULT).is_file() for path in tmp_path.iterdir()}
+    states = {path.name[-2:]: (path / RESULT).is_file() for path in tmp_path.iterdir()}
     assert states == {"s1": True, "s2": False, "s3": True}
 
 
@@ -481,7 +486,7 @@ def test_ctrl_c_keeps_what_is_there_and_resume_ends_as_if_nothing_happened(
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1].startswith("interrupted: go on with --resume")
     assert not (out / "result.json").exists()
-    assert runs.read_metrics(out)[-1]["kind"] == "interrupted"
+    assert read_metrics(out)[-1]["kind"] == "interrupted"
     message, _ = error_of("eval", out)
     assert message.startswith(f"{out}: unfinished, stopped after epoch ")
     code, stdout, _ = invoke("list", "runs", tmp_path, "--json")
@@ -492,7 +497,7 @@ def test_ctrl_c_keeps_what_is_there_and_resume_ends_as_if_nothing_happened(
     assert code == 0, stderr
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not (out / "state.safetensors").exists()
-    kinds = [(event["kind"], event["epoch"]) for event in runs.read_metrics(out)]
+    kinds = [(event["kind"], event["epoch"]) for event in read_metrics(out)]
     assert kinds == [("epoch", epoch) for epoch in range(1, len(kinds) + 1)]
 
 
@@ -642,7 +647,7 @@ def test_a_label_of_the_test_file_that_train_lacks_is_named(bert: Path, tmp_path
 
 def damage_version(directory: Path) -> None:
     path = directory / "model.safetensors"
-    artifact.write_tensors(path, load_file(path), {"format_version": 99})
+    atomic.write_tensors(path, load_file(path), {"format_version": 99})
     reseal(directory)
 
 
@@ -651,11 +656,11 @@ def change(
 ) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         path = directory / "model.safetensors"
-        tensors, header = artifact.open_tensors(path)
+        tensors, header = atomic.open_tensors(path)
         edit(tensors)
         if seals:
             del header["sha256"]
-            artifact.write_tensors(path, tensors, header)
+            atomic.write_tensors(path, tensors, header)
         else:
             save_file(tensors, path, {"unipelt": json.dumps(header)})
         reseal(directory)
@@ -807,7 +812,7 @@ def test_resume_goes_on_with_the_recorded_settings(
     out, whole = tmp_path / "run", tmp_path / "whole"
     sdpa = ["--set", "model.attention=sdpa"]
     assert invoke(*arguments, *sdpa, "--out", whole)[0] == 0
-    events = execution.execute(runs.read_experiment(whole), out)
+    events = execution.execute(read_experiment(whole), out)
     for event in events:
         if isinstance(event, Epoch):
             break

@@ -13,9 +13,12 @@ import torch
 from conftest import reseal, write_rows
 from typer.testing import CliRunner
 
-from unipelt_cli import artifact, charts, config, documents, groups, published, runs, sheets
 from unipelt_cli.cli import app
-from unipelt_cli.compare import compare
+from unipelt_cli.comparison import documents, groups, plot, published, tables
+from unipelt_cli.comparison.summary import compare
+from unipelt_cli.config import experiment
+from unipelt_cli.files import atomic
+from unipelt_cli.runs import run
 from unipelt_cli.tasks import TASKS, Task
 
 SEEDS = (111, 222, 333, 444, 555)
@@ -63,14 +66,14 @@ def forge(
         given["data"]["k"] = k
     method_settings = {"name": method, **settings.pop("options", {})}
     layers = [("", given), ("", {"method": method_settings}), ("", settings)]
-    planned = config.resolve(layers)
+    planned = experiment.resolve(layers)
     own = TASKS[task]
     predicted, expected = answers(own, score, seed, collapsed)
     told = {key: getattr(own, key) for key in ("name", "text", "labels", "metric", "also")}
     splits = {name: {"digest": digest or f"{task} {name}"} for name in ("train", "dev", "test")}
-    (directory / runs.EXPERIMENT).write_text(config.dump(planned))
-    artifact.write_json(
-        directory / runs.ENVIRONMENT,
+    (directory / run.EXPERIMENT).write_text(experiment.dump(planned))
+    atomic.write_json(
+        directory / run.ENVIRONMENT,
         {
             **{"threads": 1, "packages": {}, "data": {"splits": splits, "source": {}}},
             "backbone": {
@@ -79,17 +82,17 @@ def forge(
             },
         },
     )
-    artifact.write_tensors(directory / runs.PROBE, {"logits": torch.zeros(1)}, {"rows": 1})
-    (directory / runs.METRICS).write_text("")
-    artifact.write_tensors(directory / runs.MODEL, {"x": torch.zeros(1)}, {"task": told})
+    atomic.write_tensors(directory / run.PROBE, {"logits": torch.zeros(1)}, {"rows": 1})
+    (directory / run.METRICS).write_text("")
+    atomic.write_tensors(directory / run.MODEL, {"x": torch.zeros(1)}, {"task": told})
     if stores_predictions:
         pair = {"predictions.0": predicted, "references.0": expected}
         tensors = {name: torch.from_numpy(values).int() for name, values in pair.items()}
-        artifact.write_tensors(directory / runs.PREDICTIONS, tensors, {"split": "test"})
+        atomic.write_tensors(directory / run.PREDICTIONS, tensors, {"split": "test"})
     scores = own.score(predicted, expected)
     count = {"lora": 294_912, "full": 109_482_240}.get(method, 1_401_444)
-    artifact.write_json(
-        directory / runs.RESULT,
+    atomic.write_json(
+        directory / run.RESULT,
         {
             **{"metric": own.metric, "dev": scores, "test": scores, "seconds": seconds},
             **{"device": "cpu", "best_epoch": 1, "epochs": 1, "artifact_bytes": 1},
@@ -192,12 +195,12 @@ def test_one_experiment_counts_once_and_unusable_runs_are_said(tmp_path: Path) -
     forge(tmp_path / "a", "lora", 0.8)
     forge(tmp_path / "copy", "lora", 0.8, stores_predictions=False)
     forge(tmp_path / "z", "lora", 0.7)
-    (forge(tmp_path / "unfinished", "lora", 0.8, seed=222) / runs.RESULT).unlink()
-    (forge(tmp_path / "damaged", "lora", 0.8, seed=333) / runs.PROBE).write_bytes(b"x")
+    (forge(tmp_path / "unfinished", "lora", 0.8, seed=222) / run.RESULT).unlink()
+    (forge(tmp_path / "damaged", "lora", 0.8, seed=333) / run.PROBE).write_bytes(b"x")
     forged = forge(tmp_path / "forged", "lora", 0.8, seed=444)
-    tensors, _ = artifact.open_tensors(forged / runs.PREDICTIONS)
+    tensors, _ = atomic.open_tensors(forged / run.PREDICTIONS)
     tensors["predictions.0"][:50] = 1 - tensors["references.0"][:50]
-    artifact.write_tensors(forged / runs.PREDICTIONS, tensors, {})
+    atomic.write_tensors(forged / run.PREDICTIONS, tensors, {})
     reseal(forged)
     code, _, stderr = invoke("compare", tmp_path, tmp_path / "a")
     assert code == 0
@@ -427,7 +430,7 @@ def test_what_cannot_be_is_said_in_two_lines(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    (forge(Path("begun"), "lora", 0.8) / runs.RESULT).unlink()
+    (forge(Path("begun"), "lora", 0.8) / run.RESULT).unlink()
     forge(Path("whole"), "lora", 0.8)
     code, stdout, stderr = invoke("compare", *arguments)
     *_, said, told = stderr.splitlines()
@@ -487,7 +490,7 @@ def test_documents_are_safe_whatever_a_task_is_called(tmp_path: Path) -> None:
     answer["groups"] = [group | {"label": "<b>|x|\x1b"}]
     answer["tables"][0]["methods"][0]["label"] = "<b>|x|\x1b"
     assert r"| \<b\>\|x\|\\x1b |" in documents.markdown(answer)
-    charts.plot(answer, tmp_path / "picture.svg")
+    plot.plot(answer, tmp_path / "picture.svg")
 
 
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
@@ -555,4 +558,4 @@ def test_what_a_lower_score_is_better_in_is_ranked_so(tmp_path: Path) -> None:
     result = group.members[0].run.result
     result |= {"metric": "mse", "test": {"mse": 0.5}}
     assert group.sign == -1
-    assert sheets.score(None) == "-"
+    assert tables.score(None) == "-"

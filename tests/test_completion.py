@@ -10,19 +10,16 @@ from typing import Any, get_args
 import pytest
 from typer.testing import CliRunner
 
-from unipelt_cli import (
-    arguments,
-    completion,
-    config,
-    inside,
-    listing,
-    methods,
-    outline,
-    readers,
-    targets,
-)
+from unipelt_cli import methods
 from unipelt_cli.cli import app
+from unipelt_cli.commands import inspect_gates, listing
+from unipelt_cli.commands.shared.settings import TRACKERS
+from unipelt_cli.config import experiment
+from unipelt_cli.data import readers
+from unipelt_cli.exports import formats
 from unipelt_cli.tasks import TASKS
+from unipelt_cli.terminal import choices as tables
+from unipelt_cli.terminal import completion
 
 
 def complete(line: str, shell: str = "bash") -> list[str]:
@@ -42,29 +39,29 @@ def complete(line: str, shell: str = "bash") -> list[str]:
 
 
 def test_the_outline_is_that_of_the_real_tables() -> None:
-    assert outline.tasks() == tuple(TASKS)
-    assert outline.methods().keys() == methods.table().keys()
-    assert set(outline.presets()) == config.presets().keys()
+    assert tables.tasks() == tuple(TASKS)
+    assert tables.methods().keys() == methods.table().keys()
+    assert set(tables.presets()) == experiment.presets().keys()
     for name, recipe in methods.table().items():
-        assert outline.methods()[name].about == recipe.summary
+        assert tables.methods()[name].about == recipe.summary
         own = dataclasses.asdict(recipe.method)
-        said = outline.method_settings(name)
+        said = tables.method_settings(name)
         assert list(said) == list(own)
         for key, setting in said.items():
             value = own[key]
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             known = value is not None and value != ()
             assert setting.default == (shown.lower() if known else None), (name, key)
-    for section, schema in config.SECTIONS.items():
-        settings = outline.settings(section)
+    for section, schema in experiment.SECTIONS.items():
+        settings = tables.settings(section)
         assert list(settings) == list(schema.model_fields)
         for key, setting in settings.items():
             field = schema.model_fields[key]
             shown = None if field.default is None else str(field.default)
             assert (setting.about, setting.default) == (field.description, shown)
-    assert outline.settings("train")["device"].choices == get_args(config.Device)
-    assert outline.settings("model")["pooling"].choices == get_args(config.Pooling)
-    assert outline.settings("data")["metric"].choices == get_args(config.Metric)
+    assert tables.settings("train")["device"].choices == get_args(experiment.Device)
+    assert tables.settings("model")["pooling"].choices == get_args(experiment.Pooling)
+    assert tables.settings("data")["metric"].choices == get_args(experiment.Metric)
     assert set(completion.LISTS) == listing.LISTS.keys()
     assert completion.DEFAULT_METHOD == methods.DEFAULT
 
@@ -72,10 +69,10 @@ def test_the_outline_is_that_of_the_real_tables() -> None:
 @pytest.mark.parametrize(
     ("name", "choices"),
     [
-        ("to", set(targets.TARGETS)),
-        ("by", set(inside.VIEWS)),
+        ("to", set(formats.TARGETS)),
+        ("by", set(inspect_gates.VIEWS)),
         ("kind", set(readers.FORMATS)),
-        ("track", set(arguments.TRACKERS)),
+        ("track", set(TRACKERS)),
     ],
 )
 def test_words_are_those_that_the_commands_take(name: str, choices: set[str]) -> None:

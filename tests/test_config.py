@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from unipelt_cli import config, methods
-from unipelt_cli.config import dump, merge, parse_assignment, read_preset, resolve
+from unipelt_cli import methods
+from unipelt_cli.config.experiment import (
+    Experiment,
+    dump,
+    merge,
+    parse_assignment,
+    presets,
+    read_preset,
+    resolve,
+)
 from unipelt_cli.errors import ConfigError
 
 
-def resolved(**sections: dict[str, Any]) -> config.Experiment:
+def resolved(**sections: dict[str, Any]) -> Experiment:
     return resolve([("", {"data": {"task": "mrpc"}, **sections})])
 
 
@@ -174,7 +182,7 @@ def test_assignments_merge() -> None:
 
 
 def test_the_files_are_presets_of_methods_and_the_papers() -> None:
-    files = config.presets().keys()
+    files = presets().keys()
     assert "paper" in files
     assert files - {"paper"} <= methods.table().keys()
     assert files & methods.table().keys() < methods.table().keys(), "a method needs no file"

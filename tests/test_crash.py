@@ -24,10 +24,24 @@ import torch
 from conftest import experiment
 from typer.testing import CliRunner
 
-from unipelt_cli import artifact, card, claims, data, exchange, execution, export, listing, runs
 from unipelt_cli.cli import app
-from unipelt_cli.config import Experiment
+from unipelt_cli.commands import listing
+from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.data import preparation
 from unipelt_cli.errors import RunError, UnipeltError
+from unipelt_cli.exports import export, model_card, parity
+from unipelt_cli.files import atomic, lock
+from unipelt_cli.runs.run import (
+    EXPERIMENT,
+    MODEL,
+    PREDICTIONS,
+    PROBE,
+    RECORDED,
+    RESULT,
+    read_metrics,
+)
+from unipelt_cli.runs.run import read as run_read
+from unipelt_cli.training import execution
 
 SEED = 5
 POINTS = 24  # of some hundred operations on files
@@ -147,14 +161,14 @@ def without_times(value: Any) -> Any:
 
 def check_equal(found: Path, whole: Path) -> None:
     """Check that a run ended as the one that nobody interrupted, and left nothing else."""
-    for name in (runs.MODEL, runs.PROBE, runs.EXPERIMENT, runs.PREDICTIONS):
+    for name in (MODEL, PROBE, EXPERIMENT, PREDICTIONS):
         assert (found / name).read_bytes() == (whole / name).read_bytes(), name
-    events, expected = (list(map(without_times, runs.read_metrics(d))) for d in (found, whole))
+    events, expected = (list(map(without_times, read_metrics(d))) for d in (found, whole))
     assert events == expected
-    results = [json.loads((d / runs.RESULT).read_text()) for d in (found, whole)]
+    results = [json.loads((d / RESULT).read_text()) for d in (found, whole)]
     assert without_times(results[0]) == without_times(results[1])
-    assert {path.name for path in found.iterdir()} == {*runs.RECORDED, runs.RESULT}
-    runs.read(found).build()
+    assert {path.name for path in found.iterdir()} == {*RECORDED, RESULT}
+    run_read(found).build()
 
 
 def changes_of(whole: Path) -> int:
@@ -178,7 +192,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
     planned: Experiment, whole: Path, tmp_path: Path
 ) -> None:
     out, chosen, killed = tmp_path / "run", random.Random(SEED), 0
-    seconds = json.loads((whole / runs.RESULT).read_text())["seconds"]
+    seconds = json.loads((whole / RESULT).read_text())["seconds"]
     for _ in range(MOMENTS):
         process = start(lambda: carry_out(planned, out, "resume"))
         time.sleep(chosen.random() * seconds)
@@ -210,10 +224,10 @@ def test_runs_that_share_passes_survive_as_well(
     assert end(start(partial(together, killed, killed_at(last))))[0] == -signal.SIGKILL
     assert end(start(partial(together, killed, None))) == (0, "")
     for number in map(str, range(3)):
-        one, other = (runs.read(root / number) for root in (whole, killed))
+        one, other = (run_read(root / number) for root in (whole, killed))
         for name in ("best_epoch", "epochs", "dev", "test"):
             assert one.result[name] == other.result[name]
-        tensors = [artifact.open_tensors(run.directory / runs.MODEL)[0] for run in (one, other)]
+        tensors = [atomic.open_tensors(run.directory / MODEL)[0] for run in (one, other)]
         for name, tensor in tensors[0].items():
             torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=1e-4)
 
@@ -228,7 +242,7 @@ def test_a_disk_that_is_full_from_any_moment_costs_nothing_but_time(
     assert code == 2
     assert said.startswith(str(out))
     assert said.endswith(": cannot be written (No space left on device)")
-    assert not (out / runs.RESULT).exists()
+    assert not (out / RESULT).exists()
     assert finish(planned, out, "resume") == (0, "")
     check_equal(out, whole)
 
@@ -249,7 +263,7 @@ def test_files_cut_short_by_a_limit_are_never_taken_for_whole(
     assert re.fullmatch(
         rf"{re.escape(str(out))}/[a-z]+\.\w+: cannot be written \(File too large.*", said
     )
-    assert not (out / runs.RESULT).exists()
+    assert not (out / RESULT).exists()
     assert finish(planned, out, "resume") == (0, "")
     check_equal(out, whole)
 
@@ -297,14 +311,14 @@ def test_where_nobody_may_write_nothing_is_written(
 ) -> None:
     for path in takewhile(lambda path: path.name != "tmp", (tmp_path, *tmp_path.parents[:-1])):
         path.chmod(path.stat().st_mode | 0o555)
-    prepared = data.prepare(planned.data)
+    prepared = preparation.prepare(planned.data)
 
     def as_nobody() -> None:
         os.setuid(65534)
         if make == "run":
             carry_out(planned, tmp_path / make, "new")
         else:
-            data.save(prepared, tmp_path / make)
+            preparation.save(prepared, tmp_path / make)
 
     code, said = end(start(as_nobody))
     assert (code, said) == (2, f"{tmp_path / make}: cannot be written (Permission denied)")
@@ -316,7 +330,7 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(
 ) -> None:
     out = tmp_path / "run"
     assert finish(planned, out, "new", killed_at(60))[0] == -signal.SIGKILL
-    assert (out / claims.LOCK).is_file()
+    assert (out / lock.LOCK).is_file()
     assert finish(planned, out, "resume") == (0, "")
     check_equal(out, whole)
 
@@ -337,16 +351,16 @@ def test_without_locks_in_the_file_system_the_named_owner_decides(
     def missing(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(claims.fcntl, "flock", missing)
-    (tmp_path / claims.LOCK).write_text(json.dumps(owner))
+    monkeypatch.setattr(lock.fcntl, "flock", missing)
+    (tmp_path / lock.LOCK).write_text(json.dumps(owner))
     if is_held:
         with pytest.raises(RunError, match="is writing there"):
-            claims.Claim(tmp_path)
+            lock.Claim(tmp_path)
     else:
-        with claims.Claim(tmp_path):
-            said = json.loads((tmp_path / claims.LOCK).read_text())
+        with lock.Claim(tmp_path):
+            said = json.loads((tmp_path / lock.LOCK).read_text())
             assert said == {"pid": os.getpid(), "host": socket.gethostname()}
-        assert not (tmp_path / claims.LOCK).exists()
+        assert not (tmp_path / lock.LOCK).exists()
 
 
 def test_a_backbone_that_changed_since_a_run_began_is_named(
@@ -373,7 +387,7 @@ def test_a_directory_is_made_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
     what: str,
 ) -> None:
-    monkeypatch.setattr(exchange, "ROWS", 8)  # comparing takes longest, and writes nothing
+    monkeypatch.setattr(parity, "ROWS", 8)  # comparing takes longest, and writes nothing
     if what == "hf":  # folds what can be folded
         rows, backbone = planned.data.model_dump(exclude_unset=True), backbone_dir("bert")
         training = {"epochs": 1, "batch_size": 8}
@@ -382,12 +396,12 @@ def test_a_directory_is_made_whole_or_not_at_all(
         )
         whole = tmp_path / "lora"
         assert finish(folded, whole, "new") == (0, "")
-    prepared = data.prepare(planned.data)
-    run = runs.read(whole)
+    prepared = preparation.prepare(planned.data)
+    run = run_read(whole)
 
     def make(out: Path) -> None:
         if what == "prepare":
-            data.save(prepared, out)
+            preparation.save(prepared, out)
         else:
             export.export(run, run.build(), what, out)
 
@@ -399,7 +413,9 @@ def test_a_directory_is_made_whole_or_not_at_all(
         files = (path for path in directory.rglob("*") if path.is_file())
         return {
             # What a card measures differs in its last digits.
-            str(path.relative_to(directory)): b"" if path.name == card.FILE else path.read_bytes()
+            str(path.relative_to(directory)): b""
+            if path.name == model_card.FILE
+            else path.read_bytes()
             for path in files
         }
 

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from unipelt_cli import data, readers, render
-from unipelt_cli.config import DataSettings
+from unipelt_cli.config.experiment import DataSettings
+from unipelt_cli.data import preparation, readers
 from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.tasks import TASKS, get_task
+from unipelt_cli.terminal import tables
 
 OWN = {"text": "text", "label": "label"}
 
@@ -53,7 +54,7 @@ def own_file(folder, rows=50, labels=("bad", "good"), name="own.csv"):
 
 
 def prepare_own(path, **settings):
-    return data.prepare(DataSettings(train_file=str(path), **{**OWN, **settings}))
+    return preparation.prepare(DataSettings(train_file=str(path), **{**OWN, **settings}))
 
 
 def glue_line(task, n):
@@ -95,7 +96,7 @@ def glue(root, task, train=60, dev=12, folder=None, end="\n"):
 
 
 def prepare_glue(root, task, **settings):
-    return data.prepare(DataSettings(task=task, source=str(root), **settings))
+    return preparation.prepare(DataSettings(task=task, source=str(root), **settings))
 
 
 # The draw
@@ -144,7 +145,7 @@ def test_what_the_splits_hold_twice_is_shown(tmp_path, capsys):
     lines = [f"message {n % 20},{('bad', 'good')[n % 3 % 2]}" for n in range(50)]
     path = write(tmp_path / "own.csv", "\n".join(["text,label", *lines]))
     manifest = prepare_own(path).manifest
-    render.data_summary(manifest)
+    tables.data_summary(manifest)
     shown = capsys.readouterr().err.splitlines()
     within = "12 within train, 2 within dev, 2 within test"
     equal = f"{within}, 6 train and dev, 9 train and test, 1 dev and test"
@@ -152,7 +153,7 @@ def test_what_the_splits_hold_twice_is_shown(tmp_path, capsys):
         f"note: rows with equal texts: {equal}",
         "note: texts with more than one label: 17",
     ]
-    render.data_summary(prepare_own(own_file(tmp_path)).manifest)
+    tables.data_summary(prepare_own(own_file(tmp_path)).manifest)
     assert "equal texts" not in capsys.readouterr().err
 
 
@@ -253,7 +254,7 @@ def test_the_folder_may_be_lower_case(tmp_path, folder):
 
 def test_the_source_may_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("UNIPELT_DATA", str(glue(tmp_path, "rte")))
-    manifest = data.prepare(DataSettings(task="rte", k=10)).manifest
+    manifest = preparation.prepare(DataSettings(task="rte", k=10)).manifest
     assert manifest["source"] == {"kind": "directory", "path": str(tmp_path)}
 
 
@@ -271,7 +272,7 @@ def test_a_few_garbled_rows_of_glue_are_left_out_and_said(tmp_path):
 
 
 def test_the_demo_is_in_the_package():
-    prepared = data.prepare(DataSettings(task="demo", k=100, dev_size=300))
+    prepared = preparation.prepare(DataSettings(task="demo", k=100, dev_size=300))
     assert {name: len(rows) for name, rows in prepared.splits.items()} == {
         "train": 100,
         "dev": 300,
@@ -407,18 +408,18 @@ def test_rows_are_read_in_order_with_their_columns(tmp_path):
 def test_labelled_rows_take_names_or_values(tmp_path):
     content = "gold,sentence2,sentence1\n1,b,a\nequivalent,d,c\nnot_equivalent,f,e\n0,h,g\n"
     path = write(tmp_path / "a.csv", content)
-    [rows] = data.labelled_rows(path, get_task("mrpc"), "gold")
+    [rows] = preparation.labelled_rows(path, get_task("mrpc"), "gold")
     assert rows.column_names == ["sentence1", "sentence2", "label", "row"]
     assert rows[:]["label"] == [1, 1, 0, 0]
     write(path, "gold,sentence2,sentence1\n2,b,a\n")
     with pytest.raises(DataError, match=r"a\.csv, line 2: unknown label '2'") as caught:
-        list(data.labelled_rows(path, get_task("mrpc"), "gold"))
+        list(preparation.labelled_rows(path, get_task("mrpc"), "gold"))
     assert caught.value.hint == "the labels of mrpc are 'not_equivalent', 'equivalent'"
 
 
 def test_labelled_rows_of_a_regression_are_numbers(tmp_path):
     path = write(tmp_path / "a.csv", "label,sentence1,sentence2\n2.5,a,b\n3,c,d\n")
-    [rows] = data.labelled_rows(path, get_task("stsb"), "label")
+    [rows] = preparation.labelled_rows(path, get_task("stsb"), "label")
     assert rows[:]["label"] == [2.5, 3.0]
 
 
@@ -514,7 +515,7 @@ def test_the_manifest_describes_the_rows(tmp_path):
     assert train["labels"] == {"a": 4, "b": 2}
     assert train["words"] == {"min": 1, "p25": 2, "p50": 2, "p75": 2, "p95": 2, "max": 3}
     assert train["duplicates"] == 2
-    assert train["digest"] == data.digest(prepared.splits["train"])
+    assert train["digest"] == preparation.digest(prepared.splits["train"])
     assert manifest["leakage"] == {"train_dev": 1, "train_test": 2, "dev_test": 3}
     assert manifest["conflicts"] == 2
     assert manifest["notes"] == []
@@ -524,7 +525,7 @@ def test_two_preparations_are_the_same_bytes(tmp_path):
     glue(tmp_path / "glue", "stsb")
     for name in ("one", "two"):
         prepared = prepare_glue(tmp_path / "glue", "stsb", k=20, dev_size=10)
-        data.save(prepared, tmp_path / name)
+        preparation.save(prepared, tmp_path / name)
     for name in ("manifest.json", "train.arrow", "dev.arrow", "test.arrow"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     text = (tmp_path / "one/manifest.json").read_text(encoding="utf-8")
@@ -537,11 +538,15 @@ def test_the_digest_sees_content_and_order_but_not_chunks():
     table = pa.table({"text": ["a", "b", "c"], "label": [0, 1, 0], "row": [0, 1, 2]})
     whole = Dataset(table)
     pieces = Dataset(pa.concat_tables([table.slice(0, 1), table.slice(1)]))
-    assert data.digest(whole) == data.digest(pieces)
-    assert data.digest(whole) == data.digest(Dataset(table.set_column(2, "row", [[7, 8, 9]])))
-    assert data.digest(whole) != data.digest(whole.select([1, 0, 2]))
-    assert data.digest(whole) != data.digest(Dataset(table.set_column(1, "label", [[0, 1, 1]])))
-    assert data.digest(whole) != data.digest(
+    assert preparation.digest(whole) == preparation.digest(pieces)
+    assert preparation.digest(whole) == preparation.digest(
+        Dataset(table.set_column(2, "row", [[7, 8, 9]]))
+    )
+    assert preparation.digest(whole) != preparation.digest(whole.select([1, 0, 2]))
+    assert preparation.digest(whole) != preparation.digest(
+        Dataset(table.set_column(1, "label", [[0, 1, 1]]))
+    )
+    assert preparation.digest(whole) != preparation.digest(
         Dataset(table.set_column(0, "text", [["a", "bc", ""]]))
     )
 
@@ -552,14 +557,14 @@ def test_the_digest_sees_content_and_order_but_not_chunks():
 @pytest.mark.parametrize("task", ["mrpc", "stsb"])
 def test_a_prepared_directory_comes_back_unchanged(tmp_path, task):
     prepared = prepare_glue(glue(tmp_path / "glue", task), task, k=20, dev_size=10)
-    data.save(prepared, tmp_path / "deep/in/one")
-    loaded = data.load(tmp_path / "deep/in/one")
+    preparation.save(prepared, tmp_path / "deep/in/one")
+    loaded = preparation.load(tmp_path / "deep/in/one")
     assert loaded.task == prepared.task
     assert loaded.manifest == prepared.manifest
     for name, rows in prepared.splits.items():
         assert loaded.splits[name][:] == rows[:]
         assert loaded.splits[name].features == rows.features
-    data.save(loaded, tmp_path / "two")
+    preparation.save(loaded, tmp_path / "two")
     for path in (tmp_path / "two").iterdir():
         assert path.read_bytes() == (tmp_path / "deep/in/one" / path.name).read_bytes()
     assert Dataset.from_file(str(tmp_path / "two/dev.arrow"))[:] == prepared.splits["dev"][:]
@@ -567,23 +572,23 @@ def test_a_prepared_directory_comes_back_unchanged(tmp_path, task):
 
 def test_a_prepared_directory_is_a_source(tmp_path):
     prepared = prepare_glue(glue(tmp_path / "glue", "rte"), "rte", k=20, data_seed=5)
-    data.save(prepared, tmp_path / "ready")
+    preparation.save(prepared, tmp_path / "ready")
     for settings in (
         DataSettings(prepared=str(tmp_path / "ready")),
         DataSettings(prepared=str(tmp_path / "ready"), task="rte", k=20, data_seed=5),
         DataSettings(source=str(tmp_path / "ready"), task="rte", k=20),
     ):
-        assert data.prepare(settings).manifest == prepared.manifest
-    changed = data.prepare(DataSettings(prepared=str(tmp_path / "ready"), metric="f1"))
+        assert preparation.prepare(settings).manifest == prepared.manifest
+    changed = preparation.prepare(DataSettings(prepared=str(tmp_path / "ready"), metric="f1"))
     assert (changed.task.metric, changed.task.also) == ("f1", ("accuracy",))
-    data.save(changed, tmp_path / "changed")
-    assert data.load(tmp_path / "changed").task == changed.task
+    preparation.save(changed, tmp_path / "changed")
+    assert preparation.load(tmp_path / "changed").task == changed.task
 
 
 def test_own_rows_come_back_too(tmp_path):
     prepared = prepare_own(own_file(tmp_path, labels=("ä", "☃", "\x7f")), task="mrpc")
-    data.save(prepared, tmp_path / "ready")
-    assert data.load(tmp_path / "ready").task == prepared.task
+    preparation.save(prepared, tmp_path / "ready")
+    assert preparation.load(tmp_path / "ready").task == prepared.task
 
 
 @pytest.mark.parametrize(
@@ -598,9 +603,9 @@ def test_own_rows_come_back_too(tmp_path):
 def test_a_prepared_directory_must_be_what_is_asked_for(tmp_path, settings, message):
     glue(tmp_path / "glue", "rte")
     ready = tmp_path / "ready"
-    data.save(prepare_glue(tmp_path / "glue", "rte", k=20, data_seed=5), ready)
+    preparation.save(prepare_glue(tmp_path / "glue", "rte", k=20, data_seed=5), ready)
     with pytest.raises(DataError) as caught:
-        data.prepare(DataSettings(prepared=str(ready), **settings))
+        preparation.prepare(DataSettings(prepared=str(ready), **settings))
     assert caught.value.message == message.format(ready)
 
 
@@ -649,22 +654,22 @@ def edit(change):
 )
 def test_a_damaged_directory_is_told(tmp_path, name, damage, message):
     ready = tmp_path / "ready"
-    data.save(prepare_own(own_file(tmp_path)), ready)
+    preparation.save(prepare_own(own_file(tmp_path)), ready)
     damage(ready / name)
     with pytest.raises(DataError) as caught:
-        data.load(ready)
+        preparation.load(ready)
     assert caught.value.message.startswith(str(ready))
     assert message in caught.value.message
 
 
 def test_swapped_splits_are_told(tmp_path):
     ready = tmp_path / "ready"
-    data.save(prepare_own(own_file(tmp_path)), ready)
+    preparation.save(prepare_own(own_file(tmp_path)), ready)
     (ready / "test.arrow").rename(ready / "kept")
     (ready / "dev.arrow").rename(ready / "test.arrow")
     (ready / "kept").rename(ready / "dev.arrow")
     with pytest.raises(DataError, match="does not hold the rows"):
-        data.load(ready)
+        preparation.load(ready)
 
 
 def test_saving_never_overwrites(tmp_path):
@@ -672,7 +677,7 @@ def test_saving_never_overwrites(tmp_path):
     (tmp_path / "there").mkdir()
     for name in ("there", "own.csv"):
         with pytest.raises(RunError) as caught:
-            data.save(prepared, tmp_path / name)
+            preparation.save(prepared, tmp_path / name)
         assert caught.value.message == f"{tmp_path / name}: exists already"
 
 
@@ -683,9 +688,9 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch, failure):
     def fail(*_arguments):
         raise failure
 
-    monkeypatch.setattr(data.Path, "write_bytes", fail)
+    monkeypatch.setattr(preparation.Path, "write_bytes", fail)
     with pytest.raises((RunError, KeyboardInterrupt)) as caught:
-        data.save(prepared, tmp_path / "out/ready")
+        preparation.save(prepared, tmp_path / "out/ready")
     if isinstance(failure, OSError):
         expected = f"{tmp_path / 'out/ready'}: cannot be written (No space left on device)"
         assert str(caught.value) == expected
@@ -866,8 +871,8 @@ def test_a_name_that_no_file_system_takes_is_told(tmp_path):
     name = str(tmp_path / ("x" * 300))
     prepared = prepare_own(own_file(tmp_path))
     for use in (
-        lambda: data.load(Path(name)),
-        lambda: data.save(prepared, Path(name)),
+        lambda: preparation.load(Path(name)),
+        lambda: preparation.save(prepared, Path(name)),
         lambda: prepare_glue(name, "rte"),
         lambda: prepare_own(name + ".csv"),
     ):
@@ -888,7 +893,7 @@ def test_a_refused_file_is_told(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     path = own_file(tmp_path)
-    monkeypatch.setattr(data.Path, "open", refuse)
+    monkeypatch.setattr(preparation.Path, "open", refuse)
     with pytest.raises(DataError) as caught:
         prepare_own(path)
     assert caught.value.message == f"{path}: Permission denied"
@@ -1028,7 +1033,7 @@ def test_a_file_of_another_task_is_told(tmp_path):
 
 def test_an_unknown_task_is_told():
     with pytest.raises(UnipeltError, match="no such task"):
-        data.prepare(DataSettings(task="mprc"))
+        preparation.prepare(DataSettings(task="mprc"))
 
 
 # The hub, without a network
@@ -1067,7 +1072,7 @@ def test_glue_on_the_hub_gives_the_rows_of_the_files(tmp_path, hub):
         return found, features
 
     hub["nyu-mll/glue", "mnli"] = {"train": rows(0, 60), "validation_matched": rows(1000, 12)}
-    prepared = data.prepare(DataSettings(task="mnli", k=20))
+    prepared = preparation.prepare(DataSettings(task="mnli", k=20))
     assert prepared.manifest["splits"] == local.manifest["splits"]
     assert prepared.manifest["source"] == {
         "kind": "hub",
@@ -1096,7 +1101,7 @@ def hub_rows(count, label):
 def test_own_hub_data_use_a_labelled_split_as_test(hub, others, sizes, notes):
     hub["owner/name", "plain"] = {"train": hub_rows(20, lambda n: n % 2), **others}
     settings = DataSettings(dataset="owner/name:plain", text="body", label="stars")
-    prepared = data.prepare(settings)
+    prepared = preparation.prepare(settings)
     assert tuple(len(rows) for rows in prepared.splits.values()) == sizes
     assert (prepared.task.name, prepared.task.labels) == ("name", ("0", "1"))
     assert len(prepared.manifest["notes"]) == notes
@@ -1106,7 +1111,7 @@ def test_hub_labels_are_named_and_rows_without_one_are_left_out(hub):
     features = Features(body=Value("string"), stars=ClassLabel(names=["no", "yes"]))
     rows = [{"body": f"row {n}" if n else "", "stars": n % 3 - 1} for n in range(30)]
     hub["owner/name", None] = {"train": (rows, features)}
-    prepared = data.prepare(DataSettings(dataset="owner/name", text="body", label="stars"))
+    prepared = preparation.prepare(DataSettings(dataset="owner/name", text="body", label="stars"))
     assert prepared.task.labels == ("no", "yes")
     assert sum(map(len, prepared.splits.values())) == 20
     assert prepared.manifest["notes"][0] == "owner/name, train: rows without a label left out: 10"
@@ -1134,7 +1139,7 @@ def test_hub_labels_are_named_and_rows_without_one_are_left_out(hub):
 def test_a_failing_hub_is_told_with_a_way_out(hub, settings, failure, message):
     hub["nyu-mll/glue", "mrpc"] = hub["owner/name", None] = failure
     with pytest.raises(DataError) as caught:
-        data.prepare(DataSettings(**settings))
+        preparation.prepare(DataSettings(**settings))
     assert caught.value.message == message
     assert "--source DIR" in caught.value.hint
     assert "unipelt train --task demo" in caught.value.hint
@@ -1144,9 +1149,9 @@ def test_a_hub_data_set_without_what_is_needed_is_told(hub):
     hub["owner/name", None] = {"test": hub_rows(5, lambda n: n)}
     settings = {"dataset": "owner/name", "text": "body"}
     with pytest.raises(DataError, match="no train split") as caught:
-        data.prepare(DataSettings(label="stars", **settings))
+        preparation.prepare(DataSettings(label="stars", **settings))
     assert caught.value.hint == "splits found: test"
     hub["owner/name", None] = {"train": hub_rows(5, lambda n: n)}
     with pytest.raises(DataError, match="owner/name, train: no column 'label'") as caught:
-        data.prepare(DataSettings(label="label", **settings))
+        preparation.prepare(DataSettings(label="label", **settings))
     assert caught.value.hint == "columns found: 'body', 'stars'"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unipelt_cli.dropout import Draws, Dropout, Keys
+from unipelt_cli.backbones.dropout import Draws, Dropout, Keys
 
 CPU = torch.device("cpu")
 

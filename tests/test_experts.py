@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from unipelt_cli.config import resolve
+from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods import Moment, Pass
-from unipelt_cli.methods.experts import (
+from unipelt_cli.methods.additive.moe_adapter import (
     NOISE_FLOOR,
     AdaMix,
     AveragedAdapter,
@@ -28,10 +27,11 @@ from unipelt_cli.methods.experts import (
     smooth_load,
     squared_variation,
 )
-from unipelt_cli.methods.propetl import LayerMask, SharedAdapter, pack, top_share, unpack
-from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.methods.additive.propetl import LayerMask, SharedAdapter, pack, top_share, unpack
+from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.models.evaluation import encode_rows
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Training
+from unipelt_cli.training.loop import Training
 
 HIDDEN, LAYERS = 32, 2
 

@@ -19,13 +19,17 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import unipelt_cli
-from unipelt_cli import adapterhub, data, exchange, execution, export, plain, runs, targets
-from unipelt_cli.backbones import BACKBONES, Layout
-from unipelt_cli.batches import Encoded
+from unipelt_cli.backbones.architectures import BACKBONES, Layout
 from unipelt_cli.cli import app
-from unipelt_cli.config import resolve
+from unipelt_cli.config.experiment import resolve
+from unipelt_cli.data import preparation
 from unipelt_cli.errors import CheckError, RunError
-from unipelt_cli.methods.submodules import Submodules
+from unipelt_cli.exports import adapters_folder, export, formats, transformers_model
+from unipelt_cli.exports import parity as parity_module
+from unipelt_cli.methods.unipelt.method import Submodules
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.runs.run import probe_rows, read
+from unipelt_cli.training import execution
 
 Backbones = Callable[[str], Path]
 # Method and settings of ours, by what they are called in the paper.
@@ -40,7 +44,7 @@ UNIONS = {
     "lora": ("lora", {}),
 }
 BOTH = "use --to adapters or --to onnx"
-KNOWN = sorted(BACKBONES.keys() - adapterhub.UNKNOWN - adapterhub.UNWRITTEN.keys())
+KNOWN = sorted(BACKBONES.keys() - adapters_folder.UNKNOWN - adapters_folder.UNWRITTEN.keys())
 NATIVE = sorted(name for name, row in BACKBONES.items() if row.native)
 
 
@@ -66,7 +70,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare a few rows where many exports are made: all rows take most of their time."""
-    monkeypatch.setattr(exchange, "ROWS", 8)
+    monkeypatch.setattr(parity_module, "ROWS", 8)
 
 
 @pytest.fixture
@@ -289,8 +293,8 @@ def test_tensor_that_adapters_does_not_read_is_found(
     backbone_dir: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
 ) -> None:
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", pooling="cls")
-    names = adapterhub.LAYER_NAMES
-    monkeypatch.setattr(adapterhub, "LAYER_NAMES", {**names, lost: names[lost][1:]})
+    names = adapters_folder.LAYER_NAMES
+    monkeypatch.setattr(adapters_folder, "LAYER_NAMES", {**names, lost: names[lost][1:]})
 
     with pytest.raises(CheckError, match="disagree about the tensor"):
         export.export(run, tuned, "adapters", tmp_path / "out")
@@ -301,11 +305,11 @@ def test_swapped_tensors_break_the_parity(
     backbone_dir: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", pooling="cls")
-    names = dict(adapterhub.LAYER_NAMES)
+    names = dict(adapters_folder.LAYER_NAMES)
     for kind in "ab":
         query, value = names[f"lora.query.{kind}"], names[f"lora.value.{kind}"]
         names |= {f"lora.query.{kind}": value, f"lora.value.{kind}": query}
-    monkeypatch.setattr(adapterhub, "LAYER_NAMES", names)
+    monkeypatch.setattr(adapters_folder, "LAYER_NAMES", names)
 
     report = export.export(run, tuned, "adapters", tmp_path / "out")
     assert not report["written"]
@@ -320,8 +324,8 @@ def test_swapped_tensors_break_the_parity(
 def test_adapters_has_the_architectures_that_are_not_refused(adapters: Any) -> None:
     for model_type, layout in BACKBONES.items():
         has = hasattr(adapters, f"{layout.classes}AdapterModel")
-        assert has == (model_type not in adapterhub.UNKNOWN)
-    assert adapterhub.UNWRITTEN.keys() <= BACKBONES.keys()
+        assert has == (model_type not in adapters_folder.UNKNOWN)
+    assert adapters_folder.UNWRITTEN.keys() <= BACKBONES.keys()
 
 
 def test_adapters_is_imported_in_functions_of_two_modules() -> None:
@@ -537,7 +541,7 @@ def test_failure_leaves_nothing_behind(
     def fail(directory: Path) -> None:
         raise CheckError("failed", "")
 
-    monkeypatch.setattr(plain, "_load", fail)
+    monkeypatch.setattr(transformers_model, "_load", fail)
     run, tuned = make_run(backbone_dir("bert"), "lora", pooling="native")
     with pytest.raises(CheckError):
         export.export(run, tuned, "hf", tmp_path / "out")
@@ -560,7 +564,7 @@ def test_trained_run_is_exported(
     }
     for _ in execution.execute(resolve([("", settings)]), tmp_path / "run"):
         pass
-    run = runs.read(tmp_path / "run")
+    run = read(tmp_path / "run")
     report = export.export(run, run.build(), to, tmp_path / "out")
 
     assert export.holds(report)
@@ -575,18 +579,18 @@ def test_rows_are_the_runs_own_and_made_up_where_they_are_too_few(
     backbone_dir: Backbones, rows_file: Path
 ) -> None:
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl")
-    lost = exchange.find_rows(run, tuned)
+    lost = parity_module.find_rows(run, tuned)
     assert (len(lost.encoded), lost.from_test) == (256, 0)
-    assert lost.encoded.ids == runs.probe_rows(tuned, 256).ids
+    assert lost.encoded.ids == probe_rows(tuned, 256).ids
     settings = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label"}
-    found = data.prepare(run.experiment.replace("data", **settings).data)
+    found = preparation.prepare(run.experiment.replace("data", **settings).data)
     run = replace(
         run,
         experiment=run.experiment.replace("data", **settings),
         environment={"data": found.manifest},
         header={"task": {**run.header["task"], "text": ["text"]}},
     )
-    rows = exchange.find_rows(run, tuned)
+    rows = parity_module.find_rows(run, tuned)
     test = list(found.splits["test"]["text"])
     assert 0 < rows.from_test == len(test)
     assert len(rows.encoded) == 256
@@ -596,10 +600,10 @@ def test_rows_are_the_runs_own_and_made_up_where_they_are_too_few(
 def test_batches_hold_every_row_once_and_unpadded_ones_rows_of_one_length() -> None:
     lengths = [1 + row % 7 for row in range(256)]
     rows = Encoded([[5] * length for length in lengths], None, 0)
-    for batches in (list(exchange.padded(rows)), list(exchange.unpadded(rows))):
+    for batches in (list(parity_module.padded(rows)), list(parity_module.unpadded(rows))):
         assert sorted(row for batch in batches for row in batch) == list(range(256))
-    assert all(len({lengths[row] for row in batch}) == 1 for batch in exchange.unpadded(rows))
-    assert {1, 3, 32, 8} <= set(map(len, exchange.padded(rows)))
+    assert all(len({lengths[row] for row in batch}) == 1 for batch in parity_module.unpadded(rows))
+    assert {1, 3, 32, 8} <= set(map(len, parity_module.padded(rows)))
 
 
 def test_parity_counts_differences_and_flips() -> None:
@@ -611,7 +615,7 @@ def test_parity_counts_differences_and_flips() -> None:
     def theirs(**batch: Tensor) -> Tensor:
         return ours(**batch) + torch.tensor([1.0, 0.0])
 
-    assert exchange.compare(rows, exchange.padded(rows), ours, theirs) == {
+    assert parity_module.compare(rows, parity_module.padded(rows), ours, theirs) == {
         "rows": 4,
         "max_abs_logit_diff": 1.0,
         "mean_abs_logit_diff": 0.5,
@@ -716,7 +720,7 @@ def test_missing_extra_is_named(
     def find(name: str) -> object:
         return None if name == package else importlib.util.find_spec(name)
 
-    monkeypatch.setattr(targets, "find_spec", find)
+    monkeypatch.setattr(formats, "find_spec", find)
     code, _, stderr = invoke(trained, "--to", to)
     assert code == 2
     assert stderr.splitlines() == [
@@ -728,4 +732,4 @@ def test_missing_extra_is_named(
 def test_help_lists_the_table_of_formats() -> None:
     code, stdout, _ = invoke("--help")
     assert code == 0
-    assert f"One of {', '.join(targets.TARGETS)}." in " ".join(stdout.replace("│", "").split())
+    assert f"One of {', '.join(formats.TARGETS)}." in " ".join(stdout.replace("│", "").split())

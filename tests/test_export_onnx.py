@@ -17,11 +17,14 @@ from conftest import write_rows
 from exported import LABELS, make_run
 from typer.testing import CliRunner
 
-from unipelt_cli import evaluation, exchange, execution, export, onnxfile, runs
-from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.cli import app
-from unipelt_cli.config import resolve
+from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import RunError
+from unipelt_cli.exports import export, onnx_model, parity
+from unipelt_cli.models import evaluation
+from unipelt_cli.runs.run import read
+from unipelt_cli.training import execution
 
 Backbones = Callable[[str], Path]
 SENTENCES = [*SHORT, "the film was good but " * 20]  # the last one is cut
@@ -30,7 +33,7 @@ SENTENCES = [*SHORT, "the film was good but " * 20]  # the last one is cut
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many exports are made here; one test compares all rows."""
-    monkeypatch.setattr(exchange, "ROWS", 24)
+    monkeypatch.setattr(parity, "ROWS", 24)
 
 
 def snippet(folder: Path, rows: list[str] | list[tuple[str, str]]) -> Iterator[str]:
@@ -139,7 +142,7 @@ def test_float16_is_half_as_large_and_has_its_own_tolerance(
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl")
     report = export.export(run, tuned, "onnx", tmp_path / "half", half=True)
     assert report["written"], report
-    assert report["tolerance"] == onnxfile.HALF_TOLERANCE
+    assert report["tolerance"] == onnx_model.HALF_TOLERANCE
     assert report["parity"]["max_abs_logit_diff"] > 1e-6
     export.export(run, tuned, "onnx", tmp_path / "whole")
     graphs = [onnx.load(tmp_path / name / "model.onnx").graph for name in ("half", "whole")]
@@ -155,13 +158,13 @@ def test_size_that_was_traced_in_by_mistake_is_found(
     backbone_dir: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl")
-    forward = onnxfile._Graph.forward
+    forward = onnx_model._Graph.forward
 
     def fixed(self: Any, *tensors: torch.Tensor) -> torch.Tensor:
         logits = forward(self, *tensors)
         return logits + 0.001 * tensors[0].shape[1].item()  # a number, once and for all
 
-    monkeypatch.setattr(onnxfile._Graph, "forward", fixed)
+    monkeypatch.setattr(onnx_model._Graph, "forward", fixed)
     report = export.export(run, tuned, "onnx", tmp_path / "out")
     assert not report["written"]
     assert list(tmp_path.iterdir()) == []
@@ -174,7 +177,7 @@ def test_pass_that_cannot_be_traced_is_refused(
         raise RuntimeError("no such operator\nand more")
 
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl")
-    monkeypatch.setattr(onnxfile._Graph, "forward", fail)
+    monkeypatch.setattr(onnx_model._Graph, "forward", fail)
     with pytest.raises(RunError) as refused:
         export.export(run, tuned, "onnx", tmp_path / "out")
     assert "cannot be written as ONNX (no such operator)" in refused.value.message
@@ -207,7 +210,7 @@ def test_own_rows_score_the_same_without_this_package(
     )
     assert said.exit_code == 0, said.stderr
     scored = CliRunner().invoke(app, ["eval", str(tmp_path / "run"), "--file", str(rows), "--json"])
-    run = runs.read(tmp_path / "run")
+    run = read(tmp_path / "run")
     header, *lines = [line.split(",") for line in rows.read_text().splitlines()]
     cells = [dict(zip(header, line, strict=True)) for line in lines]
     texts = [tuple(cell[column] for column in run.task.text) for cell in cells]

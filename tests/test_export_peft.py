@@ -14,9 +14,9 @@ from exported import LABELS, TINY, difference, hidden, logits, make_run, rows_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification as Library
 
-from unipelt_cli import exchange, export, peftfolder
-from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.errors import CheckError, RunError
+from unipelt_cli.exports import export, parity, peft_folder
 
 Backbones = Callable[[str], Path]
 NATIVE = sorted(name for name, row in BACKBONES.items() if row.native)
@@ -25,7 +25,7 @@ RESCALED = ["bert", "roberta", "distilbert", "electra", "mpnet"]
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(exchange, "ROWS", 24)
+    monkeypatch.setattr(parity, "ROWS", 24)
     yield
     transformers.logging.set_verbosity_warning()
 
@@ -210,7 +210,7 @@ def test_what_peft_cannot_hold_is_refused(
 def test_tensor_that_peft_does_not_read_is_found(
     backbone_dir: Backbones, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    translate = peftfolder._translate
+    translate = peft_folder._translate
 
     def damaged(*arguments: Any) -> Any:
         config, tensors = translate(*arguments)
@@ -218,7 +218,7 @@ def test_tensor_that_peft_does_not_read_is_found(
         tensor = tensors.pop(name)
         return config, tensors if damage == "lost" else {**tensors, f"{name}.x": tensor}
 
-    monkeypatch.setattr(peftfolder, "_translate", damaged)
+    monkeypatch.setattr(peft_folder, "_translate", damaged)
     run, tuned = make_run(backbone_dir("bert"), "lora", pooling="native")
     with pytest.raises(CheckError, match="disagree about the tensor"):
         export.export(run, tuned, "peft", tmp_path / "out")

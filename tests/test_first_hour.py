@@ -17,10 +17,13 @@ import pytest
 from conftest import write_rows
 from test_cli import FAST, error_of, invoke, own
 
-from unipelt_cli import config, data, doctor, gatetables, guess, render
 from unipelt_cli.cli import app
-from unipelt_cli.doctor import Check
+from unipelt_cli.commands.doctor import examination
+from unipelt_cli.commands.doctor.examination import Check
+from unipelt_cli.config import experiment
+from unipelt_cli.data import column_guess, preparation
 from unipelt_cli.errors import DataError
+from unipelt_cli.terminal import gates, tables
 
 WORDS = ("parcel", "late", "refund", "money", "card", "wrong", "blue", "shirt", "bell", "crash")
 TOPICS = ("refund", "fault", "status")
@@ -61,7 +64,7 @@ GUESSES = [
 def test_columns_are_guessed_and_said(
     header: str, row: Callable[[int], str], settings: dict[str, str], said: str, tmp_path: Path
 ) -> None:
-    found = guess.columns(write(tmp_path / "mine.csv", header, row))
+    found = column_guess.columns(write(tmp_path / "mine.csv", header, row))
     assert (found.settings, found.said) == (settings, f"mine.csv: {said}")
 
 
@@ -89,16 +92,16 @@ def test_what_could_be_two_things_is_never_guessed(
 ) -> None:
     path = write(tmp_path / "mine.csv", header, row)
     with pytest.raises(DataError) as caught:
-        guess.columns(path)
+        column_guess.columns(path)
     assert (caught.value.message, caught.value.hint) == (f"{path}: {message}", hint)
 
 
 def test_what_is_named_is_kept_and_the_rest_guessed(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.csv", "a,b,label", lambda n: f"{sentence(n)},{n % 3},{n % 2}")
-    found = guess.columns(path, label="b")
+    found = column_guess.columns(path, label="b")
     assert found.settings == {"text": "a", "label": "b"}
     assert found.said == "mine.csv: guessed text 'a'; to choose: --text COLUMN"
-    assert guess.columns(path, text="a").settings == {"text": "a", "label": "label"}
+    assert column_guess.columns(path, text="a").settings == {"text": "a", "label": "label"}
 
 
 def test_every_command_records_the_columns_that_it_guessed(
@@ -111,7 +114,7 @@ def test_every_command_records_the_columns_that_it_guessed(
     bert = ["--model", backbone_dir("bert"), *FAST]
     code, _, stderr = invoke("train", *flags, *bert, "--out", "run")
     assert (code, stderr.startswith(note)) == (0, True), stderr
-    columns = config.read_preset("run/experiment.toml")["data"]
+    columns = experiment.read_preset("run/experiment.toml")["data"]
     assert (columns["text"], columns["label"]) == ("text", "label")
     code, _, stderr = invoke("train", "--preset", "run/experiment.toml", "--out", "again")
     assert (code, "guessed" in stderr) == (0, False)  # they are settings like any others now
@@ -132,8 +135,8 @@ def test_every_command_records_the_columns_that_it_guessed(
 def test_a_spreadsheets_semicolons_are_read_and_said(mark: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     write(path, f"text{mark}label", lambda n: f"{sentence(n)}, and{mark}{n % 2}")
-    prepared = data.prepare(
-        config.DataSettings(train_file=str(path), text="text", label="label", k=20)
+    prepared = preparation.prepare(
+        experiment.DataSettings(train_file=str(path), text="text", label="label", k=20)
     )
     assert prepared.splits["train"].num_rows == 20
     assert prepared.manifest["notes"][0] == f"mine.csv: read with {mark!r} between its fields"
@@ -275,7 +278,7 @@ def test_a_dry_run_foresees_time_memory_disk_and_place(
 
 
 def examined(model: str | None = None) -> dict[str, Check]:
-    found = doctor.examine(model, offline=True, terminal=("80 columns", None))
+    found = examination.examine(model, offline=True, terminal=("80 columns", None))
     return {check.what: check for check in found}
 
 
@@ -310,8 +313,8 @@ def test_doctor_says_what_is_broken_and_how_it_is_mended(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNIPELT_DATA", "/nowhere")
-    monkeypatch.setattr(doctor, "MEMORY", 1 << 60)
-    monkeypatch.setattr(doctor, "DISK", 1 << 60)
+    monkeypatch.setattr(examination, "MEMORY", 1 << 60)
+    monkeypatch.setattr(examination, "DISK", 1 << 60)
     checks = examined("nobody/nothing")
     assert (checks["memory"].ok, checks["disk"].ok, checks["data"].ok) == (False, False, False)
     assert checks["data"].remedy == (
@@ -330,7 +333,7 @@ def test_doctor_survives_a_package_that_cannot_be_imported(tmp_path: Path) -> No
     for name, line in (("torch", "raise RuntimeError('no such driver')"), ("scipy", "import gone")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(line + "\n")
-    root = Path(doctor.__file__).parent.parent
+    root = Path(examination.__file__).parent.parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
     command = [sys.executable, "-m", "unipelt_cli", "doctor", "--offline", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -441,8 +444,8 @@ def test_signs_have_a_stand_in_where_the_encoding_lacks_them(
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, "ascii", write_through=True))
     gate = {"mean": 0.6, "std": 0.1, "p05": 0.5, "median": 0.6, "p95": 0.7, "entropy": 1.0}
-    gatetables.show_layers([{"layer": 0, "lora": gate}], "mean \xb1 deviation")
-    render.say("caf\xe9")
+    gates.show_layers([{"layer": 0, "lora": gate}], "mean \xb1 deviation")
+    tables.say("caf\xe9")
     assert [line.split() for line in written.getvalue().decode("ascii").splitlines()] == [
         ["mean", "~", "deviation"],
         ["layer", "lora"],

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from unipelt_cli import methods
-from unipelt_cli.backbones import BACKBONES
-from unipelt_cli.batches import Encoded
-from unipelt_cli.config import Experiment, resolve
-from unipelt_cli.methods import fused
-from unipelt_cli.methods.stack import Stack
-from unipelt_cli.methods.submodules import closed, places, record_gates
-from unipelt_cli.modeling import Tuned, build, merge
-from unipelt_cli.pretrained import find
-from unipelt_cli.workers import lanes, run_parts, shared_out
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.pretrained import find
+from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.methods.unipelt.fused import layer as layer_module
+from unipelt_cli.methods.unipelt.fused.stack import Stack
+from unipelt_cli.methods.unipelt.method import closed, places, record_gates
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.build import Tuned, build, merge
+from unipelt_cli.system.row_threads import lanes, run_parts, shared_out
 
 FUSED = ("adapter", "ap-ungated", "apl-ungated", "lora", "prefix", "unipelt-ap", "unipelt-apl")
 PLAIN = ("bert", "roberta", "electra", "distilbert")
@@ -138,7 +138,7 @@ def test_it_does_so_with_other_gates(
 def test_it_does_so_where_no_matrix_can_be_packed(
     backbone_dir: Callable[[str], Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "_packs", lambda kind: False)
+    monkeypatch.setattr(layer_module, "_packs", lambda kind: False)
     settings = experiment(backbone_dir("bert"), "unipelt-apl", train={"precision": kind})
     check(disturbed(build(settings, 3)), 1e-5 if kind == "fp32" else 0.05)
 

@@ -17,13 +17,13 @@ from hostile import VALUES, changed, damaged, outcome, tell
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from unipelt_cli import memory
-from unipelt_cli.backbones import BACKBONES
-from unipelt_cli.batches import encode
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.pretrained import find
 from unipelt_cli.cli import app
 from unipelt_cli.errors import BackboneError
-from unipelt_cli.modeling import build
-from unipelt_cli.pretrained import find
+from unipelt_cli.models.batches import encode
+from unipelt_cli.models.build import build
+from unipelt_cli.system import memory
 
 CONFIGS, WEIGHTS, TOKENIZERS, COMMANDS = 1500, 600, 600, 30
 MEMORY = 400 * 2**20
@@ -416,7 +416,7 @@ def test_offline_opens_no_socket(backbone_dir: Callable[[str], Path], tmp_path: 
 def test_an_endpoint_that_is_no_address_means_no_network(
     monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
-    from unipelt_cli import network
+    from unipelt_cli.system import network
 
     for switch in network.SWITCHES:
         monkeypatch.setenv(switch, "0")

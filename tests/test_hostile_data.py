@@ -29,8 +29,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import error_of
 
-from unipelt_cli import cells, config, data, lines, readers
-from unipelt_cli.config import DataSettings
+from unipelt_cli.config.experiment import (
+    SECTIONS,
+    DataSettings,
+    dump,
+    parse_assignment,
+    read_preset,
+)
+from unipelt_cli.config.experiment import resolve as experiment_resolve
+from unipelt_cli.data import cells, preparation, readers, text_lines
 from unipelt_cli.errors import UnipeltError
 
 MEGABYTE = 2**20
@@ -78,10 +85,10 @@ def attempt(kind: str, read: Callable[[], Any]) -> str | None:
     return None
 
 
-def check_rows(prepared: data.Prepared) -> None:
+def check_rows(prepared: preparation.Prepared) -> None:
     """Assert that rows are what the rest of the program takes them for."""
     task = prepared.task
-    for split in data.SPLITS:
+    for split in preparation.SPLITS:
         rows = prepared.splits[split][:]
         assert len(rows["row"]) == prepared.manifest["splits"][split]["rows"] > 0
         for column in task.text:
@@ -95,7 +102,7 @@ def check_rows(prepared: data.Prepared) -> None:
 
 def prepare_file(path: Path) -> None:
     own = {"text": "text", "label": "label"}
-    check_rows(data.prepare(DataSettings(train_file=str(path), **own)))
+    check_rows(preparation.prepare(DataSettings(train_file=str(path), **own)))
 
 
 def read_content(kind: str, folder: Path, content: bytes) -> str | None:
@@ -545,12 +552,12 @@ def test_settings_that_are_no_file_are_refused_at_once(tmp_path: Path, kind: str
     path = special(tmp_path, kind, "a.toml")
     if kind == "/proc/kmsg":
         pytest.skip("an empty file to most users")
-    assert attempt("no file", lambda: config.read_preset(str(path))) is not None
+    assert attempt("no file", lambda: read_preset(str(path))) is not None
 
 
 @pytest.mark.parametrize("kind", [None, "lines", "jsonl", "csv", "tsv"])
 def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
-    monkeypatch.setattr(lines, "LONGEST_LINE", 5 * MEGABYTE)
+    monkeypatch.setattr(text_lines, "LONGEST_LINE", 5 * MEGABYTE)
     with open("/dev/zero", "rb") as endless, measured() as peaks:  # noqa: PTH123
         windows = readers.read_input(endless, ["text"], kind)
         said = attempt("no file", lambda: list(windows))
@@ -563,11 +570,13 @@ def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch, kind: str |
 def test_endless_empty_lines_and_quotes_are_refused(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(lines, "LONGEST_LINE", MEGABYTE // 4)
-    monkeypatch.setattr(lines, "MOST_EMPTY_LINES", 2**17)
+    monkeypatch.setattr(text_lines, "LONGEST_LINE", MEGABYTE // 4)
+    monkeypatch.setattr(text_lines, "MOST_EMPTY_LINES", 2**17)
     repeated, first = (b"a\n", b'text\n"') if kind == "csv" else (b"\n", b"\n")
     pieces = itertools.chain([first], itertools.repeat(repeated * 2**15))
-    monkeypatch.setattr(lines, "of_pipe", lambda *_: lines.Lines("stdin", lambda: next(pieces)))
+    monkeypatch.setattr(
+        text_lines, "of_pipe", lambda *_: text_lines.Lines("stdin", lambda: next(pieces))
+    )
     with measured() as peaks:
         windows = readers.read_input(io.BytesIO(), ["text"], kind)
         said = attempt("no file", lambda: list(windows))
@@ -584,13 +593,13 @@ def ready(tmp_path: Path) -> Path:
     """Return a prepared directory that a test may damage."""
     (tmp_path / "own.csv").write_bytes(VALID["csv"][0])
     own = DataSettings(train_file=str(tmp_path / "own.csv"), text="text", label="label")
-    data.save(data.prepare(own), tmp_path / "ready")
+    preparation.save(preparation.prepare(own), tmp_path / "ready")
     return tmp_path / "ready"
 
 
 def load(directory: Path) -> None:
-    check_rows(data.load(directory))
-    [manifest] = data.read_drawn(DataSettings(prepared=str(directory)))
+    check_rows(preparation.load(directory))
+    [manifest] = preparation.read_drawn(DataSettings(prepared=str(directory)))
     assert manifest["splits"]["train"]["rows"]
 
 
@@ -694,7 +703,7 @@ def forge_split(ready: Path, columns: pa.Table, **options: Any) -> None:
             stream.write_table(columns)
     manifest = json.loads((ready / "manifest.json").read_text())
     recorded = manifest["splits"]["train"]
-    recorded["digest"] = data.digest(cells.as_dataset(columns))
+    recorded["digest"] = preparation.digest(cells.as_dataset(columns))
     recorded["row_ids"] = columns["row"].to_pylist()
     recorded["rows"] = len(columns)
     (ready / "manifest.json").write_bytes(seal(manifest))
@@ -772,7 +781,7 @@ def test_compressed_arrow_streams_are_refused_unread(ready: Path, compression: s
 
 
 def test_arrays_that_share_bytes_are_refused() -> None:
-    from unipelt_cli import columnar
+    from unipelt_cli.data.parquet import ERRORS, read_stream
 
     schema = pa.schema([("text", pa.string()), ("pair", pa.string())])
     texts = pa.array(["a" * 100_000] * 3)
@@ -780,15 +789,15 @@ def test_arrays_that_share_bytes_are_refused() -> None:
     with pa.ipc.new_stream(sink, schema) as stream:
         stream.write_table(pa.table({"text": texts, "pair": texts}))
     content = sink.getvalue().to_pybytes()
-    assert columnar.read_stream(content, schema).num_rows == 3
+    assert read_stream(content, schema).num_rows == 3
     # Let the second column's bytes be the first's: their place is in the batch's list of buffers.
     body = pa.ipc.MessageReader.open_stream(pa.BufferReader(content))
     body.read_next_message()
     metadata = body.read_next_message().metadata.to_pybytes()
     place = content.index(metadata) + metadata.rindex((300_000).to_bytes(8, "little")) - 8
     cut = content[:place] + bytes(8) + content[place + 8 :]
-    with pytest.raises(columnar.ERRORS):
-        columnar.read_stream(cut[: len(cut) - 300_000], schema)
+    with pytest.raises(ERRORS):
+        read_stream(cut[: len(cut) - 300_000], schema)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "train.arrow", "dev.arrow"])
@@ -862,10 +871,10 @@ RTE: tuple[str, dict[str, Any]] = ("", {"data": {"task": "rte"}})
 
 
 def resolve(path: Path) -> None:
-    experiment = config.resolve([("", config.read_preset(str(path)))])
-    assert config.resolve([("", experiment.settings())]) == experiment
-    path.write_text(config.dump(experiment), encoding="utf-8", errors="strict")
-    assert config.resolve([("", config.read_preset(str(path)))]) == experiment
+    experiment = experiment_resolve([("", read_preset(str(path)))])
+    assert experiment_resolve([("", experiment.settings())]) == experiment
+    path.write_text(dump(experiment), encoding="utf-8", errors="strict")
+    assert experiment_resolve([("", read_preset(str(path)))]) == experiment
 
 
 def read_toml(folder: Path, content: bytes) -> str | None:
@@ -938,30 +947,30 @@ def test_odd_values_of_settings_are_taken_or_refused(tmp_path: Path, key: str) -
         read_toml(tmp_path, f'data.tasks="rte,mrpc"\n{key} = {value}\n'.encode())
 
         def assign(value: str = value) -> None:
-            config.resolve([RTE, ("", config.parse_assignment(f"{key}={value}"))])
+            experiment_resolve([RTE, ("", parse_assignment(f"{key}={value}"))])
 
         attempt("set", assign)
 
 
 def test_every_key_takes_odd_values_or_refuses_them() -> None:
     values = [2**62, -(2**63), 1e308, -1e308, "", "x" * 10_000, "\0", [], [[]], {}, {"a": {}}, True]
-    for section, schema in config.SECTIONS.items():
+    for section, schema in SECTIONS.items():
         for key in schema.model_fields:
             for value in values:
                 layers = [RTE, ("", {section: {key: value}})]
-                attempt("set", lambda: config.resolve(layers))  # noqa: B023
+                attempt("set", lambda: experiment_resolve(layers))  # noqa: B023
 
 
 @PROPERTY
 @given(text=st.text(max_size=30), key=st.sampled_from(["train.epochs", "data.task", "x.y"]))
 def test_any_assignment_is_taken_or_refused(text: str, key: str) -> None:
-    attempt("set", lambda: config.parse_assignment(text))
-    attempt("set", lambda: config.resolve([RTE, ("", config.parse_assignment(f"{key}={text}"))]))
+    attempt("set", lambda: parse_assignment(text))
+    attempt("set", lambda: experiment_resolve([RTE, ("", parse_assignment(f"{key}={text}"))]))
 
 
 def test_a_word_of_several_lines_sets_nothing_else() -> None:
     word = "1\nvalue2 = 3"
-    assert config.parse_assignment(f"train.epochs={word}") == {"train": {"epochs": word}}
+    assert parse_assignment(f"train.epochs={word}") == {"train": {"epochs": word}}
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,25 @@ from conftest import experiment, reseal
 from hostile import changed, damaged, limited, outcome, tell
 from typer.testing import CliRunner
 
-from unipelt_cli import artifact, execution, provenance, runs
 from unipelt_cli.cli import app
+from unipelt_cli.files import atomic
+from unipelt_cli.runs import verification
+from unipelt_cli.runs.run import (
+    ENVIRONMENT,
+    EXPERIMENT,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    PROBE,
+    RECORDED,
+    RESULT,
+    STATE,
+    describe_progress,
+    read_experiment,
+    read_state,
+)
+from unipelt_cli.runs.run import read as run_read
+from unipelt_cli.training import execution
 
 FLIPPED = 600  # damaged bytes, over all files
 CHANGED = 900  # other values, with hashes that vouch for them
@@ -60,7 +77,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 def test_no_damaged_byte_of_a_finished_run_passes(whole: Path, copy: Path) -> None:
     chosen, seen = random.Random(1), Counter[str]()
-    names = [*runs.RECORDED, runs.RESULT]
+    names = [*RECORDED, RESULT]
     for turn in range(FLIPPED):
         name = names[turn % len(names)]
         content = (whole / name).read_bytes()
@@ -69,47 +86,47 @@ def test_no_damaged_byte_of_a_finished_run_passes(whole: Path, copy: Path) -> No
             continue
         (copy / name).write_bytes(other)
         with limited():
-            checks = list(provenance.verify(copy))
+            checks = list(verification.verify(copy))
         assert any(check.passed is False for check in checks), (turn, name)
-        if name != runs.METRICS:  # which only `verify` looks at
-            assert outcome(lambda: runs.read(copy)) == "refused", (turn, name)
+        if name != METRICS:  # which only `verify` looks at
+            assert outcome(lambda: run_read(copy)) == "refused", (turn, name)
         seen[name] += 1
         (copy / name).write_bytes(content)
     assert min(seen[name] for name in names) > FLIPPED / 10
-    runs.read(copy).build()
+    run_read(copy).build()
     tell("damaged bytes, all refused", seen)
 
 
-@pytest.mark.parametrize("name", [runs.EXPERIMENT, runs.ENVIRONMENT, runs.RESULT, runs.METRICS])
+@pytest.mark.parametrize("name", [EXPERIMENT, ENVIRONMENT, RESULT, METRICS])
 def test_other_values_under_right_hashes_are_read_or_refused(copy: Path, name: str) -> None:
     chosen, seen = random.Random(name), Counter[str]()
     path = copy / name
     text = path.read_text()
     for turn in range(CHANGED // 4):
-        if name == runs.EXPERIMENT:
+        if name == EXPERIMENT:
             path.write_bytes(changed_lines(text, chosen))
-        elif name == runs.METRICS:
+        elif name == METRICS:
             lines = [changed(json.loads(line), chosen) for line in text.splitlines()]
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         else:
             path.write_text(json.dumps(changed(json.loads(text), chosen)))
-        if name == runs.RESULT:
+        if name == RESULT:
             value = json.loads(path.read_text())
             if isinstance(value, dict):
-                path.write_text(json.dumps(artifact.sealed(value), indent=2) + "\n")
+                path.write_text(json.dumps(atomic.sealed(value), indent=2) + "\n")
         else:
             reseal(copy)
 
         def read(turn: int = turn) -> None:
-            run = runs.read(copy)
-            runs.describe_progress(copy)
-            provenance.differences(run, run)
+            run = run_read(copy)
+            describe_progress(copy)
+            verification.differences(run, run)
             if turn % 5 == 0:
-                list(provenance.verify(copy))
+                list(verification.verify(copy))
 
         seen[outcome(read)] += 1
     assert seen["read"] > 3
-    assert name == runs.METRICS or seen["refused"] > CHANGED / 20
+    assert name == METRICS or seen["refused"] > CHANGED / 20
     tell(f"{name}, other values", seen)
 
 
@@ -134,36 +151,36 @@ def changed_lines(text: str, chosen: random.Random) -> bytes:
     return b"\n".join(lines)
 
 
-@pytest.mark.parametrize("name", [runs.MODEL, runs.PROBE, runs.PREDICTIONS])
+@pytest.mark.parametrize("name", [MODEL, PROBE, PREDICTIONS])
 def test_tensor_files_with_other_headers_are_read_or_refused(copy: Path, name: str) -> None:
     chosen, seen = random.Random(name), Counter[str]()
-    tensors, header = artifact.open_tensors(copy / name)
-    del header[artifact.SEAL]
+    tensors, header = atomic.open_tensors(copy / name)
+    del header[atomic.SEAL]
     for _ in range(CHANGED // 12):
         other = changed(header, chosen)
         if not isinstance(other, dict):
             continue
-        artifact.write_tensors(copy / name, tensors, other)
+        atomic.write_tensors(copy / name, tensors, other)
         reseal(copy)
         seen[outcome(lambda: use(copy))] += 1
-    assert seen["refused"] > 3 or name != runs.MODEL
+    assert seen["refused"] > 3 or name != MODEL
     assert seen["read"] > 3
     tell(f"{name}, other headers", seen)
 
 
 def use(directory: Path) -> None:
     """Read all that a finished run holds."""
-    run = runs.read(directory)
+    run = run_read(directory)
     run.build()
     run.predictions()
 
 
 def test_predictions_that_cannot_be_the_tasks_are_refused(copy: Path) -> None:
-    path = copy / runs.PREDICTIONS
-    tensors, header = artifact.open_tensors(path)
-    del header[artifact.SEAL]
+    path = copy / PREDICTIONS
+    tensors, header = atomic.open_tensors(path)
+    del header[atomic.SEAL]
     assert tensors.keys() == {"predictions.0", "references.0"}
-    found = runs.read(copy).predictions()
+    found = run_read(copy).predictions()
     assert found is not None
     assert [values.dtype.name for values in found] == ["int64", "int64"]
     own = tensors["predictions.0"]
@@ -171,9 +188,9 @@ def test_predictions_that_cannot_be_the_tasks_are_refused(copy: Path) -> None:
     for other in others:
         changed = {"predictions.0": other, "references.0": tensors["references.0"]}
         kept = {key: tensor for key, tensor in changed.items() if tensor is not None}
-        artifact.write_tensors(path, kept, header)
+        atomic.write_tensors(path, kept, header)
         reseal(copy)
-        assert outcome(lambda: runs.read(copy).predictions()) == "refused", other
+        assert outcome(lambda: run_read(copy).predictions()) == "refused", other
 
 
 def foreign(header: bytes, data: bytes = b"", size: int | None = None) -> bytes:
@@ -219,16 +236,16 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("name", [runs.MODEL, runs.PROBE, runs.PREDICTIONS, runs.STATE])
+@pytest.mark.parametrize("name", [MODEL, PROBE, PREDICTIONS, STATE])
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
 def test_foreign_tensor_files_are_refused(
     copy: Path, stopped: Path, tmp_path: Path, content: bytes, name: str
 ) -> None:
-    if name == runs.STATE:
+    if name == STATE:
         copy = Path(shutil.copytree(stopped, tmp_path / "stopped"))
     (copy / name).write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if name == runs.STATE:
+    if name == STATE:
         assert outcome(lambda: take_up(copy)) == "refused"
     else:
         reseal(copy)
@@ -238,7 +255,7 @@ def test_foreign_tensor_files_are_refused(
 
 def take_up(directory: Path) -> None:
     """Take up what a stopped run goes on from."""
-    session = execution._Session(runs.read_experiment(directory), directory, "resume")
+    session = execution._Session(read_experiment(directory), directory, "resume")
     with closing(session.writer):
         session.check()
         session.open()
@@ -247,14 +264,14 @@ def take_up(directory: Path) -> None:
 def test_states_with_other_values_are_taken_up_or_refused(stopped: Path, tmp_path: Path) -> None:
     chosen, seen = random.Random(3), Counter[str]()
     copy = Path(shutil.copytree(stopped, tmp_path / "stopped"))
-    path = copy / runs.STATE
+    path = copy / STATE
     content = path.read_bytes()
-    tensors, header = artifact.open_tensors(path)
-    del header[artifact.SEAL]
+    tensors, header = atomic.open_tensors(path)
+    del header[atomic.SEAL]
     for turn in range(STATES):
         if turn % 3 == 0:
             path.write_bytes(damaged(content, chosen))
-            assert outcome(lambda: runs.read_state(copy)) == "refused", turn
+            assert outcome(lambda: read_state(copy)) == "refused", turn
             seen["damaged"] += 1
             continue
         own = dict(tensors)
@@ -268,9 +285,9 @@ def test_states_with_other_values_are_taken_up_or_refused(stopped: Path, tmp_pat
                 own[name] = other
             else:
                 own[chosen.choice(["now.x", "exp_avg.", "x", "best.x"])] = tensor
-            artifact.write_tensors(path, own, header)
+            atomic.write_tensors(path, own, header)
         elif isinstance(other := changed(header, chosen), dict):
-            artifact.write_tensors(path, own, {**header, **other})
+            atomic.write_tensors(path, own, {**header, **other})
         seen[outcome(lambda: take_up(copy))] += 1
     assert min(seen["refused"], seen["read"], seen["damaged"]) > 10
     tell("states", seen)
@@ -280,17 +297,17 @@ def test_damaged_runs_end_a_command_in_two_lines(whole: Path, copy: Path, rows_f
     chosen, seen = random.Random(4), Counter[int]()
     commands = [("eval", copy), ("predict", copy, rows_file), ("inspect-gates", copy)]
     commands += [("export", copy, "--to", "adapters"), ("verify", copy), ("reproduce", copy)]
-    names = [*runs.RECORDED, runs.RESULT]
+    names = [*RECORDED, RESULT]
     for turn in range(COMMANDS):
         name, command = names[turn % len(names)], commands[turn // len(names) % len(commands)]
         content = (whole / name).read_bytes()
         (copy / name).write_bytes(damaged(content, chosen))
         with limited():
             result = CliRunner().invoke(app, [*map(str, command)], prog_name="unipelt")
-        assert isinstance(result.exception, SystemExit) or name == runs.METRICS, result.exception
+        assert isinstance(result.exception, SystemExit) or name == METRICS, result.exception
         lines = [line.partition(":")[0] for line in result.stderr.splitlines()[-2:]]
         assert result.exit_code == 0 or lines == ["error", "hint"]
-        assert result.exit_code == {"verify": 1}.get(command[0], 0 if name == runs.METRICS else 2)
+        assert result.exit_code == {"verify": 1}.get(command[0], 0 if name == METRICS else 2)
         seen[result.exit_code] += 1
         (copy / name).write_bytes(content)
         for made in ("adapters", "reproduced"):
@@ -298,7 +315,7 @@ def test_damaged_runs_end_a_command_in_two_lines(whole: Path, copy: Path, rows_f
     assert min(seen.values()) >= 5
 
 
-@pytest.mark.parametrize("name", [*runs.RECORDED, runs.RESULT])
+@pytest.mark.parametrize("name", [*RECORDED, RESULT])
 @pytest.mark.parametrize("kind", ["link out", "link beside", "pipe", "directory", "device"])
 def test_only_files_of_the_run_itself_are_read(
     copy: Path, tmp_path: Path, name: str, kind: str
@@ -310,7 +327,7 @@ def test_only_files_of_the_run_itself_are_read(
     elif kind == "link beside":
         path.rename(copy / "beside")
         path.symlink_to("beside")
-        runs.read(copy).build()
+        run_read(copy).build()
         return
     else:
         path.unlink()
@@ -320,14 +337,14 @@ def test_only_files_of_the_run_itself_are_read(
             path.mkdir()
         else:
             path.symlink_to("/dev/zero")
-    if name == runs.METRICS:
-        (check,) = [check for check in provenance.verify(copy) if check.what == name]
+    if name == METRICS:
+        (check,) = [check for check in verification.verify(copy) if check.what == name]
         assert check.passed is False
     else:
-        assert outcome(lambda: runs.read(copy)) == "refused"
+        assert outcome(lambda: run_read(copy)) == "refused"
 
 
-@pytest.mark.parametrize("name", [runs.STATE, runs.METRICS, runs.EXPERIMENT, ".lock"])
+@pytest.mark.parametrize("name", [STATE, METRICS, EXPERIMENT, ".lock"])
 def test_going_on_follows_no_link_out_of_a_run(stopped: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(stopped, tmp_path / "run"))
     outside = tmp_path / "outside"
@@ -343,9 +360,9 @@ def test_overwriting_removes_links_and_not_what_they_lead_to(stopped: Path, tmp_
     copy = Path(shutil.copytree(stopped, tmp_path / "run"))
     outside = tmp_path / "outside"
     outside.write_text("mine")
-    (copy / runs.METRICS).unlink()
-    (copy / runs.METRICS).symlink_to(outside)
-    for _ in execution.execute(runs.read_experiment(copy), copy, "overwrite"):
+    (copy / METRICS).unlink()
+    (copy / METRICS).symlink_to(outside)
+    for _ in execution.execute(read_experiment(copy), copy, "overwrite"):
         pass
     assert outside.read_text() == "mine"
-    runs.read(copy).build()
+    run_read(copy).build()

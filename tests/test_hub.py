@@ -21,19 +21,20 @@ from conftest import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli import execution, runs
-from unipelt_cli.backbones import get_layout
-from unipelt_cli.config import resolve
+from unipelt_cli.backbones.architectures import get_layout
+from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import BackboneError, ConfigError
-from unipelt_cli.evaluation import encode_rows
-from unipelt_cli.methods import hub
-from unipelt_cli.methods.allocated import AdaLoRA, Contest, Triplets
+from unipelt_cli.methods.additive import compacter
+from unipelt_cli.methods.additive.adapter_fusion import AdapterFusion, FusedLayer
+from unipelt_cli.methods.additive.madx import Corruption
 from unipelt_cli.methods.base import Moment, Site
-from unipelt_cli.methods.fusion import AdapterFusion, FusedLayer
-from unipelt_cli.methods.madx import Corruption
-from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.methods.reparameterised.adalora import AdaLoRA, Contest, Triplets
+from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.runs import run as run_module
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Epoch, Training
+from unipelt_cli.training import execution
+from unipelt_cli.training.loop import Epoch, Training
 
 SIXTEEN = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(16)]
 LABELS = np.array([0, 1] * 8)
@@ -156,7 +157,7 @@ def test_compacter_has_one_set_of_rules_for_all_layers(backbone_dir: Find) -> No
 
 @pytest.mark.parametrize("hidden", [32, 128, 256, 312, 384, 768, 1024])
 def test_compacters_bottleneck_is_a_multiple_that_the_library_takes_over(hidden: int) -> None:
-    width = hub.Compacter().width(hidden)
+    width = compacter.Compacter().width(hidden)
     assert width % 4 == 0
     assert width - 4 < hidden / 32 <= width or width == hidden // 32
     assert int(hidden // (hidden / (width + 0.5))) == width
@@ -375,7 +376,7 @@ def test_madx_learns_the_language_first_and_then_leaves_it_alone(backbone_dir: F
     first = {n for n in start if not torch.equal(start[n], at_change[n])}
     second = {n for n in start if not torch.equal(at_change[n], classifier.state_dict()[n])}
     parts = {
-        part: {f"backbone.{n}" for n in hub.tensors(classifier.backbone, part)}
+        part: {f"backbone.{n}" for n in compacter.tensors(classifier.backbone, part)}
         for part in ("language", "task")
     }
     assert first == parts["language"]
@@ -410,7 +411,7 @@ def test_madxs_stack_with_an_idle_language_part_is_a_pfeiffer_adapter(backbone_d
 def test_madxs_language_part_has_a_rate_of_its_own(backbone_dir: Find) -> None:
     tuned = tuned_of(backbone_dir("bert"), "madx", options={"language_rate": 0.3})
     rates = {name: tuned.method.rate(name) for name in tuned.method.fold(tuned.classifier.backbone)}
-    language = hub.tensors(tuned.classifier.backbone, "language").keys()
+    language = compacter.tensors(tuned.classifier.backbone, "language").keys()
     assert rates == {name: 0.3 if name in language else 1.0 for name in rates}
 
 
@@ -547,7 +548,7 @@ def test_fusion_takes_up_finished_runs_and_outlives_them(
     copies = [Path(shutil.copytree(run, tmp_path / run.name)) for run in adapter_runs[:2]]
     tuned = fused_of(backbone_dir("bert"), copies)
     for index, run in enumerate(copies):
-        stored, _ = runs.artifact.open_tensors(run / runs.MODEL)
+        stored, _ = run_module.artifact.open_tensors(run / run_module.MODEL)
         for layer in (0, 1):
             loaded = tuned.stored()[f"backbone.fusion.{layer}.loaded.{index}.down.weight"]
             source = stored[f"backbone.submodules.layers.{layer}.adapter.down.weight"]
@@ -572,7 +573,7 @@ def test_fusion_takes_up_finished_runs_and_outlives_them(
     assert isinstance(last, execution.Finished)
     for run in copies:
         shutil.rmtree(run)
-    runs.read(tmp_path / "fused").build()  # compares the probe's logits
+    run_module.read(tmp_path / "fused").build()  # compares the probe's logits
 
 
 def test_fusion_refuses_what_is_no_finished_adapter_of_this_backbone(
@@ -582,10 +583,10 @@ def test_fusion_refuses_what_is_no_finished_adapter_of_this_backbone(
     unfinished = Path(shutil.copytree(adapter, tmp_path / "unfinished"))
     (unfinished / "result.json").unlink()
     torn = Path(shutil.copytree(adapter, tmp_path / "torn"))
-    content = (torn / runs.MODEL).read_bytes()
-    (torn / runs.MODEL).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    content = (torn / run_module.MODEL).read_bytes()
+    (torn / run_module.MODEL).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     cut = Path(shutil.copytree(adapter, tmp_path / "cut"))
-    (cut / runs.MODEL).write_bytes(content[:100])
+    (cut / run_module.MODEL).write_bytes(content[:100])
     other = save_backbone(tmp_path / "other", "roberta")
     for directory, run, options, message in (
         (bert, tmp_path / "nowhere", {}, "no finished run"),

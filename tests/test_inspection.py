@@ -17,9 +17,13 @@ from conftest import experiment, reseal, write_rows
 from datasets import Dataset
 from test_cli import FAST, error_of, invoke, own
 
-from unipelt_cli import ablation, execution, gatetables, inspection, runs
-from unipelt_cli.evaluation import compute_with_gates, encode_rows, gate_means
-from unipelt_cli.modeling import build
+from unipelt_cli.gates import ablation
+from unipelt_cli.gates.report import GateReport
+from unipelt_cli.models.build import build
+from unipelt_cli.models.evaluation import compute_with_gates, encode_rows, gate_means
+from unipelt_cli.runs.run import METRICS, read, read_metrics
+from unipelt_cli.terminal.gates import show_classes, show_differences, show_layers, show_legend
+from unipelt_cli.training import execution
 
 LINES = re.compile(r"[█▏▎▍▌▋▊▉·]+")
 
@@ -49,7 +53,7 @@ def report(*columns: list[float], labels: list[int], names: tuple[str, ...]) -> 
     """Make a report of one layer whose gates are called a, b, ... from their values by row."""
     gates = [{chr(97 + n): np.array(own, dtype=np.float32) for n, own in enumerate(columns)}]
     rows = Dataset.from_dict({"row": [10 + n for n in range(len(labels))], "label": labels})
-    return inspection.GateReport(gates, rows, names)
+    return GateReport(gates, rows, names)
 
 
 def test_a_layer_says_how_much_a_gate_tells_and_how_undecided_it_is() -> None:
@@ -103,8 +107,8 @@ def test_layers_show_spread_quantiles_and_both_lora_gates(run: Path) -> None:
 
 def test_nearly_closed_gates_are_marked_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     found = report([0.5] * 4, [0.04] * 4, labels=[0] * 4, names=("x",))
-    gatetables.show_layers(found.by_layer(), "title")
-    gatetables.show_legend(found.nearly_closed())
+    show_layers(found.by_layer(), "title")
+    show_legend(found.nearly_closed())
     shown = capsys.readouterr().err
     assert LINES.sub("=", shown.splitlines()[2]).split() == [
         "0",
@@ -118,7 +122,7 @@ def test_nearly_closed_gates_are_marked_and_named(capsys: pytest.CaptureFixture[
 
 
 def test_many_gates_stand_in_blocks(capsys: pytest.CaptureFixture[str]) -> None:
-    gatetables.show_layers(report(*[[0.5, 0.6]] * 6, labels=[0, 0], names=("x",)).by_layer(), "")
+    show_layers(report(*[[0.5, 0.6]] * 6, labels=[0, 0], names=("x",)).by_layer(), "")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split() for line in lines if "layer" in line] == [
         ["layer", *"abcd"],
@@ -147,8 +151,8 @@ def test_many_classes_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> Non
     values = list(np.linspace(0.1, 0.9, 80))
     found = report(values, labels=[n // 2 for n in range(80)], names=names)
     answer = {"rows": 80, "layers": found.by_layer(), "classes": found.by_class()}
-    gatetables.show_classes(answer, "test")
-    gatetables.show_differences(found.differences())
+    show_classes(answer, "test")
+    show_differences(found.differences())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 42 + 3
     assert max(map(len, lines[1:42])) <= 80
@@ -173,7 +177,7 @@ def test_each_epoch_records_the_gates_of_its_dev_pass(run: Path) -> None:
 
 def test_epochs_without_gates_are_an_error(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    path = copy / runs.METRICS
+    path = copy / METRICS
     events = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps({**own, "gates": []}) + "\n" for own in events))
     message, hint = error_of("inspect-gates", copy, "--by", "epoch")
@@ -194,7 +198,7 @@ def test_what_closing_loses_is_what_a_pass_without_it_scores(run: Path) -> None:
     study = found["ablation"]
     assert list(study["all"]) == ["prefix", "lora", "adapter"]
     assert [own["layer"] for own in study["layers"]] == [0, 1]
-    finished = runs.read(run)
+    finished = read(run)
     assert study["score"] == pytest.approx(finished.result["dev"]["accuracy"], abs=1e-6)
     tuned, rows = finished.build(), finished.rows("dev")
     for layer in tuned.classifier.backbone.submodules.layers:  # type: ignore[union-attr]
@@ -357,7 +361,8 @@ def test_recording_changes_no_byte_of_a_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from unipelt_cli import evaluation, training
+    from unipelt_cli.models import evaluation
+    from unipelt_cli.training import loop
 
     for name in ("with", "without"):
         settings = experiment(
@@ -374,15 +379,15 @@ def test_recording_changes_no_byte_of_a_run(
         )
         if name == "without":
             monkeypatch.setattr(
-                training,
+                loop,
                 "compute_with_gates",
                 lambda *given: (evaluation.compute_logits(*given), []),
             )
         list(execution.execute(settings, tmp_path / name, "new"))
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert files[0] == files[1]
-    assert runs.read_metrics(tmp_path / "without")[0]["gates"] == []
-    assert runs.read_metrics(tmp_path / "with")[0]["gates"] != []
+    assert read_metrics(tmp_path / "without")[0]["gates"] == []
+    assert read_metrics(tmp_path / "with")[0]["gates"] != []
 
 
 def test_a_method_without_gates_records_none(backbone_dir: Callable[[str], Path]) -> None:

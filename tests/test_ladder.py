@@ -19,11 +19,11 @@ from torch import Tensor
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
-from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.errors import BackboneError, ConfigError
-from unipelt_cli.evaluation import encode_rows
-from unipelt_cli.methods.conditional import soft_top_k
-from unipelt_cli.modeling import Tuned, build
+from unipelt_cli.methods.additive.coda import soft_top_k
+from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.models.evaluation import encode_rows
 
 PLACES = [
     (model_type, attention)

@@ -21,17 +21,19 @@ from conftest import (
     write_rows,
 )
 
-from unipelt_cli import execution, methods, runs
-from unipelt_cli.artifact import open_tensors
-from unipelt_cli.backbones import BACKBONES
-from unipelt_cli.config import resolve
+from unipelt_cli import methods
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.pretrained import Pretrained, find
+from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import BackboneError, ConfigError
-from unipelt_cli.evaluation import compute_logits, encode_rows
+from unipelt_cli.files.atomic import open_tensors
 from unipelt_cli.methods.base import CannotMerge
-from unipelt_cli.modeling import Tuned, build, merge
-from unipelt_cli.pretrained import Pretrained, find
+from unipelt_cli.models.build import Tuned, build, merge
+from unipelt_cli.models.evaluation import compute_logits, encode_rows
+from unipelt_cli.runs import run
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Epoch, Training
+from unipelt_cli.training import execution
+from unipelt_cli.training.loop import Epoch, Training
 
 NAMES = sorted(methods.table())
 LABELS = np.array([0, 1] * 8)
@@ -150,7 +152,7 @@ def reloaded(finished: dict[str, Path]) -> dict[str, str]:
 def test_a_fresh_process_gives_a_run_the_same_logits_to_the_bit(
     finished: dict[str, Path], reloaded: dict[str, str], method: str
 ) -> None:
-    stored, _ = open_tensors(finished[method] / runs.PROBE)
+    stored, _ = open_tensors(finished[method] / run.PROBE)
     assert stored["logits"].numpy().tobytes().hex() == reloaded[method]
 
 
@@ -177,11 +179,11 @@ def test_what_is_stored_gives_the_trained_models_logits_to_the_bit(
 
 @pytest.mark.parametrize("method", NAMES)
 def test_the_file_is_as_large_as_what_it_stores(finished: dict[str, Path], method: str) -> None:
-    content = (finished[method] / runs.MODEL).read_bytes()
+    content = (finished[method] / run.MODEL).read_bytes()
     header = 8 + struct.unpack("<Q", content[:8])[0]
-    tensors, _ = open_tensors(finished[method] / runs.MODEL)
+    tensors, _ = open_tensors(finished[method] / run.MODEL)
     assert len(content) - header == sum(t.numel() * t.element_size() for t in tensors.values())
-    result = runs.read(finished[method]).result
+    result = run.read(finished[method]).result
     numbers = sum(
         t.numel() if t.dtype == torch.float32 else -(-t.numel() // 4)
         for t in tensors.values()

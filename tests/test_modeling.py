@@ -14,11 +14,11 @@ from conftest import save_backbone
 from safetensors.torch import load_file, save_file
 from test_methods import SENTENCES, experiment, logits_of
 
-from unipelt_cli import pretrained
-from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.backbones import pretrained
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.pretrained import MINILM_SHA256, find
 from unipelt_cli.errors import BackboneError, ConfigError
-from unipelt_cli.modeling import build
-from unipelt_cli.pretrained import MINILM_SHA256, find
+from unipelt_cli.models.build import build
 
 Backbones = Callable[[str], Path]
 

@@ -16,18 +16,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from unipelt_cli import data, execution, inspection, methods, runs
-from unipelt_cli.batches import interleaved, shuffled
+from unipelt_cli import methods
+from unipelt_cli.backbones.pretrained import BERT_BASE
 from unipelt_cli.cli import app
-from unipelt_cli.config import DataSettings, Experiment, dump, read_preset, resolve
+from unipelt_cli.config.experiment import DataSettings, Experiment, dump, read_preset, resolve
+from unipelt_cli.data import preparation
 from unipelt_cli.errors import ConfigError, DataError
-from unipelt_cli.evaluation import compute_logits, encode_rows
-from unipelt_cli.methods.hyperformer import HyperAdapters, HyperNetwork, Table
-from unipelt_cli.methods.submodules import record_gates
-from unipelt_cli.modeling import Tuned, build, count
-from unipelt_cli.pretrained import BERT_BASE
+from unipelt_cli.gates.report import inspect
+from unipelt_cli.methods.additive.hyperformer import HyperAdapters, HyperNetwork, Table
+from unipelt_cli.methods.unipelt.method import record_gates
+from unipelt_cli.models.batches import interleaved, shuffled
+from unipelt_cli.models.build import Tuned, build, count
+from unipelt_cli.models.evaluation import compute_logits, encode_rows
+from unipelt_cli.runs import run as run_module
 from unipelt_cli.tasks import get_task, joint_metric, joint_name, joint_scores
-from unipelt_cli.training import Course, Epoch, Step, Training
+from unipelt_cli.training import execution
+from unipelt_cli.training.loop import Course, Epoch, Step, Training
 
 FAST = {"device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
 
@@ -76,16 +80,16 @@ def bert(backbone_dir: Callable[[str], Path]) -> Path:
     return backbone_dir("bert")
 
 
-def finish(settings: Experiment, directory: Path) -> runs.Run:
+def finish(settings: Experiment, directory: Path) -> run_module.Run:
     *_, last = execution.execute(settings, directory)
     assert isinstance(last, execution.Finished)
-    return runs.read(directory)
+    return run_module.read(directory)
 
 
 @pytest.fixture(scope="module")
 def finished(
     glue: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, runs.Run]:
+) -> dict[str, run_module.Run]:
     """Train both methods on sst2 and stsb: two labels, and a number."""
     root = tmp_path_factory.mktemp("runs")
     names = ("hyperformer", "unipelt-multi")
@@ -97,9 +101,9 @@ def finished(
 
 def test_each_tasks_rows_are_those_it_has_alone(glue: Path) -> None:
     shared = {"k": 10, "data_seed": 222, "dev_size": 7, "source": str(glue)}
-    together = data.prepare_each(DataSettings(tasks=("sst2", "stsb", "cola"), **shared))
+    together = preparation.prepare_each(DataSettings(tasks=("sst2", "stsb", "cola"), **shared))
     for name, found in zip(("sst2", "stsb", "cola"), together, strict=True):
-        alone = data.prepare(DataSettings(task=name, **shared))
+        alone = preparation.prepare(DataSettings(task=name, **shared))
         assert found.task == alone.task
         assert found.manifest == alone.manifest
         for split in ("train", "dev", "test"):
@@ -176,7 +180,7 @@ def test_contradictions_between_tasks_are_refused(
 
 def prepared(root: Path, glue: Path, name: str, **settings: Any) -> str:
     values = {"task": name, "k": 10, "dev_size": 5, "source": str(glue)} | settings
-    data.save(data.prepare(DataSettings(**values)), root / name)
+    preparation.save(preparation.prepare(DataSettings(**values)), root / name)
     return str(root / name)
 
 
@@ -185,7 +189,7 @@ def test_prepared_directories_say_which_tasks_they_hold(glue: Path, tmp_path: Pa
     settings = execution.with_drawn_rows(resolve([("", {"data": {"prepared": places}})]))
     assert settings.data.tasks == ("sst2", "cola")
     assert (settings.data.k, settings.data.dev_size) == (10, 5)
-    found = data.prepare_each(settings.data)
+    found = preparation.prepare_each(settings.data)
     assert [own.task.name for own in found] == ["sst2", "cola"]
     assert execution.with_drawn_rows(settings) == settings
 
@@ -195,13 +199,15 @@ def test_tasks_that_were_drawn_otherwise_or_are_called_alike_are_refused(
 ) -> None:
     first = prepared(tmp_path, glue, "sst2")
     with pytest.raises(DataError, match=r"data.k: sst2 was drawn with 10, cola with 12"):
-        data.prepare_each(DataSettings(prepared=(first, prepared(tmp_path, glue, "cola", k=12))))
+        preparation.prepare_each(
+            DataSettings(prepared=(first, prepared(tmp_path, glue, "cola", k=12)))
+        )
     again = prepared(tmp_path / "again", glue, "sst2", data_seed=222)
     with pytest.raises(DataError, match="two of the tasks are called 'sst2'"):
-        data.prepare_each(DataSettings(prepared=(first, again)))
+        preparation.prepare_each(DataSettings(prepared=(first, again)))
     squares = prepared(tmp_path, glue, "stsb", metric="mse")
     with pytest.raises(DataError, match="the metric of stsb is 'mse', which no mean can hold"):
-        data.prepare_each(DataSettings(prepared=(first, squares)))
+        preparation.prepare_each(DataSettings(prepared=(first, squares)))
 
 
 def test_scores_of_several_tasks_are_their_mean_and_each() -> None:
@@ -317,7 +323,7 @@ def test_a_look_at_the_data_sees_the_rows_of_every_task(bert: Path) -> None:
 def test_an_interrupted_run_on_two_tasks_goes_on_bit_for_bit(
     glue: Path,
     bert: Path,
-    finished: dict[str, runs.Run],
+    finished: dict[str, run_module.Run],
     tmp_path: Path,
     method: str,
     stop_after: int,
@@ -327,11 +333,11 @@ def test_an_interrupted_run_on_two_tasks_goes_on_bit_for_bit(
     for _ in range(stop_after):
         next(events)
     events.close()
-    assert (tmp_path / "run" / runs.STATE).is_file()
+    assert (tmp_path / "run" / run_module.STATE).is_file()
     *_, last = execution.execute(settings, tmp_path / "run", "resume")
     assert isinstance(last, execution.Finished)
     whole = finished[method]
-    for name in (runs.MODEL, runs.PROBE, runs.EXPERIMENT):
+    for name in (run_module.MODEL, run_module.PROBE, run_module.EXPERIMENT):
         assert (tmp_path / "run" / name).read_bytes() == (whole.directory / name).read_bytes()
     assert (last.result["dev"], last.result["test"]) == (whole.result["dev"], whole.result["test"])
 
@@ -540,7 +546,7 @@ def test_counts_are_unipelts_and_a_gate_set_for_each_task() -> None:
 
 
 def test_after_training_gates_differ_by_task_for_the_same_rows(
-    finished: dict[str, runs.Run],
+    finished: dict[str, run_module.Run],
 ) -> None:
     run = finished["unipelt-multi"]
     tuned = run.build()
@@ -549,16 +555,16 @@ def test_after_training_gates_differ_by_task_for_the_same_rows(
         assert all((first[name] - second[name]).abs().max() > 1e-3 for name in first)
     rows = run.rows("test", place=1)
     assert rows.column_names == ["sentence1", "sentence2", "label", "row"]
-    report = inspection.inspect(run, tuned, rows, 1)
+    report = inspect(run, tuned, rows, 1)
     assert report.by_class()[0]["class"].startswith("below ")
-    assert inspection.inspect(run, tuned, run.rows("test"), 0).labels == ("negative", "positive")
+    assert inspect(run, tuned, run.rows("test"), 0).labels == ("negative", "positive")
 
 
 # The run directory and the commands
 
 
 @pytest.mark.parametrize("method", ["hyperformer", "unipelt-multi"])
-def test_a_run_directory_holds_all_tasks(finished: dict[str, runs.Run], method: str) -> None:
+def test_a_run_directory_holds_all_tasks(finished: dict[str, run_module.Run], method: str) -> None:
     run = finished[method]
     result = run.result
     assert (result["task"], result["metric"], result["k"]) == ("sst2+stsb", "mean", 24)
@@ -569,12 +575,12 @@ def test_a_run_directory_holds_all_tasks(finished: dict[str, runs.Run], method: 
     assert run.environment["data"]["tasks"].keys() == {"sst2", "stsb"}
     assert [replace(get_task(task.name), source=None) for task in run.tasks] == list(run.tasks)
     assert result["head_parameters"] == 33 * 2 + 33
-    stored, _ = runs.artifact.open_tensors(run.directory / runs.PROBE)
+    stored, _ = run_module.artifact.open_tensors(run.directory / run_module.PROBE)
     assert stored["logits"].shape == (64, 3)
 
 
 def test_a_fresh_process_gives_a_joint_run_the_same_logits_to_the_bit(
-    finished: dict[str, runs.Run],
+    finished: dict[str, run_module.Run],
 ) -> None:
     code = (
         "import json, sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
@@ -586,7 +592,7 @@ def test_a_fresh_process_gives_a_joint_run_the_same_logits_to_the_bit(
     arguments = [sys.executable, "-c", code, *map(str, paths)]
     found = json.loads(subprocess.run(arguments, capture_output=True, check=True).stdout)
     for path, said in zip(paths, found, strict=True):
-        stored, _ = runs.artifact.open_tensors(path / runs.PROBE)
+        stored, _ = run_module.artifact.open_tensors(path / run_module.PROBE)
         assert stored["logits"].numpy().tobytes().hex() == said
 
 
@@ -646,7 +652,7 @@ def test_train_and_eval_take_several_tasks(glue: Path, bert: Path, tmp_path: Pat
 
 
 def test_rows_are_labelled_by_the_task_that_is_named(
-    finished: dict[str, runs.Run], tmp_path: Path
+    finished: dict[str, run_module.Run], tmp_path: Path
 ) -> None:
     run = finished["hyperformer"]
     code, stdout, _ = invoke(
@@ -665,7 +671,7 @@ def test_rows_are_labelled_by_the_task_that_is_named(
     assert (scored["rows"], list(scored["scores"])) == (2, ["spearman", "pearson", "mse"])
 
 
-def test_gates_are_inspected_by_task(finished: dict[str, runs.Run]) -> None:
+def test_gates_are_inspected_by_task(finished: dict[str, run_module.Run]) -> None:
     directory = finished["unipelt-multi"].directory
     found = [answer("inspect-gates", directory, "--task", name) for name in ("sst2", "stsb")]
     assert [one["rows"] for one in found] == [20, 20]
@@ -713,7 +719,7 @@ def test_gates_are_inspected_by_task(finished: dict[str, runs.Run]) -> None:
     ],
 )
 def test_a_missing_or_unknown_task_is_said_in_two_lines(
-    finished: dict[str, runs.Run], arguments: list[str], message: str, hint: str
+    finished: dict[str, run_module.Run], arguments: list[str], message: str, hint: str
 ) -> None:
     run = str(finished["unipelt-multi"].directory)
     code, stdout, stderr = invoke(*(argument.format(run=run) for argument in arguments))

@@ -21,10 +21,14 @@ from conftest import WORDS
 from test_cli import FAST, error_of, invoke, own
 
 import unipelt_cli
-from unipelt_cli import lines, network, readers, runs, serving, together
+from unipelt_cli.data import readers, text_lines
 from unipelt_cli.errors import DataError, RunError, UnipeltError
-from unipelt_cli.evaluation import compute_logits, encode_rows
+from unipelt_cli.models.evaluation import compute_logits, encode_rows
+from unipelt_cli.runs import loaded_runs
+from unipelt_cli.runs.run import read
+from unipelt_cli.system import network
 from unipelt_cli.tasks import get_task
+from unipelt_cli.training import shared_passes
 
 METHODS = ("unipelt-apl", "unipelt-ap", "lora", "bitfit", "full", "head")
 
@@ -53,7 +57,7 @@ def sentences(count: int) -> list[str]:
 
 def as_before(run: Path, texts: list[str]) -> list[dict[str, float]]:
     """Label texts all at once, without what is tried here."""
-    found = runs.read(run)
+    found = read(run)
     tuned = found.build()
     logits = compute_logits(tuned, encode_rows(tuned, [texts], 128)).astype(np.float64)
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -93,13 +97,13 @@ def test_windows_change_neither_answers_nor_their_order(
     path = write(tmp_path / f"rows.{suffix}", texts)
     expected = as_before(place / "unipelt-apl", texts)
     sizes: list[int] = []
-    predict = serving.LoadedRuns.predict_columns
+    predict = loaded_runs.LoadedRuns.predict_columns
 
     def seen(self: Any, columns: Any) -> Any:
         sizes.append(len(columns["text"]))
         return predict(self, columns)
 
-    monkeypatch.setattr(serving.LoadedRuns, "predict_columns", seen)
+    monkeypatch.setattr(loaded_runs.LoadedRuns, "predict_columns", seen)
     monkeypatch.setattr(readers, "FIRST_WINDOW", 8)
     monkeypatch.setattr(readers, "LARGEST_WINDOW", 32)
     code, stdout, stderr = invoke("predict", place / "unipelt-apl", path)
@@ -228,7 +232,7 @@ def test_rows_before_a_bad_one_of_a_file_are_written(
 def test_a_long_line_is_refused_with_its_number(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "LONGEST_LINE", 2**19)
+    monkeypatch.setattr(text_lines, "LONGEST_LINE", 2**19)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n{"text": "' + "x" * 2**20 + '"}\n')
     code, stdout, stderr = invoke("predict", place / "head", path)
@@ -252,7 +256,7 @@ def test_memory_does_not_grow_with_the_file(
     place: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "LARGEST_WINDOW", 256)
-    monkeypatch.setattr(lines, "PIECE", 2**12)
+    monkeypatch.setattr(text_lines, "PIECE", 2**12)
     peaks = []
     for count in (500, 500, 3000):  # the first one warms caches
         path = write(tmp_path / f"a.{suffix}", [f"good {row}" for row in range(count)])
@@ -294,16 +298,18 @@ def test_runs_of_one_method_share_passes(
     place: Path, device_rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device_rows == "padded":  # as on a GPU: one part, with the rows of every run
-        monkeypatch.setattr("unipelt_cli.methods.stack.shares_out", lambda device: False)
+        monkeypatch.setattr(
+            "unipelt_cli.methods.unipelt.fused.stack.shares_out", lambda device: False
+        )
     loaded = unipelt_cli.load_runs([place / n for n in ("unipelt-apl", "lora", "again")])
     passes: list[int] = []
-    answer = together.answer
+    answer = shared_passes.answer
 
     def seen(tuned: Any, inputs: Any) -> Any:
         passes.append(len(tuned))
         return answer(tuned, inputs)
 
-    monkeypatch.setattr(together, "answer", seen)
+    monkeypatch.setattr(shared_passes, "answer", seen)
     texts = sentences(30)
     together_said = loaded.predict(texts)
     assert passes == [2]
@@ -364,9 +370,10 @@ def test_lines_without_names_that_fill_no_columns_are_refused() -> None:
     )
     task = get_task("sst2")
     loaded = [
-        serving.LoadedRun(SimpleNamespace(tasks=(own,)), None) for own in (task, get_task("mrpc"))
+        loaded_runs.LoadedRun(SimpleNamespace(tasks=(own,)), None)
+        for own in (task, get_task("mrpc"))
     ]  # type: ignore[arg-type]
-    several = serving.LoadedRuns(dict(zip("ab", loaded, strict=True)))
+    several = loaded_runs.LoadedRuns(dict(zip("ab", loaded, strict=True)))
     assert several.columns == ["sentence", "sentence1", "sentence2"]
     assert several.plain == []
     with pytest.raises(DataError, match="rows, row 0: one text"):
@@ -397,7 +404,7 @@ def test_what_runs_cannot_be_asked_together_is_said(
 
 
 def test_runs_that_are_called_alike_are_called_by_their_paths() -> None:
-    found = serving.named(["a/run", "b/run", "c/other/"])
+    found = loaded_runs.named(["a/run", "b/run", "c/other/"])
     assert found == {"a/run": "a/run", "b/run": "b/run", "other": "c/other/"}
 
 
@@ -405,11 +412,11 @@ def test_runs_that_are_called_alike_are_called_by_their_paths() -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(place: Path) -> serving.LoadedRun:
+def loaded(place: Path) -> loaded_runs.LoadedRun:
     return unipelt_cli.load_run(place / "unipelt-apl")
 
 
-def test_a_program_labels_texts_and_mappings(place: Path, loaded: serving.LoadedRun) -> None:
+def test_a_program_labels_texts_and_mappings(place: Path, loaded: loaded_runs.LoadedRun) -> None:
     texts = sentences(12)
     found = loaded.predict(texts)
     expected = as_before(place / "unipelt-apl", texts)
@@ -426,7 +433,7 @@ def test_a_program_labels_texts_and_mappings(place: Path, loaded: serving.Loaded
     assert loaded.gates([]) == []
 
 
-def test_a_program_sees_gates(place: Path, loaded: serving.LoadedRun) -> None:
+def test_a_program_sees_gates(place: Path, loaded: loaded_runs.LoadedRun) -> None:
     texts = sentences(5)
     gates = loaded.gates(texts)
     assert [set(layer) for layer in gates] == [{"adapter", "prefix", "lora"}] * 2
@@ -453,7 +460,7 @@ def test_a_program_sees_gates(place: Path, loaded: serving.LoadedRun) -> None:
     ],
 )
 def test_rows_that_are_none_are_told_in_two_sentences(
-    loaded: serving.LoadedRun, rows: Any, message: str, hint: str
+    loaded: loaded_runs.LoadedRun, rows: Any, message: str, hint: str
 ) -> None:
     for ask in (loaded.predict, loaded.logits, loaded.gates):
         with pytest.raises(DataError) as caught:
@@ -463,17 +470,17 @@ def test_rows_that_are_none_are_told_in_two_sentences(
 
 
 def test_rows_are_counted_over_windows(
-    loaded: serving.LoadedRun, monkeypatch: pytest.MonkeyPatch
+    loaded: loaded_runs.LoadedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "WINDOW", 4)
+    monkeypatch.setattr(loaded_runs, "WINDOW", 4)
     texts = sentences(10)
     found = loaded.predict(texts)
-    monkeypatch.setattr(serving, "WINDOW", 4096)
+    monkeypatch.setattr(loaded_runs, "WINDOW", 4096)
     assert_close(
         [one.probabilities for one in found],  # type: ignore[arg-type]
         [one.probabilities for one in loaded.predict(texts)],  # type: ignore[arg-type]
     )
-    monkeypatch.setattr(serving, "WINDOW", 4)
+    monkeypatch.setattr(loaded_runs, "WINDOW", 4)
     with pytest.raises(DataError, match="rows, row 9: 'text' is empty"):
         loaded.predict([*texts[:9], ""])
 
@@ -522,7 +529,7 @@ def test_loading_asks_no_network_for_what_is_here(
 def test_importing_the_package_is_light() -> None:
     code = (
         "import sys, unipelt_cli\n"
-        "print(sorted({'torch', 'numpy', 'unipelt_cli.serving'} & sys.modules.keys()))\n"
+        "print(sorted({'torch', 'numpy', 'unipelt_cli.runs.loaded_runs'} & sys.modules.keys()))\n"
         "try: unipelt_cli.load_rum\n"
         "except AttributeError as error: print(error)\n"
     )

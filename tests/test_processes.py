@@ -20,13 +20,25 @@ import torch
 from conftest import write_rows
 from typer.testing import CliRunner
 
-from unipelt_cli import processes, runs
-from unipelt_cli.artifact import open_tensors
 from unipelt_cli.cli import app
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.evaluation import compute_logits
-from unipelt_cli.processes import ALONE
-from unipelt_cli.training import Epoch
+from unipelt_cli.files.atomic import open_tensors
+from unipelt_cli.models.evaluation import compute_logits
+from unipelt_cli.runs.run import (
+    ENVIRONMENT,
+    EXPERIMENT,
+    METRICS,
+    MODEL,
+    PROBE,
+    RECORDED,
+    RESULT,
+    STATE,
+    read,
+    read_metrics,
+)
+from unipelt_cli.system import processes as processes_module
+from unipelt_cli.system.processes import ALONE
+from unipelt_cli.training.loop import Epoch
 
 TESTS = Path(__file__).parent
 SECONDS = 60.0  # after which a process hangs
@@ -117,26 +129,26 @@ def whole(root: Path) -> Path:
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
     assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout) == json.loads((root / "whole" / runs.RESULT).read_text())
+    assert json.loads(ended.stdout) == json.loads((root / "whole" / RESULT).read_text())
     assert ended.stderr.count("run: whole") == 1
     return root / "whole"
 
 
 def model_of(run: Path) -> dict[str, torch.Tensor]:
-    return open_tensors(run / runs.MODEL)[0]
+    return open_tensors(run / MODEL)[0]
 
 
 def epochs_of(run: Path) -> list[dict[str, Any]]:
-    return [event for event in runs.read_metrics(run) if event["kind"] == "epoch"]
+    return [event for event in read_metrics(run) if event["kind"] == "epoch"]
 
 
 def test_two_processes_write_one_whole_run(whole: Path) -> None:
-    assert {path.name for path in whole.iterdir()} == {*runs.RECORDED, runs.RESULT}
+    assert {path.name for path in whole.iterdir()} == {*RECORDED, RESULT}
     assert [event["epoch"] for event in epochs_of(whole)] == list(range(1, EPOCHS + 1))
-    result = runs.read(whole).result
+    result = read(whole).result
     assert (result["processes"], result["micro_batch_size"]) == (2, 4)
-    assert json.loads((whole / runs.ENVIRONMENT).read_text())["processes"] == 2
-    runs.read(whole).build()
+    assert json.loads((whole / ENVIRONMENT).read_text())["processes"] == 2
+    read(whole).build()
 
 
 def test_one_process_reaches_the_same_scores(
@@ -145,7 +157,7 @@ def test_one_process_reaches_the_same_scores(
     monkeypatch.chdir(root)
     ended = CliRunner().invoke(app, [*TRAIN, "--out", "one"])
     assert ended.exit_code == 0, ended.stderr
-    one, two = (runs.read(root / name).result for name in ("one", "whole"))
+    one, two = (read(root / name).result for name in ("one", "whole"))
     assert one["processes"] == 1
     assert one["epochs"] == two["epochs"]
     for split, rows in (("dev", 30), ("test", 24)):  # the dropout is another
@@ -170,7 +182,7 @@ def stopped(root: Path) -> Path:
     out = root / "stopped"
     with launch([*COMMAND, "--out", out.name], root) as launched:
         until = time.monotonic() + SECONDS
-        while not (out / runs.METRICS).is_file() or len(epochs_of(out)) < 3:
+        while not (out / METRICS).is_file() or len(epochs_of(out)) < 3:
             assert time.monotonic() < until
             time.sleep(0.02)
         launched.processes[1].send_signal(signal.SIGTERM)
@@ -185,17 +197,17 @@ def test_a_request_to_one_process_stops_both_and_resume_goes_on(
     root: Path, whole: Path, stopped: Path
 ) -> None:
     assert len(epochs_of(stopped)) < EPOCHS
-    last = runs.read_metrics(stopped)[-1]
+    last = read_metrics(stopped)[-1]
     assert last["kind"] == "interrupted"
     kept = {path.name for path in stopped.iterdir()}
-    assert kept == {runs.EXPERIMENT, runs.ENVIRONMENT, runs.METRICS, runs.STATE}
+    assert kept == {EXPERIMENT, ENVIRONMENT, METRICS, STATE}
     shutil.copytree(stopped, root / "resumed")
     with launch([*COMMAND, "--out", "resumed", "--resume"], root) as launched:
         main, other = launched.end()
     assert main[0] == 0, main[2]
     assert other == (0, "", "")
     check_like(root / "resumed", whole)
-    for name in (runs.MODEL, runs.PROBE, runs.EXPERIMENT):
+    for name in (MODEL, PROBE, EXPERIMENT):
         assert (root / "resumed" / name).read_bytes() == (whole / name).read_bytes()
 
 
@@ -206,7 +218,7 @@ def test_one_process_goes_on_with_a_run_of_two(
     monkeypatch.chdir(root)
     ended = CliRunner().invoke(app, [*TRAIN, "--out", "alone", "--resume"])
     assert ended.exit_code == 0, ended.stderr
-    assert runs.read(root / "alone").result["processes"] == 1
+    assert read(root / "alone").result["processes"] == 1
     check_like(root / "alone", whole)
 
 
@@ -215,7 +227,7 @@ def check_like(run: Path, whole: Path) -> None:
     found, expected = epochs_of(run), epochs_of(whole)
     for one, other in zip(found, expected, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
-    assert runs.read(run).result["best_epoch"] == runs.read(whole).result["best_epoch"]
+    assert read(run).result["best_epoch"] == read(whole).result["best_epoch"]
     for name, tensor in model_of(whole).items():
         torch.testing.assert_close(model_of(run)[name], tensor, atol=1e-5, rtol=0.0)
 
@@ -224,7 +236,7 @@ def test_a_process_that_is_killed_leaves_no_other_waiting(root: Path) -> None:
     out = root / "killed"
     with launch([*COMMAND, "--set", "train.epochs=999", "--out", out.name], root) as launched:
         until = time.monotonic() + SECONDS
-        while not (out / runs.METRICS).is_file():
+        while not (out / METRICS).is_file():
             assert time.monotonic() < until
             time.sleep(0.02)
         launched.processes[1].kill()
@@ -304,7 +316,7 @@ def test_memory_that_one_process_lacks_halves_the_parts_of_all(two: Ranks) -> No
 def test_a_full_disk_of_the_main_process_ends_all(two: Ranks) -> None:
     for said in two.said:
         assert said["full disk"] == "RunError: metrics.jsonl: No space left on device; free some"
-    assert not (two.out / "run" / runs.RESULT).exists()
+    assert not (two.out / "run" / RESULT).exists()
 
 
 @pytest.mark.parametrize("flags", [["--data-seeds", "1,2"], ["--seeds", "1,2"]])
@@ -312,10 +324,10 @@ def test_runs_that_are_trained_together_take_one_process(
     flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def joined() -> Iterator[processes.Processes]:
+    def joined() -> Iterator[processes_module.Processes]:
         yield ALONE
 
-    monkeypatch.setattr(processes, "joined", joined)
+    monkeypatch.setattr(processes_module, "joined", joined)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     ended = CliRunner().invoke(app, [*TRAIN, *flags])
@@ -332,7 +344,7 @@ def test_without_accelerate_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with (
         pytest.raises(ConfigError, match="2 processes were launched") as caught,
-        processes.joined(),
+        processes_module.joined(),
     ):
         pass
     assert caught.value.hint == "install the extra: pip install 'unipelt[processes]'"
@@ -353,7 +365,7 @@ def test_an_environment_that_contradicts_itself_is_refused(
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=expected):
-        processes.launched()
+        processes_module.launched()
 
 
 def test_one_process_does_not_wait_for_accelerate() -> None:

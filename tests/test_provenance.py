@@ -15,8 +15,21 @@ from conftest import experiment, reseal, save_backbone, write_rows
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from unipelt_cli import artifact, data, execution, provenance, runs
 from unipelt_cli.cli import app
+from unipelt_cli.data import preparation
+from unipelt_cli.files import atomic
+from unipelt_cli.runs import verification
+from unipelt_cli.runs.run import (
+    ENVIRONMENT,
+    EXPERIMENT,
+    MODEL,
+    PROBE,
+    RECORDED,
+    RESULT,
+    read,
+    read_experiment,
+)
+from unipelt_cli.training import execution
 
 OPTIONS = {"prefix_length": 3, "prefix_width": 8, "rank": 2}
 
@@ -56,7 +69,7 @@ def test_a_whole_run_is_verified(trained: Path) -> None:
     answer = json.loads(stdout)
     assert answer["ok"]
     assert [check["what"] for check in answer["checks"]] == [
-        *("result.json", *runs.RECORDED, "backbone", "tensors and logits"),
+        *("result.json", *RECORDED, "backbone", "tensors and logits"),
         *(f"rows rows, {split}" for split in ("train", "dev", "test")),
     ]
     assert all(check["passed"] for check in answer["checks"])
@@ -69,7 +82,7 @@ def checks_of(directory: Path, *options: object) -> tuple[int, dict[str, Any]]:
     return code, {check["what"]: check["passed"] for check in checks}
 
 
-@pytest.mark.parametrize("name", [*runs.RECORDED, runs.RESULT])
+@pytest.mark.parametrize("name", [*RECORDED, RESULT])
 def test_a_flipped_bit_in_any_file_is_caught(root: Path, name: str) -> None:
     path = root / "run" / name
     content = bytearray(path.read_bytes())
@@ -81,7 +94,7 @@ def test_a_flipped_bit_in_any_file_is_caught(root: Path, name: str) -> None:
 
 
 def test_a_flipped_bit_in_a_tensor_is_caught_by_the_seal_as_well(root: Path) -> None:
-    path = root / "run" / runs.MODEL
+    path = root / "run" / MODEL
     content = bytearray(path.read_bytes())
     content[-30] ^= 1
     path.write_bytes(content)
@@ -95,10 +108,10 @@ def test_a_flipped_bit_in_a_tensor_is_caught_by_the_seal_as_well(root: Path) -> 
 
 
 def test_other_logits_are_caught(root: Path) -> None:
-    path = root / "run" / runs.PROBE
-    tensors, header = artifact.open_tensors(path)
-    del header[artifact.SEAL]
-    artifact.write_tensors(path, {"logits": tensors["logits"] + 0.01}, header)
+    path = root / "run" / PROBE
+    tensors, header = atomic.open_tensors(path)
+    del header[atomic.SEAL]
+    atomic.write_tensors(path, {"logits": tensors["logits"] + 0.01}, header)
     reseal(root / "run")
     code, checks = checks_of(root / "run")
     assert (code, checks["tensors and logits"]) == (1, False)
@@ -128,8 +141,8 @@ def test_rows_that_changed_fail_and_rows_that_are_gone_are_not_checked(
     trained: Path, root: Path
 ) -> None:
     run = root / "run"
-    toml = (run / runs.EXPERIMENT).read_text().replace(str(trained), str(root))
-    (run / runs.EXPERIMENT).write_text(toml)
+    toml = (run / EXPERIMENT).read_text().replace(str(trained), str(root))
+    (run / EXPERIMENT).write_text(toml)
     reseal(run)
     rows = root / "rows.csv"
     rows.write_text(rows.read_text().replace("film 7 ", "film seven "))
@@ -176,7 +189,7 @@ def test_a_run_is_reproduced_to_the_byte(trained: Path, tmp_path: Path) -> None:
         "differences": [],
     }
     assert stderr.endswith("reproduced: the same scores and, to the byte, the same tensors\n")
-    models = [(path / runs.MODEL).read_bytes() for path in (trained / "run", out)]
+    models = [(path / MODEL).read_bytes() for path in (trained / "run", out)]
     assert models[0] == models[1]
     code, _, stderr = invoke("reproduce", trained / "run", "--out", out)
     assert (code, stderr.splitlines()[0]) == (2, f"error: {out}: exists already")
@@ -184,11 +197,11 @@ def test_a_run_is_reproduced_to_the_byte(trained: Path, tmp_path: Path) -> None:
 
 def test_what_differs_in_a_reproduction_is_said(root: Path, tmp_path: Path) -> None:
     run = root / "run"
-    toml = (run / runs.EXPERIMENT).read_text()
-    (run / runs.EXPERIMENT).write_text(toml.replace("seed = 42", "seed = 43"))
-    environment = json.loads((run / runs.ENVIRONMENT).read_text())
+    toml = (run / EXPERIMENT).read_text()
+    (run / EXPERIMENT).write_text(toml.replace("seed = 42", "seed = 43"))
+    environment = json.loads((run / ENVIRONMENT).read_text())
     environment["packages"]["torch"] = "2.0.0"
-    artifact.write_json(run / runs.ENVIRONMENT, environment)
+    atomic.write_json(run / ENVIRONMENT, environment)
     reseal(run)
     code, stdout, stderr = invoke("reproduce", run, "--out", tmp_path / "again", "--json")
     assert code == 1
@@ -199,7 +212,7 @@ def test_what_differs_in_a_reproduction_is_said(root: Path, tmp_path: Path) -> N
 
 
 def test_runs_differ_in_what_they_say_they_differ_in(trained: Path, root: Path) -> None:
-    assert provenance.differences(runs.read(trained / "run"), runs.read(root / "run")) == []
+    assert verification.differences(read(trained / "run"), read(root / "run")) == []
 
 
 PROGRAM = """
@@ -229,7 +242,7 @@ def test_no_hash_seed_locale_or_time_zone_changes_a_byte(
         check=True,
         timeout=120,
     )
-    for name in (runs.MODEL, runs.PROBE, runs.EXPERIMENT):
+    for name in (MODEL, PROBE, EXPERIMENT):
         expected = (trained / "run" / name).read_bytes()
         assert (tmp_path / "run" / name).read_bytes() == expected
 
@@ -239,20 +252,20 @@ def test_nothing_that_ran_before_in_the_process_changes_a_byte(
 ) -> None:
     torch.manual_seed(99)
     torch.rand(7)
-    plan = runs.read_experiment(trained / "run")
+    plan = read_experiment(trained / "run")
     other = save_backbone(tmp_path / "roberta", "roberta")
     for number, changed in enumerate(
         (plan.replace("train", seed=1), plan.replace("model", backbone=str(other)), plan)
     ):
         for _ in execution.execute(changed, tmp_path / str(number)):
             pass
-    expected = (trained / "run" / runs.MODEL).read_bytes()
-    assert (tmp_path / "2" / runs.MODEL).read_bytes() == expected
+    expected = (trained / "run" / MODEL).read_bytes()
+    assert (tmp_path / "2" / MODEL).read_bytes() == expected
 
 
 def test_prepared_rows_that_moved_are_found_by_source(trained: Path, tmp_path: Path) -> None:
     rows = {"prepared": str(tmp_path / "data")}
-    data.save(data.prepare(runs.read_experiment(trained / "run").data), tmp_path / "data")
+    preparation.save(preparation.prepare(read_experiment(trained / "run").data), tmp_path / "data")
     plan = experiment(trained / "bert", "lora", data={"task": None, **rows}, train={"epochs": 1})
     for _ in execution.execute(plan, tmp_path / "run"):
         pass

@@ -26,7 +26,7 @@ BETWEEN = re.compile(r"(?<=<!-- methods: ).*(?=<!-- end of methods -->)", re.DOT
 
 def with_methods(readme: str) -> str:
     """Return the README with the table of methods that the code holds today."""
-    from unipelt_cli.listing import methods_markdown
+    from unipelt_cli.commands.listing import methods_markdown
 
     said = "written by `python tests/test_readme.py` -->"
     return BETWEEN.sub(lambda _: f"{said}\n\n{methods_markdown()}\n", readme)
@@ -110,23 +110,23 @@ def test_every_command_runs_and_prints_what_is_shown(workplace: Path) -> None:
 
 
 def test_indented_commands_resolve() -> None:
-    from unipelt_cli import config
+    from unipelt_cli.config import experiment
 
     commands = re.findall(r"^    unipelt train (.*)$", README, re.MULTILINE)
     assert len(commands) == 5
     for arguments in commands:
         words = dict(zip(arguments.split()[::2], arguments.split()[1::2], strict=True))
-        layers = [("", config.read_preset(words["--preset"]))] if "--preset" in words else []
-        given: config.Settings = {"data": {"k": int(words["--k"])}, "method": {}}
+        layers = [("", experiment.read_preset(words["--preset"]))] if "--preset" in words else []
+        given: experiment.Settings = {"data": {"k": int(words["--k"])}, "method": {}}
         if "--task" in words:
             given["data"]["task"] = words["--task"]
         else:
             given["data"] |= {"tasks": words["--tasks"], "dev_size": int(words["--dev-size"])}
         if "--method" in words:
             given["method"]["name"] = words["--method"]
-        sets = [config.parse_assignment(words["--set"])] if "--set" in words else []
-        own = config.merge([given, *sets])
-        assert config.resolve([*layers, ("", own)]).data.k == int(words["--k"])
+        sets = [experiment.parse_assignment(words["--set"])] if "--set" in words else []
+        own = experiment.merge([given, *sets])
+        assert experiment.resolve([*layers, ("", own)]).data.k == int(words["--k"])
 
 
 def test_the_script_for_ci_runs(workplace: Path) -> None:

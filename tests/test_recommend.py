@@ -9,10 +9,13 @@ import pytest
 from conftest import experiment
 from typer.testing import CliRunner
 
-from unipelt_cli import config, execution, recommend, runs
 from unipelt_cli.cli import app
+from unipelt_cli.config.experiment import Experiment, read_preset, resolve
 from unipelt_cli.errors import CheckError, ConfigError
-from unipelt_cli.recommend import Candidate, Trial
+from unipelt_cli.runs import run
+from unipelt_cli.sweeps import successive_halving
+from unipelt_cli.sweeps.successive_halving import Candidate, Trial
+from unipelt_cli.training import execution
 
 Backbones = Callable[[str], Path]
 
@@ -30,13 +33,13 @@ def test_every_suggested_method_is_tried_with_three_rates() -> None:
         made.append((name, rate))
         return experiment(Path("minilm"), name)
 
-    assert len(recommend.candidates(base)) == len(made) == 21
+    assert len(successive_halving.candidates(base)) == len(made) == 21
     assert {("lora", 0.00017), ("lora", 0.0005), ("lora", 0.0015)} <= set(made)
     made.clear()
-    recommend.candidates(base, ["head"], [0.1, 0.2])
+    successive_halving.candidates(base, ["head"], [0.1, 0.2])
     assert made == [("head", 0.1), ("head", 0.2)]
     with pytest.raises(ConfigError, match="method 'lorra': no such method"):
-        recommend.candidates(base, ["lorra"])
+        successive_halving.candidates(base, ["lorra"])
 
 
 def test_who_came_further_ranks_first_then_the_score_then_the_size() -> None:
@@ -44,42 +47,42 @@ def test_who_came_further_ranks_first_then_the_score_then_the_size() -> None:
     others = [make("lora", 0.7, stored=2), make("full", 0.9), make("bitfit", 0.6, rung=1)]
     failed = make("adapter", None)
     failed.error = "the loss is nan"
-    found = recommend.ranked([*others, failed, small])
+    found = successive_halving.ranked([*others, failed, small])
     assert [c.experiment.method_name for c in found] == ["bitfit", "full", "head", "lora"]
-    assert recommend.best(found) is found[0]
+    assert successive_halving.best(found) is found[0]
     with pytest.raises(ConfigError, match="no candidate could be trained: the loss is nan"):
-        recommend.best([failed])
+        successive_halving.best([failed])
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
 def test_a_budget_is_a_time(text: str, seconds: float) -> None:
-    assert recommend.seconds_of(text) == seconds
+    assert successive_halving.seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "10", "0m", "-5m", "m", "1e9s"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="not a time"):
-        recommend.seconds_of(text)
+        successive_halving.seconds_of(text)
 
 
-def settings(directory: Path, rows_file: Path, name: str, rate: float) -> config.Experiment:
+def settings(directory: Path, rows_file: Path, name: str, rate: float) -> Experiment:
     data = {"train_file": str(rows_file), "text": "text", "label": "label"}
     train = {"learning_rate": rate, "epochs": 16, "device": "cpu", "precision": "fp32"}
     own = {"data": data, "model": {"backbone": str(directory)}, "train": train}
-    return config.resolve([("", own | {"method": {"name": name}})])
+    return resolve([("", own | {"method": {"name": name}})])
 
 
 def test_a_third_goes_on_from_where_it_stood(backbone_dir: Backbones, rows_file: Path) -> None:
     directory = backbone_dir("bert")
-    found = recommend.candidates(
+    found = successive_halving.candidates(
         lambda name, rate: settings(directory, rows_file, name, rate),
         ["lora", "head", "adapter"],
         [1e-3, 5e-3, 1e-2],
     )
-    turns = list(recommend.search(found, 1000))
-    assert [own.rung for own in recommend.ranked(found)] == [2, 2, 2, *[0] * 6]
+    turns = list(successive_halving.search(found, 1000))
+    assert [own.rung for own in successive_halving.ranked(found)] == [2, 2, 2, *[0] * 6]
     assert len(turns) == 9 + 3 + 3
-    last = recommend.best(found)
+    last = successive_halving.best(found)
     assert [trial.experiment.train.seed for trial in last.trials] == [42, 43, 44]
     assert all(trial.is_over for trial in last.trials)
     first = last.trials[0]
@@ -94,21 +97,21 @@ def test_a_budget_ends_the_search_and_a_failure_does_not(
     backbone_dir: Backbones, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = backbone_dir("bert")
-    advance = recommend._advance
+    advance = successive_halving._advance
 
     def failing(candidate: Candidate, *given: Any) -> None:
         if candidate.experiment.method_name == "head":
             raise CheckError("the loss is nan at step 1", "lower it")
         advance(candidate, *given)
 
-    monkeypatch.setattr(recommend, "_advance", failing)
-    found = recommend.candidates(
+    monkeypatch.setattr(successive_halving, "_advance", failing)
+    found = successive_halving.candidates(
         lambda name, rate: settings(directory, rows_file, name, rate), ["head", "lora", "adapter"]
     )
-    turns = list(recommend.search(found, 1e-6))
+    turns = list(successive_halving.search(found, 1e-6))
     assert [own.experiment.method_name for own in turns] == ["head", "lora"]
     assert turns[0].error == "the loss is nan at step 1"
-    assert recommend.best(found) is turns[-1]
+    assert successive_halving.best(found) is turns[-1]
 
 
 @pytest.fixture
@@ -139,10 +142,10 @@ def test_the_command_leaves_preset_evidence_and_a_run_that_saw_test_once(
     assert len(answer["candidates"]) == 4
     chosen = answer["candidates"][0]
     assert chosen == answer["chosen"]
-    found = runs.read(tmp_path / "chosen" / "run")
+    found = run.read(tmp_path / "chosen" / "run")
     assert found.result == answer["result"]
     assert found.experiment.method_name == chosen["method"]
-    preset = config.read_preset(answer["preset"])
+    preset = read_preset(answer["preset"])
     assert preset["train"]["learning_rate"] == chosen["learning_rate"]
     assert json.loads((tmp_path / "chosen" / "evidence.json").read_text())["chosen"] == chosen
     again = CliRunner().invoke(app, flags)

@@ -18,9 +18,13 @@ from huggingface_hub.utils import reset_sessions
 from test_cli import error_of, invoke
 
 import unipelt_cli
-from unipelt_cli import arguments, execution, network, remote, runs
+from unipelt_cli.commands.shared.settings import beside
+from unipelt_cli.runs.hub import fetch
+from unipelt_cli.runs.run import METRICS, MODEL, RECORDED, RESULT, read_experiment
+from unipelt_cli.system import network
+from unipelt_cli.training import execution
 
-NAMES = {*runs.RECORDED, runs.RESULT}
+NAMES = {*RECORDED, RESULT}
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -85,14 +89,14 @@ def test_a_pushed_run_is_the_same_and_says_what_is_published(hub: FakeHub, run: 
         "url": f"{hub.url}/me/first",
         "commit": pushed.head,
         "private": True,
-        "files": [*runs.RECORDED, runs.RESULT, "README.md"],
+        "files": [*RECORDED, RESULT, "README.md"],
     }
     lines = stderr.splitlines()
     for name in files.keys() - {".gitattributes"}:
         (line,) = (line for line in lines if line.startswith(f"{name} "))
         assert f"{len(files[name]):,}" in line
     (paths,) = (line for line in lines if line.startswith("note: paths of this machine"))
-    settings = runs.read_experiment(run)
+    settings = read_experiment(run)
     assert settings.model.backbone in paths
     assert str(settings.data.train_file) in paths
     assert "to me/first, which you and those you let in can read" in lines
@@ -129,19 +133,19 @@ def test_a_fetched_run_answers_as_the_one_that_was_pushed(
 
 def test_a_commit_that_was_fetched_before_asks_nobody(hub: FakeHub, run: Path) -> None:
     name = f"hub:me/first@{hold(hub, run).head}"
-    first = remote.fetch(name, offline=False)
+    first = fetch(name, offline=False)
     asked = len(hub.asked)
-    assert remote.fetch(name, offline=False) == first
+    assert fetch(name, offline=False) == first
     assert len(hub.asked) == asked
 
 
 def test_a_new_commit_is_fetched_and_an_old_one_can_still_be_named(hub: FakeHub, run: Path) -> None:
     held = hold(hub, run)
     old = held.head
-    first = remote.fetch("hub:me/first", offline=False)
+    first = fetch("hub:me/first", offline=False)
     held.add(held.commits[old] | {"README.md": b"more"})
-    assert remote.fetch("hub:me/first", offline=False).name == held.head != old
-    assert remote.fetch(f"hub:me/first@{old}", offline=False) == first
+    assert fetch("hub:me/first", offline=False).name == held.head != old
+    assert fetch(f"hub:me/first@{old}", offline=False) == first
 
 
 def test_processes_with_and_without_a_network_fetch_the_same(
@@ -149,7 +153,7 @@ def test_processes_with_and_without_a_network_fetch_the_same(
 ) -> None:
     """In processes of their own: the library reads its switches once, when it is imported."""
     hold(hub, run)
-    remote.fetch("hub:me/first", offline=False)
+    fetch("hub:me/first", offline=False)
     hub.asked.clear()
     kept = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
 
@@ -185,17 +189,17 @@ def test_what_is_not_in_the_cache_needs_the_network(
 
 
 def test_a_tampered_file_is_refused(hub: FakeHub, run: Path) -> None:
-    content = bytearray((run / runs.MODEL).read_bytes())
+    content = bytearray((run / MODEL).read_bytes())
     content[-30] ^= 1
-    held = hold(hub, run, **{runs.MODEL: bytes(content)})
+    held = hold(hub, run, **{MODEL: bytes(content)})
     message, _ = error_of_fetched("eval", "hub:me/first")
-    assert message.endswith(f"me--first/{held.head}/{runs.MODEL}: changed since it was written")
+    assert message.endswith(f"me--first/{held.head}/{MODEL}: changed since it was written")
     online()
     code, stdout, _ = invoke("verify", "hub:me/first", "--json")
     answer = json.loads(stdout)
     assert (code, answer["run"], answer["ok"]) == (1, "hub:me/first", False)
     failed = [check["what"] for check in answer["checks"] if check["passed"] is False]
-    assert failed == [runs.MODEL]
+    assert failed == [MODEL]
 
 
 def error_of_fetched(*arguments: str) -> tuple[str, str]:
@@ -227,7 +231,7 @@ def changing(hub: FakeHub, _: object) -> None:
 
 def lacking(hub: FakeHub, _: object) -> None:
     held = hub.repositories["me/first"]
-    held.add({n: c for n, c in held.commits[held.head].items() if n != runs.RESULT})
+    held.add({n: c for n, c in held.commits[held.head].items() if n != RESULT})
 
 
 @pytest.mark.parametrize(
@@ -251,7 +255,7 @@ def lacking(hub: FakeHub, _: object) -> None:
             "give a repository that `unipelt push` wrote",
         ),
         (
-            lambda hub, _: hub.sizes.update({runs.METRICS: 10**9}),
+            lambda hub, _: hub.sizes.update({METRICS: 10**9}),
             "hub:me/first: metrics.jsonl has 1,000,000,000 bytes, a run's has 100,000,000 at most",
             "do not use this run: nothing of it was fetched",
         ),
@@ -329,8 +333,8 @@ def test_a_full_disk_leaves_no_part_of_a_run(
 
 
 def test_what_is_made_of_a_fetched_run_goes_here() -> None:
-    assert arguments.beside(Path("hub:me/first@refs/pr/1"), "hf") == Path("first-hf")
-    assert arguments.beside(Path("hub:me/first"), "reproduced") == Path("first-reproduced")
+    assert beside(Path("hub:me/first@refs/pr/1"), "hf") == Path("first-hf")
+    assert beside(Path("hub:me/first"), "reproduced") == Path("first-reproduced")
 
 
 def push_error(run: Path, *options: str) -> tuple[str, str]:
@@ -342,7 +346,7 @@ def push_error(run: Path, *options: str) -> tuple[str, str]:
 
 
 def test_a_run_that_is_there_is_replaced_only_if_asked_to(hub: FakeHub, run: Path) -> None:
-    held = hold(hub, run, **{runs.RESULT: b"{}", "README.md": b"mine"})
+    held = hold(hub, run, **{RESULT: b"{}", "README.md": b"mine"})
     before = held.head
     refused = ("me/first: holds a run already", "replace it with --overwrite, or give another name")
     assert push_error(run) == refused
@@ -350,7 +354,7 @@ def test_a_run_that_is_there_is_replaced_only_if_asked_to(hub: FakeHub, run: Pat
     online()
     code, _, stderr = invoke("push", run, "me/first", "--overwrite")
     assert code == 0, stderr
-    assert held.commits[held.head][runs.RESULT] == (run / runs.RESULT).read_bytes()
+    assert held.commits[held.head][RESULT] == (run / RESULT).read_bytes()
     assert "to me/first, which anyone can read" in stderr.splitlines()
 
 
@@ -416,15 +420,15 @@ def test_what_cannot_be_pushed_is_said_and_changes_nothing(
     spoil(hub, monkeypatch)
     held = hub.repositories["me/first"].commits
     assert push_error(run, *options) == (f"me/first: {message}", hint)
-    assert not any(runs.MODEL in files and "README.md" in files for files in held.values())
+    assert not any(MODEL in files and "README.md" in files for files in held.values())
 
 
 def test_a_damaged_run_is_not_pushed(hub: FakeHub, run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    with (copy / runs.METRICS).open("a") as file:
+    with (copy / METRICS).open("a") as file:
         file.write("\n")
     message, _ = push_error(copy)
-    assert message == f"{copy / runs.METRICS}: changed since it was written"
+    assert message == f"{copy / METRICS}: changed since it was written"
     assert not hub.repositories
 
 

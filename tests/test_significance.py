@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from unipelt_cli import significance, weighted
-from unipelt_cli.significance import Sample
+from unipelt_cli.comparison import significance, weighted_metrics
+from unipelt_cli.comparison.significance import Sample
 from unipelt_cli.tasks import METRICS, TASKS, Task
 
 TRIALS = 2000
@@ -72,7 +72,7 @@ def test_the_interval_over_rows_covers_the_score_on_all_rows(metric: str) -> Non
 
     def trial(drawn: np.random.Generator) -> bool:
         rows = drawn.integers(0, count, 200)
-        sample = Sample(expected[rows], predicted[:, rows], weighted.weighted_metric(task))
+        sample = Sample(expected[rows], predicted[:, rows], weighted_metrics.weighted_metric(task))
         return covers(significance.bootstrap_interval([sample], drawn, draws=400), float(truth))
 
     trials = 400
@@ -94,7 +94,7 @@ def test_weighted_metrics_are_the_tasks_own_on_repeated_rows(metric: str) -> Non
             expected, predicted = expected + drawn.random(30).round(1), predicted * 1.5
         weights = drawn.multinomial(30, [1 / 30] * 30, size=50)
         for own in (predicted, constant):
-            found = weighted.weighted_metric(task)(own, expected, weights.astype(float))
+            found = weighted_metrics.weighted_metric(task)(own, expected, weights.astype(float))
             repeated = [
                 task.score(np.repeat(own, w), np.repeat(expected, w))[metric] for w in weights
             ]
@@ -187,5 +187,5 @@ def test_seeds_needed_at_the_ends() -> None:
 
 
 def test_every_metric_of_a_task_has_a_weighted_one() -> None:
-    assert weighted.METRICS.keys() == METRICS.keys()
-    assert {task.metric for task in TASKS.values()} <= weighted.METRICS.keys()
+    assert weighted_metrics.METRICS.keys() == METRICS.keys()
+    assert {task.metric for task in TASKS.values()} <= weighted_metrics.METRICS.keys()

@@ -10,22 +10,22 @@ import torch
 from conftest import SENTENCES, bert_base_counts, experiment, logits_of, save_backbone
 from torch import Tensor, nn
 
-from unipelt_cli.config import resolve
+from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import BackboneError
-from unipelt_cli.evaluation import encode_rows
 from unipelt_cli.methods.base import Moment, Pass
-from unipelt_cli.methods.masked import pack, sparse, unpack
-from unipelt_cli.methods.overlay import Deltas, Overlay, top
-from unipelt_cli.methods.pruning import (
+from unipelt_cli.methods.partial.diff_pruning import (
     Differences,
     expected_gate,
     open_chance,
     sample_gate,
     sampled_difference,
 )
-from unipelt_cli.modeling import Tuned, build, merge
+from unipelt_cli.methods.partial.overlay import Deltas, Overlay, top
+from unipelt_cli.methods.partial.sparse_updates import pack, sparse, unpack
+from unipelt_cli.models.build import Tuned, build, merge
+from unipelt_cli.models.evaluation import encode_rows
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Epoch, Step, Training
+from unipelt_cli.training.loop import Epoch, Step, Training
 
 LABELS = np.array([0, 1] * 6)
 ROWS = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(12)]

@@ -13,13 +13,14 @@ from datasets import Dataset
 from test_cli import FAST, error_of, invoke, own
 from torch import nn
 
-from unipelt_cli import static, targets
-from unipelt_cli.backbones import BACKBONES
+from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.errors import CheckError, RunError
-from unipelt_cli.methods.submodules import closed
-from unipelt_cli.modeling import Tuned, build
-from unipelt_cli.runs import Run
-from unipelt_cli.static import make_static
+from unipelt_cli.exports import formats
+from unipelt_cli.gates import static_gates
+from unipelt_cli.gates.static_gates import make_static
+from unipelt_cli.methods.unipelt.method import closed
+from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import Task
 
 Backbones = Callable[[str], Path]
@@ -99,7 +100,7 @@ def test_a_gate_becomes_its_mean_over_train(backbone_dir: Backbones) -> None:
 
     made = make_static(run, tuned, listen, cost=1.0)
     assert asked[0] == "train"
-    from unipelt_cli.inspection import inspect
+    from unipelt_cli.gates.report import inspect
 
     gates = inspect(run, tuned, rows("train").select(range(8))).gates
     for layer, said in zip(gates, made.report["gates"], strict=True):
@@ -126,8 +127,8 @@ def test_a_cost_that_is_too_high_is_refused(backbone_dir: Backbones) -> None:
     set_gates(tuned)
     rows = own_labels(balanced(tuned))
     with pytest.raises(CheckError, match=r"the-run: going without adapter and prefix costs 0\.\d+"):
-        make_static(run, tuned, rows, cost=0.01, only=targets.get("hf").holds)
-    made = make_static(run, tuned, rows, cost=1.0, only=targets.get("hf").holds)
+        make_static(run, tuned, rows, cost=0.01, only=formats.get("hf").holds)
+    made = make_static(run, tuned, rows, cost=1.0, only=formats.get("hf").holds)
     assert set(made.tuned.method.parts) == {"lora", "bias"}
     assert not made.tuned.method.leave_out
 
@@ -158,7 +159,7 @@ def test_what_has_no_gates_to_fix_is_refused(
 def test_nothing_that_merges_is_refused(backbone_dir: Backbones) -> None:
     run, tuned = model_of(backbone_dir("bert"), "unipelt-ap")
     with pytest.raises(RunError, match="the format holds nothing of its adapter and prefix"):
-        make_static(run, tuned, own_labels(tuned), only=targets.get("hf").holds)
+        make_static(run, tuned, own_labels(tuned), only=formats.get("hf").holds)
 
 
 def test_a_regression_counts_a_higher_error_as_a_cost(backbone_dir: Backbones) -> None:
@@ -234,7 +235,7 @@ def test_a_pooling_that_the_format_cannot_hold_is_refused_at_once(
 def test_a_refusal_writes_nothing(
     native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(static, "_gated", lambda run, tuned: _refuse(run))
+    monkeypatch.setattr(static_gates, "_gated", lambda run, tuned: _refuse(run))
     out = tmp_path / "out"
     code, answer, said = invoke(
         "export", native, "--to", "adapters", "--static-gates", "--out", out, "--json"

@@ -15,10 +15,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from unipelt_cli import config, data, execution, grid, local, memory, runs, worker
 from unipelt_cli.cli import app
+from unipelt_cli.config import experiment
+from unipelt_cli.data import preparation
 from unipelt_cli.errors import ConfigError, UnipeltError
-from unipelt_cli.sweep import FAILURES, Standing, Sweep, best_so_far
+from unipelt_cli.runs.run import EXPERIMENT, METRICS, MODEL, RESULT, STATE, read, read_experiment
+from unipelt_cli.sweeps import grid, local_engine, worker
+from unipelt_cli.sweeps.sweep import FAILURES, Standing, Sweep, best_so_far
+from unipelt_cli.system import memory
+from unipelt_cli.training import execution
 
 Backbones = Callable[[str], Path]
 QUICK = ["--set", "train.epochs=2", "--set", "train.device=cpu", "--precision", "fp32"]
@@ -27,8 +32,8 @@ QUICK = ["--set", "train.epochs=2", "--set", "train.device=cpu", "--precision", 
 def cells_of(axes: dict[str, Any], settings: dict[str, Any] | None = None) -> list[grid.Cell]:
     layers = [{"data": {"task": "sst2", "source": "glue"}}, settings or {}]
 
-    def complete(own: Any) -> config.Experiment:
-        return config.resolve([("", config.merge([*layers, *own]))])
+    def complete(own: Any) -> experiment.Experiment:
+        return experiment.resolve([("", experiment.merge([*layers, *own]))])
 
     return grid.Grid(axes, {}).cells(complete)
 
@@ -99,13 +104,15 @@ def test_a_grid_that_cannot_be_is_refused(axes: dict[str, Any], message: str) ->
 
 
 def test_shipped_grids_resolve_and_the_papers_has_its_size() -> None:
-    def complete(own: Any) -> config.Experiment:
-        return config.resolve([("", config.merge(own))])
+    def complete(own: Any) -> experiment.Experiment:
+        return experiment.resolve([("", experiment.merge(own))])
 
-    sizes = {name: len(grid.read_grid(name).cells(complete)) for name in config.sweep_presets()}
+    sizes = {name: len(grid.read_grid(name).cells(complete)) for name in experiment.sweep_presets()}
     assert sizes == {"table1": 840, "table3": 56, "table4": 7, "first-look": 72}
     first = grid.read_grid("table1").cells(complete)[0].experiment
-    paper = config.resolve([("", config.read_preset("paper")), ("", {"data": {"task": "sst2"}})])
+    paper = experiment.resolve(
+        [("", experiment.read_preset("paper")), ("", {"data": {"task": "sst2"}})]
+    )
     assert first.train.model_dump() | {"learning_rate": 5e-4} == paper.train.model_dump()
     apl = next(
         cell.experiment
@@ -130,7 +137,7 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
     backbone_dir: Backbones, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn, tokenized = [], []
-    draw, tokenize = data.prepare_each, execution.encode_rows
+    draw, tokenize = preparation.prepare_each, execution.encode_rows
 
     def drawing(settings: Any) -> Any:
         drawn.append(settings)
@@ -140,7 +147,7 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
         tokenized.append(len(columns[0]))
         return tokenize(tuned, columns, limit)
 
-    monkeypatch.setattr(data, "prepare_each", drawing)
+    monkeypatch.setattr(preparation, "prepare_each", drawing)
     monkeypatch.setattr(execution, "encode_rows", tokenizing)
     own = {
         "data": {"train_file": str(rows_file), "text": "text", "label": "label"},
@@ -220,7 +227,7 @@ def invoke(arguments: list[str]) -> Any:
 
 
 def finished(directory: Path) -> list[Path]:
-    return sorted(path.parent for path in directory.glob(f"*/{runs.RESULT}"))
+    return sorted(path.parent for path in directory.glob(f"*/{RESULT}"))
 
 
 def test_a_sweep_trains_each_cell_once_and_skips_what_is_finished(
@@ -234,11 +241,11 @@ def test_a_sweep_trains_each_cell_once_and_skips_what_is_finished(
     assert "[4/4] reviews-kall-" in first.stderr
     directories = finished(tmp_path / "sweep")
     assert [str(path) for path in directories] == sorted(run["run"] for run in answer["runs"])
-    before = {path: (path / runs.RESULT).stat().st_mtime_ns for path in directories}
+    before = {path: (path / RESULT).stat().st_mtime_ns for path in directories}
     again = invoke([*flags, "--json"])
     assert json.loads(again.stdout) == answer
     assert "4 of 4 cells are finished already" in again.stderr
-    assert before == {p: (p / runs.RESULT).stat().st_mtime_ns for p in finished(tmp_path / "sweep")}
+    assert before == {p: (p / RESULT).stat().st_mtime_ns for p in finished(tmp_path / "sweep")}
     more = invoke([*flags, "--data-seeds", "1,2,3"])
     assert more.exit_code == 0
     assert len(finished(tmp_path / "sweep")) == 6
@@ -251,7 +258,7 @@ def test_a_cell_is_the_run_that_train_makes(flags: list[str], tmp_path: Path) ->
         ["train", "--preset", str(directory / "experiment.toml"), "--out", str(tmp_path / "alone")]
     )
     assert alone.exit_code == 0, alone.stderr
-    results = [json.loads((d / runs.RESULT).read_text()) for d in (directory, tmp_path / "alone")]
+    results = [json.loads((d / RESULT).read_text()) for d in (directory, tmp_path / "alone")]
     for split in ("dev", "test"):
         assert results[0][split] == pytest.approx(results[1][split], abs=0.05)
     assert invoke(["verify", str(directory)]).exit_code == 0
@@ -285,10 +292,10 @@ def test_a_failure_is_forgotten_once_its_cell_is_finished(flags: list[str], tmp_
     directory = tmp_path / "sweep"
     invoke(flags)
     cell = finished(directory)[0]
-    (cell / runs.MODEL).write_bytes(b"nothing")
+    (cell / MODEL).write_bytes(b"nothing")
     damaged = invoke(flags)
     assert damaged.exit_code == 3
-    assert f"{cell / runs.MODEL}: changed since it was written" in damaged.stderr
+    assert f"{cell / MODEL}: changed since it was written" in damaged.stderr
     for path in cell.iterdir():
         path.unlink()
     cell.rmdir()
@@ -336,7 +343,7 @@ def test_wrong_options_are_refused(flags: list[str], changed: list[str], message
 
 def test_a_run_is_no_place_for_a_sweep(flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
-    (tmp_path / "sweep" / runs.EXPERIMENT).write_text("")
+    (tmp_path / "sweep" / EXPERIMENT).write_text("")
     refused = invoke(flags)
     assert refused.exit_code == 2
     assert "a run, and a sweep is a directory of runs" in refused.stderr
@@ -383,13 +390,13 @@ def test_an_interrupted_sweep_goes_on(
     flags: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
     process = started([*flags, *LONG])
-    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{runs.METRICS}"))) == 2)
+    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{METRICS}"))) == 2)
     process.send_signal(number)
     _, talk = process.communicate(timeout=60)
     assert process.returncode == 130
     assert talk.decode().splitlines()[-1] == "interrupted: the same command goes on from there"
-    assert len(list(tmp_path.glob(f"sweep/*/{runs.STATE}"))) == 2
-    cells = [grid.Cell(p.name, runs.read_experiment(p)) for p in (tmp_path / "sweep").glob("*-*")]
+    assert len(list(tmp_path.glob(f"sweep/*/{STATE}"))) == 2
+    cells = [grid.Cell(p.name, read_experiment(p)) for p in (tmp_path / "sweep").glob("*-*")]
     plan = Sweep(tmp_path / "sweep", cells)
     assert [one.status for one in plan.standings.values()] == ["interrupted"] * 2
 
@@ -398,19 +405,19 @@ def test_a_killed_sweep_leaves_no_process_behind_and_nothing_lost(
     flags: list[str], tmp_path: Path
 ) -> None:
     process = started([*flags, *LONG])
-    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{runs.METRICS}"))) == 2)
+    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{METRICS}"))) == 2)
     found = workers(process.pid)
     assert len(found) == 2
     process.kill()
     process.communicate()
     wait_for(lambda: not any(map(lives, found)))
-    assert len(list(tmp_path.glob(f"sweep/*/{runs.STATE}"))) == 2
+    assert len(list(tmp_path.glob(f"sweep/*/{STATE}"))) == 2
 
 
 def test_a_killed_worker_is_replaced_and_its_cells_go_on(flags: list[str], tmp_path: Path) -> None:
     settings = ["--set", "train.epochs=60", "--set", "train.patience=60", "--methods", "lora"]
     process = started([*flags, *settings])
-    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{runs.METRICS}"))) == 2)
+    wait_for(lambda: len(list(tmp_path.glob(f"sweep/*/{METRICS}"))) == 2)
     os.kill(min(workers(process.pid)), signal.SIGKILL)
     _, talk = process.communicate(timeout=120)
     assert process.returncode == 0, talk
@@ -420,9 +427,9 @@ def test_a_killed_worker_is_replaced_and_its_cells_go_on(flags: list[str], tmp_p
 def test_a_group_whose_process_dies_twice_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "sys", type("S", (), {"executable": "/bin/false"}))
+    monkeypatch.setattr(local_engine, "sys", type("S", (), {"executable": "/bin/false"}))
     group = [{"directory": str(tmp_path / "cell"), "settings": {}}]
-    reports = [r for r in local.run([group], 1, 1, 0, lambda: False) if r["kind"] != "tick"]
+    reports = [r for r in local_engine.run([group], 1, 1, 0, lambda: False) if r["kind"] != "tick"]
     assert [r["kind"] for r in reports] == ["failed"]
     assert reports[0]["error"] == "the process that trained it was ended with 1, 2 times"
 
@@ -508,7 +515,7 @@ def test_a_node_that_dies_costs_no_cell(cluster: Any, flags: list[str], tmp_path
     ended = [line for line in (first + talk).splitlines() if line.startswith(b"[")]
     assert len(ended) == len(set(ended)) == 6, "none twice, none lost"
     assert len(finished(tmp_path / "sweep")) == 6
-    assert all(runs.read(path).result for path in finished(tmp_path / "sweep"))
+    assert all(read(path).result for path in finished(tmp_path / "sweep"))
 
 
 def test_a_cluster_that_does_not_answer_is_an_error(flags: list[str]) -> None:

@@ -13,14 +13,15 @@ import pytest
 import torch
 from conftest import experiment, write_rows
 
-from unipelt_cli import execution, runs, together
-from unipelt_cli.config import Experiment, resolve
+from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.errors import CheckError, RunError
-from unipelt_cli.evaluation import encode_rows
-from unipelt_cli.modeling import build
+from unipelt_cli.models.build import build
+from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.runs import run
+from unipelt_cli.runs.writer import Writer
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Step, Training
-from unipelt_cli.writer import Writer
+from unipelt_cli.training import execution, shared_passes
+from unipelt_cli.training.loop import Step, Training
 
 FILES = ("model.safetensors", "probe.safetensors")
 
@@ -42,7 +43,7 @@ def loop_of(backbone: Path, seed: int, count: int, **train: Any) -> Training:
 def steps_of(loops: dict[int, Training], count: int) -> dict[int, list[float]]:
     """Take steps together until every loop has taken so many; return their losses."""
     losses: dict[int, list[float]] = {name: [] for name in loops}
-    for name, event in together.events(loops):
+    for name, event in shared_passes.events(loops):
         if isinstance(event, Step) and len(losses[name]) < count:
             losses[name].append(event.loss)
         if all(len(own) == count for own in losses.values()):
@@ -67,7 +68,7 @@ def test_twenty_steps_together_are_those_that_each_takes_alone(
                 alone[name][1].append(event.loss)
         loops[name] = loop_of(backbone_dir("bert"), name, count)
         if name:
-            together.share(loops[0].tuned, loops[name].tuned)
+            shared_passes.share(loops[0].tuned, loops[name].tuned)
     losses = steps_of(loops, 20)
     for name, (loop, expected) in alone.items():
         assert losses[name] == pytest.approx(expected, abs=1e-5)
@@ -77,16 +78,16 @@ def test_twenty_steps_together_are_those_that_each_takes_alone(
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from unipelt_cli.methods import stack
+    from unipelt_cli.methods.unipelt.fused import stack
 
     monkeypatch.setattr(stack, "shares_out", lambda device: False)
-    monkeypatch.setattr(together, "shares_out", lambda device: False)
+    monkeypatch.setattr(shared_passes, "shares_out", lambda device: False)
 
 
 def test_a_shared_backbone_is_held_once(backbone_dir: Callable[[str], Path]) -> None:
     first, other = (loop_of(backbone_dir("bert"), seed, 8).tuned for seed in (1, 2))
-    assert together.can_share(first)
-    together.share(first, other)
+    assert shared_passes.can_share(first)
+    shared_passes.share(first, other)
     own, lent = (dict(one.classifier.backbone.named_parameters()) for one in (first, other))
     for name, parameter in own.items():
         same = parameter.data_ptr() == lent[name].data_ptr()
@@ -97,7 +98,9 @@ def test_methods_that_train_the_backbone_itself_share_nothing(
     backbone_dir: Callable[[str], Path],
 ) -> None:
     for method in ("full", "bitfit", "houlsby", "unipelt-aplb"):
-        assert not together.can_share(build(experiment(backbone_dir("bert"), method), 2)), method
+        assert not shared_passes.can_share(build(experiment(backbone_dir("bert"), method), 2)), (
+            method
+        )
 
 
 def experiments(backbone: Path, rows: Path, method: str = "unipelt-apl") -> list[Experiment]:
@@ -137,11 +140,11 @@ def finish(events: Any) -> dict[int, Any]:
 
 def close_to(found: Path, expected: Path) -> None:
     """Compare two run directories: same scores, same numbers but for rounding."""
-    results = [json.loads((path / runs.RESULT).read_text()) for path in (found, expected)]
+    results = [json.loads((path / run.RESULT).read_text()) for path in (found, expected)]
     for key in ("dev", "test", "best_epoch", "epochs", "data_seed", "stored_parameters"):
         assert results[0][key] == pytest.approx(results[1][key]), key
     for name in FILES:
-        own, other = (runs.artifact.open_tensors(path / name)[0] for path in (found, expected))
+        own, other = (run.artifact.open_tensors(path / name)[0] for path in (found, expected))
         assert own.keys() == other.keys()
         for key, tensor in own.items():
             assert (tensor - other[key]).abs().max() < 1e-4, (name, key)
@@ -159,7 +162,7 @@ def test_run_directories_are_those_of_runs_alone(
         alone = tmp_path / f"alone-{place}"
         list(execution.execute(own, alone))
         close_to(directories[place], alone)
-        assert runs.read(directories[place]).build().precision == "fp32"
+        assert run.read(directories[place]).build().precision == "fp32"
 
 
 def test_stopped_runs_go_on_together_as_if_nothing_had_happened(
@@ -175,7 +178,7 @@ def test_stopped_runs_go_on_together_as_if_nothing_had_happened(
     events.close()
     for directory in stopped:
         with pytest.raises(RunError, match="unfinished"):
-            runs.read(directory)
+            run.read(directory)
     assert sorted(finish(execution.execute_together(each, stopped, "resume"))) == [0, 1, 2]
     for found, expected in zip(stopped, whole, strict=True):
         close_to(found, expected)
@@ -211,7 +214,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     }
     assert ended == {0: "Finished", 1: "Failed", 2: "Finished"}
     with pytest.raises(RunError, match="unfinished"):
-        runs.read(directories[1])
+        run.read(directories[1])
 
 
 def test_a_directory_that_is_there_stops_all_before_any_begins(
@@ -235,11 +238,11 @@ def test_one_run_that_ends_early_leaves_the_pass_as_it_was(
 
     alone = [event.loss for event in loop(1).events() if isinstance(event, Step)]
     loops = {name: loop(name) for name in (0, 1)}
-    together.share(loops[0].tuned, loops[1].tuned)
+    shared_passes.share(loops[0].tuned, loops[1].tuned)
     torch.manual_seed(global_seed)
     steps: dict[int, list[float]] = {0: [], 1: []}
     over = []
-    for name, event in together.events(loops):
+    for name, event in shared_passes.events(loops):
         if isinstance(event, Step):
             steps[name].append(event.loss)
         if event is None:

@@ -16,11 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_cli import error_of, invoke
 from test_cli import own as rows_of
 
-from unipelt_cli import execution, runs, tracking
-from unipelt_cli.config import Experiment
-from unipelt_cli.execution import Finished, Mode
-from unipelt_cli.tracking import Tracking
-from unipelt_cli.training import Epoch, Step
+from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.runs import run
+from unipelt_cli.training import execution, trackers
+from unipelt_cli.training.execution import Finished, Mode
+from unipelt_cli.training.loop import Epoch, Step
+from unipelt_cli.training.trackers import Tracking
 
 FAST = [
     *("--set", "train.epochs=2", "--set", "train.batch_size=8", "--k", "24"),
@@ -71,9 +72,9 @@ def test_tensorboard_shows_the_runs_own_numbers(
     code, _, stderr = invoke(*command, "--track", "tensorboard")
     assert code == 0, stderr
     assert f"tensorboard: {tmp_path / 'tensorboard'}" in stderr.splitlines()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {*runs.RECORDED, runs.RESULT}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*run.RECORDED, run.RESULT}
     found = scalars(tmp_path, "run")
-    epochs = [event for event in runs.read_metrics(tmp_path / "run") if event["kind"] == "epoch"]
+    epochs = [event for event in run.read_metrics(tmp_path / "run") if event["kind"] == "epoch"]
     assert [step for step, _ in found["epoch"]] == [3, 6]
     assert [step for step, _ in found["step_loss"]] == [1, 2, 3, 4, 5, 6]
     for tag, told in {
@@ -83,7 +84,7 @@ def test_tensorboard_shows_the_runs_own_numbers(
         "tokens_per_second": [event["tokens"] / event["train_seconds"] for event in epochs],
     }.items():
         assert [value for _, value in found[tag]] == pytest.approx(told), tag
-    result = json.loads((tmp_path / "run" / runs.RESULT).read_text())
+    result = json.loads((tmp_path / "run" / run.RESULT).read_text())
     assert found["test/accuracy"] == [(6, pytest.approx(result["test"]["accuracy"]))]
     assert found["result/stored_parameters"] == [(6, result["stored_parameters"])]
     known = EventAccumulator(str(tmp_path / "tensorboard" / "run")).Reload()
@@ -98,15 +99,15 @@ def test_a_resumed_run_goes_on_at_its_step_and_a_replaced_one_begins_again(
     out = tmp_path / "run"
     track(plan, out, steps=5)
     assert [step for step, _ in scalars(tmp_path, "run")["step_loss"]] == [1, 2, 3, 4, 5]
-    before = tracking._identity(out)
+    before = trackers._identity(out)
     assert track(plan, out, "resume") is not None
     found = scalars(tmp_path, "run")
     assert [step for step, _ in found["step_loss"]] == [*range(1, 10)]
     assert [value for _, value in found["epoch"]] == [1, 2, 3]
-    assert tracking._identity(out) == before
+    assert trackers._identity(out) == before
     track(plan, out, "overwrite", steps=4)
     assert [step for step, _ in scalars(tmp_path, "run")["step_loss"]] == [1, 2, 3, 4]
-    assert tracking._identity(out) != before
+    assert trackers._identity(out) != before
 
 
 def test_steps_that_a_killed_run_told_after_its_state_are_shown_once(
@@ -118,13 +119,13 @@ def test_steps_that_a_killed_run_told_after_its_state_are_shown_once(
     for event in events:
         tracks.see(0, event)
         if isinstance(event, Epoch):
-            state = (out / runs.STATE).read_bytes()
+            state = (out / run.STATE).read_bytes()
         seen += isinstance(event, Step)
         if seen == 5:
             break
     tracks.close()
     events.close()
-    (out / runs.STATE).write_bytes(state)  # as after step 3
+    (out / run.STATE).write_bytes(state)  # as after step 3
     track(plan, out, "resume")
     assert [step for step, _ in scalars(tmp_path, "run")["step_loss"]] == [*range(1, 10)]
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unipelt_cli.serving import LoadedRun, LoadedRuns, Prediction, load_run, load_runs
+    from unipelt_cli.runs.loaded_runs import LoadedRun, LoadedRuns, Prediction, load_run, load_runs
 
 __all__ = ["LoadedRun", "LoadedRuns", "Prediction", "__version__", "load_run", "load_runs"]
 __version__ = "0.1.0"
@@ -13,9 +13,9 @@ def __getattr__(name: str) -> Any:
     """Import what labels rows when it is asked for: most who import this start a command."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from unipelt_cli import libraries
+    from unipelt_cli.system import imports
 
-    with libraries.importing():
-        from unipelt_cli import serving
+    with imports.importing():
+        from unipelt_cli.runs import loaded_runs
 
-    return getattr(serving, name)
+    return getattr(loaded_runs, name)

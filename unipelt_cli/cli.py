@@ -7,28 +7,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unipelt_cli import (
-    __version__,
-    arguments,
-    before,
-    completion,
-    finished,
-    inside,
-    options,
-    processes,
-    render,
-    several,
-    sharing,
-    shipping,
-    talk,
+from unipelt_cli import __version__
+from unipelt_cli.commands import export, inspect_gates, predict, push, sweep
+from unipelt_cli.commands.shared import options
+from unipelt_cli.commands.shared.settings import (
+    data_flags,
+    refuse_pairs,
+    refuse_processes,
+    resolve,
+    said,
 )
+from unipelt_cli.commands.shared.settings import directories as settings_directories
+from unipelt_cli.commands.shared.settings import trackers as settings_trackers
+from unipelt_cli.commands.train import doctor, list_
+from unipelt_cli.commands.train import dry_run as train_dry_run
 from unipelt_cli.errors import CheckError, ConfigError
-from unipelt_cli.libraries import importing
-from unipelt_cli.shell import INTERRUPTED, Commands, leave, obey_requests, print_json
+from unipelt_cli.system import processes
+from unipelt_cli.system.imports import importing
+from unipelt_cli.terminal import completion, console, tables
+from unipelt_cli.terminal.command_group import (
+    INTERRUPTED,
+    Commands,
+    leave,
+    obey_requests,
+    print_json,
+)
 
 if TYPE_CHECKING:
-    from unipelt_cli.config import Experiment
-    from unipelt_cli.execution import Mode
+    from unipelt_cli.config.experiment import Experiment
+    from unipelt_cli.training.execution import Mode
 
 app = typer.Typer(
     name="unipelt",
@@ -84,20 +91,20 @@ def prepare(
 
     Example: unipelt prepare --task mrpc --k 500 --source glue/
     """
-    flags = arguments.data_flags(locals())
-    experiment = arguments.resolve([], settings, flags, offline=offline, data_only=True)
-    from unipelt_cli import data
+    flags = data_flags(locals())
+    experiment = resolve([], settings, flags, offline=offline, data_only=True)
+    from unipelt_cli.data import preparation
 
     if len(experiment.data.each()) > 1:
         raise ConfigError("`prepare` draws one task's rows", "run it for each task, with --task")
-    prepared = data.prepare(experiment.data)
+    prepared = preparation.prepare(experiment.data)
     chosen = experiment.data
     name = f"{prepared.task.name}-k{chosen.k or 'all'}-d{chosen.data_seed}"
     # A task's name may be a stranger's, and say "../".
     target = out or Path("prepared") / re.sub(r"[^\w.-]+", "-", name)
-    data.save(prepared, target)
-    render.data_summary(prepared.manifest)
-    render.say("prepared: ", (str(target), "bold"))
+    preparation.save(prepared, target)
+    tables.data_summary(prepared.manifest)
+    tables.say("prepared: ", (str(target), "bold"))
     if as_json:
         print_json({"path": str(target), **prepared.manifest})
 
@@ -141,8 +148,8 @@ def train(
 
     Example: unipelt train --task mrpc --k 500 --data-seeds 111,222,333,444,555
     """
-    flags = arguments.data_flags(locals())
-    flags["data"] |= {"tasks": tasks, "prepared": arguments.directories(prepared)}
+    flags = data_flags(locals())
+    flags["data"] |= {"tasks": tasks, "prepared": settings_directories(prepared)}
     flags |= {
         "model": {"backbone": model},
         "method": {"name": method},
@@ -152,31 +159,31 @@ def train(
     trackers: list[str] = []
 
     def resolved() -> "Experiment":
-        arguments.refuse_pairs(
+        refuse_pairs(
             ("--resume" if resume else None, "--overwrite" if overwrite else None),
-            (arguments.said("--data-seed", data_seed), arguments.said("--data-seeds", data_seeds)),
-            (arguments.said("--seed", seed), arguments.said("--seeds", seeds)),
+            (said("--data-seed", data_seed), said("--data-seeds", data_seeds)),
+            (said("--seed", seed), said("--seeds", seeds)),
         )
-        if given := arguments.said("--data-seeds", data_seeds) or arguments.said("--seeds", seeds):
-            arguments.refuse_processes(given)
-        trackers.extend(arguments.trackers(track, offline))
-        return arguments.resolve([preset] if preset else [], settings, flags, offline=offline)
+        if given := said("--data-seeds", data_seeds) or said("--seeds", seeds):
+            refuse_processes(given)
+        trackers.extend(settings_trackers(track, offline))
+        return resolve([preset] if preset else [], settings, flags, offline=offline)
 
     def described() -> "dict[str, Experiment]":
         experiment = found()
         with importing():
-            from unipelt_cli import execution
-        from unipelt_cli.grid import over_seeds
+            from unipelt_cli.training import execution
+        from unipelt_cli.sweeps.grid import over_seeds
 
         return over_seeds(execution.with_drawn_rows(experiment), data_seeds, seeds)
 
     found = processes.tried(resolved)  # before accelerate can import what reads offline switches
     with processes.joined() as joined:
         if not joined.is_main:
-            talk.hush()
+            console.hush()
         grid = joined.each(described)
-        from unipelt_cli import watching
-        from unipelt_cli.grid import run_name
+        from unipelt_cli.commands.shared import live_training
+        from unipelt_cli.sweeps.grid import run_name
 
         mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
         is_one = data_seeds is None and seeds is None
@@ -186,14 +193,14 @@ def train(
             directories = [out]
         if dry_run:
             first = next(iter(grid.values()))
-            joined.each(lambda: before.dry_run(first, directories, mode, as_json))
+            joined.each(lambda: train_dry_run(first, directories, mode, as_json))
             return
         if is_one:
             (experiment,) = grid.values()
-            answer = watching.train(experiment, directories[0], mode, joined, trackers)
+            answer = live_training.train(experiment, directories[0], mode, joined, trackers)
         else:
-            answer = watching.train_together(grid, directories, mode, trackers)
-    if as_json and not talk.is_hushed():
+            answer = live_training.train_together(grid, directories, mode, trackers)
+    if as_json and not console.is_hushed():
         print_json(answer)
     if failed := answer.get("failed"):
         raise CheckError(
@@ -202,18 +209,18 @@ def train(
         )
 
 
-app.command("list")(before.list_)
-app.command()(before.doctor)
-app.command("eval")(finished.evaluate)
-app.command()(finished.predict)
-app.command("inspect-gates")(inside.inspect_gates)
-app.command()(shipping.export)
-app.command()(sharing.push)
-app.command()(finished.verify)
-app.command()(finished.reproduce)
-app.command()(several.sweep)
-app.command()(several.compare)
-app.command()(several.recommend)
+app.command("list")(list_)
+app.command()(doctor)
+app.command("eval")(predict.evaluate)
+app.command()(predict.predict)
+app.command("inspect-gates")(inspect_gates.inspect_gates)
+app.command()(export.export)
+app.command()(push.push)
+app.command()(predict.verify)
+app.command()(predict.reproduce)
+app.command()(sweep.sweep)
+app.command()(sweep.compare)
+app.command()(sweep.recommend)
 completion.attach(app)
 
 

@@ -12,13 +12,20 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from unipelt_cli import data, together
-from unipelt_cli.batches import Encoded, encode
-from unipelt_cli.config import Experiment, resolve
-from unipelt_cli.modeling import Tuned, build
-from unipelt_cli.pretrained import MINILM, TOKENIZER_FILES, TOKENIZER_SETTINGS, Pretrained, find
+from unipelt_cli.backbones.pretrained import (
+    MINILM,
+    TOKENIZER_FILES,
+    TOKENIZER_SETTINGS,
+    Pretrained,
+    find,
+)
+from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.data import preparation
+from unipelt_cli.models.batches import Encoded, encode
+from unipelt_cli.models.build import Tuned, build
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Epoch, Labelled, Training
+from unipelt_cli.training import shared_passes
+from unipelt_cli.training.loop import Epoch, Labelled, Training
 
 TASK = "mrpc"
 METHOD = "unipelt-apl"
@@ -90,7 +97,7 @@ class Work:
         """Tokenize the source's rows, or draw random ones."""
         if self.source is None:
             return Rows(_random(self.k, 0), _random(self.dev_size, 1))
-        prepared = data.prepare(self.experiment().data)
+        prepared = preparation.prepare(self.experiment().data)
         tokenizer, config = self.pretrained.load_tokenizer(), self.pretrained.library_config()
         splits = {
             name: (
@@ -160,7 +167,7 @@ def our_epochs_together(work: Work, runs: int, rows: Rows) -> Callable[[], None]
     """Return a call that trains and evaluates several runs once, in one pass each step."""
     tuned = [work.tuned() for _ in range(runs)]
     for other in tuned[1:]:
-        together.share(tuned[0], other)
+        shared_passes.share(tuned[0], other)
 
     def run() -> None:
         task = get_task(TASK)
@@ -169,7 +176,7 @@ def our_epochs_together(work: Work, runs: int, rows: Rows) -> Callable[[], None]
             for place, one in enumerate(tuned)
         }
         epochs = 0
-        for _, event in together.events(loops):
+        for _, event in shared_passes.events(loops):
             epochs += isinstance(event, Epoch)
             if epochs == runs:
                 return

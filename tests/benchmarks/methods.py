@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from unipelt_cli import methods
-from unipelt_cli.batches import Encoded
-from unipelt_cli.config import resolve
-from unipelt_cli.evaluation import compute_logits
-from unipelt_cli.modeling import build
+from unipelt_cli.config.experiment import resolve
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.build import build
+from unipelt_cli.models.evaluation import compute_logits
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import Training
+from unipelt_cli.training.loop import Training
 
 ROUNDS = 3
 REFERENCE = "lora"

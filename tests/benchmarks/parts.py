@@ -36,11 +36,11 @@ from tests.benchmarks.peers import (
     peer_model,
     quieten,
 )
-from unipelt_cli import execution
-from unipelt_cli.batches import Encoded, by_length
-from unipelt_cli.modeling import Tuned
-from unipelt_cli.runs import STATE
-from unipelt_cli.training import Epoch
+from unipelt_cli.models.batches import Encoded, by_length
+from unipelt_cli.models.build import Tuned
+from unipelt_cli.runs.run import STATE
+from unipelt_cli.training import execution
+from unipelt_cli.training.loop import Epoch
 
 SINGLE, BATCHED = 64, 512
 STARTS = 3

@@ -1,4 +1,4 @@
-"""The table of methods, found by walking this package: each module's METHODS, merged."""
+"""The table of methods, found by walking the folders here: each file's METHODS, merged."""
 
 import importlib
 import pkgutil
@@ -41,8 +41,8 @@ DEFAULT = "unipelt-apl"
 def table() -> Mapping[str, Recipe]:
     """Return all methods by name; a name that two modules claim is a bug."""
     merged: dict[str, Recipe] = {}
-    for module in pkgutil.iter_modules(__path__):
-        found = getattr(importlib.import_module(f"{__name__}.{module.name}"), "METHODS", {})
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        found = getattr(importlib.import_module(module.name), "METHODS", {})
         if twice := merged.keys() & found.keys():
             raise RuntimeError(f"methods registered twice: {sorted(twice)}")
         merged |= found

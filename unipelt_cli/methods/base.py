@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Generator, Tensor, nn
 
-from unipelt_cli.backbones import Layout
+from unipelt_cli.backbones.architectures import Layout
 
 CHECKS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 STD = 0.02

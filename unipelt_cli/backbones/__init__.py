@@ -1,0 +1,1 @@
+"""Pretrained encoders: where things are in each architecture, finding and reading one safely."""

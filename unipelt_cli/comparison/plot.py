@@ -1,0 +1,171 @@
+"""A comparison as a picture: scores with intervals, and what a score costs to keep."""
+
+from collections.abc import Mapping, Sequence
+from math import ceil, floor, log10
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unipelt_cli.errors import ConfigError
+from unipelt_cli.files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Answer = dict[str, Any]
+Looks = Mapping[str, Mapping[str, Any]]
+FORMATS = (".png", ".svg", ".pdf")
+MARKERS = "osD^vP*X"
+HEIGHT, LEFT, RIGHT = 4.2, 6.6, 3.6  # inches, of the panels of a backbone and k
+CELL, MOST = 0.13, 40.0  # what a method takes in a task, and a picture at most
+LEAST_SPAN = 0.1  # of the scores that a panel shows
+LEGEND_LINE, LEGEND_LETTERS, LEGEND_MARK = 0.24, 10, 6  # inches; letters an inch; letters
+
+
+def check(path: Path) -> None:
+    """Raise ConfigError for a file whose ending names no picture."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(
+            f"--plot {str(path)!r}: no such format", f"give a path ending in {', '.join(FORMATS)}"
+        )
+
+
+def plot(answer: Answer, path: Path) -> None:
+    """Draw two panels for each backbone and k; raise RunError where nothing can be written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    tables = answer["tables"]
+    labels = sorted({entry["label"] for table in tables for entry in table["methods"]})
+    looks = _looks(labels)
+    left = max(max(len(t["tasks"]) * (len(t["methods"]) + 3) for t in tables) * CELL, LEFT)
+    widths = (min(left, MOST), RIGHT)
+    longest = max(map(len, labels)) + LEGEND_MARK
+    columns = max(1, int(sum(widths) * LEGEND_LETTERS / longest))
+    legend = LEGEND_LINE * -(-len(labels) // columns) + 0.2
+    size = (sum(widths), HEIGHT * len(tables) + legend)
+    figure, panels = pyplot.subplots(
+        len(tables), 2, figsize=size, squeeze=False, width_ratios=widths, layout="constrained"
+    )
+    try:
+        for table, (scores, sizes) in zip(tables, panels, strict=True):
+            place = (table["backbone"], table["k"])
+            groups = [g for g in answer["groups"] if (g["backbone"], g["k"]) == place]
+            _scores(scores, table, groups, looks)
+            _sizes(sizes, table, groups, looks)
+        # Every method once, whichever panels it is in.
+        handles = [
+            Line2D([], [], linestyle="", label=_plain(label), **looks[label]) for label in labels
+        ]
+        shown = figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, frameon=False
+        )
+        for text in shown.get_texts():
+            text.set_parse_math(False)
+        with atomic.replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+    finally:
+        pyplot.close(figure)
+
+
+def _looks(labels: Sequence[str]) -> Looks:
+    """Give each method a colour and a marker: in grey the markers tell them apart."""
+    return {
+        label: {
+            "color": f"C{number % 10}",
+            "marker": MARKERS[(number + number // 10) % len(MARKERS)],
+        }
+        for number, label in enumerate(labels)
+    }
+
+
+def _scores(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks) -> None:
+    """Draw each mean with its interval over seeds, methods side by side in each task."""
+    tasks, labels = table["tasks"], [entry["label"] for entry in table["methods"]]
+    step = 0.8 / max(1, len(labels))
+    for group in groups:
+        offset = (labels.index(group["label"]) - (len(labels) - 1) / 2) * step
+        mean, ends = group["mean"], group["interval"]
+        reach = None if ends is None else [[mean - ends[0]], [ends[1] - mean]]
+        axes.errorbar(
+            tasks.index(group["task"]) + offset,
+            mean,
+            reach,
+            linestyle="",
+            markersize=5,
+            elinewidth=1,
+            capsize=min(3, 60 * step / max(1, len(tasks))),
+            **looks[group["label"]],
+        )
+    metric = {group["task"]: group["metric"] for group in groups}
+    axes.set_xticks(range(len(tasks)), [_plain(f"{_short(t)}\n{metric[t]}") for t in tasks])
+    for text in axes.get_xticklabels():
+        text.set_parse_math(False)
+    axes.set_xlim(-0.5, len(tasks) - 0.5)
+    for place in range(1, len(tasks)):
+        axes.axvline(place - 0.5, color="0.85", linewidth=0.8)
+    _limit(axes, groups)
+    _finish(axes, f"{_where(table)}: mean and 95 % interval over seeds", "test score")
+
+
+def _limit(axes: "Axes", groups: Sequence[Answer]) -> None:
+    """Show all means and intervals, save those of two seeds, which are nearly endless."""
+    shown = [group["mean"] for group in groups]
+    for group in groups:
+        if group["interval"] is not None and len(group["seeds"]) > 2:
+            shown += group["interval"]
+    _widen(axes, shown)
+
+
+def _widen(axes: "Axes", values: Sequence[float]) -> None:
+    """Show values with some room, and no small difference as large as the picture."""
+    middle, span = (max(values) + min(values)) / 2, max(LEAST_SPAN, max(values) - min(values))
+    axes.set_ylim(middle - 0.55 * span, middle + 0.55 * span)
+
+
+def _sizes(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks) -> None:
+    """Draw each method's average against what it stores, the head included."""
+    from matplotlib.ticker import NullFormatter
+
+    stored = {
+        group["label"]: group["stored_parameters"] + group["head_parameters"] for group in groups
+    }
+    drawn = [entry for entry in table["methods"] if entry["average"] is not None]
+    for entry in drawn:
+        label = entry["label"]
+        place = max(1, stored[label]), entry["average"]
+        axes.plot(*place, markersize=7, alpha=0.8, linestyle="", **looks[label])
+    if not drawn:
+        axes.text(0.5, 0.5, "no method has every task", ha="center", transform=axes.transAxes)
+    axes.set_xscale("log")
+    sizes = [max(1, stored[entry["label"]]) for entry in drawn] or [1]
+    # Whole powers of ten: the ticks between them have no room for numbers.
+    axes.set_xlim(10 ** floor(log10(min(sizes) * 0.7)), 10 ** ceil(log10(max(sizes) * 1.4)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    _widen(axes, [entry["average"] for entry in drawn] or [0.5])
+    axes.set_xlabel("numbers stored, head included")
+    what = "average" if len(table["averaged_tasks"]) > 1 else "score"
+    _finish(axes, f"{what} against size", f"{what} on test")
+
+
+def _finish(axes: "Axes", title: str, label: str) -> None:
+    axes.set_title(_plain(title), fontsize=10, parse_math=False)
+    axes.set_ylabel(label)
+    axes.grid(axis="y", color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _where(table: Answer) -> str:
+    rows = "all rows" if table["k"] is None else f"k = {table['k']}"
+    return f"{table['backbone']}, {rows}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 16 else f"{name[:14]}…"
+
+
+def _plain(text: str) -> str:
+    """Leave out what has no picture, save the break of a line."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

@@ -1,0 +1,1 @@
+"""Rows: reading files and tasks, drawing splits by the protocol, the prepared directory."""

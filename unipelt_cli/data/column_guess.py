@@ -1,0 +1,247 @@
+"""Which columns of somebody's file hold the text and the label, where nobody says so.
+
+Names decide first, then what the columns hold. What could be two things is an error, not a choice,
+and what was chosen is always said.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from unipelt_cli.data.cells import Cells, as_number
+from unipelt_cli.data.readers import read_cells
+from unipelt_cli.errors import DataError, short
+
+ROWS = 5000  # that are looked at
+MOST_LABELS = 50
+ROWS_A_LABEL = 3
+FEW_NUMBERS = 20  # more different numbers are values, not names
+TEXT_WORDS = 3
+LONGER = 2  # times as long as the next one, a text needs no name
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "answer"),
+    ("question", "sentence"),
+    ("question", "context"),
+    ("query", "passage"),
+    ("query", "document"),
+    *(("title", body) for body in ("text", "body", "content", "description", "abstract", "review")),
+)
+TEXTS = (
+    *("text", "sentence", "message", "review", "content", "body", "comment", "utterance"),
+    *("tweet", "post", "document", "description", "abstract", "summary", "feedback", "prompt"),
+    *("question", "query", "title", "headline", "subject", "input", "email", "ticket"),
+)
+LABELS = (
+    *("label", "labels", "class", "category", "target", "topic", "intent", "sentiment", "score"),
+    *("rating", "stars", "y", "gold", "gold_label", "tag", "type", "emotion", "polarity"),
+    *("label_text", "label_name", "class_name", "is_spam", "is_duplicate"),
+)
+FLAGS = ("text", "text_pair", "label")
+SURE = ("text", "label")  # names that no other one disputes
+_ID = re.compile(r"(|unnamed.*|(.*[_ -])?(id|idx|index|guid|uuid|key|row)|(id|idx|index)[_ -].*)")
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Settings of the data section, and a sentence that says what was guessed."""
+
+    settings: dict[str, str]
+    said: str
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What the first rows hold in one column."""
+
+    name: str
+    values: tuple[str, ...]
+
+    @cached_property
+    def distinct(self) -> int:
+        return len(set(self.values))
+
+    @cached_property
+    def words(self) -> float:
+        """The mean number of words."""
+        return sum(len(value.split()) for value in self.values) / len(self.values)
+
+    @cached_property
+    def numbers(self) -> list[float] | None:
+        """The numbers, where they are all numbers."""
+        found = [number for value in self.values if (number := as_number(value)) is not None]
+        return found if len(found) == len(self.values) else None
+
+    @property
+    def is_text(self) -> bool:
+        return self.words >= TEXT_WORDS and self.distinct > len(self.values) / 3
+
+    @property
+    def is_values(self) -> bool:
+        """Whether the numbers are too many different ones to be names."""
+        return self.numbers is not None and self.distinct > FEW_NUMBERS
+
+    @property
+    def is_label(self) -> bool:
+        most = min(MOST_LABELS, len(self.values) // ROWS_A_LABEL)
+        return 2 <= self.distinct <= most or self.is_values
+
+    @property
+    def is_id(self) -> bool:
+        """Whether it only numbers or names the rows."""
+        if _ID.fullmatch(self.name.casefold()):
+            return True
+        if len(self.values) < 10 or self.distinct < len(self.values):
+            return False
+        if self.numbers is None:
+            return self.words == 1
+        return max(self.numbers) - min(self.numbers) + 1 == len(self.values)
+
+
+def columns(
+    path: Path, text: str | None = None, text_pair: str | None = None, label: str | None = None
+) -> Guess:
+    """Guess what is not given: the text column, or the two of a pair, and the label column.
+
+    Raises DataError where nothing looks like one, where several do, and for a file without names.
+    """
+    cells = read_cells(path)
+    found = [own for name in cells.columns if (own := _column(cells, name)) is not None]
+    _check_header(path, list(cells.columns), found)
+    given = {"text": text, "text_pair": text_pair, "label": label}
+    settings = {key: value for key, value in given.items() if value is not None}
+    left = [own for own in found if own.name not in settings.values() and not own.is_id]
+    said, named = [], None
+    if label is None:
+        named = _named(left, LABELS, "label", path)
+        left = [own for own in left if own is not named]
+        if named is not None and named.name.casefold() not in SURE:
+            _refuse_others(named, left, path)
+    if text is None:
+        texts = _texts(path, left, found)
+        left = [own for own in left if own not in texts]
+        settings |= zip(("text", "text_pair"), [own.name for own in texts], strict=False)
+        names = " and ".join(short(own.name) for own in texts)
+        said.append(f"{'texts' if len(texts) > 1 else 'text'} {names}")
+    if label is None:
+        chosen = named or _only([own for own in left if own.is_label], found, path)
+        settings["label"] = chosen.name
+        if chosen.is_values:
+            settings["kind"] = "regression"
+        said.append(f"label {short(chosen.name)} ({_kind(chosen)})")
+    flags = [
+        f"--{key.replace('_', '-')} COLUMN" for key in FLAGS if settings.get(key) != given[key]
+    ]
+    sentence = f"{path.name}: guessed {', '.join(said)}; to choose: {' '.join(flags)}"
+    return Guess(settings, sentence)
+
+
+def _refuse_others(named: _Column, left: Sequence[_Column], path: Path) -> None:
+    """Raise DataError where another column looks like a label as well: a name alone is no proof."""
+    others = [own.name for own in left if own.is_label and not own.is_values and not own.is_text]
+    if others:
+        raise DataError(
+            f"{path}: {_listed([named.name, *others])} could each be the label",
+            "give --label with one of them",
+        )
+
+
+def _column(cells: Cells, name: str) -> _Column | None:
+    """Return a column's first cells as strings; None where it holds neither text nor numbers."""
+    try:
+        values = tuple(str(value) for value in islice(cells.column(name), ROWS))
+    except DataError:
+        return None
+    return _Column(name, values) if values else None
+
+
+def _check_header(path: Path, names: Sequence[str], found: Sequence[_Column]) -> None:
+    """Raise DataError where the names of the columns are the first row.
+
+    Then one of them is among the values below it. Only a table's numbered columns are called so.
+    """
+    if path.suffix.lower() not in (".csv", ".tsv") or names == [str(n) for n in range(len(names))]:
+        return
+    for own in found:
+        if own.name in own.values and own.distinct < len(own.values):
+            listed = ", ".join(short(name) for name in names[:3])
+            example = ",".join(["text", "label", "other"][: len(names)])
+            raise DataError(
+                f"{path}: its first line looks like a row, not like the names of columns: {listed}",
+                f"write their names on a line before it, for example {example}",
+            )
+
+
+def _texts(path: Path, left: Sequence[_Column], every: Sequence[_Column]) -> list[_Column]:
+    """Return the text column, or the two of a pair, of what is left of every column."""
+    by_name = {own.name.casefold(): own for own in left}
+    for pair in PAIRS:
+        if all(name in by_name and not by_name[name].is_values for name in pair):
+            return [by_name[name] for name in pair]
+    named = _named(left, TEXTS, "text", path)
+    if named is not None:
+        return [named]
+    texts = sorted((own for own in left if own.is_text), key=lambda own: -own.words)
+    if len(texts) > 1 and texts[0].words < LONGER * texts[1].words:
+        names = [own.name for own in texts]
+        raise DataError(
+            f"{path}: {_listed(names)} could each be the text",
+            f"give --text {_quoted(names[0])}, or both of a pair: "
+            f"--text {_quoted(names[0])} --text-pair {_quoted(names[1])}",
+        )
+    texts = texts or [own for own in left if own.numbers is None and not own.is_label]
+    if len(texts) == 1 or (texts and texts[0].is_text):
+        return texts[:1]
+    raise DataError(f"{path}: no column looks like the text", _name_it("text", every))
+
+
+def _named(left: Sequence[_Column], names: Sequence[str], what: str, path: Path) -> _Column | None:
+    """Return the column that is called as such columns are; raise DataError for several."""
+    found = {own.name.casefold(): own for own in left if own.name.casefold() in names}
+    sure = next((found[name] for name in SURE if name in found), None)
+    if sure is None and len(found) > 1:
+        raise DataError(
+            f"{path}: {_listed([own.name for own in found.values()])} could each be the {what}",
+            f"give --{what} with one of them",
+        )
+    return sure or next(iter(found.values()), None)
+
+
+def _only(found: Sequence[_Column], every: Sequence[_Column], path: Path) -> _Column:
+    """Return the one column that can be the label by what it holds."""
+    few = [own for own in found if not own.is_values] or found
+    if len(few) > 1:
+        raise DataError(
+            f"{path}: {_listed([own.name for own in few])} could each be the label",
+            "give --label with one of them",
+        )
+    if not few:
+        raise DataError(f"{path}: no column looks like the label", _name_it("label", every))
+    return few[0]
+
+
+def _kind(label: _Column) -> str:
+    if label.is_values:
+        return f"{label.distinct} different numbers: regression"
+    return f"{label.distinct} label{'s' if label.distinct > 1 else ''}"
+
+
+def _name_it(what: str, every: Sequence[_Column]) -> str:
+    names = ", ".join(short(own.name) for own in every[:20])
+    return f"name it with --{what}; columns found: {names}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [short(name) for name in names[:6]]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[\w.-]+", name) else short(name)

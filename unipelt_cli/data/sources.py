@@ -1,0 +1,241 @@
+"""Where labelled rows come from, and what each source is called in the manifest.
+
+The packaged demo, GLUE's directory layout, GLUE on the hub, files of the user's own and the
+user's own hub data set all end as one value, `Found`: the draw needs to know no more of them.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset
+
+from unipelt_cli.config.experiment import DataSettings
+from unipelt_cli.data.cells import Cells, as_number, encode_labelled, require
+from unipelt_cli.data.readers import read_cells
+from unipelt_cli.errors import DataError, reason, short
+from unipelt_cli.tasks import (
+    CLASSIFICATION_METRICS,
+    HUB_GLUE,
+    REGRESSION_METRICS,
+    Glue,
+    Packaged,
+    Task,
+    get_task,
+    own_metric,
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source offers before the draw: checked rows, by split; dev or test may lack."""
+
+    task: Task
+    source: dict[str, Any]
+    rows: Mapping[str, Dataset]
+    notes: tuple[str, ...] = ()
+    own: bool = False
+
+
+def find(settings: DataSettings) -> Found:
+    """Read the rows that `settings` name, wherever they are.
+
+    Raises DataError for a source that cannot be read or rows that cannot be used, and ConfigError
+    for an unknown task.
+    """
+    if settings.train_file:
+        return _own_files(settings, settings.train_file)
+    if settings.dataset:
+        return _own_hub(settings, settings.dataset)
+    task = get_task(settings.task or "")
+    if not isinstance(task.source, Glue):
+        return _packaged(task)
+    root = glue_root(settings)
+    if root is None:
+        return _glue_hub(task, task.source)
+    return _glue_directory(task, task.source, root)
+
+
+def glue_root(settings: DataSettings) -> Path | None:
+    """Return the directory to take a task of GLUE from; None if the rows are elsewhere."""
+    own = settings.train_file or settings.dataset
+    if own or not isinstance(get_task(settings.task or "").source, Glue):
+        return None
+    source = settings.source or os.environ.get("UNIPELT_DATA") or "hub"
+    return None if source == "hub" else Path(source)
+
+
+def with_metric(task: Task, metric: str | None) -> Task:
+    """Let another metric select the epochs; raise DataError for one of the other kind of task."""
+    if metric is None:
+        return task
+    possible = REGRESSION_METRICS if task.is_regression else CLASSIFICATION_METRICS
+    if metric not in possible:
+        kind = "regression" if task.is_regression else "classification"
+        hint = f"choose one of {', '.join(possible)}"
+        raise DataError(f"data.metric = {metric!r}: {task.name} is {kind}", hint)
+    also = (name for name in (task.metric, *task.also) if name != metric)
+    return replace(task, metric=metric, also=tuple(also))
+
+
+def _found(
+    task: Task, source: dict[str, Any], cells: Mapping[str, Cells], text: Sequence[str], label: str
+) -> Found:
+    rows = {split: encode_labelled(found, task, text, label) for split, found in cells.items()}
+    return Found(
+        task, source, rows, tuple(note for found in cells.values() for note in found.notes)
+    )
+
+
+def _packaged(task: Task) -> Found:
+    assert isinstance(task.source, Packaged)
+    folder = Path(__file__).parent / task.source.folder
+    cells = {split: read_cells(folder / f"{split}.tsv") for split in ("train", "test")}
+    source = {"kind": "packaged", "name": task.source.folder}
+    return _found(task, source, cells, task.text, "label")
+
+
+def _glue_directory(task: Task, glue: Glue, root: Path) -> Found:
+    header = isinstance(glue.label, str)
+    files = glue_files(task, root)
+    cells = {split: read_cells(path, header, published=True) for split, path in files.items()}
+    source = {"kind": "directory", "path": str(root)}
+    return _found(task, source, cells, [str(column) for column in glue.columns], str(glue.label))
+
+
+def glue_files(task: Task, root: Path) -> dict[str, Path]:
+    """Return where a task's splits lie in GLUE's layout; raise DataError without its folder."""
+    assert isinstance(task.source, Glue)
+    folder = _glue_folder(task.name, task.source.folder, root)
+    return {"train": folder / "train.tsv", "test": folder / f"{task.source.dev}.tsv"}
+
+
+def _glue_folder(name: str, folder: str, root: Path) -> Path:
+    """Find a task's folder by GLUE's name in any case, or by the task's."""
+    try:
+        found = sorted(path.name for path in root.iterdir() if path.is_dir())
+    except (OSError, ValueError) as error:
+        hint = "give a directory in GLUE's layout, one that `unipelt prepare` wrote, or 'hub'"
+        raise DataError(f"data source {str(root)!r}: {reason(error)}", hint) from error
+    for candidate in (folder, *found):
+        if candidate in found and candidate.casefold() in (folder.casefold(), name):
+            return root / candidate
+    listed = f"folders found: {', '.join(found)}" if found else "it holds no folders"
+    raise DataError(f"{root}: no folder {folder!r} for task {name}", listed)
+
+
+def _glue_hub(task: Task, glue: Glue) -> Found:
+    splits = _from_hub(HUB_GLUE, task.name, f"data.source = 'hub': {HUB_GLUE}:{task.name}")
+    cells = {
+        split: _hub_cells(f"{HUB_GLUE}:{task.name}, {theirs}", splits[theirs], glue.hub_columns)
+        for split, theirs in (("train", "train"), ("test", glue.hub_dev))
+    }
+    source = {"kind": "hub", "dataset": HUB_GLUE, "config": task.name}
+    return _found(task, source, cells, glue.hub_columns, "label")
+
+
+def _own_files(settings: DataSettings, train_file: str) -> Found:
+    text, label = _own_columns(settings)
+    paths = {"train": train_file, "dev": settings.dev_file, "test": settings.test_file}
+    named = {split: path for split, path in paths.items() if path}
+    cells = {split: read_cells(Path(path)) for split, path in named.items()}
+    task = _own_task(settings, Path(train_file).stem, text, cells["train"].labels(label))
+    source = {"kind": "files", **named, "text": list(text), "label": label}
+    return replace(_found(task, source, cells, text, label), own=True)
+
+
+def _own_hub(settings: DataSettings, dataset: str) -> Found:
+    """Take a hub data set's train split, and as test the first other one that is labelled."""
+    text, label = _own_columns(settings)
+    name, _, config = dataset.partition(":")
+    splits = _from_hub(name, config or None, f"data.dataset = {dataset!r}")
+    if "train" not in splits:
+        hint = f"splits found: {', '.join(splits)}"
+        raise DataError(f"data.dataset = {dataset!r}: no train split", hint)
+    cells = {"train": _hub_cells(f"{dataset}, train", splits["train"], text, label)}
+    for split in ("test", "validation"):
+        if "test" not in cells and split in splits and label in splits[split].column_names:
+            labelled = _hub_cells(f"{dataset}, {split}", splits[split], text, label)
+            cells |= {"test": labelled} if labelled.rows else {}
+    task = _own_task(settings, name.rpartition("/")[2], text, cells["train"].labels(label))
+    source = {"kind": "hub", "dataset": dataset, "text": list(text), "label": label}
+    return replace(_found(task, source, cells, text, label), own=True)
+
+
+def _own_columns(settings: DataSettings) -> tuple[tuple[str, ...], str]:
+    """Return the text columns and the label column that the user named."""
+    text, label = (settings.text or "", *filter(None, [settings.text_pair])), settings.label or ""
+    if len({*text, label}) <= len(text):
+        listed = ", ".join(map(short, (*text, label)))
+        hint = "give --text, --text-pair and --label different columns"
+        raise DataError(f"a column is named twice: {listed}", hint)
+    for column in text:
+        if column in ("label", "row"):
+            hint = "rename the column in the file"
+            raise DataError(f"text column {column!r}: unipelt needs this name itself", hint)
+    return text, label
+
+
+def _own_task(
+    settings: DataSettings, name: str, text: tuple[str, ...], values: Iterable[str]
+) -> Task:
+    """Build the task of the user's own rows; its labels are those of the train rows."""
+    found = set(values)
+    regression = settings.kind == "regression"
+    regression |= settings.kind == "auto" and _fractional(found)
+    labels = () if regression else _ordered(found)
+    metric = own_metric(labels)
+    possible = REGRESSION_METRICS if regression else CLASSIFICATION_METRICS
+    also = tuple(other for other in possible if other != metric)
+    return Task(settings.task or name, text, labels, metric, also)
+
+
+def _fractional(labels: Iterable[str]) -> bool:
+    """Say whether any label is a fraction: a word beside it is an error, not a class."""
+    numbers = [number for label in labels if (number := as_number(label)) is not None]
+    return any(math.isfinite(number) and not number.is_integer() for number in numbers)
+
+
+def _ordered(labels: Iterable[str]) -> tuple[str, ...]:
+    """Sort labels by value if all are integers, else as strings."""
+    try:
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
+    except ValueError:
+        return tuple(sorted(labels))
+
+
+def _from_hub(name: str, config: str | None, setting: str) -> dict[str, Dataset]:
+    """Load a data set of the hub, from its cache if it is there; any failure is a DataError."""
+    datasets.logging.set_verbosity_error()
+    try:
+        return dict(datasets.load_dataset(name, config))
+    except Exception as error:  # The libraries raise dozens of kinds here.
+        raise DataError(
+            f"{setting}: cannot be read ({type(error).__name__}: {reason(error)})",
+            "give files on disk with --source DIR or --train-file; "
+            "`unipelt train --task demo` works offline",
+        ) from error
+
+
+def _hub_cells(origin: str, rows: Dataset, text: Sequence[str], label: str = "label") -> Cells:
+    """Take the columns of a hub split; rows without a label are left out and counted."""
+    require(origin, (*text, label), rows.column_names)
+    table = rows.select_columns([*text, label]).with_format("arrow")[:]
+    values = Cells(origin, {label: table[label]}, range(len(rows))).column(label)
+    feature = rows.features[label]
+    if isinstance(feature, datasets.ClassLabel):
+        named = dict(enumerate(feature.names))
+        values = [named.get(value) for value in values]
+    elif all(value in (None, -1) for value in values):
+        values = [None] * len(values)
+    kept = [index for index, value in enumerate(values) if value is not None]
+    skipped = len(values) - len(kept)
+    notes = (f"{origin}: rows without a label left out: {skipped}",) if skipped else ()
+    taken = table.take(pa.array(kept, pa.int64()))
+    columns = {name: taken[name] for name in text} | {label: [values[index] for index in kept]}
+    return Cells(origin, columns, kept, published=True, notes=notes)

@@ -1,0 +1,1 @@
+"""A run written for other tools, loaded again by each and compared: one file a format."""

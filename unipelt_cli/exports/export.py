@@ -1,0 +1,106 @@
+"""Write a run in another tool's format, load it there, and check that it computes the same."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unipelt_cli.errors import RunError
+from unipelt_cli.exports import formats, model_card, parity
+from unipelt_cli.exports.parity import Job
+from unipelt_cli.files import atomic
+from unipelt_cli.models.build import Tuned
+from unipelt_cli.runs.run import Run
+
+
+class _TooFar(Exception):
+    """What was written computes something else: it must not stay."""
+
+
+def export(
+    run: Run,
+    tuned: Tuned,
+    to: str,
+    directory: Path,
+    *,
+    source: str | None = None,
+    tolerance: float | None = None,
+    part: str | None = None,
+    half: bool = False,
+    static: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a run's model to a new directory in a format of `targets`; return what was checked.
+
+    The parity compares this model with the written one, loaded by its own library in float32 on
+    the CPU, on 256 rows: the run's test rows where they are found at `source`. Where logits differ
+    by more than `tolerance` (the format's own unless given) nothing stays, and `written` is False.
+    `part` asks for one part of a union alone; `static` is what `make_static` said, for the card.
+    Raises RunError for a directory that exists and for a model that the format cannot hold: then
+    nothing is written.
+    """
+    target = formats.get(to)
+    if len(run.tasks) > 1:
+        raise RunError(
+            f"{run.directory}: trained on several tasks, and no other format holds their heads",
+            "train one task alone, with --task, and export that run",
+        )
+    atomic.refuse_existing(directory)  # before all the work
+    own = parity.copied(run, tuned)
+    job = Job(run, own, parity.find_rows(run, own, source), directory, part, half)
+    report: dict[str, Any] = {"format": to, "path": str(directory), "written": True}
+    if static is not None:
+        report["static"] = static
+    with _quiet():
+        write = target.plan(job)
+        try:
+            with atomic.new_directory(directory) as temporary:
+                written = write(temporary)
+                report |= {
+                    "parity": {**written.parity, "test_rows": job.rows.from_test},
+                    "tolerance": tolerance or written.tolerance,
+                    "notes": [*written.notes, *_notes(job, tuned)],
+                }
+                if not holds(report):
+                    raise _TooFar
+                model_card.write(job, report, written.snippet, temporary)
+                report["bytes"] = sum(path.stat().st_size for path in temporary.rglob("*"))
+        except _TooFar:
+            report["written"] = False
+    return report
+
+
+def holds(report: dict[str, Any]) -> bool:
+    """Say whether the written model computes the same, as far as was asked for."""
+    return bool(report["parity"]["max_abs_logit_diff"] <= report["tolerance"])
+
+
+def _notes(job: Job, tuned: Tuned) -> Iterator[str]:
+    if not job.rows.from_test:
+        yield "its test rows were not found again, so rows of random tokens were compared"
+    if tuned.precision != "fp32":
+        rows = job.rows.encoded
+        apart = parity.compare(rows, parity.padded(rows), job.tuned.classifier, tuned.classifier)
+        yield (
+            f"this run computes in {tuned.precision}, where its own logits differ from these by up "
+            f"to {apart['max_abs_logit_diff']:.2g}, and {apart['label_flips']} of "
+            f"{apart['rows']} labels do; the parity is that of float32"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' warnings and advice off the terminal: the checks here are stricter."""
+    names = ("adapters", "transformers", "torch.onnx", "onnxruntime")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,288 @@
+"""The model card of an export: what was trained, on what, how well, and what it is not.
+
+Names in it are strangers': they are shown as text, whatever Markdown they hold. No text of a row,
+no path and no time is in it: the same run gives the same card, but for last digits of measures.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+
+from unipelt_cli.backbones import pretrained
+from unipelt_cli.comparison import significance
+from unipelt_cli.comparison.weighted_metrics import weighted_metric
+from unipelt_cli.exports import formats
+from unipelt_cli.exports.parity import Job
+from unipelt_cli.files import atomic
+from unipelt_cli.gates.report import gates_of
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.runs.run import Run
+from unipelt_cli.system import network
+
+FILE = "README.md"
+MOST_LABELS = 20  # whose counts are listed one by one
+FEW_ROWS = 1000  # below so many train rows the card warns
+
+
+def write(job: Job, report: Mapping[str, Any], snippet: str, directory: Path) -> None:
+    """Write the card of a checked export as README.md of its folder."""
+    text = "\n".join(lines(job, report, snippet)) + "\n"
+    atomic.write(directory / FILE, text.encode())
+
+
+def lines(job: Job, report: Mapping[str, Any], snippet: str) -> Iterator[str]:
+    """Yield the card's lines."""
+    run, to = job.run, report["format"]
+    yield from _head(run, job.directory.name, formats.TARGETS[to].library, to)
+    yield f"{_kind(run)}, and exported as `{to}`."
+    yield from _section("Load it", ["```python", snippet, "```"])
+    yield from _section("Constant gates", _static(report.get("static")))
+    yield from _section("Scores", _scores(run))
+    yield from _section("Data", _data(run))
+    yield from _section("Protocol", _protocol(run))
+    yield from _section("Gates", _gates(job))
+    yield from _section("Parity", _parity(report))
+    yield from _section("Notes", [f"- {escaped(note)}" for note in report["notes"]])
+    yield from _section("Limits", [f"- {limit}" for limit in _limits(run)])
+
+
+def of_run(run: Run, repository: str) -> str:
+    """Return the card of a run that is published as it is."""
+    use = [
+        "```sh",
+        "pip install unipelt",
+        f"unipelt verify hub:{repository}",
+        f"echo 'some text' | unipelt predict hub:{repository} -",
+        "```",
+    ]
+    content = [*_head(run, repository, "unipelt"), f"{_kind(run)}.", *_section("Use it", use)]
+    if len(run.tasks) == 1:
+        content += _section("Scores", _scores(run))
+        content += _section("Data", _data(run))
+        content += _section("Protocol", _protocol(run))
+        content += _section("Limits", [f"- {limit}" for limit in _limits(run)])
+    else:
+        scores = run.result["test"].items()
+        rows = [[escaped(name), f"{value:.4f}"] for name, value in scores]
+        content += _section("Scores", _table(("metric", "test"), rows))
+    return "\n".join(content) + "\n"
+
+
+def _head(run: Run, name: str, library: str, *tags: str) -> Iterator[str]:
+    yield from ("---", _metadata(run, name, library, tags), "---", "")
+    task = ", ".join(escaped(own.name) for own in run.tasks)
+    yield f"# {task}: {run.experiment.method_name} on {escaped(_backbone(run))}"
+    yield ""
+
+
+def _kind(run: Run) -> str:
+    version = escaped(run.environment.get("unipelt", ""))
+    if len(run.tasks) > 1:
+        return f"{len(run.tasks)} tasks, a head each; trained by unipelt {version}"
+    kind = "Regression" if run.task.is_regression else f"Text classification, {_labels(run)}"
+    return f"{kind}; trained by unipelt {version} on {_rows(run, 'train')} rows"
+
+
+def _backbone(run: Run) -> str:
+    return pretrained.public_name(run.environment["backbone"]["name"])
+
+
+def escaped(text: object) -> str:
+    """Return somebody's text as one line that Markdown shows as it is."""
+    line = re.sub(r"([\\`*_{}\[\]#!|~$])", r"\\\1", _one_line(text))
+    # Nor do a bare address or tag become one.
+    return re.sub(r"[&<>@]|:(?=//)|(?<=www)\.", lambda own: f"&#{ord(own[0])};", line)
+
+
+def _one_line(text: object) -> str:
+    """Return somebody's text without line breaks, and without marks that turn it around."""
+    return "".join(own for own in " ".join(str(text).split()) if own.isprintable())
+
+
+def _metadata(run: Run, name: str, library: str, tags: Sequence[str]) -> str:
+    """Return the YAML that the hub reads."""
+    own = run.environment["backbone"]["name"]
+    is_public = network.names_hub(own) or _backbone(run) != Path(own).name
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=_one_line(run.task.name),
+            dataset_name=_one_line(run.task.name),
+            dataset_split="test",
+            metric_type=metric,
+            metric_value=round(float(value), 4),
+        )
+        for metric, value in run.result["test"].items()
+    ]
+    data = ModelCardData(
+        base_model=_backbone(run) if is_public else None,
+        pipeline_tag="text-classification",
+        library_name=library or None,
+        tags=["unipelt", run.experiment.method_name, *tags],
+        model_name=_one_line(name),
+        eval_results=results,
+    )
+    return data.to_yaml().strip()
+
+
+def _section(title: str, content: Sequence[str] | Iterator[str]) -> Iterator[str]:
+    """Yield a section, unless there is nothing in it."""
+    if own := list(content):
+        yield from ("", f"## {title}", "", *own)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def _labels(run: Run) -> str:
+    names = ", ".join(map(escaped, run.task.labels[:MOST_LABELS]))
+    return f"{len(run.task.labels)} labels ({names}{', …' * (len(run.task.labels) > MOST_LABELS)})"
+
+
+def _splits(run: Run) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], run.environment["data"]["splits"])
+
+
+def _rows(run: Run, split: str) -> str:
+    return f"{_splits(run)[split]['rows']:,}"
+
+
+def _scores(run: Run) -> Iterator[str]:
+    """Yield the scores, on test with the interval of rows drawn anew."""
+    answers = run.predictions()
+    rows = []
+    for name, value in run.result["test"].items():
+        between = ""
+        if answers is not None:
+            predicted, expected = answers
+            metric = weighted_metric(replace(run.task, metric=name))
+            sample = significance.Sample(expected, predicted[None], metric)
+            low, high = significance.bootstrap_interval([sample], np.random.default_rng(0))
+            between = f"{low:.4f} to {high:.4f}"
+        rows.append([name, f"{run.result['dev'][name]:.4f}", f"{value:.4f}", between])
+    yield from _table(("metric", "dev", "test", "95 % of test rows drawn anew"), rows)
+    yield ""
+    yield "The interval is that of the test rows; of one run nothing shows what another seed gives."
+
+
+def _static(report: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield what became of the gates and of submodules that were left out."""
+    if report is None:
+        return
+    dropped = ", ".join(report["dropped"]) or "none"
+    yield (
+        "Every gate of the run is a constant here, its mean over the train rows. Left out, as "
+        f"dev did not miss them: {dropped}. All of it could cost {report['cost']:g} of dev "
+        f"{report['metric']}. The scores below are those of the run, before."
+    )
+    yield ""
+    rows = [
+        [name, *(f"{report[key][when]:{form}}" for when in ("before", "after"))]
+        for name, key, form in (
+            (f"dev {report['metric']}", "dev", ".4f"),
+            (f"test {report['metric']}", "test", ".4f"),
+            ("numbers stored", "stored_parameters", ",.0f"),
+        )
+    ]
+    yield from _table(("", "before", "after"), rows)
+
+
+def _data(run: Run) -> Iterator[str]:
+    """Yield what the rows are: their source, counts and hashes."""
+    data = run.environment["data"]
+    source = data["source"]
+    named = f" ({escaped(source['name'])})" if isinstance(source.get("name"), str) else ""
+    yield f"Source: {escaped(source.get('kind', 'unknown'))}{named}. Text columns: " + (
+        f"{', '.join(map(escaped, run.task.text))}."
+    )
+    yield ""
+    splits = _splits(run)
+    rows = [
+        [name, f"{own['rows']:,}", _sha256(own["row_ids"]), own["digest"][:12]]
+        for name, own in splits.items()
+    ]
+    yield from _table(("split", "rows", "sha256 of the row ids", "sha256 of the rows"), rows)
+    if 0 < len(run.task.labels) <= MOST_LABELS:
+        yield ""
+        counts = [
+            [escaped(label), *(f"{own['labels'][label]:,}" for own in splits.values())]
+            for label in run.task.labels
+        ]
+        yield from _table(("label", *splits), counts)
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def _protocol(run: Run) -> Iterator[str]:
+    result, model = run.result, run.experiment.model
+    k = "all" if result["k"] is None else f"{result['k']:,}"
+    fingerprint = run.environment["backbone"]["fingerprint"][:12]
+    yield f"- backbone {escaped(_backbone(run))}, fingerprint {fingerprint}"
+    yield f"- k = {k} train rows, drawn by data seed {result['data_seed']}; seed {result['seed']}"
+    yield f"- rows cut to {model.max_length} tokens, {result['pooling']} pooling"
+    yield (
+        f"- the best of {result['epochs']} epochs by {result['metric']} on dev "
+        f"(epoch {result['best_epoch']}); test was scored once, after training"
+    )
+    yield f"- {result['stored_parameters']:,} numbers stored beside the backbone and the head"
+
+
+def _gates(job: Job) -> Iterator[str]:
+    """Yield how far each gate opens, the mean over the rows compared; nothing without gates."""
+    count, encoded = job.rows.from_test, job.rows.encoded
+    if count:  # made-up rows open them otherwise
+        types = encoded.types and encoded.types[:count]
+        encoded = Encoded(encoded.ids[:count], types, encoded.pad_id, encoded.pad_to)
+    layers = gates_of(job.tuned, encoded)
+    if not layers:
+        return
+    kind = "test rows of the parity check" if count else "made-up rows of the parity check"
+    yield f"How far each opens, from 0 to 1: the mean over the {kind}."
+    yield ""
+    names = list(dict.fromkeys(name for layer in layers for name in layer))
+    rows = [
+        [str(place), *(f"{float(own[n].mean()):.2f}" if n in own else "" for n in names)]
+        for place, own in enumerate(layers)
+    ]
+    yield from _table(("layer", *names), rows)
+
+
+def _parity(report: Mapping[str, Any]) -> Iterator[str]:
+    parity = report["parity"]
+    drawn = parity["rows"] - parity["test_rows"]
+    yield (
+        f"The written files, loaded by their own library in float32 on a CPU, against the run: "
+        f"logits differ by {parity['max_abs_logit_diff']:.1e} at most and "
+        f"{parity['mean_abs_logit_diff']:.1e} on average, {parity['label_flips']} labels differ, "
+        f"over {parity['rows']} rows ({parity['test_rows']} of the test split, {drawn} made up). "
+        f"Allowed: {report['tolerance']:g}."
+    )
+
+
+def _limits(run: Run) -> Iterator[str]:
+    """Yield what the card's reader must not expect."""
+    splits = _splits(run)
+    if run.result["collapsed"]:
+        yield "**Collapsed**: it gives all test rows one answer. Do not use it."
+    if splits["train"]["rows"] < FEW_ROWS:
+        yield f"It saw {_rows(run, 'train')} labelled rows; expect rows unlike these to go wrong."
+    unseen = [label for label in run.task.labels if not splits["train"]["labels"][label]]
+    if unseen:
+        yield f"It saw no row of {', '.join(map(escaped, unseen))}."
+    if any(run.environment["data"].get("leakage", {}).values()):
+        yield "Some rows are in two splits: the scores flatter it."
+    yield "Its language is that of the rows, which nobody checked."
+    yield "Its probabilities were not calibrated, nor was their calibration measured."
+    yield "What bias the backbone or the rows bring was not measured."

@@ -1,0 +1,166 @@
+"""A run as one ONNX file, submodules and head in it, which ONNX Runtime runs without PyTorch.
+
+Traced by torch's older exporter: the newer one (torch.export) took ten to thirty times as long on
+the same models, and its bart computed something else for other lengths than the traced one.
+What a trace bakes in by mistake is found by comparing on other sizes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unipelt_cli.errors import RunError
+from unipelt_cli.exports.parity import (
+    CPU,
+    TOLERANCE,
+    Job,
+    Writer,
+    Written,
+    compare,
+    labelled_config,
+    padded,
+)
+from unipelt_cli.files import atomic
+from unipelt_cli.models.batches import Encoded
+
+MODEL, CONFIG, TOKENIZER = "model.onnx", "config.json", "tokenizer.json"
+OPSET = 18
+HALF_TOLERANCE = 0.05
+"""In float16 trained runs were off by 0.002 to 0.02, with no label changed by it alone."""
+TRACED = (0, 1)  # rows
+
+
+class _Graph(nn.Module):
+    """A classifier that takes its inputs by place, as a graph does."""
+
+    def __init__(self, classifier: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.classifier, self.names = classifier, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(**dict(zip(self.names, tensors, strict=True)))
+        return logits
+
+
+def plan(job: Job) -> Writer:
+    """Return what writes the whole model, however its method works; the comparison decides."""
+    return lambda directory: _write(job, directory)
+
+
+def _write(job: Job, directory: Path) -> Written:
+    rows = job.rows.encoded
+    inputs = rows.batch(TRACED, CPU)
+    path = directory / MODEL
+    _trace(job, inputs, path)
+    if job.half:
+        _halve(path)
+    longest = job.run.experiment.model.max_length
+    _write_tokenizer(job, longest, directory)
+    settings = json.loads(labelled_config(job.run, job.tuned).to_json_string())
+    atomic.write_json(directory / CONFIG, settings | {"max_length": longest})
+    session = _session(path)
+
+    def theirs(**batch: Tensor) -> Tensor:
+        feeds = {name: tensor.numpy() for name, tensor in batch.items()}
+        return torch.from_numpy(session.run(None, feeds)[0])
+
+    every = _with_edges(rows, longest)
+    parity = compare(every, padded(every), job.tuned.classifier, theirs)
+    return Written(
+        parity,
+        [f"{path.stat().st_size / 1e6:,.1f} MB, inputs {', '.join(inputs)}"],
+        _snippet(job),
+        HALF_TOLERANCE if job.half else TOLERANCE,
+    )
+
+
+def _trace(job: Job, inputs: dict[str, Tensor], path: Path) -> None:
+    """Write the graph of one pass; batch and length stay open."""
+    names = list(inputs)
+    traced = job.copy(hasten=False).classifier.eval()
+    axes = {name: {0: "batch", 1: "length"} for name in names}
+    try:
+        with torch.no_grad():
+            torch.onnx.export(
+                _Graph(traced, names),
+                tuple(inputs.values()),
+                str(path),
+                input_names=names,
+                output_names=["logits"],
+                dynamic_axes={**axes, "logits": {0: "batch"}},
+                opset_version=OPSET,
+                dynamo=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0][:200]
+        raise RunError(
+            f"{job.run.directory}: its forward pass cannot be written as ONNX ({line})",
+            "export another method, or use another format",
+        ) from None
+
+
+def _halve(path: Path) -> None:
+    """Write a graph's numbers as float16; what goes in and comes out keeps its kind."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+
+
+def _write_tokenizer(job: Job, longest: int, directory: Path) -> None:
+    """Write the tokenizer with the run's way to cut and to pad in it, for use without us."""
+    tokenizer = job.tuned.pretrained.load_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    tokenizer.save_pretrained(directory)
+    backend.enable_truncation(longest)
+    backend.enable_padding(
+        pad_id=job.rows.encoded.pad_id,
+        pad_token=tokenizer.pad_token,
+        length=job.rows.encoded.pad_to,
+    )
+    atomic.write(directory / TOKENIZER, backend.to_str(pretty=True).encode())
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # of float16 it warns that a CPU has no kernel to fold it with
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _with_edges(rows: Encoded, longest: int) -> Encoded:
+    """Add a row of one token, of two, and of as many as a row may have."""
+    ids = [[*rows.ids[0]] * -(-count // len(rows.ids[0])) for count in (1, 2, longest)]
+    edges = [own[:count] for own, count in zip(ids, (1, 2, longest), strict=True)]
+    types = None if rows.types is None else [*rows.types, *([0] * len(own) for own in edges)]
+    return Encoded([*rows.ids, *edges], types, rows.pad_id, rows.pad_to)
+
+
+def _snippet(job: Job) -> str:
+    task = job.run.task
+    rows = '["a row", "another"]' if len(task.text) == 1 else '[("one", "other"), ("a", "b")]'
+    answer = "logits[:, 0]"
+    if task.labels:
+        answer = '[config["id2label"][str(place)] for place in logits.argmax(axis=1)]'
+    return f"""\
+# pip install onnxruntime tokenizers numpy; folder is the path of the one with this card
+import json
+from pathlib import Path
+import numpy
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder, rows = {job.directory.name!r}, {rows}
+config = json.loads(Path(folder, "{CONFIG}").read_text(encoding="utf-8"))
+tokenizer = Tokenizer.from_file(f"{{folder}}/{TOKENIZER}")
+session = onnxruntime.InferenceSession(f"{{folder}}/{MODEL}")
+read = tokenizer.encode_batch(rows)
+feeds = {{"input_ids": [row.ids for row in read], "token_type_ids": [row.type_ids for row in read]}}
+feeds["attention_mask"] = [row.attention_mask for row in read]
+names = [own.name for own in session.get_inputs()]
+logits = session.run(None, {{name: numpy.array(feeds[name]) for name in names}})[0]
+print({answer})"""

@@ -1,0 +1,150 @@
+"""What each submodule is worth: the score that is lost where it is closed.
+
+An open gate says that a submodule takes part, not that the answer needs it.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from unipelt_cli.errors import ConfigError
+from unipelt_cli.methods.unipelt.method import closed, places
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.build import Tuned
+from unipelt_cli.models.evaluation import (
+    Gates,
+    compute_with_gates,
+    encode_rows,
+    predictions,
+    references,
+)
+from unipelt_cli.runs.run import Run
+from unipelt_cli.tasks import Values, lost
+
+LAST = ("adapter", "parallel")
+OPEN = 0.5  # a gate whose mean is at least this much says that its submodule takes part
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What closing one submodule costs, in one layer or (`layer` None) in all of them."""
+
+    layer: int | None
+    part: str
+    gate: float | None  # its mean over rows; None where nothing is gated
+    score: float
+    lost: float  # below 0 where the score rose
+    flips: int | None  # rows whose label changed; None in regression
+
+
+class Ablation:
+    """One task's rows, passed through a run's model whole and with submodules closed."""
+
+    def __init__(self, run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> None:
+        self.tuned, self.task, self.place = tuned, run.tasks[place], place
+        columns = [rows[column] for column in self.task.text]
+        self.encoded: Encoded = encode_rows(tuned, columns, run.experiment.model.max_length)
+        self.references = references(rows)
+        self.places = places(tuned.classifier.backbone)
+        parts = dict.fromkeys(part for _, part in self.places)
+        self.parts = sorted(parts, key=LAST.__contains__)  # in the order in which they act
+        self.whole, self.gates = self._pass()
+        self.score = self._score(self.whole)
+
+    @property
+    def passes(self) -> int:
+        """How many passes over the rows `losses` takes."""
+        return len(self.parts) + len(self.places)
+
+    def losses(self) -> Iterator[Loss]:
+        """Close each submodule in all layers, then in one layer at a time."""
+        for part in self.parts:
+            everywhere = [place for place in self.places if place[1] == part]
+            yield self._loss(None, part, everywhere)
+        for layer, part in sorted(self.places, key=lambda own: (own[0], own[1] in LAST)):
+            yield self._loss(layer, part, [(layer, part)])
+
+    def _loss(self, layer: int | None, part: str, resting: Collection[tuple[int, str]]) -> Loss:
+        with closed(self.tuned.classifier.backbone, resting):
+            predicted, _ = self._pass()
+        score = self._score(predicted)
+        worse = lost(self.task.metric, self.score, score)
+        changed = int(np.sum(predicted != self.whole))
+        flips = None if self.task.is_regression else changed
+        return Loss(layer, part, self._gate(layer, part), round(score, 6), round(worse, 6), flips)
+
+    def _pass(self) -> tuple[Values, Gates]:
+        logits, gates = compute_with_gates(self.tuned, self.encoded, self.place)
+        return predictions(self.task, logits), gates
+
+    def _score(self, predicted: Values) -> float:
+        return self.task.score(predicted, self.references)[self.task.metric]
+
+    def _gate(self, layer: int | None, part: str) -> float | None:
+        """Return the mean of a part's gates: LoRA may have two; one module may serve all layers."""
+        modules = 1 + max(own for own, _ in self.places)
+        if layer is None or (modules == 1 and len(self.gates) > 1):
+            chosen = self.gates
+        elif len(self.gates) == modules:
+            chosen = [self.gates[layer]]
+        else:  # several modules are called several times each: whose gate is whose is not recorded
+            return None
+        found = [
+            float(values.mean())
+            for own in chosen
+            for name, values in own.items()
+            if name == part or name.startswith(f"{part}_")
+        ]
+        return round(fmean(found), 6) if found else None
+
+
+def refuse(run: Run) -> None:
+    """Raise ConfigError for a run whose method is no union of submodules."""
+    if not run.experiment.method.submodules:
+        raise ConfigError(
+            f"--ablate: method {run.experiment.method_name!r} is no union of submodules",
+            "drop it, or train a union, such as unipelt-apl",
+        )
+
+
+def summary(ablation: Ablation, losses: Sequence[Loss]) -> dict[str, Any]:
+    """Return as values for JSON what was lost, by layer and in all of them, and what that says."""
+    layers: dict[int, dict[str, Any]] = {}
+    for loss in losses:
+        if loss.layer is not None:
+            layers.setdefault(loss.layer, {"layer": loss.layer})[loss.part] = _said(loss)
+    return {
+        "metric": ablation.task.metric,
+        "score": round(ablation.score, 6),
+        "all": {loss.part: _said(loss) for loss in losses if loss.layer is None},
+        "layers": list(layers.values()),
+        "says": verdict(losses),
+    }
+
+
+def _said(loss: Loss) -> dict[str, Any]:
+    return {key: value for key, value in asdict(loss).items() if key not in ("layer", "part")}
+
+
+def verdict(losses: Sequence[Loss]) -> str:
+    """Say in one line which submodule the score needs most, and which are open for nothing."""
+    single = [loss for loss in losses if loss.layer is not None]
+    most = max(single, key=lambda loss: loss.lost)
+    needed = f"needed most: {_name(most)}" if most.lost > 0 else "no submodule is needed alone"
+    gated = any(loss.gate is not None for loss in single)
+    idle = [loss for loss in single if loss.lost <= 0 and (not gated or (loss.gate or 0.0) >= OPEN)]
+    if not idle:
+        return f"{needed}; {'every open one is needed' if gated else 'every one is needed'}"
+    first = max(idle, key=lambda loss: (loss.gate or 0.0, -loss.lost))
+    what = "open but not needed" if gated else "not needed"
+    return f"{needed}; {what}: {len(idle)} of {len(single)}, such as {_name(first)}"
+
+
+def _name(loss: Loss) -> str:
+    costs = f"costs {round(loss.lost, 3) + 0.0:.3f}"
+    gate = "" if loss.gate is None else f"gate {loss.gate:.2f}, "
+    return f"layer {loss.layer} {loss.part} ({gate}{costs})"

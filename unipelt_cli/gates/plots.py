@@ -1,0 +1,137 @@
+"""A run's gates as pictures: heatmaps of layers x submodules, and lines over epochs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import isnan, nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unipelt_cli.comparison.plot import MARKERS
+from unipelt_cli.files import atomic
+from unipelt_cli.gates.report import Layers, gate_names, over_layers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Answer = Mapping[str, Any]
+COLUMN, ROW = 0.95, 0.32  # inches, of a cell
+MARGIN_WIDTH, MARGIN_HEIGHT = 1.1, 1.1
+ACROSS = 4  # panels in a row
+COLOURS = "cividis"  # the same for those who see red and green alike, and in grey
+LINES = ("#0072b2", "#b34a00", "#00785a", "#a3487a", "#6b5b00")
+LEAST_LOSS = 0.01  # what the darkest cell of an ablation loses at least
+
+
+def plot_layers(layers: Layers, title: str, path: Path) -> None:
+    """Draw the gates' means, layers upwards."""
+    _plot_panels([("", layers)], title, path)
+
+
+def plot_classes(classes: Sequence[Answer], title: str, path: Path) -> None:
+    """Draw the gates' means, a panel for each class."""
+    _plot_panels(
+        [(f"{own['class']}, {own['rows']} rows", own["layers"]) for own in classes], title, path
+    )
+
+
+def plot_ablation(ablation: Answer, title: str, path: Path) -> None:
+    """Draw the score lost where a submodule is closed, in one layer or (at the foot) in all."""
+    rows = [{"layer": "all", **ablation["all"]}, *ablation["layers"]]
+    names = list(ablation["all"])
+    values = [[own[name]["lost"] if name in own else nan for name in names] for own in rows]
+    most = max(LEAST_LOSS, *(value for row in values for value in row if not isnan(value)))
+    with _figure(path, *_size(len(names), len(rows))) as figure:
+        axes = figure.subplots()
+        _heatmap(axes, values, names, [str(own["layer"]) for own in rows], 0.0, most, 3)
+        figure.suptitle(_title(title), fontsize=9, parse_math=False)
+        figure.colorbar(axes.images[0], ax=axes, label=f"{ablation['metric']} lost")
+
+
+def plot_epochs(epochs: Sequence[Answer], title: str, path: Path) -> None:
+    """Draw each gate's mean over layers after each epoch; the best epoch is a line."""
+    shown = [(own["epoch"], over_layers(own["layers"])) for own in epochs if own["layers"]]
+    with _figure(path, 6.4, 3.8) as figure:
+        axes = figure.subplots()
+        for number, name in enumerate(gate_names([means for _, means in shown])):
+            at = [(epoch, means[name]) for epoch, means in shown if name in means]
+            every = max(1, len(at) // 10)  # in grey, markers tell the lines apart
+            marker, colour = MARKERS[number % len(MARKERS)], LINES[number % len(LINES)]
+            where = zip(*at, strict=True)
+            axes.plot(*where, marker=marker, color=colour, markevery=every, label=name)
+        for best in (own["epoch"] for own in epochs if own["is_best"]):
+            axes.axvline(best, color="0.5", linestyle=":", label="best epoch")
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("gate, mean over layers and dev rows")
+        axes.legend(frameon=False)
+        axes.set_title(_title(title), fontsize=9, parse_math=False)
+
+
+def _plot_panels(panels: Sequence[tuple[str, Layers]], title: str, path: Path) -> None:
+    names = gate_names(panels[0][1])
+    across = min(ACROSS, len(panels))
+    down = -(-len(panels) // across)
+    width, height = _size(len(names), len(panels[0][1]))
+    with _figure(path, width * across + 0.6, height * down + 0.4) as figure:
+        grid = figure.subplots(down, across, squeeze=False).flatten()
+        for axes, (label, layers) in zip(grid, panels, strict=False):
+            means = [[own[n]["mean"] if n in own else nan for n in names] for own in layers]
+            _heatmap(axes, means, names, [str(own["layer"]) for own in layers], 0.0, 1.0, 2)
+            axes.set_title(_plain(label), fontsize=9, parse_math=False)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        figure.suptitle(_title(title), fontsize=9, parse_math=False)
+        figure.colorbar(grid[0].images[0], ax=list(grid), label="mean gate")
+
+
+def _heatmap(
+    axes: "Axes",
+    values: Sequence[Sequence[float]],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    least: float,
+    most: float,
+    digits: int,
+) -> None:
+    """Draw values as cells with their numbers in them; nan is an empty one."""
+    axes.imshow(values, vmin=least, vmax=most, cmap=COLOURS, aspect="auto", origin="lower")
+    axes.set_xticks(range(len(columns)), list(columns), fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_ylabel("layer", fontsize=8)
+    for row, own in enumerate(values):
+        for column, value in enumerate(own):
+            shade = "white" if value < least + 0.45 * (most - least) else "black"
+            shown = "" if isnan(value) else f"{round(value, digits) + 0.0:.{digits}f}"
+            axes.text(column, row, shown, ha="center", va="center", color=shade, fontsize=8)
+
+
+def _size(columns: int, rows: int) -> tuple[float, float]:
+    return COLUMN * columns + MARGIN_WIDTH, ROW * rows + MARGIN_HEIGHT
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
+    """Give a figure to draw in; it is written whole, or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(width, height), layout="constrained")
+    try:
+        yield figure
+        with atomic.replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150)
+    finally:
+        pyplot.close(figure)
+
+
+def _title(text: str) -> str:
+    """Put a run's name on a line of its own: a picture may be narrow."""
+    return "\n".join(map(_plain, text.split(", ", 1)))
+
+
+def _plain(text: str) -> str:
+    """Leave out what has no picture."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,0 +1,211 @@
+"""A gated run without gates: each a constant, and without the submodules that dev does not miss.
+
+A gate that is a number is a factor on weights, so the result costs less and merges further.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+
+from unipelt_cli.errors import CheckError, RunError
+from unipelt_cli.exports import parity
+from unipelt_cli.gates.report import inspect
+from unipelt_cli.methods.base import Method
+from unipelt_cli.methods.unipelt.constant_gates import with_constant_gates, without
+from unipelt_cli.methods.unipelt.method import Submodules, closed, places
+from unipelt_cli.models import build
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.build import Tuned
+from unipelt_cli.models.evaluation import compute_logits, encode_rows, predictions, references
+from unipelt_cli.runs.run import Run
+from unipelt_cli.tasks import Values, lost
+
+COST = 0.01
+ROUNDS = 5  # of timing
+Place = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Static:
+    """The ungated run and its model, in float32 on the CPU, and what the change cost."""
+
+    run: Run
+    tuned: Tuned
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Encoded rows of one split, scored by the run's own metric."""
+
+    run: Run
+    rows: Encoded
+    labels: Values
+
+    def score(self, tuned: Tuned) -> float:
+        task = self.run.task
+        predicted = predictions(task, compute_logits(tuned, self.rows))
+        return task.score(predicted, self.labels)[task.metric]
+
+    def lost(self, before: float, tuned: Tuned) -> float:
+        """Return how much worse than `before` a model scores."""
+        return lost(self.run.task.metric, before, self.score(tuned))
+
+
+def make_static(
+    run: Run,
+    tuned: Tuned,
+    rows: Callable[[str], Dataset],
+    *,
+    cost: float = COST,
+    only: Collection[str] | None = None,
+) -> Static:
+    """Replace every gate by its mean over train, and drop what dev does not miss.
+
+    `rows` gives a split; `cost` is the dev score that all of it may take; `only` names the parts
+    that may stay at all. Submodules go in the order of what each alone costs, as many as stay
+    within `cost` together, but never all. Raises RunError for a run without gates, CheckError
+    where the cost is higher.
+    """
+    method = _gated(run, tuned)
+    gated = _rebuilt(run, tuned, method, method.fold(tuned.classifier.backbone))
+    gates = _means(run, gated, rows("train"))
+    folded = method.fold(gated.classifier.backbone)
+    ungated, stored = with_constant_gates(method, folded, gates)
+    constant = _rebuilt(run, tuned, ungated, stored)
+    dev, test = (_split(run, gated, rows(name)) for name in ("dev", "test"))
+    before = dev.score(gated)
+    there = places(constant.classifier.backbone)
+    forced = [place for place in there if only is not None and place[1] not in only]
+    if len(forced) == len(there):
+        raise RunError(
+            f"{run.directory}: the format holds nothing of its {' and '.join(ungated.parts)}",
+            "choose one that does, such as --to adapters or --to onnx",
+        )
+    free = [] if only is not None else there  # such a format gains nothing by a layer's less
+    costs, dropped = _droppable(dev, before, constant, forced, free, cost)
+    final, kept = without(ungated, stored, dropped, len(gates))
+    pruned = _rebuilt(run, tuned, final, kept)
+    changed = _with_method(run, final)
+    sizes = [one.parameter_counts()["stored_parameters"] for one in (gated, pruned)]
+    pair = ((run, gated), (changed, pruned))
+    plain = [parity.copied(*own, hasten=False) for own in pair]  # as other tools compute them
+    report = {
+        "cost": cost,
+        "gates": [{"layer": layer, **own} for layer, own in enumerate(gates)],
+        "costs": [{"layer": n, "part": part, "cost": lost} for (n, part), lost in costs.items()],
+        "dropped": [f"{part}.{n}" for part, n in sorted((part, n) for n, part in dropped)],
+        "metric": run.task.metric,
+        "dev": _change(before, dev.score(pruned)),
+        "test": _change(test.score(gated), test.score(pruned)),
+        "stored_parameters": _change(*sizes),
+        "rows_per_second": _change(*_speeds(dev.rows, plain)),
+    }
+    return Static(changed, pruned, report)
+
+
+def _gated(run: Run, tuned: Tuned) -> Submodules:
+    if len(run.tasks) > 1:
+        raise RunError(
+            f"{run.directory}: trained on several tasks, whose gates differ",
+            "train one task alone, with --task",
+        )
+    if not isinstance(tuned.method, Submodules) or not tuned.method.gated:
+        raise RunError(
+            f"{run.directory}: method {run.experiment.method_name!r} has no gates",
+            "leave --static-gates out",
+        )
+    return tuned.method
+
+
+def _means(run: Run, tuned: Tuned, rows: Dataset) -> list[dict[str, float]]:
+    layers = inspect(run, tuned, rows).gates
+    sites: Any = tuned.classifier.backbone.get_submodule("submodules.layers")
+    if len(layers) != len(sites):
+        raise RunError(
+            f"{run.directory}: layers of its backbone share their weights, but not their gates",
+            "train on a backbone whose layers have weights of their own, such as a bert",
+        )
+    return [{name: float(values.mean()) for name, values in gates.items()} for gates in layers]
+
+
+def _split(run: Run, tuned: Tuned, rows: Dataset) -> _Split:
+    columns = [rows[column] for column in run.task.text]
+    encoded = encode_rows(tuned, columns, run.experiment.model.max_length)
+    return _Split(run, encoded, references(rows))
+
+
+def _droppable(
+    dev: _Split,
+    before: float,
+    tuned: Tuned,
+    forced: Sequence[Place],
+    free: Sequence[Place],
+    most: float,
+) -> tuple[dict[Place, float], list[Place]]:
+    """Return what each place alone costs, and which go; those that are forced to go first."""
+
+    def without_these(places: Collection[Place]) -> float:
+        with closed(tuned.classifier.backbone, places):
+            return dev.lost(before, tuned)
+
+    if (constant := without_these([])) > most:
+        raise _too_dear(dev, "constant gates alone cost", constant, most)
+    if forced and (taken := without_these(forced)) > most:
+        parts = " and ".join(sorted({part for _, part in forced}))
+        raise _too_dear(dev, f"going without {parts} costs", taken, most)
+    costs = {place: without_these([place]) for place in free}
+    order = sorted(free, key=lambda place: costs[place])
+    fits, beyond = 0, len(order)  # all of them are never dropped
+    while beyond - fits > 1:
+        middle = (fits + beyond) // 2
+        if without_these([*forced, *order[:middle]]) <= most:
+            fits = middle
+        else:
+            beyond = middle
+    return costs, [*forced, *order[:fits]]
+
+
+def _too_dear(dev: _Split, what: str, lost: float, most: float) -> CheckError:
+    return CheckError(
+        f"{dev.run.directory}: {what} {lost:.4f} of dev {dev.run.task.metric}, more than {most:g}",
+        "nothing was written: allow more with --cost, or export it with its gates",
+    )
+
+
+def _with_method(run: Run, method: Method) -> Run:
+    """Return the run as if it had been trained with this method, in float32 on the CPU."""
+    experiment = run.experiment.replace("method", **dataclasses.asdict(method))
+    experiment = experiment.replace("train", device="cpu", precision="fp32")
+    return dataclasses.replace(run, experiment=experiment)
+
+
+def _rebuilt(run: Run, tuned: Tuned, method: Method, stored: Mapping[str, Tensor]) -> Tuned:
+    """Build a model of the run's head and backbone with another method's tensors."""
+    experiment = _with_method(run, method).experiment
+    rebuilt = build.build(experiment, run.task.outputs, tuned.pretrained, folded=True)
+    own = {f"backbone.{name}" for name in tuned.method.fold(tuned.classifier.backbone)}
+    others = {name: tensor for name, tensor in tuned.stored().items() if name not in own}
+    rebuilt.load(others | {f"backbone.{name}": tensor for name, tensor in stored.items()})
+    return rebuilt
+
+
+def _change(before: float, after: float) -> dict[str, float]:
+    return {"before": before, "after": after}
+
+
+def _speeds(rows: Encoded, models: Sequence[Tuned]) -> list[float]:
+    """Return the rows a second of each model, measured in turns."""
+    seconds: list[list[float]] = [[] for _ in models]
+    for _ in range(ROUNDS):
+        for own, tuned in zip(seconds, models, strict=True):
+            start = time.perf_counter()
+            compute_logits(tuned, rows)
+            own.append(time.perf_counter() - start)
+    return [len(rows) / median(own) for own in seconds]

@@ -1,0 +1,319 @@
+"""A small network beside the frozen backbone: what trains never sends a gradient through it.
+
+Shapes: batch B, tokens T, hidden D, side width W.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from unipelt_cli.backbones.architectures import Layout
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, new_linear, refuse_unusual_layers
+
+TEMPERATURE = 0.1  # of the ladder's gates
+NARROWEST = 8
+_READERS = ("query", "key", "value", "intermediate")  # their columns are hidden units
+_WRITERS = ("attention_output", "output")  # their rows are
+
+
+class SideLayer(nn.Module):
+    """A narrow layer of BERT's kind; its units are named as `Layout` names the backbone's."""
+
+    def __init__(
+        self, width: int, inner: int, heads: int, dropout: float, generator: Generator
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = new_linear(width, width, generator)
+        self.key = new_linear(width, width, generator)
+        self.value = new_linear(width, width, generator)
+        self.attention_output = new_linear(width, width, generator)
+        self.attention_norm = nn.LayerNorm(width)
+        self.intermediate = new_linear(width, inner, generator)
+        self.output = new_linear(inner, width, generator)
+        self.output_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, 1, 1, T) -> (B, T, W)
+        split = (*x.shape[:2], self.heads, -1)
+        query, key, value = (
+            _linear(unit, x).view(split).transpose(1, 2)
+            for unit in (self.query, self.key, self.value)
+        )
+        context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = _linear(self.attention_output, context.transpose(1, 2).flatten(2))
+        x = _norm(self.attention_norm, x + self.dropout(mixed))
+        inner = functional.gelu(_linear(self.intermediate, x))
+        return _norm(self.output_norm, x + self.dropout(_linear(self.output, inner)))
+
+    def take_over(self, layer: nn.Module, layout: Layout, stream: Tensor) -> None:
+        """Copy the heaviest units of a backbone's layer; `stream` are the hidden units kept (W,).
+
+        Every head keeps its own heaviest dimensions, so the side layer has the same heads.
+        """
+        weight = {name: _weight(layer, layout, name) for name in _READERS + _WRITERS}
+        matched = weight["query"].abs().sum(1) + weight["key"].abs().sum(1)
+        carried = weight["value"].abs().sum(1) + weight["attention_output"].abs().sum(0)
+        across = stream.numel() // self.heads
+        matching, carrying = (
+            _heaviest_of_each_head(mass, self.heads, across) for mass in (matched, carried)
+        )
+        mass = weight["intermediate"].abs().sum(1) + weight["output"].abs().sum(0)
+        inner = _heaviest(mass, self.intermediate.out_features)
+        places = {
+            "query": (matching, stream),
+            "key": (matching, stream),
+            "value": (carrying, stream),
+            "attention_output": (stream, carrying),
+            "attention_norm": (stream,),
+            "intermediate": (inner, stream),
+            "output": (stream, inner),
+            "output_norm": (stream,),
+        }
+        for name, (rows, *columns) in places.items():
+            own, there = getattr(self, name), layer.get_submodule(getattr(layout, name))
+            own.bias.copy_(cast(Tensor, there.bias)[rows])
+            kept = cast(Tensor, there.weight)[rows]
+            own.weight.copy_(kept[:, columns[0]] if columns else kept)
+
+
+class Ladder(nn.Module):
+    """The side network: one narrow layer beside each layer of the backbone."""
+
+    def __init__(self, backbone: Any, method: "LadderSideTuning", site: Site) -> None:
+        super().__init__()
+        layout, config, generator = site.layout, backbone.config, site.generator
+        layers = layout.layer_list(backbone)
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        inner = layers[0].get_submodule(layout.intermediate).out_features
+        assert isinstance(inner, int)
+        # The side has the backbone's heads, so its width is a multiple of them.
+        wanted = max(NARROWEST, hidden // method.reduction)
+        width = min(hidden, heads * -(-wanted // heads))
+        side_inner = min(inner, max(NARROWEST, inner // method.reduction))
+        self.read = [index for index in range(len(layers)) if index not in method.drop]
+        self.embedded = new_linear(hidden, width, generator)
+        self.down = nn.ModuleList(new_linear(hidden, width, generator) for _ in self.read)
+        self.layers = nn.ModuleList(
+            SideLayer(width, side_inner, heads, _dropout(config), generator) for _ in self.read
+        )
+        self.alpha = nn.Parameter(torch.zeros(len(self.read)))
+        self.norm = nn.LayerNorm(width)
+        self.up = new_linear(width, hidden, generator)
+        self.side: Tensor | None = None  # (B, T, W) of this pass
+        self.mask: Tensor | None = None  # (B, 1, 1, T), true for tokens
+        is_counted = _weight(layers[0], layout, "query").is_meta  # a skeleton has no weights
+        if method.initial == "pruned" and not (site.folded or is_counted):
+            self._take_over([layers[index] for index in self.read], layout, width)
+        backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
+        layers[0].register_forward_pre_hook(self._embed)
+        for place, index in enumerate(self.read):
+            layers[index].register_forward_hook(_Rung(self, place))
+        backbone.register_forward_hook(self._finish)
+
+    @torch.no_grad()
+    def _take_over(self, layers: list[nn.Module], layout: Layout, width: int) -> None:
+        """Start as the backbone without its lighter units: what is read is what was kept."""
+        mass = torch.stack(
+            [
+                _weight(layer, layout, name).abs().sum(axis)
+                for layer in layers
+                for names, axis in ((_READERS, 0), (_WRITERS, 1))
+                for name in names
+            ]
+        )
+        stream = _heaviest(mass.sum(0), width)
+        for own, layer in zip(self.layers, layers, strict=True):
+            assert isinstance(own, SideLayer)
+            own.take_over(layer, layout, stream)
+        for down in (self.embedded, *self.down):
+            assert isinstance(down, nn.Linear)
+            nn.init.zeros_(down.weight)
+            down.weight[torch.arange(width), stream] = 1.0
+
+    def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.mask = kwargs["attention_mask"].bool()[:, None, None]
+
+    def _embed(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        self.side = _linear(self.embedded, args[0].detach())
+
+    def climb(self, place: int, hidden: Tensor) -> None:
+        """Take one rung: mix what the backbone's layer says into the side, and go on from there."""
+        assert self.side is not None
+        gate = (self.alpha[place] / TEMPERATURE).sigmoid().to(hidden.dtype)
+        read = _linear(self.down[place], hidden.detach())
+        assert self.mask is not None
+        self.side = self.layers[place](gate * self.side + (1 - gate) * read, self.mask)
+
+    def _finish(self, backbone: nn.Module, args: Any, output: Any) -> Any:
+        assert self.side is not None
+        own = _linear(self.up, _norm(self.norm, self.side))
+        self.side = self.mask = None
+        return _replaced(backbone, output, own)
+
+
+class _Rung:
+    """The hook that hands one layer's output to the ladder."""
+
+    def __init__(self, ladder: Ladder, place: int) -> None:
+        self.ladder, self.place = ladder, place
+
+    def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self.ladder.climb(self.place, output[0])
+
+
+@dataclass(frozen=True, config=CHECKS)
+class LadderSideTuning(Method):
+    """LST: a narrow transformer that reads every layer of the backbone (arXiv 2206.06522)."""
+
+    reduction: Annotated[int, Field(ge=1, description="backbone's width over the side's")] = 8
+    initial: Annotated[
+        Literal["pruned", "random"],
+        Field(description="start from the backbone's heaviest units, or from random numbers"),
+    ] = "pruned"
+    drop: Annotated[
+        tuple[int, ...],
+        BeforeValidator(
+            lambda drop: tuple(map(int, drop.split(","))) if isinstance(drop, str) else drop
+        ),
+        Field(strict=False, description="layers without a side layer, counted from 0"),
+    ] = ()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if any(index < 0 for index in self.drop):
+            yield f"drop = {list(self.drop)}: layers count from 0", "name layers that there are"
+
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        yield from refuse_unusual_layers(layout)
+        layers = config.num_hidden_layers
+        if not set(range(layers)) - set(self.drop):
+            yield f"method.drop leaves none of its {layers} layers", "drop fewer"
+        if beyond := [index for index in self.drop if index >= layers]:
+            yield f"method.drop names {beyond}, and it has {layers} layers", "name layers it has"
+
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        backbone.ladder = Ladder(backbone, self, site)
+
+
+class Side(nn.Module):
+    """A copy of the backbone's lowest layers, blended with its output by one learned number."""
+
+    def __init__(self, backbone: Any, method: "SideTuning", site: Site) -> None:
+        super().__init__()
+        layers = site.layout.layer_list(backbone)
+        self.layers = copy.deepcopy(layers[: method.layers]).requires_grad_(True)
+        self.a = nn.Parameter(torch.full((1,), method.start))
+        self.call: tuple[Any, Any] | None = None
+        layers[0].register_forward_pre_hook(self._read, with_kwargs=True)
+        backbone.register_forward_hook(self._finish)
+
+    def _read(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call = args, kwargs
+
+    def _finish(self, backbone: nn.Module, args: Any, output: Any) -> Any:
+        assert self.call is not None
+        (own, *others), named = self.call
+        self.call = None
+        base = output.last_hidden_state
+        with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
+            for layer in self.layers:
+                own = layer(own, *others, **named)[0]
+        share = self.a.sigmoid().to(base.dtype)
+        return _replaced(backbone, output, share * base + (1 - share) * own.to(base.dtype))
+
+
+@dataclass(frozen=True, config=CHECKS)
+class SideTuning(Method):
+    """Blend the frozen backbone's output with a small network's (arXiv 1912.13503)."""
+
+    layers: Annotated[int, Field(ge=1, description="layers of the side network")] = 2
+    start: Annotated[
+        float, Field(description="a at the start: the backbone's share is its sigmoid")
+    ] = 4.0  # at 0 an untrained side takes half of what the backbone says
+    copy_rate: Annotated[
+        float, Field(gt=0, le=1, description="the copied layers' rate over the run's")
+    ] = 0.03
+
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        yield from refuse_unusual_layers(layout)
+        if self.layers > config.num_hidden_layers:
+            yield (
+                f"method.layers = {self.layers}, and it has {config.num_hidden_layers} to copy",
+                f"set method.layers={config.num_hidden_layers} or less",
+            )
+
+    def rate(self, name: str) -> float:
+        """Train the copied layers as pretrained ones are trained: far slower than a new head."""
+        return self.copy_rate if name.startswith("side.layers.") else 1.0
+
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        backbone.side = Side(backbone, self, site)
+
+
+METHODS: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "lst": Recipe(
+            LadderSideTuning(),
+            1e-3,
+            "additive",
+            "a narrow side network that reads every layer; no gradient in the backbone",
+            "Sung et al. 2022",
+        ),
+        "side-tuning": Recipe(
+            SideTuning(),
+            1e-3,
+            "additive",
+            "the frozen backbone blended with a trained copy of its lowest layers",
+            "Zhang et al. 2020",
+        ),
+    }
+)
+
+
+def _weight(layer: nn.Module, layout: Layout, name: str) -> Tensor:
+    weight = layer.get_submodule(getattr(layout, name)).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _heaviest(mass: Tensor, count: int) -> Tensor:
+    """Return the places of the largest values, in their order."""
+    return mass.topk(count).indices.sort().values
+
+
+def _heaviest_of_each_head(mass: Tensor, heads: int, across: int) -> Tensor:
+    """Return the places of each head's `across` largest values."""
+    by_head = mass.view(heads, -1)
+    kept = by_head.topk(across, dim=1).indices.sort(dim=1).values
+    return (kept + torch.arange(heads)[:, None] * by_head.shape[1]).flatten()
+
+
+def _dropout(config: Any) -> float:
+    """Return the backbone's own dropout; DistilBERT calls it by another name."""
+    found = getattr(config, "hidden_dropout_prob", None)
+    return float(config.dropout if found is None else found)
+
+
+def _linear(unit: Any, x: Tensor) -> Tensor:
+    """Apply a float32 unit in the precision of what it gets."""
+    return functional.linear(x, unit.weight.to(x.dtype), unit.bias.to(x.dtype))
+
+
+def _norm(unit: nn.LayerNorm, x: Tensor) -> Tensor:
+    weight, bias = unit.weight.to(x.dtype), unit.bias.to(x.dtype)
+    return functional.layer_norm(x, unit.normalized_shape, weight, bias, unit.eps)
+
+
+def _replaced(backbone: Any, output: Any, hidden: Tensor) -> Any:
+    """Put another last hidden state into a backbone's output, pooled anew where it pools."""
+    output.last_hidden_state = hidden
+    if getattr(backbone, "pooler", None) is not None:
+        output.pooler_output = backbone.pooler(hidden)
+    return output

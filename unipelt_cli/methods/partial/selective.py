@@ -1,0 +1,128 @@
+"""Methods that train tensors which the backbone already has."""
+
+from collections.abc import Iterator
+from dataclasses import field
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from unipelt_cli.backbones.architectures import Layout
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+
+
+@dataclass(frozen=True, config=CHECKS)
+class Selective(Method):
+    """Base of the methods that add nothing: what they train is the backbone's own."""
+
+    @property
+    def unmergeable(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, config=CHECKS)
+class Full(Selective):
+    """Train every tensor of the backbone."""
+
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        backbone.requires_grad_(True)
+
+
+@dataclass(frozen=True, config=CHECKS)
+class Head(Selective):
+    """Train nothing but the head: the floor that every method has to beat."""
+
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        pass
+
+
+@dataclass(frozen=True, config=CHECKS)
+class TopLayers(Selective):
+    """Train the last layers and the pooler (Lee, Tang and Lin 2019, arXiv 1911.03090)."""
+
+    layers: Annotated[
+        int | None, Field(ge=1, description="how many layers train (a fourth of them if unset)")
+    ] = field(default=None)
+
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        yield from refuse_unusual_layers(layout)
+        there = config.num_hidden_layers
+        if self.layers is not None and self.layers > there:
+            yield f"method.layers = {self.layers}: it has {there}", f"set {there} or less"
+
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        layers = site.layout.layer_list(backbone)
+        count = self.layers or max(1, len(layers) // 4)
+        layers[-count:].requires_grad_(True)
+        if getattr(backbone, "pooler", None) is not None:
+            backbone.get_submodule("pooler").requires_grad_(True)
+
+
+@dataclass(frozen=True, config=CHECKS)
+class LayerNorms(Selective):
+    """Train weight and bias of every LayerNorm: two a layer, and the embeddings' one."""
+
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        yield from refuse_unusual_layers(layout)
+
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        layout = site.layout
+        backbone.get_submodule(layout.embedding_norm).requires_grad_(True)
+        for layer in layout.layer_list(backbone):
+            for path in (layout.attention_norm, layout.output_norm):
+                layer.get_submodule(path).requires_grad_(True)
+
+
+@dataclass(frozen=True, config=CHECKS)
+class BitFit(Selective):
+    """Train the biases: all layers', the embedding norm's and the pooler's, by a list of places.
+
+    A search for names with "bias" would also catch what other methods add.
+    """
+
+    places: Annotated[
+        Literal["all", "query-intermediate"],
+        Field(description="every bias, or the queries' and the first feed-forward units' alone"),
+    ] = "all"
+
+    def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
+        if "bias" in layout.lacks:
+            yield layout.lacks["bias"], "choose another method or another backbone"
+
+    def attach(self, backbone: nn.Module, site: Site) -> None:
+        for module in self._biased(backbone, site.layout):
+            assert isinstance(module.bias, nn.Parameter)
+            module.bias.requires_grad_(True)
+
+    def _biased(self, backbone: nn.Module, layout: Layout) -> Iterator[nn.Module]:
+        if self.places == "query-intermediate":
+            for layer in layout.layer_list(backbone):
+                yield layer.get_submodule(layout.query)
+                yield layer.get_submodule(layout.intermediate)
+            return
+        yield from layout.all_biased(backbone)
+        if getattr(backbone, "pooler", None) is not None:
+            yield backbone.get_submodule(layout.pooler)
+
+
+METHODS = MappingProxyType(
+    {
+        "full": Recipe(
+            Full(), 2e-5, "full", "every tensor of the backbone", "Mao et al. 2022", True
+        ),
+        "head": Recipe(
+            Head(), 1e-3, "partial", "nothing but the head", "Ben Zaken et al. 2022", True
+        ),
+        "bitfit": Recipe(
+            BitFit(), 1e-3, "partial", "the backbone's biases", "Ben Zaken et al. 2022", True
+        ),
+        "top-layers": Recipe(
+            TopLayers(), 3e-4, "partial", "the last layers and the pooler", "Lee et al. 2019"
+        ),
+        "layernorm": Recipe(
+            LayerNorms(), 1e-3, "partial", "the backbone's LayerNorms", "Liu et al. 2022"
+        ),
+    }
+)

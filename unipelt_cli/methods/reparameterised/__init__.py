@@ -1,0 +1,1 @@
+"""Methods that write a weight's change as a product of small matrices."""

@@ -1,0 +1,1 @@
+"""Backbone, method and head as one model: building, batching, scoring, sharing."""

@@ -1,0 +1,169 @@
+"""From rows to logits, and from logits to predictions and scores."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unipelt_cli.methods.unipelt.method import record_gates
+from unipelt_cli.models.batches import Encoded, by_length, encode
+from unipelt_cli.models.build import Tuned
+from unipelt_cli.system.memory import is_exhausted, release, too_large
+from unipelt_cli.system.processes import ALONE, Processes
+from unipelt_cli.system.row_threads import shared_out
+from unipelt_cli.tasks import Task, Values
+
+Logits = NDArray[np.float32]
+Gates = list[dict[str, NDArray[np.float32]]]
+"""By layer: {gate: one value a row}; no layers where nothing is gated."""
+
+
+def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int) -> Encoded:
+    """Tokenize text columns for a model, padded as its method needs them."""
+    return encode(
+        columns,
+        tuned.tokenizer,
+        tuned.classifier.backbone.config,
+        max_length=max_length,
+        pad_to_max=tuned.method.pads_to_max_length,
+    )
+
+
+def compute_logits(
+    tuned: Tuned,
+    rows: Encoded,
+    task: int = 0,
+    processes: Processes = ALONE,
+    seen: Callable[[list[int]], None] | None = None,
+) -> Logits:
+    """Return a task's logits (rows, outputs) in the rows' own order; no dropout, no gradient.
+
+    Several processes take an equal share of the rows each, and all of them get all logits.
+    After each pass `seen` is told which rows it was of.
+    """
+    tuned.classifier.eval()
+    tuned.classifier.select(task)
+    outputs = tuned.classifier.heads[task].out.out_features
+    logits = np.zeros((len(rows), outputs), dtype=np.float32)
+    own = np.argsort(-rows.lengths, kind="stable")[processes.rank :: processes.count]
+
+    def compute(inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [tuned.classifier(**inputs)]
+
+    processes.each(lambda: fill([logits], compute, tuned, rows, own, seen))
+    processes.sum(torch.from_numpy(logits))
+    return logits
+
+
+def compute_with_gates(
+    tuned: Tuned, rows: Encoded, task: int = 0, processes: Processes = ALONE
+) -> tuple[Logits, Gates]:
+    """Return what `compute_logits` does, and how far each gate opened for each row."""
+    found: list[tuple[int, str]] = []  # (layer, gate)
+    values: list[NDArray[np.float32]] = []  # of each, (rows,)
+
+    def keep(batch: list[int]) -> None:
+        if not found:
+            found.extend((layer, name) for layer, own in enumerate(recorded) for name in own)
+            values.extend(np.zeros((len(found), len(rows)), dtype=np.float32))
+        if found:  # one copy from the device
+            opened = torch.stack([value for own in recorded for value in own.values()]).cpu()
+            for own, value in zip(values, opened.numpy(), strict=True):
+                own[batch] = value
+
+    with record_gates(tuned.classifier.backbone) as recorded:
+        logits = compute_logits(tuned, rows, task, processes, keep)
+    # A process that had no row to compute does not know which gates there are.
+    shares = [share for share in processes.gather((found, values, len(recorded))) if share[0]]
+    if not shares:
+        return logits, []
+    gates: Gates = [{} for _ in range(shares[0][2])]
+    for place, (layer, name) in enumerate(shares[0][0]):
+        gates[layer][name] = np.sum([own[1][place] for own in shares], axis=0, dtype=np.float32)
+    return logits, gates
+
+
+def gate_means(each: Sequence[Gates]) -> tuple[dict[str, float], ...]:
+    """Return by layer {gate: mean over all rows}, to six digits, of what passes recorded."""
+    return tuple(
+        {
+            name: round(float(np.concatenate([one[name] for one in own]).mean()), 6)
+            for name in own[0]
+        }
+        for own in zip(*each, strict=True)
+    )
+
+
+def fill(
+    logits: Sequence[Logits],
+    compute: Callable[[Mapping[str, Tensor]], Sequence[Tensor]],
+    tuned: Tuned,
+    rows: Encoded,
+    chosen: NDArray[np.int64],
+    seen: Callable[[list[int]], None] | None = None,
+) -> None:
+    """Compute the chosen rows' logits, of one model or of several alike, in batches that fit.
+
+    `seen` is called after each batch with its rows.
+    """
+    with torch.inference_mode(), shared_out(tuned.classifier.shares_rows):
+        batches = by_length(rows.lengths[chosen], rows.pad_to)
+        waiting = [chosen[batch].tolist() for batch in batches][::-1]
+        while waiting:
+            batch = waiting.pop()
+            try:
+                answers = compute(rows.batch(batch, tuned.device))
+                for own, answer in zip(logits, answers, strict=True):
+                    own[batch] = answer.float().cpu().numpy()
+                if seen is not None:
+                    seen(batch)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_exhausted(error):
+                    raise
+            if len(batch) == 1:
+                raise too_large()
+            release()
+            half = len(batch) // 2
+            waiting += [batch[half:], batch[:half]]
+
+
+def answers(
+    tuned: Tuned, task: Task, parts: Iterable[Any], max_length: int, place: int = 0
+) -> tuple[Values, Values]:
+    """Return predictions and references (rows,) of labelled rows that come part by part."""
+    told: list[Any] = []
+    true: list[Any] = []
+    for rows in parts:
+        encoded = encode_rows(tuned, [rows[column] for column in task.text], max_length)
+        told.append(predictions(task, compute_logits(tuned, encoded, place)))
+        true.append(references(rows))
+    return np.concatenate(told), np.concatenate(true)
+
+
+def predictions(task: Task, logits: Logits) -> Values:
+    """Return label indices, or values in regression."""
+    if task.is_regression:
+        return np.asarray(logits[:, 0], dtype=np.float64)
+    return np.asarray(logits.argmax(axis=1), dtype=np.int64)
+
+
+def probabilities(logits: Logits) -> NDArray[np.float64]:
+    """Return the softmax over labels, computed in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponentials = np.exp(shifted)
+    normed: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return normed
+
+
+def references(rows: Any) -> Values:
+    """Return the labels of a split as an array."""
+    return np.asarray(rows["label"])
+
+
+def has_collapsed(predicted: Values) -> bool:
+    """Say whether a model predicts the same for every row (values: to six digits)."""
+    return len(predicted) > 1 and bool(np.ptp(predicted) <= 1e-6 * max(1.0, abs(predicted[0])))

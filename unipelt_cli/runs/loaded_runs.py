@@ -1,0 +1,335 @@
+"""Finished runs, loaded to label rows: what the command and other people's programs both use.
+
+Several runs on one backbone hold its frozen tensors once, and those of one method send their rows
+through it in one pass. What is said of a row depends on no other row.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unipelt_cli.backbones import pretrained
+from unipelt_cli.data.cells import Cells
+from unipelt_cli.errors import ConfigError, DataError, RunError
+from unipelt_cli.gates import report
+from unipelt_cli.models import evaluation
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.build import Tuned
+from unipelt_cli.models.evaluation import Gates, Logits
+from unipelt_cli.runs import hub
+from unipelt_cli.runs.run import Run, read
+from unipelt_cli.system import memory, network
+from unipelt_cli.tasks import Task
+from unipelt_cli.training import shared_passes
+
+Row = str | Sequence[str] | Mapping[str, Any]
+"""A text, the texts of a pair, or a run's text columns by name, beside whatever else."""
+Columns = Mapping[str, Sequence[str]]
+WINDOW = 4096  # rows whose tokens are held at the same time
+_TURN = threading.Lock()  # the number of torch's threads, which a pass sets, is the process's
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run says of a row: its label and all labels' probabilities; in regression a value."""
+
+    label: str | None = None
+    probabilities: Mapping[str, float] | None = None
+    value: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `unipelt predict` prints for a row."""
+        if self.label is None:
+            return {"value": self.value}
+        return {"label": self.label, "probabilities": self.probabilities}
+
+
+class LoadedRun:
+    """A finished run in memory. Threads may share it: their calls take turns."""
+
+    def __init__(self, run: Run, tuned: Tuned, place: int = 0) -> None:
+        self.run, self.tuned, self.place = run, tuned, place
+
+    @property
+    def task(self) -> Task:
+        """The task whose rows are labelled: its name, text columns, labels and metric."""
+        return self.run.tasks[self.place]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order of the logits; () in regression."""
+        return self.task.labels
+
+    def predict(self, rows: Iterable[Row]) -> list[Prediction]:
+        """Label rows, in their order: texts, pairs of texts, or mappings with the run's columns.
+
+        Raises DataError, which names the row by its place, for one that is none of these.
+        """
+        windows = _windows(rows, [self.task])
+        return [said for columns in windows for [said] in _predictions([self], columns)]
+
+    def logits(self, rows: Iterable[Row]) -> Logits:
+        """Return the float32 logits (rows, labels), in regression (rows, 1); see `predict`."""
+        found = [_logits([self], columns)[0] for columns in _windows(rows, [self.task])]
+        return np.concatenate([np.zeros((0, self.task.outputs), np.float32), *found])
+
+    def gates(self, rows: Iterable[Row]) -> Gates:
+        """Return how far each gate opens: by layer, {submodule: (rows,) from 0 to 1}.
+
+        Raises RunError for a method without gates; see `predict`.
+        """
+        texts: list[list[str]] = [[] for _ in self.task.text]
+        for columns in _windows(rows, [self.task]):
+            for own, column in zip(texts, self.task.text, strict=True):
+                own += columns[column]
+        if not texts[0]:
+            return []
+        with _TURN:
+            encoded = self._encode(dict(zip(self.task.text, texts, strict=True)))
+            return report.collect(self.run, self.tuned, encoded, self.place)
+
+    @property
+    def _reading(self) -> tuple[object, ...]:
+        """What decides, beside the rows and the backbone, which tokens are read."""
+        length = self.run.experiment.model.max_length
+        return self.task.text, length, self.tuned.method.pads_to_max_length
+
+    def _encode(self, columns: Columns) -> Encoded:
+        texts = [columns[column] for column in self.task.text]
+        return evaluation.encode_rows(self.tuned, texts, self.run.experiment.model.max_length)
+
+
+class LoadedRuns(Mapping[str, LoadedRun]):
+    """Several finished runs over one backbone, by name; the order is that in which they came."""
+
+    def __init__(self, loaded: Mapping[str, LoadedRun]) -> None:
+        self._loaded = dict(loaded)
+
+    def __getitem__(self, name: str) -> LoadedRun:
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    @property
+    def columns(self) -> list[str]:
+        """The text columns that any of the runs reads."""
+        return list(dict.fromkeys(name for own in self.values() for name in own.task.text))
+
+    @property
+    def plain(self) -> list[list[str]]:
+        """The columns that each text of a row without names fills; [] where none can say."""
+        return _plain([own.task for own in self.values()])
+
+    def predict(self, rows: Iterable[Row]) -> list[dict[str, Prediction]]:
+        """Label rows by every run, which takes its own columns of them; see `LoadedRun.predict`."""
+        windows = _windows(rows, [own.task for own in self.values()])
+        return [said for columns in windows for said in self.predict_columns(columns)]
+
+    def predict_columns(self, columns: Columns) -> Iterator[dict[str, Prediction]]:
+        """Label rows that are checked already, given by column; tokens of all are held at once."""
+        for said in _predictions(list(self.values()), columns):
+            yield dict(zip(self, said, strict=True))
+
+
+def load_run(
+    path: str | Path,
+    *,
+    task: str | None = None,
+    device: str | None = None,
+    model: str | Path | None = None,
+    offline: bool = False,
+) -> LoadedRun:
+    """Load a finished run: `task` is one of several, `model` where its backbone is now.
+
+    The network is used for what is on the hub and not in the local cache, a run (hub:OWNER/NAME) or
+    its backbone, and for nothing else; with `offline` not even for that. Raises UnipeltError, in
+    two sentences, for what cannot be.
+    """
+    own = {"task": task, "device": device, "model": model, "offline": offline}
+    (loaded,) = load_runs([path], **own).values()  # type: ignore[arg-type]
+    return loaded
+
+
+def load_runs(
+    paths: Sequence[str | Path],
+    *,
+    task: str | None = None,
+    device: str | None = None,
+    model: str | Path | None = None,
+    offline: bool = False,
+) -> LoadedRuns:
+    """Load several runs on one backbone, whose frozen tensors they share; see `load_run`.
+
+    They are called by their directories, or as they were given where two are called alike.
+    """
+    if not paths:
+        raise ConfigError("load_runs: no run was given", "give the directories of some")
+    found = {
+        name: read(hub.directory_of(path, offline=offline)) for name, path in named(paths).items()
+    }
+    first = next(iter(found.values()))
+    where = str(model) if model is not None else first.experiment.model.backbone
+    if network.names_hub(where):
+        there = pretrained.cached(where)
+        if there is None:
+            network.settle(offline=offline, needed=True)
+            network.require_cached(backbone=where, dataset=None)
+        where = str(there or where)
+    return load(found, task, device, where)
+
+
+def named(paths: Sequence[str | Path]) -> dict[str, str | Path]:
+    """Name runs by their directories, or by their whole paths where two are called alike."""
+    names = [Path(path).resolve().name for path in paths]
+    answer: dict[str, str | Path] = {}
+    for name, path in zip(names, paths, strict=True):
+        own = name if names.count(name) == 1 else str(path)
+        if own in answer:
+            raise ConfigError(f"--run {path}: given twice", "give each run once")
+        answer[own] = path
+    return answer
+
+
+def load(
+    found: Mapping[str, Run],
+    task: str | None = None,
+    device: str | None = None,
+    model: str | None = None,
+    precision: str | None = None,
+) -> LoadedRuns:
+    """Build runs that were read, the frozen tensors of their backbone held once.
+
+    Raises RunError for runs on different backbones, beside what `Run.build` raises.
+    """
+    first = next(iter(found.values()))
+    for run in found.values():
+        own, theirs = (one.environment["backbone"] for one in (run, first))
+        if own["fingerprint"] != theirs["fingerprint"]:
+            raise RunError(
+                f"{run.directory}: trained on the backbone {own['name']}, and {first.directory} "
+                f"on {theirs['name']} (or other files of it)",
+                "ask runs on one backbone together, and the others by themselves",
+            )
+    loaded: dict[str, LoadedRun] = {}
+    for name, run in found.items():
+        place = run.place(task if len(found) == 1 or len(run.tasks) > 1 else None)
+        tuned = run.build(device, model, precision)
+        earlier = [own.tuned for own in loaded.values()]
+        if earlier:
+            shared_passes.hold_once(earlier, tuned)
+            tuned = replace(tuned, tokenizer=earlier[0].tokenizer)
+            memory.release()
+        loaded[name] = LoadedRun(run, tuned, place)
+    return LoadedRuns(loaded)
+
+
+def _predictions(loaded: Sequence[LoadedRun], columns: Columns) -> Iterator[list[Prediction]]:
+    """Yield what each run says of each row."""
+    each = _logits(loaded, columns)
+    said = [_said(own.task, logits) for own, logits in zip(loaded, each, strict=True)]
+    for row in zip(*said, strict=True):
+        yield list(row)
+
+
+def _said(task: Task, logits: Logits) -> list[Prediction]:
+    predicted = evaluation.predictions(task, logits).tolist()
+    if task.is_regression:
+        return [Prediction(value=value) for value in predicted]
+    shares = evaluation.probabilities(logits).tolist()
+    return [
+        Prediction(task.labels[index], dict(zip(task.labels, own, strict=True)))
+        for index, own in zip(predicted, shares, strict=True)
+    ]
+
+
+def _logits(loaded: Sequence[LoadedRun], columns: Columns) -> list[Logits]:
+    """Return each run's logits: tokens are made once, and passes shared where they can be."""
+    encoded: dict[tuple[object, ...], Encoded] = {}
+    answer: dict[int, Logits] = {}
+    with _TURN:
+        for group in _groups(loaded):
+            first = loaded[group[0]]
+            if first._reading not in encoded:
+                encoded[first._reading] = first._encode(columns)
+            rows = encoded[first._reading]
+            if len(group) == 1:
+                answer[group[0]] = evaluation.compute_logits(first.tuned, rows, first.place)
+                continue
+            members = [loaded[place] for place in group]
+            for own, place in zip(members, group, strict=True):
+                own.tuned.classifier.eval().select(own.place)
+                answer[place] = np.zeros((len(rows), own.task.outputs), np.float32)
+            compute = partial(shared_passes.answer, [own.tuned for own in members])
+            own_logits = [answer[place] for place in group]
+            evaluation.fill(own_logits, compute, first.tuned, rows, np.arange(len(rows)))
+    return [answer[place] for place in range(len(loaded))]
+
+
+def _groups(loaded: Sequence[LoadedRun]) -> list[list[int]]:
+    """Return the places of runs that share passes, group by group."""
+    groups: list[list[int]] = []
+    for place, own in enumerate(loaded):
+        for group in groups:
+            first = loaded[group[0]]
+            if first._reading == own._reading and shared_passes.can_join(first.tuned, own.tuned):
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return groups
+
+
+def _plain(tasks: Sequence[Task]) -> list[list[str]]:
+    if all(len(task.text) == 1 for task in tasks):
+        return [list(dict.fromkeys(task.text[0] for task in tasks))]
+    return [[name] for name in tasks[0].text] if len({task.text for task in tasks}) == 1 else []
+
+
+def _windows(rows: Iterable[Row], tasks: Sequence[Task]) -> Iterator[dict[str, list[str]]]:
+    """Yield the checked texts of the tasks' columns, some rows at a time."""
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        what = f"the rows are {_kind(rows)}, not a list of them"
+        raise DataError(what, "put what is to be labelled into a list")
+    names = list(dict.fromkeys(name for task in tasks for name in task.text))
+    plain, start, rest = _plain(tasks), 0, iter(rows)
+    while some := list(islice(rest, WINDOW)):
+        columns: dict[str, list[object]] = {name: [] for name in names}
+        for place, row in enumerate(some, start):
+            for name, text in _parts(place, row, names, plain):
+                columns[name].append(text)
+        cells = Cells("rows", columns, range(start, start + len(some)))
+        yield {name: cells.texts(name) for name in names}
+        start += len(some)
+
+
+def _parts(
+    place: int, row: object, names: Sequence[str], plain: Sequence[Sequence[str]]
+) -> Iterator[tuple[str, object]]:
+    """Yield the cells of a row by column."""
+    if isinstance(row, Mapping):
+        yield from ((name, row.get(name)) for name in names)
+        return
+    texts = [row] if isinstance(row, str) else row
+    if not isinstance(texts, list | tuple) or len(texts) != len(plain):
+        wanted = " and ".join(map(repr, names))
+        expected = "a text" if len(plain) == 1 else "a pair of texts"
+        hint = f"give a mapping with {wanted}" + (f", or {expected}" if plain else "")
+        raise DataError(f"rows, row {place}: {_kind(row)}", hint)
+    for each, text in zip(plain, texts, strict=True):
+        yield from ((name, text) for name in each)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return f"{len(value)} texts"
+    return "one text" if isinstance(value, str) else f"of type {type(value).__name__}"

@@ -1,0 +1,387 @@
+"""The run directory: what it holds, and how it is read back strictly."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from unipelt_cli.backbones.pretrained import Pretrained, find
+from unipelt_cli.config.experiment import Experiment, read_preset, resolve
+from unipelt_cli.data import preparation
+from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
+from unipelt_cli.files import atomic
+from unipelt_cli.files.lock import holder
+from unipelt_cli.files.strict import parse_json
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.models.evaluation import Logits, compute_logits
+from unipelt_cli.runs import schema
+from unipelt_cli.system.processes import ALONE, Processes
+from unipelt_cli.tasks import Task, Values
+
+EXPERIMENT, ENVIRONMENT, PROBE = "experiment.toml", "environment.json", "probe.safetensors"
+METRICS, MODEL, PREDICTIONS, RESULT, STATE = (
+    "metrics.jsonl",
+    "model.safetensors",
+    "predictions.safetensors",
+    "result.json",
+    "state.safetensors",
+)
+RECORDED = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, PREDICTIONS)
+"""The files whose hashes the result holds; runs of earlier versions have no predictions."""
+PROBE_ROWS = 64
+PROBE_TOLERANCE = 1e-4
+ROUGH_TOLERANCE = 0.1  # in bf16, and on another kind of device
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, read from its directory; the backbone is not loaded yet."""
+
+    directory: Path
+    experiment: Experiment
+    environment: dict[str, Any]
+    header: dict[str, Any]
+    result: dict[str, Any]
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks as they were trained: text columns, labels and metric."""
+        return tuple(
+            Task(
+                said["name"],
+                tuple(said["text"]),
+                tuple(said["labels"]),
+                said["metric"],
+                tuple(said["also"]),
+            )
+            for said in self.header.get("tasks") or [self.header["task"]]
+        )
+
+    @property
+    def task(self) -> Task:
+        """The task of a run that has one; of several the first."""
+        return self.tasks[0]
+
+    def place(self, name: str | None) -> int:
+        """Return the place of a task among the run's; the name may be left out if there is one.
+
+        Raises ConfigError where it may not, and for a task that the run was not trained on.
+        """
+        names = [task.name for task in self.tasks]
+        if name is None and len(names) > 1:
+            raise ConfigError(
+                f"{self.directory}: trained on several tasks ({', '.join(names)})",
+                "say which one with --task NAME",
+            )
+        if name is not None and name not in names:
+            raise ConfigError(
+                f"--task {name!r}: {self.directory} was not trained on it", nearest(name, names)
+            )
+        return 0 if name is None else names.index(name)
+
+    def build(
+        self,
+        device: str | None = None,
+        backbone: str | None = None,
+        precision: str | None = None,
+    ) -> Tuned:
+        """Build the model on its backbone and load what was stored, strictly.
+
+        `backbone` says where the run's backbone is now; `precision` is the run's unless given.
+        Raises RunError when it is another one, or a tensor is missing, extra, reshaped, not finite
+        or changed.
+        """
+        experiment = self.experiment
+        experiment = experiment.replace("train", device=device, precision=precision)
+        pretrained = find(backbone or experiment.model.backbone)
+        self.check_backbone(pretrained)
+        tuned = _load(self.directory, experiment, self.tasks, pretrained)
+        self._compare_probe(tuned)
+        return tuned
+
+    def check_backbone(self, found: Pretrained) -> None:
+        """Raise RunError when a backbone is not the one that the run was trained on."""
+        check_backbone(self.directory, self.environment["backbone"], found)
+
+    def _compare_probe(self, tuned: Tuned) -> None:
+        """Raise RunError when the model computes something else than when it was saved."""
+        difference, bound = self.probe_difference(tuned)
+        if not difference <= bound:
+            raise RunError(
+                f"{self.directory}: computes other logits than when it was saved "
+                f"(they differ by {difference:.2g})",
+                "its settings or a library have changed: restore them, or train it again",
+            )
+
+    def probe_difference(self, tuned: Tuned) -> tuple[float, float]:
+        """Return how far a model's probe logits are from the stored ones, and how far they may be.
+
+        Raises RunError for stored logits of another shape.
+        """
+        stored = atomic.open_tensors(self.directory / PROBE)[0].get("logits")
+        logits = torch.from_numpy(probe(tuned))
+        same = (tuned.precision, tuned.device.type) == ("fp32", self.result["device"])
+        bound = PROBE_TOLERANCE if same else ROUGH_TOLERANCE
+        if stored is None or stored.shape != logits.shape:
+            raise RunError(f"{self.directory / PROBE}: damaged", atomic.REMEDY)
+        return float((logits - stored).abs().max()), bound
+
+    def predictions(self, place: int = 0) -> tuple[Values, Values] | None:
+        """Return a task's predictions and references on test, as label indices or values (rows,).
+
+        None for a run of an earlier version, which stored none. Raises RunError for tensors that
+        cannot be this task's.
+        """
+        if PREDICTIONS not in self.result["files"]:
+            return None
+        path, task = self.directory / PREDICTIONS, self.tasks[place]
+        tensors, _ = atomic.open_tensors(path)
+        pair = [tensors.get(f"{what}.{place}") for what in ("predictions", "references")]
+        predicted, expected = (_answers(tensor, task) for tensor in pair)
+        if predicted is None or expected is None or predicted.shape != expected.shape:
+            raise RunError(f"{path}: damaged", atomic.REMEDY)
+        return predicted, expected
+
+    def rows(self, split: str, source: str | None = None, place: int = 0) -> Dataset:
+        """Find the rows of a task's split again, by source and settings, and check them by hash."""
+        recorded = self._manifests[place]["splits"]
+        if split not in recorded:
+            raise DataError(f"split {split!r}: not in this run", f"choose {', '.join(recorded)}")
+        found = self.prepared(source, place).splits[split]
+        if preparation.digest(found) != self.digest_of(split, place):
+            raise DataError(
+                f"the {split} rows found now are not those of {self.directory}",
+                self._where_rows_were(place),
+            )
+        return found
+
+    def _where_rows_were(self, place: int) -> str:
+        """Say what to do where the rows have changed."""
+        file = self.experiment.data.each()[place].train_file
+        if file is None:
+            return "the source has changed; give the one that was used with --source"
+        return f"{file} has changed: restore it, or score other rows with `unipelt eval --file`"
+
+    def prepared(self, source: str | None = None, place: int = 0) -> preparation.Prepared:
+        """Find and draw a task's rows again; whether they are the same is not checked."""
+        settings = self.experiment.data.each()[place]
+        if source is not None:
+            settings = settings.moved(source)
+        return preparation.prepare(settings)
+
+    def digest_of(self, split: str, place: int = 0) -> str:
+        """Return the recorded hash of the rows of a task's split."""
+        return str(self._manifests[place]["splits"][split]["digest"])
+
+    def count_of(self, split: str, place: int = 0) -> int:
+        """Return how many rows a task's split had, as it was recorded."""
+        return int(self._manifests[place]["splits"][split].get("rows", 0))
+
+    @property
+    def _manifests(self) -> list[dict[str, Any]]:
+        recorded = self.environment["data"]
+        return list(recorded["tasks"].values()) if len(self.tasks) > 1 else [recorded]
+
+
+def _answers(tensor: Tensor | None, task: Task) -> Values | None:
+    """Return stored answers to a task's rows, or None for what cannot be such."""
+    kind = torch.float64 if task.is_regression else torch.int32
+    if tensor is None or tensor.dtype != kind or tensor.dim() != 1 or not len(tensor):
+        return None
+    if task.is_regression:
+        return tensor.numpy() if bool(torch.isfinite(tensor).all()) else None
+    values: Values = tensor.numpy().astype(np.int64)
+    return values if values.min() >= 0 and values.max() < task.outputs else None
+
+
+def read(directory: Path) -> Run:
+    """Read a finished run; raise RunError when it is absent, unfinished, damaged or newer."""
+    if not (directory / EXPERIMENT).is_file():
+        raise RunError(f"{directory}: not a run directory", _where_runs_are(directory))
+    if not os.path.lexists(directory / RESULT):
+        raise RunError(
+            f"{directory}: unfinished, {describe_progress(directory)}",
+            "go on with `unipelt train ... --resume`, or start again with --overwrite",
+        )
+    result = atomic.read_object(directory / RESULT)
+    schema.shaped(directory / RESULT, result, schema.Result)
+    check_seal(directory / RESULT, result)
+    for name in recorded(result):
+        if name != METRICS:
+            check_file(directory / name, result["files"][name])
+    header = atomic.read_header(directory / MODEL)
+    environment = atomic.read_object(directory / ENVIRONMENT)
+    joint = "tasks" in header
+    schema.shaped(directory / MODEL, header, schema.JointHeader if joint else schema.Header)
+    expected = schema.JointEnvironment if joint else schema.Environment
+    schema.shaped(directory / ENVIRONMENT, environment, expected)
+    return Run(directory, read_experiment(directory), environment, header, result)
+
+
+def recorded(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the files that a result vouches for."""
+    return tuple(name for name in RECORDED if name in result["files"])
+
+
+def check_seal(path: Path, value: Mapping[str, Any]) -> None:
+    """Raise RunError when the object that was read from `path` is not what was sealed there."""
+    if atomic.dumps(atomic.sealed(value)) != atomic.read_text(path):
+        raise RunError(f"{path}: changed since it was written", atomic.REMEDY)
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Raise RunError when a file of a finished run is not what was written."""
+    if atomic.file_digest(path) != sha256:
+        raise RunError(
+            f"{path}: changed since it was written",
+            "restore it, or train the run again; for a backbone or data that moved "
+            "there are --model and --source",
+        )
+
+
+def read_stored(
+    directory: Path,
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    trained: Tuned,
+    processes: Processes = ALONE,
+) -> Tuned:
+    """Build the model that an unfinished run has just stored, read back from its file.
+
+    Of several processes the main one reads it, for all.
+    """
+    return _load(directory, experiment, tasks, trained.pretrained, processes)
+
+
+def _load(
+    directory: Path,
+    experiment: Experiment,
+    tasks: Sequence[Task],
+    pretrained: Pretrained,
+    processes: Processes = ALONE,
+) -> Tuned:
+    outputs = [task.outputs for task in tasks]
+    tuned = processes.each(lambda: build(experiment, outputs, pretrained, folded=True))
+    tuned.load(processes.main(lambda: atomic.read_tensors(directory / MODEL, tuned.stored())))
+    return tuned
+
+
+def check_started(directory: Path, tuned: Tuned, manifest: Mapping[str, Any]) -> None:
+    """Raise RunError or DataError when backbone or rows are not those that a run started with."""
+    environment = atomic.read_object(directory / ENVIRONMENT)
+    if environment.get("data") != manifest:
+        raise DataError(
+            f"{directory}: the rows have changed since the run started",
+            "restore them, or start again with --overwrite",
+        )
+    started = schema.shaped(directory / ENVIRONMENT, environment, schema.Started)["backbone"]
+    check_backbone(directory, started, tuned.pretrained)
+
+
+def check_backbone(directory: Path, expected: Mapping[str, Any], found: Pretrained) -> None:
+    """Raise RunError, with both names and the files that differ, for another backbone."""
+    if found.fingerprint == expected["fingerprint"]:
+        return
+    own, there = found.digests, expected["files"]
+    differ = ", ".join(n for n in sorted(own.keys() | there.keys()) if own.get(n) != there.get(n))
+    raise RunError(
+        f"{directory}: trained on backbone {expected['name']}{_revision(expected['revision'])} "
+        f"({expected['fingerprint'][:12]}), but {found.name}{_revision(found.revision)} is "
+        f"({found.fingerprint[:12]}): other {differ}",
+        "give the backbone that the run was trained on with --model",
+    )
+
+
+def _revision(name: str | None) -> str:
+    return f" at revision {name[:12]}" if name else ""
+
+
+def read_experiment(directory: Path) -> Experiment:
+    """Read the resolved experiment of a run directory."""
+    return resolve([("", read_preset(str(atomic.own_file(directory / EXPERIMENT))))])
+
+
+def _where_runs_are(directory: Path) -> str:
+    """Return the hint for what is no run: those below it, else the nearest name beside it."""
+    if below := sorted(path.parent for path in directory.glob(f"*/{RESULT}")):
+        return f"it holds runs: give one of them, such as {below[0]}"
+    beside = (directory.parent, Path("runs"))
+    found = {path.parent.name: path.parent for own in beside for path in own.glob(f"*/{RESULT}")}
+    if close := get_close_matches(directory.name, found, n=1):
+        return f"did you mean {found[close[0]]}? otherwise see `unipelt list runs`"
+    return "give a directory that `train` wrote"
+
+
+def describe_progress(directory: Path) -> str:
+    """Say how far an unfinished run got, and who is at it."""
+    epochs = [event for event in read_metrics(directory) if event.get("kind") == "epoch"]
+    if owner := holder(directory):
+        return f"epoch {epochs[-1]['epoch'] if epochs else 0} done, {owner} is at it"
+    return f"stopped after epoch {epochs[-1]['epoch']}" if epochs else "no epoch done"
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the events of metrics.jsonl; a last line cut short by a crash is left out."""
+    path = directory / METRICS
+    events: list[dict[str, Any]] = []
+    if not os.path.lexists(path):
+        return events
+    with atomic.own_file(path).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                event = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("epoch"), int):
+                events.append(event)
+    return events
+
+
+def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the saved loop state of an interrupted run, or None where there is none."""
+    path = directory / STATE
+    if not os.path.lexists(path):
+        return None
+    tensors, header = atomic.open_tensors(path)
+    return tensors, schema.shaped(path, header, schema.State)
+
+
+def probe(tuned: Tuned) -> Logits:
+    """Return all heads' logits of the probe rows: a fingerprint without user text."""
+    rows, tasks = probe_rows(tuned), range(len(tuned.classifier.heads))
+    return np.concatenate([compute_logits(tuned, rows, task) for task in tasks], axis=1)
+
+
+def probe_rows(tuned: Tuned, count: int = PROBE_ROWS, longest: int | None = None) -> Encoded:
+    """Draw rows of seeded random tokens that a model's backbone can read, `longest` of length."""
+    config: Any = tuned.classifier.backbone.config
+    random = np.random.default_rng(0)
+    pad_id = config.pad_token_id or 0
+    ids = [
+        [int(token) for token in random.integers(0, config.vocab_size, length) if token != pad_id]
+        or [(pad_id + 1) % config.vocab_size]
+        for length in random.integers(4, 33, count)
+    ]
+    limits = (tuned.pretrained.layout.positions(config), longest)
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    native = tuned.pretrained.layout.native
+    if native is not None and native.reads_last:  # its classifier looks for one end mark a row
+        end = config.eos_token_id
+        own = [[token for token in row if token != end] for row in ids]
+        ids = [[*row[: limit and limit - 1], end] for row in own]
+    ids = [row[:limit] for row in ids]
+    has_types = getattr(config, "type_vocab_size", 0) > 1
+    return Encoded(
+        ids,
+        [[0] * len(row) for row in ids] if has_types else None,
+        pad_id,
+    )

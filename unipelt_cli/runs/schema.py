@@ -1,0 +1,128 @@
+"""What reading relies on in a run's JSON: other keys may be there, these must be, and be right."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from unipelt_cli.config.experiment import Metric
+from unipelt_cli.errors import RunError
+from unipelt_cli.files.atomic import REMEDY
+
+
+class _Split(BaseModel):
+    digest: str
+
+
+class _Splits(BaseModel):
+    train: _Split
+    dev: _Split
+    test: _Split
+
+
+class _Data(BaseModel):
+    splits: _Splits
+
+
+class _StartedOn(BaseModel):
+    name: str
+    revision: str | None
+    fingerprint: str
+    files: dict[str, str]
+
+
+class Started(BaseModel):
+    """What going on with an interrupted run relies on in environment.json."""
+
+    backbone: _StartedOn
+
+
+class Environment(Started):
+    """What reading relies on in environment.json."""
+
+    data: _Data
+    threads: int = Field(ge=1, le=4096)
+    packages: dict[str, str]
+
+
+class _JointData(BaseModel):
+    tasks: dict[str, _Data] = Field(min_length=2)
+
+
+class JointEnvironment(Environment):
+    """What reading relies on in environment.json where several tasks trained one model."""
+
+    data: _JointData  # type: ignore[assignment]
+
+
+class _Files(BaseModel):
+    experiment: str = Field(alias="experiment.toml")
+    environment: str = Field(alias="environment.json")
+    probe: str = Field(alias="probe.safetensors")
+    metrics: str = Field(alias="metrics.jsonl")
+    model: str = Field(alias="model.safetensors")
+    predictions: str = Field("", alias="predictions.safetensors")
+
+
+class Result(BaseModel):
+    """What reading relies on in result.json."""
+
+    metric: str
+    dev: dict[str, float]
+    test: dict[str, float]
+    seconds: float
+    device: str
+    best_epoch: int
+    epochs: int
+    trainable_parameters: int
+    stored_parameters: int
+    head_parameters: int
+    artifact_bytes: int
+    peak_memory_bytes: int
+    collapsed: bool
+    sha256: str
+    files: _Files
+
+    @model_validator(mode="after")
+    def _is_scored(self) -> Self:
+        if self.metric not in self.dev or self.metric not in self.test:
+            raise ValueError(f"no {self.metric!r} among the scores")
+        return self
+
+
+class _Task(BaseModel):
+    name: str
+    text: list[str] = Field(min_length=1, max_length=2)
+    labels: list[str]
+    metric: Metric
+    also: list[Metric]
+
+
+class State(BaseModel):
+    """What going on relies on in the header of state.safetensors."""
+
+    counters: dict[str, Any]
+    seconds: float = Field(ge=0)
+
+
+class Header(BaseModel):
+    """What reading relies on in the header of model.safetensors."""
+
+    task: _Task
+
+
+class JointHeader(BaseModel):
+    """What reading relies on in that header where several tasks trained one model."""
+
+    tasks: list[_Task] = Field(min_length=2)
+
+
+def shaped(path: Path, value: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
+    """Return a JSON object that has what reading relies on; raise RunError for another."""
+    try:
+        schema.model_validate(value, strict=True)
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"])) or "it"
+        raise RunError(f"{path}: damaged, {place}: {first['msg'].lower()}", REMEDY) from None
+    return value

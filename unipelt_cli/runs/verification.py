@@ -1,0 +1,168 @@
+"""Whether a run is what it says it is, and whether it can be had again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unipelt_cli.backbones.pretrained import find
+from unipelt_cli.data import preparation
+from unipelt_cli.errors import UnipeltError
+from unipelt_cli.files import atomic
+from unipelt_cli.runs import schema
+from unipelt_cli.runs.run import (
+    MODEL,
+    PROBE_ROWS,
+    RESULT,
+    Run,
+    check_file,
+    check_seal,
+    read,
+    recorded,
+)
+
+MACHINE = ("unipelt", "python", "platform", "processor", "threads", "device")
+OUTCOME = ("best_epoch", "epochs", "collapsed")
+CONDITIONS = ("precision", "together", "processes", "micro_batch_size")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; `passed` is None where it could not be."""
+
+    what: str
+    passed: bool | None
+    said: str
+
+
+def verify(
+    directory: Path, source: str | None = None, backbone: str | None = None
+) -> Iterator[Check]:
+    """Check a finished run: every file's hash, the backbone, the tensors, the logits, the rows.
+
+    `source` and `backbone` say where rows and backbone are now. Rows that are not there are not
+    checked; all else that is wrong fails. Raises RunError for a directory that holds no finished
+    run at all. What damaged files would be needed for is left out.
+    """
+    if not (directory / RESULT).is_file():
+        read(directory)
+    files = list(_files(directory))
+    yield from files
+    if not all(check.passed for check in files):
+        return
+    try:
+        run = read(directory)
+    except UnipeltError as error:
+        yield Check("contents", False, error.message)
+        return
+    found = _try("backbone", lambda: _backbone(run, backbone))
+    yield found
+    if found.passed:
+        yield _try("tensors and logits", lambda: _logits(run, backbone))
+    for place in range(len(run.tasks)):
+        yield from _rows(run, source, place)
+
+
+def _files(directory: Path) -> Iterator[Check]:
+    """Compare the files with the hashes in the result, and the result with its own."""
+    path = directory / RESULT
+    result: dict[str, Any] = {}
+
+    def own() -> str:
+        result.update(schema.shaped(path, atomic.read_object(path), schema.Result))
+        check_seal(path, result)
+        return f"sha256 {result[atomic.SEAL][:12]}"
+
+    first = _try(RESULT, own)
+    yield first
+    if first.passed:
+        for name in recorded(result):
+            yield _try(name, lambda name=name: _file(directory / name, result["files"][name]))  # type: ignore[misc]
+
+
+def _file(path: Path, sha256: str) -> str:
+    check_file(path, sha256)
+    return f"sha256 {sha256[:12]}"
+
+
+def _backbone(run: Run, backbone: str | None) -> str:
+    found = find(backbone or run.experiment.model.backbone)
+    run.check_backbone(found)
+    return f"{found.name} ({found.fingerprint[:12]})"
+
+
+def _logits(run: Run, backbone: str | None) -> str:
+    difference, bound = run.probe_difference(run.build(backbone=backbone))
+    return f"{PROBE_ROWS} rows differ by {difference:.1e} at most, {bound:.0e} allowed"
+
+
+def _rows(run: Run, source: str | None, place: int) -> Iterator[Check]:
+    name = f"{run.tasks[place].name} rows"
+    try:
+        found = run.prepared(source, place)
+    except UnipeltError as error:
+        yield Check(name, None, f"not found: {error.message}")
+        return
+    for split, rows in found.splits.items():
+        expected = run.digest_of(split, place)
+        passed = preparation.digest(rows) == expected
+        said = f"{len(rows)}, sha256 {expected[:12]}" if passed else "not those of the run"
+        yield Check(f"{name}, {split}", passed, said)
+
+
+def _try(what: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(what, True, look())
+    except UnipeltError as error:
+        return Check(what, False, error.message)
+
+
+@contextmanager
+def as_trained(run: Run) -> Iterator[None]:
+    """Inside, compute with as many threads as the run did: sums then go the same way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(run.environment["threads"])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def differences(there: Run, here: Run) -> list[dict[str, Any]]:
+    """Return what differs between two runs: conditions first, then the outcome."""
+    described = _described(there), _described(here)
+    return [
+        {"what": what, "there": there, "here": described[1].get(what)}
+        for what, there in described[0].items()
+        if there != described[1].get(what)
+    ]
+
+
+def is_equal(there: Run, here: Run) -> bool:
+    """Say whether two runs have the same scores and, to the byte, the same tensors."""
+    return all(_outcome(there)[what] == value for what, value in _outcome(here).items())
+
+
+def _described(run: Run) -> dict[str, Any]:
+    environment, result = run.environment, run.result
+    own = {
+        **{key: environment.get(key) for key in MACHINE},
+        **environment.get("packages", {}),
+        "backbone": environment["backbone"]["fingerprint"][:12],
+        **{key: result.get(key) for key in CONDITIONS},
+    }
+    for place, task in enumerate(run.tasks):
+        for split in preparation.SPLITS:
+            own[f"{task.name} {split} rows"] = run.digest_of(split, place)[:12]
+    return own | _outcome(run)
+
+
+def _outcome(run: Run) -> dict[str, Any]:
+    result = run.result
+    scores = {f"{s} {name}": value for s in ("dev", "test") for name, value in result[s].items()}
+    # Of the tensors alone: the file's header names the place where the backbone lies.
+    tensors = atomic.digest(atomic.open_tensors(run.directory / MODEL)[0], {})[:12]
+    return scores | {key: result[key] for key in OUTCOME} | {"tensors": tensors}

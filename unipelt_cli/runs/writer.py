@@ -1,0 +1,248 @@
+"""Writing a run directory: file by file, in an order that never lets a part pass for the whole.
+
+`experiment.toml` comes first, `result.json` last: its presence means that the run is finished.
+One process at a time writes in a directory.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unipelt_cli import __version__
+from unipelt_cli.config.experiment import Experiment, dump
+from unipelt_cli.errors import CheckError, RunError
+from unipelt_cli.files import atomic
+from unipelt_cli.files.lock import LOCK, Claim
+from unipelt_cli.models.build import Tuned
+from unipelt_cli.runs.run import (
+    ENVIRONMENT,
+    EXPERIMENT,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    PROBE,
+    PROBE_ROWS,
+    PROBE_TOLERANCE,
+    RECORDED,
+    RESULT,
+    STATE,
+    probe,
+    read_metrics,
+)
+from unipelt_cli.tasks import Task, Values
+
+PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
+_FILES = (*RECORDED, RESULT, STATE)
+_TASK_KEYS = ("name", "text", "labels", "metric", "also")
+
+
+class Writer:
+    """Writes one run directory, file by file, each one whole or not there.
+
+    From `check` on, or `create` where the directory is new, until `close` it holds the right
+    to write there.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._claim: Claim | None = None
+
+    def check(self, *, overwrite: bool = False) -> None:
+        """Raise RunError now for a directory that `create` could not make later.
+
+        One that exists needs `overwrite`, may hold no file that no run wrote, and may not be
+        another process's.
+        """
+        if atomic.writable(self.directory) == self.directory:
+            self.claim()
+            self._check_content(overwrite)
+
+    def foresee(self, *, overwrite: bool = False) -> None:
+        """Raise RunError for what `check` would find now, but take no right and write nothing."""
+        if atomic.writable(self.directory) == self.directory:
+            self._check_content(overwrite)
+
+    def claim(self) -> None:
+        """Take the right to write in the directory; raise RunError while another has it."""
+        if self._claim is None:
+            self._claim = Claim(self.directory)
+
+    def close(self) -> None:
+        """Give the right to write back."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
+
+    def _check_content(self, overwrite: bool) -> None:
+        directory = self.directory
+        with atomic.writing(directory):
+            there = [path.name for path in directory.iterdir() if not _is_passing(path.name)]
+        if there and not overwrite:
+            raise RunError(
+                f"{directory}: exists already",
+                "go on with --resume, replace it with --overwrite, or give another --out",
+            )
+        if foreign := sorted(set(there) - set(_FILES)):
+            raise RunError(
+                f"{directory}: holds files that no run wrote, such as {foreign[0]}",
+                "give another --out",
+            )
+
+    def create(self, *, overwrite: bool = False) -> None:
+        """Make the directory, or empty it of an earlier run's files."""
+        with atomic.writing(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self.claim()
+            self._check_content(overwrite)
+            # The result goes first: what is left of an emptied run must not look finished. Nor
+            # may files stay without the experiment that says whose they are.
+            for name in (RESULT, STATE, *reversed(RECORDED)):
+                (self.directory / name).unlink(missing_ok=True)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Remove what a killed process was writing, and what a finished run needs no more."""
+        for path in self.directory.glob(f"{atomic.TEMPORARY}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if (self.directory / RESULT).is_file():
+            with suppress(OSError):
+                (self.directory / STATE).unlink()
+
+    def experiment(self, experiment: Experiment) -> None:
+        """Write the resolved experiment, the first file of a run."""
+        atomic.write(self.directory / EXPERIMENT, dump(experiment).encode())
+
+    def environment(
+        self,
+        tuned: Tuned,
+        manifest: Mapping[str, Any],
+        command: list[str],
+        processes: int = 1,
+    ) -> None:
+        """Write what the result depends on beside the experiment."""
+        atomic.write_json(
+            self.directory / ENVIRONMENT,
+            {
+                "unipelt": __version__,
+                "python": platform.python_version(),
+                "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+                "platform": platform.platform(),
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "processes": processes,
+                "device": _device_name(tuned.device),
+                "command": command,
+                "backbone": _backbone(tuned) | {"files": tuned.pretrained.digests},
+                "data": manifest,
+            },
+        )
+
+    def metric(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one event to metrics.jsonl."""
+        path = self.directory / METRICS
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with atomic.writing(path), os.fdopen(os.open(path, flags, 0o666), "wb") as file:
+            file.write((json.dumps({"kind": kind, **values}) + "\n").encode())
+
+    def rewind(self, epoch: int) -> None:
+        """Drop the events that a resumed loop will log again: from `epoch` on, and the stop."""
+        kept = [event for event in read_metrics(self.directory) if event["epoch"] < epoch]
+        lines = "".join(json.dumps(event) + "\n" for event in kept)
+        atomic.write(self.directory / METRICS, lines.encode())
+
+    def state(
+        self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], seconds: float
+    ) -> None:
+        """Write what an interrupted loop goes on from, and the seconds that the run has taken."""
+        header = {"counters": counters, "seconds": seconds}
+        atomic.write_tensors(self.directory / STATE, tensors, header)
+
+    def model(self, tuned: Tuned, tasks: Sequence[Task], method: str) -> Tensor:
+        """Write the stored tensors and return the probe logits of the model that was trained."""
+        said = [
+            {key: value for key, value in asdict(task).items() if key in _TASK_KEYS}
+            for task in tasks
+        ]
+        header = {
+            "format_version": atomic.FORMAT,
+            "method": method,
+            **({"task": said[0]} if len(said) == 1 else {"tasks": said}),
+            "backbone": _backbone(tuned),
+            "pooling": tuned.pooling,
+            "precision": tuned.precision,
+        }
+        atomic.write_tensors(self.directory / MODEL, tuned.stored(), header)
+        return torch.from_numpy(probe(tuned))
+
+    def verify(self, reloaded: Tuned, trained: Tensor) -> float:
+        """Compare the reloaded model's probe logits with the trained one's, and store them.
+
+        Raises CheckError when they differ: then what was stored is not what was trained.
+        """
+        logits = torch.from_numpy(probe(reloaded))
+        difference = float((logits - trained).abs().max())
+        if not difference <= PROBE_TOLERANCE:
+            raise CheckError(
+                f"{self.directory}: the reloaded model's logits differ by {difference:.2g}",
+                "this is a bug in unipelt: please report it with the experiment.toml",
+            )
+        atomic.write_tensors(self.directory / PROBE, {"logits": logits}, {"rows": PROBE_ROWS})
+        return difference
+
+    def predictions(self, predicted: Sequence[Values], expected: Sequence[Values]) -> None:
+        """Write each task's predictions and references on test: label indices, or values."""
+        tensors = {
+            f"{what}.{place}": torch.from_numpy(values).to(
+                torch.float64 if values.dtype.kind == "f" else torch.int32
+            )
+            for what, each in (("predictions", predicted), ("references", expected))
+            for place, values in enumerate(each)
+        }
+        atomic.write_tensors(self.directory / PREDICTIONS, tensors, {"split": "test"})
+
+    def result(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the result, the last file, with the hashes of all others: now it is finished."""
+        with atomic.writing(self.directory / METRICS):
+            atomic.sync(self.directory / METRICS)
+        files = {name: atomic.file_digest(self.directory / name) for name in RECORDED}
+        sealed = atomic.sealed({**result, "files": files})
+        atomic.write_json(self.directory / RESULT, sealed)
+        self.sweep()
+        return sealed
+
+
+def _is_passing(name: str) -> bool:
+    """Say whether a file is there only while a run is written, or was when one was killed."""
+    return name == LOCK or name.startswith(atomic.TEMPORARY)
+
+
+def _backbone(tuned: Tuned) -> dict[str, Any]:
+    pretrained = tuned.pretrained
+    return {
+        "name": pretrained.name,
+        "model_type": pretrained.layout.model_type,
+        "revision": pretrained.revision,
+        "fingerprint": pretrained.fingerprint,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return device.type
+
+
+def command_line() -> list[str]:
+    """Return the command that runs, without the directory the program lies in."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -1,0 +1,199 @@
+"""A run's gates on a terminal: readable in 80 columns, without colours, and in a pipe."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from unipelt_cli.gates.report import NEARLY_CLOSED, Layers, gate_names, over_layers
+from unipelt_cli.terminal.console import console
+from unipelt_cli.terminal.tables import plain, say
+
+Answer = Mapping[str, Any]
+Item = TypeVar("Item")
+BLOCKS = " ▏▎▍▌▋▊▉█"
+BAR_CELLS = 5
+GATE_CELLS = 18  # of a gate's column, with the gap
+LAYER_CELLS = 5
+FEW_CLASSES = 3  # whose layers are shown one class after another
+MOST_DIFFERENCES = 10
+MARK = "!"
+
+
+def show_layers(layers: Layers, title: str) -> None:
+    """Print layers x gates, two lines each: bar, mean and spread; quantiles and entropy."""
+    say(title)
+    room = max(1, (console().width - LAYER_CELLS) // GATE_CELLS)
+    names = gate_names(layers)
+    for start in range(0, len(names), room):
+        chosen = names[start : start + room]
+        view = _table("layer", *chosen)
+        for own in layers:
+            cells = [_gate_cell(own[name]) if name in own else Text() for name in chosen]
+            view.add_row(str(own["layer"]), *cells)
+        console().print(view)
+
+
+def show_legend(nearly_closed: Sequence[Answer]) -> None:
+    """Print what a cell's second line is, and name the gates that are nearly closed."""
+    say("below: p05, median, p95 and the entropy of its values in bits")
+    if nearly_closed:
+        named = ", ".join(f"layer {own['layer']} {own['gate']}" for own in nearly_closed)
+        say((f"{MARK} nearly closed", "yellow"), f" (mean below {NEARLY_CLOSED}): {named}")
+
+
+def show_classes(answer: Answer, split: str) -> None:
+    """Print the classes' gates: by layer where they are few, else means over layers."""
+    classes = answer["classes"]
+    if len(classes) <= FEW_CLASSES:
+        for own in classes:
+            show_layers(own["layers"], f"{own['class']}: {own['rows']} {split} rows")
+        return
+    names = gate_names(answer["layers"])
+    view = _table("class", "rows", *names, text=("class",))
+    for own in classes:
+        means = over_layers(_means(own["layers"]))
+        cells = [_level(means[name]) for name in names]
+        view.add_row(_cut(own["class"]), str(own["rows"]), *cells)
+    say(f"means over layers, {answer['rows']} {split} rows")
+    console().print(view)
+
+
+def show_differences(found: Sequence[Answer]) -> None:
+    """Print where classes open a gate most differently."""
+    if not found:
+        say("the rows are of one class: nothing to compare")
+        return
+    say("which class opens what: the largest differences, measured in spreads within classes")
+    texts = ("most open", "least open")
+    view = _table(
+        "layer", "gate", "most open", "mean", "least open", "mean", "in spreads", text=texts
+    )
+    for own in found[:MOST_DIFFERENCES]:
+        ends = [
+            cell
+            for end in (own["most"], own["least"])
+            for cell in (_cut(end["class"]), f"{end['mean']:.2f}")
+        ]
+        effect = "-" if own["effect"] is None else f"{own['effect']:.1f}"
+        view.add_row(str(own["layer"]), own["gate"], *ends, effect)
+    console().print(view)
+    if len(found) > MOST_DIFFERENCES:
+        say(f"{len(found) - MOST_DIFFERENCES} smaller ones are in --json")
+
+
+def show_top(top: Sequence[Answer], texts: Mapping[int, str]) -> None:
+    """Print the rows that open each gate most and least, with as much of their text as fits."""
+    for own in top:
+        name = "all gates" if own["gate"] == "all" else own["gate"]
+        say((f"{name}, mean over layers", "bold"))
+        view = _table("", "value", "row", "label", "text", text=("label", "text"))
+        for end in ("most", "least"):
+            for row in own[end]:
+                cells = _cut(str(row["label"])), _cut(texts[row["row"]][: console().width])
+                view.add_row(end, f"{row['value']:.3f}", str(row["row"]), *cells)
+        console().print(view)
+
+
+def show_epochs(epochs: Sequence[Answer], metric: str, title: str) -> None:
+    """Print the gates' means over layers after each epoch; the best one is marked."""
+    say(title)
+    names = next(gate_names(own["layers"]) for own in epochs if own["layers"])
+    view = _table("epoch", f"dev {metric}", *names)
+    for own in epochs:
+        means = over_layers(own["layers"])
+        score = own["dev"].get(metric)
+        star = " *" if own["is_best"] else "  "
+        view.add_row(
+            f"{own['epoch']}{star}",
+            "-" if score is None else f"{score:.4f}",
+            *(_level(means[name]) if name in means else "-" for name in names),
+            style="bold" if own["is_best"] else "",
+        )
+    console().print(view)
+    say("* the best epoch by dev, which is the run's result")
+
+
+def show_ablation(ablation: Answer, title: str, rows: int) -> None:
+    """Print layers x submodules: the mean gate, and the score lost where it is closed."""
+    row = f"; one row is {1 / rows:.4f}" if ablation["metric"] == "accuracy" else ""
+    say(title)
+    say(f"mean gate, and what closing it loses; below 0: the score rose{row}")
+    names = list(ablation["all"])
+    view = _table("layer", *names)
+    for own in ({"layer": "all", **ablation["all"]}, *ablation["layers"]):
+        cells = [_loss_cell(own[name]) if name in own else Text() for name in names]
+        view.add_row(str(own["layer"]), *cells)
+    console().print(view)
+    say(ablation["says"])
+
+
+def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
+    """Yield the items, with a bar on a terminal until the last one."""
+    out = console()
+    columns = TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn()
+    view = Progress(
+        *columns,
+        console=out,
+        transient=True,
+        disable=not out.is_terminal,
+        redirect_stderr=False,  # the console writes there itself
+    )
+    with view:
+        yield from view.track(items, total=total)
+
+
+def _table(*columns: str, text: Sequence[str] = ()) -> Table:
+    """Make a table without lines; columns of `text`, made by `_cut`, give way to the others."""
+    view = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in columns:
+        is_number = name in ("layer", "value", "row", "rows", "mean", "epoch", "in spreads")
+        view.add_column(
+            name,
+            justify="right" if is_number else "left",
+            no_wrap=name not in text,
+        )
+    return view
+
+
+def _cut(text: str) -> Text:
+    """Return text from data as a cell that is cut where its column ends."""
+    return Text(plain(text), no_wrap=True, overflow="ellipsis")
+
+
+def _means(layers: Layers) -> list[dict[str, Any]]:
+    return [{n: own[n]["mean"] for n in own if n != "layer"} for own in layers]
+
+
+def _gate_cell(values: Mapping[str, float]) -> Text:
+    mark = MARK if values["mean"] < NEARLY_CLOSED else " "
+    quantiles = " ".join(_short(values[name]) for name in ("p05", "median", "p95"))
+    return Text.assemble(
+        _bar(values["mean"]),
+        f"{mark}{values['mean']:.2f} ±{values['std']:.2f}\n",
+        (f"{quantiles} {values['entropy']:.1f}", "dim"),
+    )
+
+
+def _loss_cell(values: Mapping[str, Any]) -> Text:
+    gate = "   -" if values["gate"] is None else f"{values['gate']:.2f}"
+    lost = round(values["lost"], 4) + 0.0  # no -0.0000
+    return Text.assemble((gate, "dim"), (f" {lost:7.4f}", "bold" if lost > 0 else ""))
+
+
+def _level(value: float) -> Text:
+    return Text.assemble(_bar(value), f" {value:.2f}")
+
+
+def _short(share: float) -> str:
+    return f"{share:.2f}".removeprefix("0")
+
+
+def _bar(share: float) -> tuple[str, str]:
+    """Return a bar and its colour."""
+    eighths = round(min(max(share, 0.0), 1.0) * BAR_CELLS * 8)
+    full, rest = divmod(eighths, 8)
+    bar = ("█" * full + (BLOCKS[rest] if rest else "")).ljust(BAR_CELLS, "·")
+    return bar, ("blue", "cyan", "green", "yellow", "red")[min(4, max(0, int(share * 5)))]

@@ -1,0 +1,134 @@
+"""What people type out of habit, from other tools or from memory, and what it is called here."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from unipelt_cli.errors import nearest
+from unipelt_cli.terminal import choices
+
+COMMANDS: Mapping[str, str] = {
+    **dict.fromkeys(("run", "fit", "finetune", "fine-tune", "start", "learn"), "train"),
+    **dict.fromkeys(("evaluate", "test", "score", "validate"), "eval"),
+    **dict.fromkeys(("infer", "classify", "label", "inference"), "predict"),
+    **dict.fromkeys(("ls", "show", "methods", "tasks", "runs"), "list"),
+    **dict.fromkeys(("check", "env", "info", "version"), "doctor"),
+    **dict.fromkeys(("convert", "save"), "export"),
+    **dict.fromkeys(("upload", "publish"), "push"),
+    **dict.fromkeys(("inspect", "gates", "plot"), "inspect-gates"),
+    **dict.fromkeys(("tune", "search", "suggest", "auto"), "recommend"),
+    **dict.fromkeys(("grid", "bench", "benchmark"), "sweep"),
+    **dict.fromkeys(("data", "download", "preprocess"), "prepare"),
+}
+OPTIONS: Mapping[str, str] = {
+    **dict.fromkeys(("lr", "rate"), "--set train.learning_rate="),
+    **dict.fromkeys(("num-epochs", "num-train-epochs", "epoch"), "--set train.epochs="),
+    **dict.fromkeys(
+        ("bs", "batch", "train-batch-size", "per-device-train-batch-size"),
+        "--set train.batch_size=",
+    ),
+    **dict.fromkeys(
+        ("max-len", "max-seq-len", "max-seq-length", "sequence-length"), "--set model.max_length="
+    ),
+    **dict.fromkeys(("early-stopping", "early-stopping-patience"), "--set train.patience="),
+    **dict.fromkeys(("warmup-ratio", "warmup-steps"), "--set train.warmup="),
+    "wd": "--set train.weight_decay=",
+    "dropout": "--set model.head_dropout=",
+    "max-grad-norm": "--set train.clip=",
+    **dict.fromkeys(("output", "output-dir", "out-dir", "save-dir", "run-dir", "dir"), "--out "),
+    **dict.fromkeys(("data-dir", "data-path"), "--source "),
+    **dict.fromkeys(("file", "data", "csv", "train", "train-data", "input"), "--train-file "),
+    **dict.fromkeys(("dev", "validation-file", "eval-file", "valid-file"), "--dev-file "),
+    **dict.fromkeys(("text-column", "text-col"), "--text "),
+    **dict.fromkeys(("label-column", "label-col", "target"), "--label "),
+    **dict.fromkeys(
+        ("model-name", "model-name-or-path", "base-model", "backbone", "pretrained"), "--model "
+    ),
+    **dict.fromkeys(("task-name", "glue-task"), "--task "),
+    **dict.fromkeys(("peft", "adapter", "peft-method"), "--method "),
+    **dict.fromkeys(("shots", "num-examples", "n", "num-samples", "samples"), "--k "),
+    **dict.fromkeys(("config", "recipe"), "--preset "),
+    **dict.fromkeys(("random-seed", "train-seed"), "--seed "),
+}
+FLAGS: Mapping[str, str] = {
+    **dict.fromkeys(("gpu", "cuda", "use-cuda"), "--device cuda"),
+    **dict.fromkeys(("no-cuda", "cpu", "use-cpu"), "--device cpu"),
+    **dict.fromkeys(("fp16", "bf16", "amp"), "--precision bf16"),
+    "fp32": "--precision fp32",
+    **dict.fromkeys(("force", "overwrite-output-dir"), "--overwrite"),
+    **dict.fromkeys(("continue", "resume-from-checkpoint"), "--resume"),
+    **dict.fromkeys(("dryrun", "check"), "--dry-run"),
+    **dict.fromkeys(("local-files-only", "no-network"), "--offline"),
+}
+SEVERAL: Mapping[str, str] = {
+    "--seed": "--seeds {0} trains a run for each",
+    "--data-seed": "--data-seeds {0} trains a run for each",
+    "--k": "`unipelt sweep --k {0}` trains a run for each",
+}
+
+
+def command(name: str, there: Sequence[str]) -> str:
+    """Return the hint for a command that is not there."""
+    own = COMMANDS.get(name.casefold())
+    return f"did you mean {own}?" if own in there else nearest(name, there)
+
+
+def option(name: str, given: Sequence[str], there: Sequence[str]) -> str | None:
+    """Return what to write in place of an option that is not there; None where nobody knows.
+
+    `there` are the options of the command, `given` the words of the command line.
+    """
+    plain = name.lstrip("-").casefold().replace("_", "-")
+    value = value_of(name, given)
+    target = FLAGS.get(plain)
+    if target is None:
+        target = OPTIONS.get(plain) or (f"--{plain} " if f"--{plain}" in there else None)
+        target = target or _setting(plain.replace("-", "_"))
+        target = target and target + ("VALUE" if value is None else value)
+    if target is None or target.split()[0] not in there:
+        return None
+    return f"write {target}"
+
+
+def _setting(key: str) -> str | None:
+    sections = [own for own in choices.SECTIONS if key in choices.settings(own)]
+    return f"--set {sections[0]}.{key}=" if sections else None
+
+
+def argument(word: str, given: Sequence[str], there: Sequence[str]) -> str | None:
+    """Return what to write in place of a word that no option takes; None where nobody knows."""
+    before = given[given.index(word) - 1] if word in given else ""
+    places = {
+        "--task": word in choices.tasks(),
+        "--tasks": all(own in choices.tasks() for own in word.split(",")),
+        "--method": word in choices.methods(),
+        "--train-file": Path(word).suffix in (".csv", ".tsv", ".jsonl", ".parquet"),
+        "--preset": word in choices.presets() or word.endswith(".toml"),
+    }
+    if "." in before and before.partition(".")[0] in (*choices.SECTIONS, "method"):
+        return f"write --set {before.rstrip('=')}={word}"
+    found = next((flag for flag, fits in places.items() if fits and flag in there), None)
+    return found and f"write {found} {word}"
+
+
+def number(flag: str, value: str) -> str:
+    """Return the hint for what is no whole number."""
+    if all(part.strip().isdecimal() for part in value.split(",")) and flag in SEVERAL:
+        return SEVERAL[flag].format(value)
+    if flag == "--k" and value == "all":
+        return "leave --k out to train on all rows"
+    return "give a whole number"
+
+
+def value_of(flag: str, given: Sequence[str]) -> str | None:
+    """Return what was written behind a flag, if anything was."""
+    for place, word in enumerate(given):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        following = given[place + 1 : place + 2]
+        if word == flag and following and not _is_flag(following[0]):
+            return following[0]
+    return None
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not word[1:2].isdigit()

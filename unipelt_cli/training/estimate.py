@@ -1,0 +1,182 @@
+"""What runs would take: a few real steps of each method, and how many tokens they have."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.data.preparation import Prepared
+from unipelt_cli.errors import UnipeltError
+from unipelt_cli.models.build import OPTIMISED, Tuned, choose_device
+from unipelt_cli.models.evaluation import compute_logits
+from unipelt_cli.sweeps.grid import Cell
+from unipelt_cli.system import imports
+from unipelt_cli.system.memory import activations as memory_activations
+from unipelt_cli.system.memory import available
+from unipelt_cli.system.memory import held as memory_held
+from unipelt_cli.training.execution import Shared, longest_batch, loop_of, plan
+from unipelt_cli.training.loop import Step, Training
+
+STEPS = 4
+ROWS = 64
+SETUP_SECONDS = 1.0  # rows, model, reading back
+KEPT = 3  # times a batch's memory that a CPU's allocator keeps in the end, measured
+OTHER_BYTES = 40_000  # a run directory without its tensors
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one cell takes, if nothing else runs beside it.
+
+    Seconds if it stops as early as patience allows, and if it trains all its epochs.
+    """
+
+    least_seconds: float
+    most_seconds: float
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The bytes that a run holds at its peak, and those that the device can still give."""
+
+    process: int
+    """Held before the model: Python, the libraries, the rows. Nothing on a GPU."""
+    weights: int
+    """Of the model, and in float32 of the one that is read back to be checked at the end."""
+    states: int
+    """A gradient and two moments of each number that trains."""
+    activations: int
+    """What the longest batch keeps for the backward pass."""
+    free: int | None
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.process + self.weights + self.states + self.activations
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device can give what is not held yet; None where it does not say."""
+        return None if self.free is None else self.total - self.process <= self.free
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """One run before it is trained: what it would train on, and what that would take."""
+
+    experiment: Experiment
+    prepared: tuple[Prepared, ...]
+    tuned: Tuned
+    cost: Estimate
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class _Speed:
+    train: float  # real tokens a second
+    evaluation: float
+    stored: int
+    stages: int
+
+
+def estimate(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Estimate | UnipeltError]]:
+    """Measure each backbone, method and precision once, and count every cell's tokens.
+
+    A cell that could not begin comes with the error instead.
+    """
+    shared, speeds = Shared(), dict[str, _Speed]()
+    sizes: dict[Any, tuple[float, float, float]] = {}
+    for cell in cells:
+        experiment = cell.experiment
+        key = _kind(experiment)
+        data = experiment.data.model_copy(update={"data_seed": 0})
+        place = (data, experiment.model.backbone, experiment.model.max_length)
+        if key not in speeds or place not in sizes:
+            try:
+                planned, prepared, tuned = plan(experiment, shared)
+                loop = loop_of(planned, prepared, tuned, shared)
+                speed, size = _measure(loop, prepared)
+            except UnipeltError as error:
+                yield cell, error
+                continue
+            speeds.setdefault(key, speed)
+            sizes.setdefault(place, size)
+        yield cell, _cost(experiment, speeds[key], sizes[place])
+
+
+def outlook(experiment: Experiment) -> Outlook:
+    """Make everything ready that a run needs, and take a few steps; write nothing.
+
+    Raises what the run itself would raise before it trains.
+    """
+    shared = Shared()
+    shared.prepare(experiment.data)
+    imports.transformers()
+    device = choose_device(experiment.train.device)
+    held, free = memory_held(device), available(device)
+    experiment, prepared, tuned = plan(experiment, shared)
+    loop = loop_of(experiment, prepared, tuned, shared)
+    needed = Memory(held, *_needed(loop), free)
+    return Outlook(
+        experiment, prepared, tuned, _cost(experiment, *_measure(loop, prepared)), needed
+    )
+
+
+def _needed(loop: Training) -> tuple[int, int, int]:
+    """Return the bytes of weights, states and activations."""
+    classifier, device = loop.tuned.classifier, loop.tuned.device
+    tensors = [*classifier.parameters(), *classifier.buffers()]
+    weights = sum(own.numel() * (own.element_size() + 4) for own in tensors)
+    trained = sum(own.numel() for own in classifier.parameters() if own.requires_grad)
+    activations = memory_activations(*longest_batch(loop), classifier.backbone.config)
+    times = 1 if device.type == "cuda" else KEPT
+    return weights, 4 * OPTIMISED * trained, times * activations
+
+
+def _kind(experiment: Experiment) -> str:
+    settings = experiment.settings()
+    train = {key: settings["train"][key] for key in ("batch_size", "device", "precision")}
+    return repr((settings["model"], settings["method"], train))
+
+
+def _measure(
+    loop: Training, prepared: Sequence[Prepared]
+) -> tuple[_Speed, tuple[float, float, float]]:
+    """Take a few steps, score a few rows, and count the tokens of train, dev and test."""
+    tuned, rates = loop.tuned, list[float]()
+    for event in loop.events():
+        if isinstance(event, Step):
+            rates.append(event.tokens_per_second)
+            if len(rates) == STEPS:
+                break
+    dev = loop.dev[0]
+    few = replace(dev, ids=dev.ids[:ROWS], types=dev.types and dev.types[:ROWS])
+    compute_logits(tuned, few)
+    start = time.perf_counter()
+    compute_logits(tuned, few)
+    evaluation = float(few.lengths.sum()) / (time.perf_counter() - start)
+    counts = tuned.parameter_counts()
+    stored = counts["stored_parameters"] + counts["head_parameters"]
+    train = float(sum(course.train[0].lengths.sum() for course in loop.courses))
+    scored = float(sum(course.dev[0].lengths.sum() for course in loop.courses))
+    rows = sum(len(course.dev[0]) for course in loop.courses)
+    test = scored / rows * sum(len(own.splits["test"]) for own in prepared)
+    speed = _Speed(max(rates), evaluation, stored, len(loop.lengths))
+    return speed, (train, scored, test)
+
+
+def _cost(
+    experiment: Experiment,
+    speed: _Speed,
+    size: tuple[float, float, float],
+    setup: float = SETUP_SECONDS,
+) -> Estimate:
+    train, dev, test = size
+    settings = experiment.train
+    epoch = train / speed.train + dev / speed.evaluation
+    once = setup + test / speed.evaluation
+    least = min(settings.epochs, speed.stages * (settings.patience + 1))
+    disk = 4 * speed.stored + OTHER_BYTES
+    return Estimate(once + least * epoch, once + settings.epochs * epoch, disk)
