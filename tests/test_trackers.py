@@ -18,6 +18,7 @@ from test_cli import own as rows_of
 
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.runs import run
+from unipelt_cli.terminal import tables
 from unipelt_cli.training import execution, trackers
 from unipelt_cli.training.execution import Finished, Mode
 from unipelt_cli.training.loop import Epoch, Step
@@ -53,7 +54,7 @@ def track(
     plan: Experiment, directory: Path, mode: Mode = "new", steps: int | None = None
 ) -> Mapping[str, Any] | None:
     """Run an experiment with TensorBoard beside it, and stop it after so many steps."""
-    tracks, taken = Tracking(["tensorboard"], [directory]), 0
+    tracks, taken = Tracking(["tensorboard"], [directory], tables.say), 0
     with closing(tracks), closing(execution.execute(plan, directory, mode)) as events:
         for event in events:
             tracks.see(0, event)
@@ -114,7 +115,7 @@ def test_steps_that_a_killed_run_told_after_its_state_are_shown_once(
     plan: Experiment, tmp_path: Path
 ) -> None:
     out, seen = tmp_path / "run", 0
-    tracks = Tracking(["tensorboard"], [out])
+    tracks = Tracking(["tensorboard"], [out], tables.say)
     events = execution.execute(plan, out)
     for event in events:
         tracks.see(0, event)

@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from unipelt_cli.version import __version__
+
 if TYPE_CHECKING:
     from unipelt_cli.runs.loaded_runs import LoadedRun, LoadedRuns, Prediction, load_run, load_runs
 
 __all__ = ["LoadedRun", "LoadedRuns", "Prediction", "__version__", "load_run", "load_runs"]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from unipelt_cli import __version__
 from unipelt_cli.commands import export, inspect_gates, predict, push, sweep
 from unipelt_cli.commands.shared import options
 from unipelt_cli.commands.shared.settings import (
@@ -32,6 +31,7 @@ from unipelt_cli.terminal.command_group import (
     obey_requests,
     print_json,
 )
+from unipelt_cli.version import __version__
 
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
@@ -62,7 +62,6 @@ def root(
         typer.echo(context.get_help())
 
 
-@app.command()
 def prepare(
     task: options.TaskOption = None,
     k: options.KOption = None,
@@ -109,7 +108,6 @@ def prepare(
         print_json({"path": str(target), **prepared.manifest})
 
 
-@app.command()
 def train(
     task: options.TaskOption = None,
     tasks: options.TasksOption = None,
@@ -209,6 +207,8 @@ def train(
         )
 
 
+app.command()(prepare)
+app.command()(train)
 app.command("list")(list_)
 app.command()(doctor)
 app.command("eval")(predict.evaluate)

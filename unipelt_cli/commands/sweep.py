@@ -445,14 +445,15 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
     from unipelt_cli.terminal.tables import table as tables_table
     from unipelt_cli.training import estimate
 
-    left = [one.cell for one in plan.of("waiting", "interrupted", "failed")]
+    unfinished = plan.of("waiting", "interrupted", "failed")
+    left = {one.cell.name: one.cell.experiment for one in unfinished}
     took: dict[str, estimate.Estimate] = {}
     refused: dict[str, str] = {}
-    for cell, own in estimate.estimate(left):
-        if isinstance(own, UnipeltError):
-            refused[cell.name] = own.message
+    for name, cost in estimate.estimate(left):
+        if isinstance(cost, UnipeltError):
+            refused[name] = cost.message
         else:
-            took[cell.name] = own
+            took[name] = cost
     rows = []
     for name, one in plan.standings.items():
         known = took.get(name)

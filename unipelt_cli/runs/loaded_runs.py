@@ -17,7 +17,7 @@ import numpy as np
 from unipelt_cli.backbones import pretrained
 from unipelt_cli.data.cells import Cells
 from unipelt_cli.errors import ConfigError, DataError, RunError
-from unipelt_cli.gates import report
+from unipelt_cli.gates.report import without_gates
 from unipelt_cli.models import evaluation
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.build import Tuned
@@ -92,7 +92,10 @@ class LoadedRun:
             return []
         with _TURN:
             encoded = self._encode(dict(zip(self.task.text, texts, strict=True)))
-            return report.collect(self.run, self.tuned, encoded, self.place)
+            _, gates = evaluation.compute_with_gates(self.tuned, encoded, self.place)
+        if not gates:
+            raise without_gates(self.run)
+        return gates
 
     @property
     def _reading(self) -> tuple[object, ...]:

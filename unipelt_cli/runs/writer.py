@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unipelt_cli import __version__
+from unipelt_cli.version import __version__
 from unipelt_cli.config.experiment import Experiment, dump
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.files import atomic

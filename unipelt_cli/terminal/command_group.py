@@ -49,7 +49,7 @@ class Commands(TyperGroup):
                 code = super().main(*given, **extra)
                 _flush()
             except BaseException:
-                if _was_asked:  # within an import, libraries make other errors of it
+                if was_asked():  # within an import, libraries make other errors of it
                     raise KeyboardInterrupt from None
                 raise
         except UsageError as error:
@@ -109,6 +109,11 @@ def obey_requests() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
             signal.signal(number, _interrupt)
+
+
+def was_asked() -> bool:
+    """Say whether a request to end has come, whatever became of its KeyboardInterrupt."""
+    return _was_asked
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
 """What runs would take: a few real steps of each method, and how many tokens they have."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,6 @@ from unipelt_cli.data.preparation import Prepared
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.build import OPTIMISED, Tuned, choose_device
 from unipelt_cli.models.evaluation import compute_logits
-from unipelt_cli.sweeps.grid import Cell
 from unipelt_cli.system import imports
 from unipelt_cli.system.memory import activations as memory_activations
 from unipelt_cli.system.memory import available
@@ -27,7 +26,7 @@ OTHER_BYTES = 40_000  # a run directory without its tensors
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one cell takes, if nothing else runs beside it.
+    """What one run takes, if nothing else runs beside it.
 
     Seconds if it stops as early as patience allows, and if it trains all its epochs.
     """
@@ -81,15 +80,16 @@ class _Speed:
     stages: int
 
 
-def estimate(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Estimate | UnipeltError]]:
-    """Measure each backbone, method and precision once, and count every cell's tokens.
+def estimate(
+    experiments: Mapping[str, Experiment],
+) -> Iterator[tuple[str, Estimate | UnipeltError]]:
+    """Measure each backbone, method and precision once, and count every run's tokens.
 
-    A cell that could not begin comes with the error instead.
+    Yields each run's name; one that could not begin comes with the error instead.
     """
     shared, speeds = Shared(), dict[str, _Speed]()
     sizes: dict[Any, tuple[float, float, float]] = {}
-    for cell in cells:
-        experiment = cell.experiment
+    for name, experiment in experiments.items():
         key = _kind(experiment)
         data = experiment.data.model_copy(update={"data_seed": 0})
         place = (data, experiment.model.backbone, experiment.model.max_length)
@@ -99,11 +99,11 @@ def estimate(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Estimate | UnipeltEr
                 loop = loop_of(planned, prepared, tuned, shared)
                 speed, size = _measure(loop, prepared)
             except UnipeltError as error:
-                yield cell, error
+                yield name, error
                 continue
             speeds.setdefault(key, speed)
             sizes.setdefault(place, size)
-        yield cell, _cost(experiment, speeds[key], sizes[place])
+        yield name, _cost(experiment, speeds[key], sizes[place])
 
 
 def outlook(experiment: Experiment) -> Outlook:

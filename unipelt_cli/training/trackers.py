@@ -1,6 +1,7 @@
 """Trackers that watch runs beside the progress line: TensorBoard, and Weights & Biases.
 
-They are told numbers and settings, never texts. What breaks in one ends that one, never a run.
+They are told numbers and settings, never texts. What there is to say of them goes to a function
+that the caller gives. What breaks in one ends that one, never a run.
 """
 
 import hashlib
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from unipelt_cli.runs.run import EXPERIMENT
-from unipelt_cli.terminal import tables
 from unipelt_cli.training.execution import Event, Failed, Finished, Ready
 from unipelt_cli.training.loop import Epoch, Step
 
@@ -25,11 +25,15 @@ Started = tuple[Any, str]  # a tracker of accelerate's, and where it can be look
 class Tracking:
     """The trackers of some runs: each run is one run of every tracker.
 
-    Their step counts the optimiser's, so that a resumed run goes on where it stopped.
+    Their step counts the optimiser's, so that a resumed run goes on where it stopped. `say` shows
+    a line, in parts that are a text or a text with its style.
     """
 
-    def __init__(self, trackers: Sequence[str], directories: Sequence[Path]) -> None:
+    def __init__(
+        self, trackers: Sequence[str], directories: Sequence[Path], say: Callable[..., None]
+    ) -> None:
         self._names = list(dict.fromkeys(trackers))
+        self._say = say
         self._places: list[str] = []
         self._runs = [_Run(directory) for directory in directories]
 
@@ -69,7 +73,7 @@ class Tracking:
                 run.trackers[name], place = started
                 if place not in self._places:
                     self._places.append(place)
-                    tables.say(f"{name}: ", (place, "bold"))
+                    self._say(f"{name}: ", (place, "bold"))
 
     def _log(self, run: "_Run", values: Mapping[str, float]) -> None:
         for name, tracker in list(run.trackers.items()):
@@ -89,7 +93,7 @@ class Tracking:
                 run.trackers.pop(name, None)
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             said = f"{name} has failed, and nothing more is told to it ({reason[:200]})"
-            tables.say(("warning: ", "yellow"), said)
+            self._say(("warning: ", "yellow"), said)
             return None
 
 

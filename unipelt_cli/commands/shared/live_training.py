@@ -97,7 +97,7 @@ def _watch(
     labels, view = list(grid), None
     ended: dict[str, Finished | Failed] = {}
     events = execution.execute_together(list(grid.values()), directories, mode, processes)
-    tracking = Tracking(trackers if processes.is_main else (), directories)
+    tracking = Tracking(trackers if processes.is_main else (), directories, tables.say)
     stop_requests = _stop_requests(processes)
     with (
         stop_requests as is_stopped,
