@@ -22,11 +22,12 @@ from transformers import BertTokenizerFast
 from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.backbones.pretrained import BERT_BASE, Pretrained
 from unipelt_cli.config.experiment import Experiment, resolve
-from unipelt_cli.files import atomic
+from unipelt_cli.files import atomic, sealed
 from unipelt_cli.methods import get
-from unipelt_cli.models.build import Tuned, count
+from unipelt_cli.models.build import count
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.runs import run
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.names import RECORDED, RESULT
 
 torch.set_num_threads(1)
 
@@ -245,14 +246,14 @@ def bert_base_counts(name: str, head_parameters: int = 1538, **options: Any) -> 
 
 def reseal(directory: Path) -> None:
     """Let a changed run's result vouch for its files again: what is behind the hashes is tried."""
-    path = directory / run.RESULT
+    path = directory / RESULT
     result = json.loads(path.read_text())
     result["files"] = {
         name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
-        for name in run.RECORDED
+        for name in RECORDED
         if (directory / name).is_file()
     }
-    atomic.write_json(path, atomic.sealed(result))
+    atomic.write_json(path, sealed.with_seal(result))
 
 
 SLOW = ("test_sweep.py", "test_processes.py", "test_readme.py")

@@ -10,8 +10,9 @@ from torch import Tensor
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.methods import get
 from unipelt_cli.methods.unipelt.method import Submodules
-from unipelt_cli.models.build import Tuned, build
-from unipelt_cli.runs import run
+from unipelt_cli.models.build import build
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.probe import probe_rows
 from unipelt_cli.runs.run import Run
 
 LABELS = ("low", "middle", "high")
@@ -60,7 +61,7 @@ def make_run(
 
 
 def rows_of(tuned: Tuned) -> list[dict[str, Tensor]]:
-    rows = run.probe_rows(tuned, 8)
+    rows = probe_rows(tuned, 8)
     return [rows.batch([row], torch.device("cpu")) for row in range(4)]
 
 

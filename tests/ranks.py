@@ -12,14 +12,16 @@ import torch
 
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.errors import CheckError, RunError, UnipeltError
-from unipelt_cli.models.build import Classifier, build
+from unipelt_cli.models.build import build
+from unipelt_cli.models.classifier import Classifier
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
 from unipelt_cli.runs.writer import Writer
 from unipelt_cli.system import processes
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import execution
-from unipelt_cli.training.loop import Course, Epoch, Halved, Training
+from unipelt_cli.training.events import Course, Epoch, Halved
+from unipelt_cli.training.loop import Training
 
 SENTENCES = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(21)]
 BATCH = 4  # the last batch has one row: one of two processes has none

@@ -119,6 +119,19 @@ def test_a_library_is_imported_in_its_places_alone(library: str) -> None:
     assert not [f for f in users if not any(f"{f}.".startswith(f"{p}.") for p in USERS[library])]
 
 
+def test_adapters_is_imported_inside_functions_alone() -> None:
+    """It patches the library's models as it is imported."""
+    for path in FILES.values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        inside = {id(inner) for function in functions for inner in ast.walk(function)}
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "adapters" for name in names):
+                assert id(node) in inside, f"{path.name} line {node.lineno}"
+
+
 def test_folders_are_documented_and_small_enough_to_read() -> None:
     for folder in {path.parent for path in FILES.values()}:
         (docstring,) = ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body[:1]

@@ -22,16 +22,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli import methods
-from unipelt_cli.backbones.architectures import BACKBONES, Layout
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.exports import adapters_folder
 from unipelt_cli.methods.additive.sparse_adapter import SparseAdapter, _pack, _unpack
-from unipelt_cli.methods.unipelt.method import Submodules, record_gates
-from unipelt_cli.models.build import Tuned, build, merge
+from unipelt_cli.methods.unipelt.gates import record_gates
+from unipelt_cli.methods.unipelt.method import Submodules
+from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.models.tuned import Tuned, merge
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training.loop import Epoch, Training
+from unipelt_cli.training.events import Epoch
+from unipelt_cli.training.loop import Training
 
 Backbones = Callable[[str], Path]
 PLAIN = sorted(name for name, layout in BACKBONES.items() if layout.is_plain)

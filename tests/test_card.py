@@ -13,10 +13,9 @@ from exported import LABELS, make_run
 from huggingface_hub import ModelCard
 
 from unipelt_cli.config.experiment import resolve
-from unipelt_cli.exports import export, model_card
-from unipelt_cli.exports import parity as parity_module
-from unipelt_cli.gates.report import inspect
-from unipelt_cli.runs.run import Run, read
+from unipelt_cli.exports import export, job, model_card
+from unipelt_cli.gates.report import inspect_gates
+from unipelt_cli.runs.run import Run, read_run
 from unipelt_cli.training import execution
 
 Backbones = Callable[[str], Path]
@@ -25,7 +24,7 @@ HOSTILE = "<img src=x>\n# [a](http://b.c) `d` | *e* ![f](g) \x1b[31m\u202e www.h
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity_module, "ROWS", 24)
+    monkeypatch.setattr(job, "ROWS", 24)
 
 
 def card_of(directory: Path) -> str:
@@ -58,7 +57,7 @@ def exported(
     }
     for _ in execution.execute(resolve([("", settings)]), root / "run"):
         pass
-    run = read(root / "run")
+    run = read_run(root / "run")
     report = export.export(run, run.build(), "adapters", root / "out")
     assert report["written"]
     return run, report, root / "out"
@@ -114,10 +113,10 @@ def test_gates_are_the_means_over_the_rows_compared(
     run, _, out = exported
     tuned = run.build()
     rows = run.rows("test")
-    layers = inspect(run, tuned, rows).by_layer()
+    layers = inspect_gates(run, tuned, rows).by_layer()
     header, *lines = table(section(card_of(out), "Gates"))
     assert set(header) == {"layer", "adapter", "prefix", "lora"}
-    parity = parity_module.find_rows(run, tuned)
+    parity = job.find_rows(run, tuned)
     assert parity.from_test == len(rows)
     drawn = len(parity.encoded) - parity.from_test
     for layer, line in zip(layers, lines, strict=True):

@@ -20,13 +20,16 @@ from typer.testing import CliRunner
 
 from unipelt_cli.cli import app
 from unipelt_cli.errors import CheckError
-from unipelt_cli.files import atomic
+from unipelt_cli.files import sealed
 from unipelt_cli.models import evaluation
 from unipelt_cli.runs import writer
-from unipelt_cli.runs.run import RESULT, read, read_experiment, read_metrics
+from unipelt_cli.runs.names import RESULT
+from unipelt_cli.runs.progress import read_metrics
+from unipelt_cli.runs.run import read_experiment, read_run
 from unipelt_cli.system import network
 from unipelt_cli.training import execution
-from unipelt_cli.training.loop import Epoch, Training
+from unipelt_cli.training.events import Epoch
+from unipelt_cli.training.loop import Training
 
 FAST = [
     *("--set", "train.epochs=3", "--set", "train.batch_size=8"),
@@ -207,7 +210,7 @@ def test_inspect_gates_table_json_and_picture(run: Path, tmp_path: Path) -> None
 
 
 def test_gates_are_what_a_hand_computation_gives(run: Path) -> None:
-    found = read(run)
+    found = read_run(run)
     tuned = found.build()
     rows = found.rows("test")
     _, stdout, _ = invoke("inspect-gates", run, "--by", "example", "--json")
@@ -277,9 +280,9 @@ def test_prepare_then_train_on_it_gives_the_same_run(
 FIRST_STEP = """
 import gc, sys
 from pathlib import Path
-from unipelt_cli import execution
-from unipelt_cli.config import resolve
-from unipelt_cli.training import Step
+from unipelt_cli.config.experiment import resolve
+from unipelt_cli.training import execution
+from unipelt_cli.training.events import Step
 
 prepared, backbone, out = sys.argv[1:]
 data, model = {"prepared": prepared}, {"backbone": backbone}
@@ -360,7 +363,7 @@ def test_several_seeds_are_ordinary_runs_and_a_table(
     for result in answer["runs"]:
         directory = Path(result["run"])
         assert directory.parent == tmp_path
-        assert read(directory).result["test"] == result["test"]
+        assert read_run(directory).result["test"] == result["test"]
     assert invoke(*given, *seeds, "--json", "--resume")[0] == 0, "finished runs are returned"
     message, hint = error_of(*given, *seeds)
     assert message.endswith("-d111-s1: exists already")
@@ -647,7 +650,7 @@ def test_a_label_of_the_test_file_that_train_lacks_is_named(bert: Path, tmp_path
 
 def damage_version(directory: Path) -> None:
     path = directory / "model.safetensors"
-    atomic.write_tensors(path, load_file(path), {"format_version": 99})
+    sealed.write_tensors(path, load_file(path), {"format_version": 99})
     reseal(directory)
 
 
@@ -656,11 +659,11 @@ def change(
 ) -> Callable[[Path], None]:
     def damage(directory: Path) -> None:
         path = directory / "model.safetensors"
-        tensors, header = atomic.open_tensors(path)
+        tensors, header = sealed.open_tensors(path)
         edit(tensors)
         if seals:
             del header["sha256"]
-            atomic.write_tensors(path, tensors, header)
+            sealed.write_tensors(path, tensors, header)
         else:
             save_file(tensors, path, {"unipelt": json.dumps(header)})
         reseal(directory)

@@ -14,11 +14,20 @@ from conftest import reseal, write_rows
 from typer.testing import CliRunner
 
 from unipelt_cli.cli import app
-from unipelt_cli.comparison import documents, groups, plot, published, tables
-from unipelt_cli.comparison.summary import compare
-from unipelt_cli.config import experiment
-from unipelt_cli.files import atomic
-from unipelt_cli.runs import run
+from unipelt_cli.comparison import documents, gathering, plot, published, tables
+from unipelt_cli.comparison.summary import summarise_directories
+from unipelt_cli.config import toml
+from unipelt_cli.config.experiment import resolve
+from unipelt_cli.files import atomic, sealed
+from unipelt_cli.runs.names import (
+    ENVIRONMENT,
+    EXPERIMENT,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    PROBE,
+    RESULT,
+)
 from unipelt_cli.tasks import TASKS, Task
 
 SEEDS = (111, 222, 333, 444, 555)
@@ -66,14 +75,14 @@ def forge(
         given["data"]["k"] = k
     method_settings = {"name": method, **settings.pop("options", {})}
     layers = [("", given), ("", {"method": method_settings}), ("", settings)]
-    planned = experiment.resolve(layers)
+    planned = resolve(layers)
     own = TASKS[task]
     predicted, expected = answers(own, score, seed, collapsed)
     told = {key: getattr(own, key) for key in ("name", "text", "labels", "metric", "also")}
     splits = {name: {"digest": digest or f"{task} {name}"} for name in ("train", "dev", "test")}
-    (directory / run.EXPERIMENT).write_text(experiment.dump(planned))
+    (directory / EXPERIMENT).write_text(toml.dump(planned))
     atomic.write_json(
-        directory / run.ENVIRONMENT,
+        directory / ENVIRONMENT,
         {
             **{"threads": 1, "packages": {}, "data": {"splits": splits, "source": {}}},
             "backbone": {
@@ -82,17 +91,17 @@ def forge(
             },
         },
     )
-    atomic.write_tensors(directory / run.PROBE, {"logits": torch.zeros(1)}, {"rows": 1})
-    (directory / run.METRICS).write_text("")
-    atomic.write_tensors(directory / run.MODEL, {"x": torch.zeros(1)}, {"task": told})
+    sealed.write_tensors(directory / PROBE, {"logits": torch.zeros(1)}, {"rows": 1})
+    (directory / METRICS).write_text("")
+    sealed.write_tensors(directory / MODEL, {"x": torch.zeros(1)}, {"task": told})
     if stores_predictions:
         pair = {"predictions.0": predicted, "references.0": expected}
         tensors = {name: torch.from_numpy(values).int() for name, values in pair.items()}
-        atomic.write_tensors(directory / run.PREDICTIONS, tensors, {"split": "test"})
+        sealed.write_tensors(directory / PREDICTIONS, tensors, {"split": "test"})
     scores = own.score(predicted, expected)
     count = {"lora": 294_912, "full": 109_482_240}.get(method, 1_401_444)
     atomic.write_json(
-        directory / run.RESULT,
+        directory / RESULT,
         {
             **{"metric": own.metric, "dev": scores, "test": scores, "seconds": seconds},
             **{"device": "cpu", "best_epoch": 1, "epochs": 1, "artifact_bytes": 1},
@@ -195,12 +204,12 @@ def test_one_experiment_counts_once_and_unusable_runs_are_said(tmp_path: Path) -
     forge(tmp_path / "a", "lora", 0.8)
     forge(tmp_path / "copy", "lora", 0.8, stores_predictions=False)
     forge(tmp_path / "z", "lora", 0.7)
-    (forge(tmp_path / "unfinished", "lora", 0.8, seed=222) / run.RESULT).unlink()
-    (forge(tmp_path / "damaged", "lora", 0.8, seed=333) / run.PROBE).write_bytes(b"x")
+    (forge(tmp_path / "unfinished", "lora", 0.8, seed=222) / RESULT).unlink()
+    (forge(tmp_path / "damaged", "lora", 0.8, seed=333) / PROBE).write_bytes(b"x")
     forged = forge(tmp_path / "forged", "lora", 0.8, seed=444)
-    tensors, _ = atomic.open_tensors(forged / run.PREDICTIONS)
+    tensors, _ = sealed.open_tensors(forged / PREDICTIONS)
     tensors["predictions.0"][:50] = 1 - tensors["references.0"][:50]
-    atomic.write_tensors(forged / run.PREDICTIONS, tensors, {})
+    sealed.write_tensors(forged / PREDICTIONS, tensors, {})
     reseal(forged)
     code, _, stderr = invoke("compare", tmp_path, tmp_path / "a")
     assert code == 0
@@ -327,7 +336,7 @@ def test_averages_need_every_task(tmp_path: Path) -> None:
 
 
 def test_the_papers_rows_average_to_what_it_prints() -> None:
-    table = published.read("paper")
+    table = published.read_published("paper")
     assert len(table.rows) == 3 * 7 + 7
     for row in table.rows:
         assert sum(row.means) / len(row.means) == pytest.approx(row.average, abs=0.0101), row
@@ -339,7 +348,7 @@ def test_the_papers_rows_average_to_what_it_prints() -> None:
     ("k", "two", "three"), [(100, 58.86, 60.60), (500, 69.69, 70.02), (1000, 72.58, 73.19)]
 )
 def test_the_papers_upper_bounds_follow_from_its_scores(k: int, two: float, three: float) -> None:
-    table = published.read("paper")
+    table = published.read_published("paper")
     rows = {row.method: row.means for row in table.rows if row.k == k}
     for names, expected in ((("adapter", "prefix"), two), (("adapter", "prefix", "lora"), three)):
         best = [max(scores) for scores in zip(*(rows[name] for name in names), strict=True)]
@@ -347,7 +356,7 @@ def test_the_papers_upper_bounds_follow_from_its_scores(k: int, two: float, thre
 
 
 def test_against_the_paper_cell_by_cell(tmp_path: Path) -> None:
-    table = published.read("paper")
+    table = published.read_published("paper")
     for task in table.tasks:
         if not TASKS[task].is_regression:
             forge(tmp_path / task, "lora", 0.75, task)
@@ -430,7 +439,7 @@ def test_what_cannot_be_is_said_in_two_lines(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    (forge(Path("begun"), "lora", 0.8) / run.RESULT).unlink()
+    (forge(Path("begun"), "lora", 0.8) / RESULT).unlink()
     forge(Path("whole"), "lora", 0.8)
     code, stdout, stderr = invoke("compare", *arguments)
     *_, said, told = stderr.splitlines()
@@ -475,7 +484,7 @@ def test_documents_hold_the_tables(tmp_path: Path) -> None:
 
 def test_documents_are_safe_whatever_a_task_is_called(tmp_path: Path) -> None:
     forge(tmp_path / "a", "lora", 0.8)
-    answer = compare([tmp_path])
+    answer = summarise_directories([tmp_path])
     names = ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\t=1", "\r=1", "a_b & 50% #1 {x} \\ ~^$"]
     group = answer["groups"][0]
     answer["groups"] = [group | {"task": name, "label": "<b>|x|"} for name in names]
@@ -490,7 +499,7 @@ def test_documents_are_safe_whatever_a_task_is_called(tmp_path: Path) -> None:
     answer["groups"] = [group | {"label": "<b>|x|\x1b"}]
     answer["tables"][0]["methods"][0]["label"] = "<b>|x|\x1b"
     assert r"| \<b\>\|x\|\\x1b |" in documents.markdown(answer)
-    plot.plot(answer, tmp_path / "picture.svg")
+    plot.plot_comparison(answer, tmp_path / "picture.svg")
 
 
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
@@ -553,7 +562,7 @@ def test_joint_runs_are_one_task_with_an_interval(
 
 def test_what_a_lower_score_is_better_in_is_ranked_so(tmp_path: Path) -> None:
     forge(tmp_path / "a", "lora", 0.8)
-    (group,) = groups.gather([tmp_path]).groups
+    (group,) = gathering.gather([tmp_path]).groups
     assert group.sign == 1
     result = group.members[0].run.result
     result |= {"metric": "mse", "test": {"mse": 0.5}}

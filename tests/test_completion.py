@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from unipelt_cli import methods
 from unipelt_cli.cli import app
 from unipelt_cli.commands import inspect_gates, listing
-from unipelt_cli.commands.shared.settings import TRACKERS
-from unipelt_cli.config import experiment
+from unipelt_cli.commands.shared.trackers import TRACKERS
+from unipelt_cli.config.presets import presets
+from unipelt_cli.config.sections import SECTIONS, Device, Metric, Pooling
 from unipelt_cli.data import readers
 from unipelt_cli.exports import formats
 from unipelt_cli.tasks import TASKS
@@ -41,7 +42,7 @@ def complete(line: str, shell: str = "bash") -> list[str]:
 def test_the_outline_is_that_of_the_real_tables() -> None:
     assert tables.tasks() == tuple(TASKS)
     assert tables.methods().keys() == methods.table().keys()
-    assert set(tables.presets()) == experiment.presets().keys()
+    assert set(tables.presets()) == presets().keys()
     for name, recipe in methods.table().items():
         assert tables.methods()[name].about == recipe.summary
         own = dataclasses.asdict(recipe.method)
@@ -52,16 +53,16 @@ def test_the_outline_is_that_of_the_real_tables() -> None:
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             known = value is not None and value != ()
             assert setting.default == (shown.lower() if known else None), (name, key)
-    for section, schema in experiment.SECTIONS.items():
+    for section, schema in SECTIONS.items():
         settings = tables.settings(section)
         assert list(settings) == list(schema.model_fields)
         for key, setting in settings.items():
             field = schema.model_fields[key]
             shown = None if field.default is None else str(field.default)
             assert (setting.about, setting.default) == (field.description, shown)
-    assert tables.settings("train")["device"].choices == get_args(experiment.Device)
-    assert tables.settings("model")["pooling"].choices == get_args(experiment.Pooling)
-    assert tables.settings("data")["metric"].choices == get_args(experiment.Metric)
+    assert tables.settings("train")["device"].choices == get_args(Device)
+    assert tables.settings("model")["pooling"].choices == get_args(Pooling)
+    assert tables.settings("data")["metric"].choices == get_args(Metric)
     assert set(completion.LISTS) == listing.LISTS.keys()
     assert completion.DEFAULT_METHOD == methods.DEFAULT
 
@@ -155,13 +156,13 @@ def test_backbones_are_minilm_the_fetched_ones_and_directories(
 def test_a_completion_is_quick_and_its_failure_is_silent(tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from unipelt_cli import outline\n"
         "from unipelt_cli.cli import app\n"
+        "from unipelt_cli.terminal import choices\n"
         "app(prog_name='unipelt', standalone_mode=False)\n"
         "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))\n"
-        "outline.tasks.cache_clear()\n"
-        "outline.PACKAGE = outline.PACKAGE / 'nowhere'\n"
-        "outline._parsed.cache_clear()\n"
+        "choices.tasks.cache_clear()\n"
+        "choices.PACKAGE = choices.PACKAGE / 'nowhere'\n"
+        "choices._parsed.cache_clear()\n"
         "app(prog_name='unipelt', standalone_mode=False)\n"
     )
     environment = {

@@ -9,15 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from unipelt_cli import methods
-from unipelt_cli.config.experiment import (
-    Experiment,
-    dump,
-    merge,
-    parse_assignment,
-    presets,
-    read_preset,
-    resolve,
-)
+from unipelt_cli.config.experiment import Experiment, merge_settings, resolve
+from unipelt_cli.config.presets import presets, read_preset
+from unipelt_cli.config.toml import dump, parse_assignment
 from unipelt_cli.errors import ConfigError
 
 
@@ -178,7 +172,7 @@ def test_assignments_merge() -> None:
     layers = [
         parse_assignment(text) for text in ("train.epochs=1", "train.clip=2.0", "train.epochs=3")
     ]
-    assert merge(layers) == {"train": {"epochs": 3, "clip": 2.0}}
+    assert merge_settings(layers) == {"train": {"epochs": 3, "clip": 2.0}}
 
 
 def test_the_files_are_presets_of_methods_and_the_papers() -> None:

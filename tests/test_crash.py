@@ -28,20 +28,14 @@ from unipelt_cli.cli import app
 from unipelt_cli.commands import listing
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.data import preparation
+from unipelt_cli.data.prepared_directory import save_prepared
 from unipelt_cli.errors import RunError, UnipeltError
-from unipelt_cli.exports import export, model_card, parity
-from unipelt_cli.files import atomic, lock
-from unipelt_cli.runs.run import (
-    EXPERIMENT,
-    MODEL,
-    PREDICTIONS,
-    PROBE,
-    RECORDED,
-    RESULT,
-    read_metrics,
-)
-from unipelt_cli.runs.run import read as run_read
-from unipelt_cli.training import execution
+from unipelt_cli.exports import export, job, model_card
+from unipelt_cli.files import lock, sealed
+from unipelt_cli.runs.names import EXPERIMENT, MODEL, PREDICTIONS, PROBE, RECORDED, RESULT
+from unipelt_cli.runs.progress import read_metrics
+from unipelt_cli.runs.run import read_run as run_read
+from unipelt_cli.training import execution, session
 
 SEED = 5
 POINTS = 24  # of some hundred operations on files
@@ -83,7 +77,7 @@ def watch_changes(watch: Watch | None) -> Callable[[], int]:
 
 def carry_out(planned: Experiment, out: Path, mode: Any, watch: Watch | None = None) -> None:
     """Carry a run out, saving after every step; `watch` is told of each change of a file."""
-    execution.STATE_SECONDS, execution.STATE_SHARE = 0.0, float("inf")
+    session.STATE_SECONDS, session.STATE_SHARE = 0.0, float("inf")
     changes = watch_changes(watch)
     for _ in execution.execute(planned, out, mode):
         pass
@@ -211,7 +205,7 @@ def test_runs_that_share_passes_survive_as_well(
     plans = [planned.replace("train", seed=seed) for seed in (1, 2, 3)]
 
     def together(root: Path, watch: Watch | None) -> None:
-        execution.STATE_SECONDS, execution.STATE_SHARE = 0.0, float("inf")
+        session.STATE_SECONDS, session.STATE_SHARE = 0.0, float("inf")
         changes = watch_changes(watch)
         directories = [root / str(number) for number in range(3)]
         for _ in execution.execute_together(plans, directories, "resume"):
@@ -227,7 +221,7 @@ def test_runs_that_share_passes_survive_as_well(
         one, other = (run_read(root / number) for root in (whole, killed))
         for name in ("best_epoch", "epochs", "dev", "test"):
             assert one.result[name] == other.result[name]
-        tensors = [atomic.open_tensors(run.directory / MODEL)[0] for run in (one, other)]
+        tensors = [sealed.open_tensors(run.directory / MODEL)[0] for run in (one, other)]
         for name, tensor in tensors[0].items():
             torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=1e-4)
 
@@ -318,7 +312,7 @@ def test_where_nobody_may_write_nothing_is_written(
         if make == "run":
             carry_out(planned, tmp_path / make, "new")
         else:
-            preparation.save(prepared, tmp_path / make)
+            save_prepared(prepared, tmp_path / make)
 
     code, said = end(start(as_nobody))
     assert (code, said) == (2, f"{tmp_path / make}: cannot be written (Permission denied)")
@@ -387,7 +381,7 @@ def test_a_directory_is_made_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
     what: str,
 ) -> None:
-    monkeypatch.setattr(parity, "ROWS", 8)  # comparing takes longest, and writes nothing
+    monkeypatch.setattr(job, "ROWS", 8)  # comparing takes longest, and writes nothing
     if what == "hf":  # folds what can be folded
         rows, backbone = planned.data.model_dump(exclude_unset=True), backbone_dir("bert")
         training = {"epochs": 1, "batch_size": 8}
@@ -401,7 +395,7 @@ def test_a_directory_is_made_whole_or_not_at_all(
 
     def make(out: Path) -> None:
         if what == "prepare":
-            preparation.save(prepared, out)
+            save_prepared(prepared, out)
         else:
             export.export(run, run.build(), what, out)
 

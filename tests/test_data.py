@@ -10,11 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from unipelt_cli.config.experiment import DataSettings
+from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data import preparation, readers
+from unipelt_cli.data.manifest import digest_rows
+from unipelt_cli.data.prepared_directory import load_prepared, save_prepared
 from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.tasks import TASKS, get_task
-from unipelt_cli.terminal import tables
+from unipelt_cli.terminal import summaries
 
 OWN = {"text": "text", "label": "label"}
 
@@ -145,7 +147,7 @@ def test_what_the_splits_hold_twice_is_shown(tmp_path, capsys):
     lines = [f"message {n % 20},{('bad', 'good')[n % 3 % 2]}" for n in range(50)]
     path = write(tmp_path / "own.csv", "\n".join(["text,label", *lines]))
     manifest = prepare_own(path).manifest
-    tables.data_summary(manifest)
+    summaries.data_summary(manifest)
     shown = capsys.readouterr().err.splitlines()
     within = "12 within train, 2 within dev, 2 within test"
     equal = f"{within}, 6 train and dev, 9 train and test, 1 dev and test"
@@ -153,7 +155,7 @@ def test_what_the_splits_hold_twice_is_shown(tmp_path, capsys):
         f"note: rows with equal texts: {equal}",
         "note: texts with more than one label: 17",
     ]
-    tables.data_summary(prepare_own(own_file(tmp_path)).manifest)
+    summaries.data_summary(prepare_own(own_file(tmp_path)).manifest)
     assert "equal texts" not in capsys.readouterr().err
 
 
@@ -515,7 +517,7 @@ def test_the_manifest_describes_the_rows(tmp_path):
     assert train["labels"] == {"a": 4, "b": 2}
     assert train["words"] == {"min": 1, "p25": 2, "p50": 2, "p75": 2, "p95": 2, "max": 3}
     assert train["duplicates"] == 2
-    assert train["digest"] == preparation.digest(prepared.splits["train"])
+    assert train["digest"] == digest_rows(prepared.splits["train"])
     assert manifest["leakage"] == {"train_dev": 1, "train_test": 2, "dev_test": 3}
     assert manifest["conflicts"] == 2
     assert manifest["notes"] == []
@@ -525,7 +527,7 @@ def test_two_preparations_are_the_same_bytes(tmp_path):
     glue(tmp_path / "glue", "stsb")
     for name in ("one", "two"):
         prepared = prepare_glue(tmp_path / "glue", "stsb", k=20, dev_size=10)
-        preparation.save(prepared, tmp_path / name)
+        save_prepared(prepared, tmp_path / name)
     for name in ("manifest.json", "train.arrow", "dev.arrow", "test.arrow"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     text = (tmp_path / "one/manifest.json").read_text(encoding="utf-8")
@@ -538,15 +540,11 @@ def test_the_digest_sees_content_and_order_but_not_chunks():
     table = pa.table({"text": ["a", "b", "c"], "label": [0, 1, 0], "row": [0, 1, 2]})
     whole = Dataset(table)
     pieces = Dataset(pa.concat_tables([table.slice(0, 1), table.slice(1)]))
-    assert preparation.digest(whole) == preparation.digest(pieces)
-    assert preparation.digest(whole) == preparation.digest(
-        Dataset(table.set_column(2, "row", [[7, 8, 9]]))
-    )
-    assert preparation.digest(whole) != preparation.digest(whole.select([1, 0, 2]))
-    assert preparation.digest(whole) != preparation.digest(
-        Dataset(table.set_column(1, "label", [[0, 1, 1]]))
-    )
-    assert preparation.digest(whole) != preparation.digest(
+    assert digest_rows(whole) == digest_rows(pieces)
+    assert digest_rows(whole) == digest_rows(Dataset(table.set_column(2, "row", [[7, 8, 9]])))
+    assert digest_rows(whole) != digest_rows(whole.select([1, 0, 2]))
+    assert digest_rows(whole) != digest_rows(Dataset(table.set_column(1, "label", [[0, 1, 1]])))
+    assert digest_rows(whole) != digest_rows(
         Dataset(table.set_column(0, "text", [["a", "bc", ""]]))
     )
 
@@ -557,14 +555,14 @@ def test_the_digest_sees_content_and_order_but_not_chunks():
 @pytest.mark.parametrize("task", ["mrpc", "stsb"])
 def test_a_prepared_directory_comes_back_unchanged(tmp_path, task):
     prepared = prepare_glue(glue(tmp_path / "glue", task), task, k=20, dev_size=10)
-    preparation.save(prepared, tmp_path / "deep/in/one")
-    loaded = preparation.load(tmp_path / "deep/in/one")
+    save_prepared(prepared, tmp_path / "deep/in/one")
+    loaded = load_prepared(tmp_path / "deep/in/one")
     assert loaded.task == prepared.task
     assert loaded.manifest == prepared.manifest
     for name, rows in prepared.splits.items():
         assert loaded.splits[name][:] == rows[:]
         assert loaded.splits[name].features == rows.features
-    preparation.save(loaded, tmp_path / "two")
+    save_prepared(loaded, tmp_path / "two")
     for path in (tmp_path / "two").iterdir():
         assert path.read_bytes() == (tmp_path / "deep/in/one" / path.name).read_bytes()
     assert Dataset.from_file(str(tmp_path / "two/dev.arrow"))[:] == prepared.splits["dev"][:]
@@ -572,7 +570,7 @@ def test_a_prepared_directory_comes_back_unchanged(tmp_path, task):
 
 def test_a_prepared_directory_is_a_source(tmp_path):
     prepared = prepare_glue(glue(tmp_path / "glue", "rte"), "rte", k=20, data_seed=5)
-    preparation.save(prepared, tmp_path / "ready")
+    save_prepared(prepared, tmp_path / "ready")
     for settings in (
         DataSettings(prepared=str(tmp_path / "ready")),
         DataSettings(prepared=str(tmp_path / "ready"), task="rte", k=20, data_seed=5),
@@ -581,14 +579,14 @@ def test_a_prepared_directory_is_a_source(tmp_path):
         assert preparation.prepare(settings).manifest == prepared.manifest
     changed = preparation.prepare(DataSettings(prepared=str(tmp_path / "ready"), metric="f1"))
     assert (changed.task.metric, changed.task.also) == ("f1", ("accuracy",))
-    preparation.save(changed, tmp_path / "changed")
-    assert preparation.load(tmp_path / "changed").task == changed.task
+    save_prepared(changed, tmp_path / "changed")
+    assert load_prepared(tmp_path / "changed").task == changed.task
 
 
 def test_own_rows_come_back_too(tmp_path):
     prepared = prepare_own(own_file(tmp_path, labels=("ä", "☃", "\x7f")), task="mrpc")
-    preparation.save(prepared, tmp_path / "ready")
-    assert preparation.load(tmp_path / "ready").task == prepared.task
+    save_prepared(prepared, tmp_path / "ready")
+    assert load_prepared(tmp_path / "ready").task == prepared.task
 
 
 @pytest.mark.parametrize(
@@ -603,7 +601,7 @@ def test_own_rows_come_back_too(tmp_path):
 def test_a_prepared_directory_must_be_what_is_asked_for(tmp_path, settings, message):
     glue(tmp_path / "glue", "rte")
     ready = tmp_path / "ready"
-    preparation.save(prepare_glue(tmp_path / "glue", "rte", k=20, data_seed=5), ready)
+    save_prepared(prepare_glue(tmp_path / "glue", "rte", k=20, data_seed=5), ready)
     with pytest.raises(DataError) as caught:
         preparation.prepare(DataSettings(prepared=str(ready), **settings))
     assert caught.value.message == message.format(ready)
@@ -654,22 +652,22 @@ def edit(change):
 )
 def test_a_damaged_directory_is_told(tmp_path, name, damage, message):
     ready = tmp_path / "ready"
-    preparation.save(prepare_own(own_file(tmp_path)), ready)
+    save_prepared(prepare_own(own_file(tmp_path)), ready)
     damage(ready / name)
     with pytest.raises(DataError) as caught:
-        preparation.load(ready)
+        load_prepared(ready)
     assert caught.value.message.startswith(str(ready))
     assert message in caught.value.message
 
 
 def test_swapped_splits_are_told(tmp_path):
     ready = tmp_path / "ready"
-    preparation.save(prepare_own(own_file(tmp_path)), ready)
+    save_prepared(prepare_own(own_file(tmp_path)), ready)
     (ready / "test.arrow").rename(ready / "kept")
     (ready / "dev.arrow").rename(ready / "test.arrow")
     (ready / "kept").rename(ready / "dev.arrow")
     with pytest.raises(DataError, match="does not hold the rows"):
-        preparation.load(ready)
+        load_prepared(ready)
 
 
 def test_saving_never_overwrites(tmp_path):
@@ -677,7 +675,7 @@ def test_saving_never_overwrites(tmp_path):
     (tmp_path / "there").mkdir()
     for name in ("there", "own.csv"):
         with pytest.raises(RunError) as caught:
-            preparation.save(prepared, tmp_path / name)
+            save_prepared(prepared, tmp_path / name)
         assert caught.value.message == f"{tmp_path / name}: exists already"
 
 
@@ -690,7 +688,7 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch, failure):
 
     monkeypatch.setattr(preparation.Path, "write_bytes", fail)
     with pytest.raises((RunError, KeyboardInterrupt)) as caught:
-        preparation.save(prepared, tmp_path / "out/ready")
+        save_prepared(prepared, tmp_path / "out/ready")
     if isinstance(failure, OSError):
         expected = f"{tmp_path / 'out/ready'}: cannot be written (No space left on device)"
         assert str(caught.value) == expected
@@ -871,8 +869,8 @@ def test_a_name_that_no_file_system_takes_is_told(tmp_path):
     name = str(tmp_path / ("x" * 300))
     prepared = prepare_own(own_file(tmp_path))
     for use in (
-        lambda: preparation.load(Path(name)),
-        lambda: preparation.save(prepared, Path(name)),
+        lambda: load_prepared(Path(name)),
+        lambda: save_prepared(prepared, Path(name)),
         lambda: prepare_glue(name, "rte"),
         lambda: prepare_own(name + ".csv"),
     ):

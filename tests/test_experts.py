@@ -17,19 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.methods import Moment, Pass
+from unipelt_cli.methods.additive.adamix import AdaMix, AveragedAdapter, divergence
 from unipelt_cli.methods.additive.moe_adapter import (
     NOISE_FLOOR,
-    AdaMix,
-    AveragedAdapter,
     RoutedAdapters,
     Router,
-    divergence,
     smooth_load,
     squared_variation,
 )
 from unipelt_cli.methods.additive.propetl import LayerMask, SharedAdapter, pack, top_share, unpack
-from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training.loop import Training
 

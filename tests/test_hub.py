@@ -24,17 +24,21 @@ from torch.nn import functional
 from unipelt_cli.backbones.architectures import get_layout
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import BackboneError, ConfigError
+from unipelt_cli.files import sealed
 from unipelt_cli.methods.additive import compacter
 from unipelt_cli.methods.additive.adapter_fusion import AdapterFusion, FusedLayer
 from unipelt_cli.methods.additive.madx import Corruption
 from unipelt_cli.methods.base import Moment, Site
 from unipelt_cli.methods.reparameterised.adalora import AdaLoRA, Contest, Triplets
-from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import run as run_module
+from unipelt_cli.runs.names import MODEL
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import execution
-from unipelt_cli.training.loop import Epoch, Training
+from unipelt_cli.training.events import Epoch, Finished
+from unipelt_cli.training.loop import Training
 
 SIXTEEN = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(16)]
 LABELS = np.array([0, 1] * 8)
@@ -488,7 +492,7 @@ def adapter_runs(backbone_dir: Find, tmp_path_factory: pytest.TempPathFactory) -
         train = {"epochs": 1, "learning_rate": 1e-2, "seed": seed}
         settings = experiment(backbone_dir("bert"), name, data=data, train=train)
         *_, last = execution.execute(settings, root / str(seed))
-        assert isinstance(last, execution.Finished)
+        assert isinstance(last, Finished)
         found.append(root / str(seed))
     return found
 
@@ -548,7 +552,7 @@ def test_fusion_takes_up_finished_runs_and_outlives_them(
     copies = [Path(shutil.copytree(run, tmp_path / run.name)) for run in adapter_runs[:2]]
     tuned = fused_of(backbone_dir("bert"), copies)
     for index, run in enumerate(copies):
-        stored, _ = run_module.artifact.open_tensors(run / run_module.MODEL)
+        stored, _ = sealed.open_tensors(run / MODEL)
         for layer in (0, 1):
             loaded = tuned.stored()[f"backbone.fusion.{layer}.loaded.{index}.down.weight"]
             source = stored[f"backbone.submodules.layers.{layer}.adapter.down.weight"]
@@ -570,10 +574,10 @@ def test_fusion_takes_up_finished_runs_and_outlives_them(
         options={"adapters": ",".join(map(str, copies))},
     )
     *_, last = execution.execute(settings, tmp_path / "fused")
-    assert isinstance(last, execution.Finished)
+    assert isinstance(last, Finished)
     for run in copies:
         shutil.rmtree(run)
-    run_module.read(tmp_path / "fused").build()  # compares the probe's logits
+    run_module.read_run(tmp_path / "fused").build()  # compares the probe's logits
 
 
 def test_fusion_refuses_what_is_no_finished_adapter_of_this_backbone(
@@ -583,10 +587,10 @@ def test_fusion_refuses_what_is_no_finished_adapter_of_this_backbone(
     unfinished = Path(shutil.copytree(adapter, tmp_path / "unfinished"))
     (unfinished / "result.json").unlink()
     torn = Path(shutil.copytree(adapter, tmp_path / "torn"))
-    content = (torn / run_module.MODEL).read_bytes()
-    (torn / run_module.MODEL).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    content = (torn / MODEL).read_bytes()
+    (torn / MODEL).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     cut = Path(shutil.copytree(adapter, tmp_path / "cut"))
-    (cut / run_module.MODEL).write_bytes(content[:100])
+    (cut / MODEL).write_bytes(content[:100])
     other = save_backbone(tmp_path / "other", "roberta")
     for directory, run, options, message in (
         (bert, tmp_path / "nowhere", {}, "no finished run"),

@@ -21,7 +21,9 @@ from unipelt_cli.gates import ablation
 from unipelt_cli.gates.report import GateReport
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import compute_with_gates, encode_rows, gate_means
-from unipelt_cli.runs.run import METRICS, read, read_metrics
+from unipelt_cli.runs.names import METRICS
+from unipelt_cli.runs.progress import read_metrics
+from unipelt_cli.runs.run import read_run
 from unipelt_cli.terminal.gates import show_classes, show_differences, show_layers, show_legend
 from unipelt_cli.training import execution
 
@@ -198,7 +200,7 @@ def test_what_closing_loses_is_what_a_pass_without_it_scores(run: Path) -> None:
     study = found["ablation"]
     assert list(study["all"]) == ["prefix", "lora", "adapter"]
     assert [own["layer"] for own in study["layers"]] == [0, 1]
-    finished = read(run)
+    finished = read_run(run)
     assert study["score"] == pytest.approx(finished.result["dev"]["accuracy"], abs=1e-6)
     tuned, rows = finished.build(), finished.rows("dev")
     for layer in tuned.classifier.backbone.submodules.layers:  # type: ignore[union-attr]
@@ -402,12 +404,12 @@ def test_progress_on_a_terminal_comes_to_an_end(tmp_path: Path) -> None:
     """What is redirected to the console must not be what the console writes to."""
     code = (
         "from types import SimpleNamespace\n"
-        "from unipelt_cli import gatetables, render\n"
-        "assert list(gatetables.tracked(iter([1, 2]), 2, 'closing')) == [1, 2]\n"
-        "with render.live() as show:\n"
+        "from unipelt_cli.terminal import console, progress\n"
+        "assert list(progress.tracked(iter([1, 2]), 2, 'closing')) == [1, 2]\n"
+        "with progress.live() as show:\n"
         "    view = show('accuracy', 3)\n"
         "    view.step(SimpleNamespace(epoch=1, step=1, steps=2, tokens_per_second=9.0))\n"
-        "    render.say('said')\n"
+        "    console.say('said')\n"
     )
     ours, theirs = os.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}

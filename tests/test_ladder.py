@@ -22,8 +22,9 @@ from transformers.models.bert.modeling_bert import BertLayer
 from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.methods.additive.coda import soft_top_k
-from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.models.tuned import Tuned
 
 PLACES = [
     (model_type, attention)

@@ -10,12 +10,15 @@ from conftest import experiment, save_backbone
 
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import RunError
-from unipelt_cli.models.build import Classifier
+from unipelt_cli.files import sealed
+from unipelt_cli.models.classifier import Classifier
 from unipelt_cli.models.evaluation import compute_logits
 from unipelt_cli.runs import run as run_module
+from unipelt_cli.runs.names import MODEL
 from unipelt_cli.system import memory
 from unipelt_cli.training import execution
-from unipelt_cli.training.loop import Epoch, Halved
+from unipelt_cli.training.events import Epoch, Halved
+from unipelt_cli.training.preparation import Shared
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -64,7 +67,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     holding(monkeypatch, 3, error)
     events = list(execution.execute(planned(bert, rows_file), tmp_path / "run"))
     assert [e.micro_batch_size for e in events if isinstance(e, Halved)] == [4, 2]
-    assert run_module.read(tmp_path / "run").result["micro_batch_size"] == 2
+    assert run_module.read_run(tmp_path / "run").result["micro_batch_size"] == 2
 
 
 def test_parts_add_up_to_the_whole_step(
@@ -79,10 +82,7 @@ def test_parts_add_up_to_the_whole_step(
             events = list(execution.execute(calm, tmp_path / name))
         losses.append([event.train_loss for event in events if isinstance(event, Epoch)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    tensors = [
-        run_module.artifact.open_tensors(tmp_path / n / run_module.MODEL)[0]
-        for n in ("whole", "parts")
-    ]
+    tensors = [sealed.open_tensors(tmp_path / n / MODEL)[0] for n in ("whole", "parts")]
     for name, tensor in tensors[0].items():
         torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=1e-5)
 
@@ -100,7 +100,7 @@ def test_a_run_in_parts_goes_on_exactly(
     events.close()
     later = list(execution.execute(plan, tmp_path / "run", "resume"))
     assert not any(isinstance(event, Halved) for event in later)
-    models = [(tmp_path / name / run_module.MODEL).read_bytes() for name in ("whole", "run")]
+    models = [(tmp_path / name / MODEL).read_bytes() for name in ("whole", "run")]
     assert models[0] == models[1]
 
 
@@ -109,9 +109,9 @@ def test_evaluation_is_halved_as_well_and_computes_the_same(
 ) -> None:
     for _ in execution.execute(planned(bert, rows_file), tmp_path / "run"):
         pass
-    run = run_module.read(tmp_path / "run")
+    run = run_module.read_run(tmp_path / "run")
     tuned = run.build()
-    rows = execution.Shared().encode(tuned, run.prepared(), "test", run.experiment)
+    rows = Shared().encode(tuned, run.prepared(), "test", run.experiment)
     whole = compute_logits(tuned, rows)
     holding(monkeypatch, 1, ERRORS[0], only_training=False)
     np.testing.assert_allclose(compute_logits(tuned, rows), whole, atol=1e-5)
@@ -151,8 +151,8 @@ def test_runs_that_do_not_fit_together_go_on_alone(
     halved = [(place, e.micro_batch_size) for place, e in events if isinstance(e, Halved)]
     assert sorted(halved) == [(0, 4), (1, 4), (2, 4)]
     for number, directory in enumerate(directories):
-        expected = (tmp_path / f"alone{number}" / run_module.MODEL).read_bytes()
-        assert (directory / run_module.MODEL).read_bytes() == expected
+        expected = (tmp_path / f"alone{number}" / MODEL).read_bytes()
+        assert (directory / MODEL).read_bytes() == expected
 
 
 def test_a_batch_that_may_not_fit_is_doubted_before_training(

@@ -26,14 +26,17 @@ from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.backbones.pretrained import Pretrained, find
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import BackboneError, ConfigError
-from unipelt_cli.files.atomic import open_tensors
+from unipelt_cli.files.sealed import open_tensors
 from unipelt_cli.methods.base import CannotMerge
-from unipelt_cli.models.build import Tuned, build, merge
+from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
-from unipelt_cli.runs import run
+from unipelt_cli.models.tuned import Tuned, merge
+from unipelt_cli.runs.names import MODEL, PROBE
+from unipelt_cli.runs.run import read_run
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import execution
-from unipelt_cli.training.loop import Epoch, Training
+from unipelt_cli.training.events import Epoch, Finished
+from unipelt_cli.training.loop import Training
 
 NAMES = sorted(methods.table())
 LABELS = np.array([0, 1] * 8)
@@ -128,7 +131,7 @@ def finished(
             backbone_dir("bert"), name, data=data, train={"epochs": 1, "learning_rate": 1e-2}
         )
         *_, last = execution.execute(settings, root / name)
-        assert isinstance(last, execution.Finished)
+        assert isinstance(last, Finished)
         found[name] = root / name
     return found
 
@@ -138,8 +141,9 @@ def reloaded(finished: dict[str, Path]) -> dict[str, str]:
     """Load every run in one fresh process; return its probe logits as hex."""
     code = (
         "import json, sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "from unipelt_cli import runs\n"
-        "print(json.dumps({p: runs.probe(runs.read(Path(p)).build()).tobytes().hex()"
+        "from unipelt_cli.runs.probe import probe\n"
+        "from unipelt_cli.runs.run import read_run\n"
+        "print(json.dumps({p: probe(read_run(Path(p)).build()).tobytes().hex()"
         " for p in sys.argv[1:]}))"
     )
     arguments = [sys.executable, "-c", code, *map(str, finished.values())]
@@ -152,7 +156,7 @@ def reloaded(finished: dict[str, Path]) -> dict[str, str]:
 def test_a_fresh_process_gives_a_run_the_same_logits_to_the_bit(
     finished: dict[str, Path], reloaded: dict[str, str], method: str
 ) -> None:
-    stored, _ = open_tensors(finished[method] / run.PROBE)
+    stored, _ = open_tensors(finished[method] / PROBE)
     assert stored["logits"].numpy().tobytes().hex() == reloaded[method]
 
 
@@ -179,11 +183,11 @@ def test_what_is_stored_gives_the_trained_models_logits_to_the_bit(
 
 @pytest.mark.parametrize("method", NAMES)
 def test_the_file_is_as_large_as_what_it_stores(finished: dict[str, Path], method: str) -> None:
-    content = (finished[method] / run.MODEL).read_bytes()
+    content = (finished[method] / MODEL).read_bytes()
     header = 8 + struct.unpack("<Q", content[:8])[0]
-    tensors, _ = open_tensors(finished[method] / run.MODEL)
+    tensors, _ = open_tensors(finished[method] / MODEL)
     assert len(content) - header == sum(t.numel() * t.element_size() for t in tensors.values())
-    result = run.read(finished[method]).result
+    result = read_run(finished[method]).result
     numbers = sum(
         t.numel() if t.dtype == torch.float32 else -(-t.numel() // 4)
         for t in tensors.values()

@@ -14,9 +14,9 @@ from conftest import save_backbone
 from safetensors.torch import load_file, save_file
 from test_methods import SENTENCES, experiment, logits_of
 
-from unipelt_cli.backbones import pretrained
 from unipelt_cli.backbones.architectures import BACKBONES
-from unipelt_cli.backbones.pretrained import MINILM_SHA256, find
+from unipelt_cli.backbones.minilm import MINILM_SHA256, sha256_of_state
+from unipelt_cli.backbones.pretrained import find
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.models.build import build
 
@@ -212,7 +212,7 @@ def test_each_file_of_the_packaged_backbone_is_hashed_once(
 
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", counted)
-    pretrained._sha256_of.cache_clear()
+    sha256_of_state.cache_clear()
     first = find("minilm").fingerprint
     assert hashed.count("model.safetensors") == 1
     assert len(hashed) == len(MINILM_SHA256)

@@ -19,19 +19,28 @@ from typer.testing import CliRunner
 from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import BERT_BASE
 from unipelt_cli.cli import app
-from unipelt_cli.config.experiment import DataSettings, Experiment, dump, read_preset, resolve
-from unipelt_cli.data import preparation
+from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.config.presets import read_preset
+from unipelt_cli.config.sections import DataSettings
+from unipelt_cli.config.toml import dump
+from unipelt_cli.data.preparation import prepare, prepare_each
+from unipelt_cli.data.prepared_directory import save_prepared
 from unipelt_cli.errors import ConfigError, DataError
-from unipelt_cli.gates.report import inspect
+from unipelt_cli.files import sealed
+from unipelt_cli.gates.report import inspect_gates
 from unipelt_cli.methods.additive.hyperformer import HyperAdapters, HyperNetwork, Table
-from unipelt_cli.methods.unipelt.method import record_gates
+from unipelt_cli.methods.unipelt.gates import record_gates
 from unipelt_cli.models.batches import interleaved, shuffled
-from unipelt_cli.models.build import Tuned, build, count
+from unipelt_cli.models.build import build, count
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import run as run_module
+from unipelt_cli.runs.names import EXPERIMENT, MODEL, PROBE, STATE
 from unipelt_cli.tasks import get_task, joint_metric, joint_name, joint_scores
 from unipelt_cli.training import execution
-from unipelt_cli.training.loop import Course, Epoch, Step, Training
+from unipelt_cli.training.events import Course, Epoch, Finished, Step
+from unipelt_cli.training.loop import Training
+from unipelt_cli.training.preparation import with_drawn_rows
 
 FAST = {"device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
 
@@ -82,8 +91,8 @@ def bert(backbone_dir: Callable[[str], Path]) -> Path:
 
 def finish(settings: Experiment, directory: Path) -> run_module.Run:
     *_, last = execution.execute(settings, directory)
-    assert isinstance(last, execution.Finished)
-    return run_module.read(directory)
+    assert isinstance(last, Finished)
+    return run_module.read_run(directory)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +110,9 @@ def finished(
 
 def test_each_tasks_rows_are_those_it_has_alone(glue: Path) -> None:
     shared = {"k": 10, "data_seed": 222, "dev_size": 7, "source": str(glue)}
-    together = preparation.prepare_each(DataSettings(tasks=("sst2", "stsb", "cola"), **shared))
+    together = prepare_each(DataSettings(tasks=("sst2", "stsb", "cola"), **shared))
     for name, found in zip(("sst2", "stsb", "cola"), together, strict=True):
-        alone = preparation.prepare(DataSettings(task=name, **shared))
+        alone = prepare(DataSettings(task=name, **shared))
         assert found.task == alone.task
         assert found.manifest == alone.manifest
         for split in ("train", "dev", "test"):
@@ -180,18 +189,18 @@ def test_contradictions_between_tasks_are_refused(
 
 def prepared(root: Path, glue: Path, name: str, **settings: Any) -> str:
     values = {"task": name, "k": 10, "dev_size": 5, "source": str(glue)} | settings
-    preparation.save(preparation.prepare(DataSettings(**values)), root / name)
+    save_prepared(prepare(DataSettings(**values)), root / name)
     return str(root / name)
 
 
 def test_prepared_directories_say_which_tasks_they_hold(glue: Path, tmp_path: Path) -> None:
     places = (prepared(tmp_path, glue, "sst2"), prepared(tmp_path, glue, "cola"))
-    settings = execution.with_drawn_rows(resolve([("", {"data": {"prepared": places}})]))
+    settings = with_drawn_rows(resolve([("", {"data": {"prepared": places}})]))
     assert settings.data.tasks == ("sst2", "cola")
     assert (settings.data.k, settings.data.dev_size) == (10, 5)
-    found = preparation.prepare_each(settings.data)
+    found = prepare_each(settings.data)
     assert [own.task.name for own in found] == ["sst2", "cola"]
-    assert execution.with_drawn_rows(settings) == settings
+    assert with_drawn_rows(settings) == settings
 
 
 def test_tasks_that_were_drawn_otherwise_or_are_called_alike_are_refused(
@@ -199,15 +208,13 @@ def test_tasks_that_were_drawn_otherwise_or_are_called_alike_are_refused(
 ) -> None:
     first = prepared(tmp_path, glue, "sst2")
     with pytest.raises(DataError, match=r"data.k: sst2 was drawn with 10, cola with 12"):
-        preparation.prepare_each(
-            DataSettings(prepared=(first, prepared(tmp_path, glue, "cola", k=12)))
-        )
+        prepare_each(DataSettings(prepared=(first, prepared(tmp_path, glue, "cola", k=12))))
     again = prepared(tmp_path / "again", glue, "sst2", data_seed=222)
     with pytest.raises(DataError, match="two of the tasks are called 'sst2'"):
-        preparation.prepare_each(DataSettings(prepared=(first, again)))
+        prepare_each(DataSettings(prepared=(first, again)))
     squares = prepared(tmp_path, glue, "stsb", metric="mse")
     with pytest.raises(DataError, match="the metric of stsb is 'mse', which no mean can hold"):
-        preparation.prepare_each(DataSettings(prepared=(first, squares)))
+        prepare_each(DataSettings(prepared=(first, squares)))
 
 
 def test_scores_of_several_tasks_are_their_mean_and_each() -> None:
@@ -333,11 +340,11 @@ def test_an_interrupted_run_on_two_tasks_goes_on_bit_for_bit(
     for _ in range(stop_after):
         next(events)
     events.close()
-    assert (tmp_path / "run" / run_module.STATE).is_file()
+    assert (tmp_path / "run" / STATE).is_file()
     *_, last = execution.execute(settings, tmp_path / "run", "resume")
-    assert isinstance(last, execution.Finished)
+    assert isinstance(last, Finished)
     whole = finished[method]
-    for name in (run_module.MODEL, run_module.PROBE, run_module.EXPERIMENT):
+    for name in (MODEL, PROBE, EXPERIMENT):
         assert (tmp_path / "run" / name).read_bytes() == (whole.directory / name).read_bytes()
     assert (last.result["dev"], last.result["test"]) == (whole.result["dev"], whole.result["test"])
 
@@ -555,9 +562,9 @@ def test_after_training_gates_differ_by_task_for_the_same_rows(
         assert all((first[name] - second[name]).abs().max() > 1e-3 for name in first)
     rows = run.rows("test", place=1)
     assert rows.column_names == ["sentence1", "sentence2", "label", "row"]
-    report = inspect(run, tuned, rows, 1)
+    report = inspect_gates(run, tuned, rows, 1)
     assert report.by_class()[0]["class"].startswith("below ")
-    assert inspect(run, tuned, run.rows("test"), 0).labels == ("negative", "positive")
+    assert inspect_gates(run, tuned, run.rows("test"), 0).labels == ("negative", "positive")
 
 
 # The run directory and the commands
@@ -575,7 +582,7 @@ def test_a_run_directory_holds_all_tasks(finished: dict[str, run_module.Run], me
     assert run.environment["data"]["tasks"].keys() == {"sst2", "stsb"}
     assert [replace(get_task(task.name), source=None) for task in run.tasks] == list(run.tasks)
     assert result["head_parameters"] == 33 * 2 + 33
-    stored, _ = run_module.artifact.open_tensors(run.directory / run_module.PROBE)
+    stored, _ = sealed.open_tensors(run.directory / PROBE)
     assert stored["logits"].shape == (64, 3)
 
 
@@ -584,15 +591,16 @@ def test_a_fresh_process_gives_a_joint_run_the_same_logits_to_the_bit(
 ) -> None:
     code = (
         "import json, sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
-        "from unipelt_cli import runs\n"
-        "print(json.dumps([runs.probe(runs.read(Path(p)).build()).tobytes().hex()"
+        "from unipelt_cli.runs.probe import probe\n"
+        "from unipelt_cli.runs.run import read_run\n"
+        "print(json.dumps([probe(read_run(Path(p)).build()).tobytes().hex()"
         " for p in sys.argv[1:]]))"
     )
     paths = [run.directory for run in finished.values()]
     arguments = [sys.executable, "-c", code, *map(str, paths)]
     found = json.loads(subprocess.run(arguments, capture_output=True, check=True).stdout)
     for path, said in zip(paths, found, strict=True):
-        stored, _ = run_module.artifact.open_tensors(path / run_module.PROBE)
+        stored, _ = sealed.open_tensors(path / PROBE)
         assert stored["logits"].numpy().tobytes().hex() == said
 
 

@@ -23,12 +23,12 @@ from test_cli import FAST, error_of, invoke, own
 import unipelt_cli
 from unipelt_cli.data import readers, text_lines
 from unipelt_cli.errors import DataError, RunError, UnipeltError
+from unipelt_cli.models import sharing
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
 from unipelt_cli.runs import loaded_runs
-from unipelt_cli.runs.run import read
+from unipelt_cli.runs.run import read_run
 from unipelt_cli.system import network
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import shared_passes
 
 METHODS = ("unipelt-apl", "unipelt-ap", "lora", "bitfit", "full", "head")
 
@@ -57,7 +57,7 @@ def sentences(count: int) -> list[str]:
 
 def as_before(run: Path, texts: list[str]) -> list[dict[str, float]]:
     """Label texts all at once, without what is tried here."""
-    found = read(run)
+    found = read_run(run)
     tuned = found.build()
     logits = compute_logits(tuned, encode_rows(tuned, [texts], 128)).astype(np.float64)
     shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -303,13 +303,13 @@ def test_runs_of_one_method_share_passes(
         )
     loaded = unipelt_cli.load_runs([place / n for n in ("unipelt-apl", "lora", "again")])
     passes: list[int] = []
-    answer = shared_passes.answer
+    answer = sharing.answer
 
     def seen(tuned: Any, inputs: Any) -> Any:
         passes.append(len(tuned))
         return answer(tuned, inputs)
 
-    monkeypatch.setattr(shared_passes, "answer", seen)
+    monkeypatch.setattr(sharing, "answer", seen)
     texts = sentences(30)
     together_said = loaded.predict(texts)
     assert passes == [2]

@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 from unipelt_cli.cli import app
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.files.atomic import open_tensors
+from unipelt_cli.files.sealed import open_tensors
 from unipelt_cli.models.evaluation import compute_logits
-from unipelt_cli.runs.run import (
+from unipelt_cli.runs.names import (
     ENVIRONMENT,
     EXPERIMENT,
     METRICS,
@@ -33,12 +33,12 @@ from unipelt_cli.runs.run import (
     RECORDED,
     RESULT,
     STATE,
-    read,
-    read_metrics,
 )
+from unipelt_cli.runs.progress import read_metrics
+from unipelt_cli.runs.run import read_run
 from unipelt_cli.system import processes as processes_module
 from unipelt_cli.system.processes import ALONE
-from unipelt_cli.training.loop import Epoch
+from unipelt_cli.training.events import Epoch
 
 TESTS = Path(__file__).parent
 SECONDS = 60.0  # after which a process hangs
@@ -145,10 +145,10 @@ def epochs_of(run: Path) -> list[dict[str, Any]]:
 def test_two_processes_write_one_whole_run(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {*RECORDED, RESULT}
     assert [event["epoch"] for event in epochs_of(whole)] == list(range(1, EPOCHS + 1))
-    result = read(whole).result
+    result = read_run(whole).result
     assert (result["processes"], result["micro_batch_size"]) == (2, 4)
     assert json.loads((whole / ENVIRONMENT).read_text())["processes"] == 2
-    read(whole).build()
+    read_run(whole).build()
 
 
 def test_one_process_reaches_the_same_scores(
@@ -157,7 +157,7 @@ def test_one_process_reaches_the_same_scores(
     monkeypatch.chdir(root)
     ended = CliRunner().invoke(app, [*TRAIN, "--out", "one"])
     assert ended.exit_code == 0, ended.stderr
-    one, two = (read(root / name).result for name in ("one", "whole"))
+    one, two = (read_run(root / name).result for name in ("one", "whole"))
     assert one["processes"] == 1
     assert one["epochs"] == two["epochs"]
     for split, rows in (("dev", 30), ("test", 24)):  # the dropout is another
@@ -218,7 +218,7 @@ def test_one_process_goes_on_with_a_run_of_two(
     monkeypatch.chdir(root)
     ended = CliRunner().invoke(app, [*TRAIN, "--out", "alone", "--resume"])
     assert ended.exit_code == 0, ended.stderr
-    assert read(root / "alone").result["processes"] == 1
+    assert read_run(root / "alone").result["processes"] == 1
     check_like(root / "alone", whole)
 
 
@@ -227,7 +227,7 @@ def check_like(run: Path, whole: Path) -> None:
     found, expected = epochs_of(run), epochs_of(whole)
     for one, other in zip(found, expected, strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
-    assert read(run).result["best_epoch"] == read(whole).result["best_epoch"]
+    assert read_run(run).result["best_epoch"] == read_run(whole).result["best_epoch"]
     for name, tensor in model_of(whole).items():
         torch.testing.assert_close(model_of(run)[name], tensor, atol=1e-5, rtol=0.0)
 
@@ -371,7 +371,7 @@ def test_an_environment_that_contradicts_itself_is_refused(
 def test_one_process_does_not_wait_for_accelerate() -> None:
     code = (
         "import sys\n"
-        "from unipelt_cli import processes\n"
+        "from unipelt_cli.system import processes\n"
         "with processes.joined() as joined:\n"
         "    assert joined is processes.ALONE and joined.is_main\n"
         "print({'torch', 'accelerate'} & sys.modules.keys())\n"

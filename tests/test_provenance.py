@@ -17,18 +17,11 @@ from typer.testing import CliRunner
 
 from unipelt_cli.cli import app
 from unipelt_cli.data import preparation
-from unipelt_cli.files import atomic
+from unipelt_cli.data.prepared_directory import save_prepared
+from unipelt_cli.files import atomic, sealed
 from unipelt_cli.runs import verification
-from unipelt_cli.runs.run import (
-    ENVIRONMENT,
-    EXPERIMENT,
-    MODEL,
-    PROBE,
-    RECORDED,
-    RESULT,
-    read,
-    read_experiment,
-)
+from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, PROBE, RECORDED, RESULT
+from unipelt_cli.runs.run import read_experiment, read_run
 from unipelt_cli.training import execution
 
 OPTIONS = {"prefix_length": 3, "prefix_width": 8, "rank": 2}
@@ -109,9 +102,9 @@ def test_a_flipped_bit_in_a_tensor_is_caught_by_the_seal_as_well(root: Path) -> 
 
 def test_other_logits_are_caught(root: Path) -> None:
     path = root / "run" / PROBE
-    tensors, header = atomic.open_tensors(path)
-    del header[atomic.SEAL]
-    atomic.write_tensors(path, {"logits": tensors["logits"] + 0.01}, header)
+    tensors, header = sealed.open_tensors(path)
+    del header[sealed.SEAL]
+    sealed.write_tensors(path, {"logits": tensors["logits"] + 0.01}, header)
     reseal(root / "run")
     code, checks = checks_of(root / "run")
     assert (code, checks["tensors and logits"]) == (1, False)
@@ -212,14 +205,15 @@ def test_what_differs_in_a_reproduction_is_said(root: Path, tmp_path: Path) -> N
 
 
 def test_runs_differ_in_what_they_say_they_differ_in(trained: Path, root: Path) -> None:
-    assert verification.differences(read(trained / "run"), read(root / "run")) == []
+    assert verification.differences(read_run(trained / "run"), read_run(root / "run")) == []
 
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from unipelt_cli import execution, runs
-plan = runs.read_experiment(Path(sys.argv[1]))
+from unipelt_cli.runs import run
+from unipelt_cli.training import execution
+plan = run.read_experiment(Path(sys.argv[1]))
 for _ in execution.execute(plan, Path(sys.argv[2])):
     pass
 """
@@ -265,7 +259,7 @@ def test_nothing_that_ran_before_in_the_process_changes_a_byte(
 
 def test_prepared_rows_that_moved_are_found_by_source(trained: Path, tmp_path: Path) -> None:
     rows = {"prepared": str(tmp_path / "data")}
-    preparation.save(preparation.prepare(read_experiment(trained / "run").data), tmp_path / "data")
+    save_prepared(preparation.prepare(read_experiment(trained / "run").data), tmp_path / "data")
     plan = experiment(trained / "bert", "lora", data={"task": None, **rows}, train={"epochs": 1})
     for _ in execution.execute(plan, tmp_path / "run"):
         pass

@@ -24,10 +24,29 @@ CHEAP = " --set train.epochs=1"
 BETWEEN = re.compile(r"(?<=<!-- methods: ).*(?=<!-- end of methods -->)", re.DOTALL)
 
 
+def methods_markdown() -> str:
+    """Return the README's table of methods: what is in the table of the code, counted."""
+    from unipelt_cli.commands import listing
+
+    lines = [
+        "| `--method` | what trains, beside the head | paper | trainable | stored | merges |",
+        "|---|---|---|--:|--:|---|",
+    ]
+    category = None
+    for entry in listing.entries("methods", Path()):
+        if entry["category"] != category:
+            category = entry["category"]
+            lines.append(f"| **{category}** | | | | | |")
+        merges = "yes" if entry["mergeable"] else ""
+        lines.append(
+            f"| `{entry['name']}` | {entry['what']} | {entry['paper']} "
+            f"| {entry['trainable']:,} | {entry['stored']:,} | {merges} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def with_methods(readme: str) -> str:
     """Return the README with the table of methods that the code holds today."""
-    from unipelt_cli.commands.listing import methods_markdown
-
     said = "written by `python tests/test_readme.py` -->"
     return BETWEEN.sub(lambda _: f"{said}\n\n{methods_markdown()}\n", readme)
 
@@ -110,23 +129,26 @@ def test_every_command_runs_and_prints_what_is_shown(workplace: Path) -> None:
 
 
 def test_indented_commands_resolve() -> None:
-    from unipelt_cli.config import experiment
+    from unipelt_cli.config import toml
+    from unipelt_cli.config.experiment import merge_settings, resolve
+    from unipelt_cli.config.presets import read_preset
+    from unipelt_cli.config.sections import Settings
 
     commands = re.findall(r"^    unipelt train (.*)$", README, re.MULTILINE)
     assert len(commands) == 5
     for arguments in commands:
         words = dict(zip(arguments.split()[::2], arguments.split()[1::2], strict=True))
-        layers = [("", experiment.read_preset(words["--preset"]))] if "--preset" in words else []
-        given: experiment.Settings = {"data": {"k": int(words["--k"])}, "method": {}}
+        layers = [("", read_preset(words["--preset"]))] if "--preset" in words else []
+        given: Settings = {"data": {"k": int(words["--k"])}, "method": {}}
         if "--task" in words:
             given["data"]["task"] = words["--task"]
         else:
             given["data"] |= {"tasks": words["--tasks"], "dev_size": int(words["--dev-size"])}
         if "--method" in words:
             given["method"]["name"] = words["--method"]
-        sets = [experiment.parse_assignment(words["--set"])] if "--set" in words else []
-        own = experiment.merge([given, *sets])
-        assert experiment.resolve([*layers, ("", own)]).data.k == int(words["--k"])
+        sets = [toml.parse_assignment(words["--set"])] if "--set" in words else []
+        own = merge_settings([given, *sets])
+        assert resolve([*layers, ("", own)]).data.k == int(words["--k"])
 
 
 def test_the_script_for_ci_runs(workplace: Path) -> None:
@@ -180,7 +202,7 @@ def test_the_changelog_begins_with_this_version() -> None:
 
 
 def test_the_packaged_demo_is_what_it_says() -> None:
-    folder = Path(unipelt_cli.__file__).parent / "demo"
+    folder = Path(unipelt_cli.__file__).parent / "data" / "demo"
     rows: list[tuple[str, str]] = []
     for name, count in (("train", 900), ("test", 300)):
         lines = (folder / f"{name}.tsv").read_text(encoding="utf-8").splitlines()

@@ -10,12 +10,13 @@ from conftest import experiment
 from typer.testing import CliRunner
 
 from unipelt_cli.cli import app
-from unipelt_cli.config.experiment import Experiment, read_preset, resolve
+from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.config.presets import read_preset
 from unipelt_cli.errors import CheckError, ConfigError
-from unipelt_cli.runs import run
+from unipelt_cli.runs.run import read_run
 from unipelt_cli.sweeps import successive_halving
 from unipelt_cli.sweeps.successive_halving import Candidate, Trial
-from unipelt_cli.training import execution
+from unipelt_cli.training.preparation import Shared, loop_of, plan
 
 Backbones = Callable[[str], Path]
 
@@ -86,8 +87,8 @@ def test_a_third_goes_on_from_where_it_stood(backbone_dir: Backbones, rows_file:
     assert [trial.experiment.train.seed for trial in last.trials] == [42, 43, 44]
     assert all(trial.is_over for trial in last.trials)
     first = last.trials[0]
-    experiment_, prepared, tuned = execution.plan(first.experiment)
-    loop = execution.loop_of(experiment_, prepared, tuned, execution.Shared())
+    experiment_, prepared, tuned = plan(first.experiment)
+    loop = loop_of(experiment_, prepared, tuned, Shared())
     list(loop.events())
     assert first.score == loop.progress.best_score, "as if it had trained in one go"
     assert first.epoch == loop.progress.epoch - 1
@@ -127,13 +128,13 @@ def test_the_command_leaves_preset_evidence_and_a_run_that_saw_test_once(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    encode = execution.Shared.encode
+    encode = Shared.encode
 
     def watched(self: Any, tuned: Any, own: Any, split: str, given: Any) -> Any:
         seen.append(split)
         return encode(self, tuned, own, split, given)
 
-    monkeypatch.setattr(execution.Shared, "encode", watched)
+    monkeypatch.setattr(Shared, "encode", watched)
     done = CliRunner().invoke(app, [*flags, "--json"])
     assert done.exit_code == 0, done.stderr
     assert seen.count("test") == 1
@@ -142,7 +143,7 @@ def test_the_command_leaves_preset_evidence_and_a_run_that_saw_test_once(
     assert len(answer["candidates"]) == 4
     chosen = answer["candidates"][0]
     assert chosen == answer["chosen"]
-    found = run.read(tmp_path / "chosen" / "run")
+    found = read_run(tmp_path / "chosen" / "run")
     assert found.result == answer["result"]
     assert found.experiment.method_name == chosen["method"]
     preset = read_preset(answer["preset"])

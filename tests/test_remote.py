@@ -18,9 +18,10 @@ from huggingface_hub.utils import reset_sessions
 from test_cli import error_of, invoke
 
 import unipelt_cli
-from unipelt_cli.commands.shared.settings import beside
+from unipelt_cli.commands.shared.run_argument import default_output
 from unipelt_cli.runs.hub import fetch
-from unipelt_cli.runs.run import METRICS, MODEL, RECORDED, RESULT, read_experiment
+from unipelt_cli.runs.names import METRICS, MODEL, RECORDED, RESULT
+from unipelt_cli.runs.run import read_experiment
 from unipelt_cli.system import network
 from unipelt_cli.training import execution
 
@@ -333,8 +334,8 @@ def test_a_full_disk_leaves_no_part_of_a_run(
 
 
 def test_what_is_made_of_a_fetched_run_goes_here() -> None:
-    assert beside(Path("hub:me/first@refs/pr/1"), "hf") == Path("first-hf")
-    assert beside(Path("hub:me/first"), "reproduced") == Path("first-reproduced")
+    assert default_output(Path("hub:me/first@refs/pr/1"), "hf") == Path("first-hf")
+    assert default_output(Path("hub:me/first"), "reproduced") == Path("first-reproduced")
 
 
 def push_error(run: Path, *options: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import write_rows
 
-from unipelt_cli.terminal import tables
+from unipelt_cli.terminal import console, progress
 
 UNIPELT = f"{sys.executable} -m unipelt_cli"
 
@@ -196,10 +196,10 @@ def test_talk_beside_the_progress_of_a_terminal_comes_through(
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    with tables.live() as show:
+    with progress.live() as show:
         view = show("accuracy", 3)
         assert sys.stderr is terminal
-        tables.say("beside it")
+        console.say("beside it")
         view.console.print("an epoch")
     assert "beside it\n" in terminal.getvalue()
     assert "an epoch\n" in terminal.getvalue()

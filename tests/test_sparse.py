@@ -22,10 +22,12 @@ from unipelt_cli.methods.partial.diff_pruning import (
 )
 from unipelt_cli.methods.partial.overlay import Deltas, Overlay, top
 from unipelt_cli.methods.partial.sparse_updates import pack, sparse, unpack
-from unipelt_cli.models.build import Tuned, build, merge
+from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.models.tuned import Tuned, merge
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training.loop import Epoch, Step, Training
+from unipelt_cli.training.events import Epoch, Step
+from unipelt_cli.training.loop import Training
 
 LABELS = np.array([0, 1] * 6)
 ROWS = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(12)]

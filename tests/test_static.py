@@ -18,8 +18,9 @@ from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.exports import formats
 from unipelt_cli.gates import static_gates
 from unipelt_cli.gates.static_gates import make_static
-from unipelt_cli.methods.unipelt.method import closed
-from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.methods.unipelt.gates import closed
+from unipelt_cli.models.build import build
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import Task
 
@@ -100,9 +101,9 @@ def test_a_gate_becomes_its_mean_over_train(backbone_dir: Backbones) -> None:
 
     made = make_static(run, tuned, listen, cost=1.0)
     assert asked[0] == "train"
-    from unipelt_cli.gates.report import inspect
+    from unipelt_cli.gates.report import inspect_gates
 
-    gates = inspect(run, tuned, rows("train").select(range(8))).gates
+    gates = inspect_gates(run, tuned, rows("train").select(range(8))).gates
     for layer, said in zip(gates, made.report["gates"], strict=True):
         for name, values in layer.items():
             assert said[name] == pytest.approx(float(np.mean(values)), abs=1e-6)

@@ -16,14 +16,17 @@ import torch
 from typer.testing import CliRunner
 
 from unipelt_cli.cli import app
-from unipelt_cli.config import experiment
-from unipelt_cli.data import preparation
+from unipelt_cli.config.experiment import Experiment, merge_settings, resolve
+from unipelt_cli.config.presets import read_preset, sweep_presets
+from unipelt_cli.data import preparation as preparation_module
 from unipelt_cli.errors import ConfigError, UnipeltError
-from unipelt_cli.runs.run import EXPERIMENT, METRICS, MODEL, RESULT, STATE, read, read_experiment
+from unipelt_cli.runs.names import EXPERIMENT, METRICS, MODEL, RESULT, STATE
+from unipelt_cli.runs.run import read_experiment, read_run
 from unipelt_cli.sweeps import grid, local_engine, worker
 from unipelt_cli.sweeps.sweep import FAILURES, Standing, Sweep, best_so_far
 from unipelt_cli.system import memory
 from unipelt_cli.training import execution
+from unipelt_cli.training.preparation import Shared
 
 Backbones = Callable[[str], Path]
 QUICK = ["--set", "train.epochs=2", "--set", "train.device=cpu", "--precision", "fp32"]
@@ -32,8 +35,8 @@ QUICK = ["--set", "train.epochs=2", "--set", "train.device=cpu", "--precision", 
 def cells_of(axes: dict[str, Any], settings: dict[str, Any] | None = None) -> list[grid.Cell]:
     layers = [{"data": {"task": "sst2", "source": "glue"}}, settings or {}]
 
-    def complete(own: Any) -> experiment.Experiment:
-        return experiment.resolve([("", experiment.merge([*layers, *own]))])
+    def complete(own: Any) -> Experiment:
+        return resolve([("", merge_settings([*layers, *own]))])
 
     return grid.Grid(axes, {}).cells(complete)
 
@@ -104,15 +107,13 @@ def test_a_grid_that_cannot_be_is_refused(axes: dict[str, Any], message: str) ->
 
 
 def test_shipped_grids_resolve_and_the_papers_has_its_size() -> None:
-    def complete(own: Any) -> experiment.Experiment:
-        return experiment.resolve([("", experiment.merge(own))])
+    def complete(own: Any) -> Experiment:
+        return resolve([("", merge_settings(own))])
 
-    sizes = {name: len(grid.read_grid(name).cells(complete)) for name in experiment.sweep_presets()}
+    sizes = {name: len(grid.read_grid(name).cells(complete)) for name in sweep_presets()}
     assert sizes == {"table1": 840, "table3": 56, "table4": 7, "first-look": 72}
     first = grid.read_grid("table1").cells(complete)[0].experiment
-    paper = experiment.resolve(
-        [("", experiment.read_preset("paper")), ("", {"data": {"task": "sst2"}})]
-    )
+    paper = resolve([("", read_preset("paper")), ("", {"data": {"task": "sst2"}})])
     assert first.train.model_dump() | {"learning_rate": 5e-4} == paper.train.model_dump()
     apl = next(
         cell.experiment
@@ -137,7 +138,7 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
     backbone_dir: Backbones, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn, tokenized = [], []
-    draw, tokenize = preparation.prepare_each, execution.encode_rows
+    draw, tokenize = preparation_module.prepare_each, execution.encode_rows
 
     def drawing(settings: Any) -> Any:
         drawn.append(settings)
@@ -147,14 +148,14 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
         tokenized.append(len(columns[0]))
         return tokenize(tuned, columns, limit)
 
-    monkeypatch.setattr(preparation, "prepare_each", drawing)
+    monkeypatch.setattr(preparation_module, "prepare_each", drawing)
     monkeypatch.setattr(execution, "encode_rows", tokenizing)
     own = {
         "data": {"train_file": str(rows_file), "text": "text", "label": "label"},
         "model": {"backbone": str(backbone_dir("bert"))},
         "train": {"epochs": 1, "device": "cpu", "precision": "fp32"},
     }
-    shared = execution.Shared()
+    shared = Shared()
     results = []
     for method in ("head", "lora", "bitfit"):
         settings = own | {"method": {"name": method}}
@@ -186,7 +187,7 @@ def test_what_breaks_after_a_cell_has_ended_does_not_end_it_twice(
         raise ZeroDivisionError("by nothing")
 
     monkeypatch.setattr(worker, "_together", breaking)
-    reports = list(worker.carry_out(group, execution.Shared()))
+    reports = list(worker.carry_out(group, Shared()))
     assert [(r["directory"], r["kind"]) for r in reports] == [
         ("a", "finished"),
         ("b", "failed"),
@@ -515,7 +516,7 @@ def test_a_node_that_dies_costs_no_cell(cluster: Any, flags: list[str], tmp_path
     ended = [line for line in (first + talk).splitlines() if line.startswith(b"[")]
     assert len(ended) == len(set(ended)) == 6, "none twice, none lost"
     assert len(finished(tmp_path / "sweep")) == 6
-    assert all(read(path).result for path in finished(tmp_path / "sweep"))
+    assert all(read_run(path).result for path in finished(tmp_path / "sweep"))
 
 
 def test_a_cluster_that_does_not_answer_is_an_error(flags: list[str]) -> None:

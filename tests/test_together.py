@@ -15,13 +15,17 @@ from conftest import experiment, write_rows
 
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.errors import CheckError, RunError
+from unipelt_cli.files import sealed
+from unipelt_cli.models import sharing
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
 from unipelt_cli.runs import run
+from unipelt_cli.runs.names import RESULT
 from unipelt_cli.runs.writer import Writer
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import execution, shared_passes
-from unipelt_cli.training.loop import Step, Training
+from unipelt_cli.training import execution, preparation, shared_passes
+from unipelt_cli.training.events import Failed, Finished, Ready, Step
+from unipelt_cli.training.loop import Training
 
 FILES = ("model.safetensors", "probe.safetensors")
 
@@ -43,7 +47,7 @@ def loop_of(backbone: Path, seed: int, count: int, **train: Any) -> Training:
 def steps_of(loops: dict[int, Training], count: int) -> dict[int, list[float]]:
     """Take steps together until every loop has taken so many; return their losses."""
     losses: dict[int, list[float]] = {name: [] for name in loops}
-    for name, event in shared_passes.events(loops):
+    for name, event in shared_passes.train_together(loops):
         if isinstance(event, Step) and len(losses[name]) < count:
             losses[name].append(event.loss)
         if all(len(own) == count for own in losses.values()):
@@ -68,7 +72,7 @@ def test_twenty_steps_together_are_those_that_each_takes_alone(
                 alone[name][1].append(event.loss)
         loops[name] = loop_of(backbone_dir("bert"), name, count)
         if name:
-            shared_passes.share(loops[0].tuned, loops[name].tuned)
+            sharing.share(loops[0].tuned, loops[name].tuned)
     losses = steps_of(loops, 20)
     for name, (loop, expected) in alone.items():
         assert losses[name] == pytest.approx(expected, abs=1e-5)
@@ -86,8 +90,8 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_shared_backbone_is_held_once(backbone_dir: Callable[[str], Path]) -> None:
     first, other = (loop_of(backbone_dir("bert"), seed, 8).tuned for seed in (1, 2))
-    assert shared_passes.can_share(first)
-    shared_passes.share(first, other)
+    assert sharing.can_share(first)
+    sharing.share(first, other)
     own, lent = (dict(one.classifier.backbone.named_parameters()) for one in (first, other))
     for name, parameter in own.items():
         same = parameter.data_ptr() == lent[name].data_ptr()
@@ -98,9 +102,7 @@ def test_methods_that_train_the_backbone_itself_share_nothing(
     backbone_dir: Callable[[str], Path],
 ) -> None:
     for method in ("full", "bitfit", "houlsby", "unipelt-aplb"):
-        assert not shared_passes.can_share(build(experiment(backbone_dir("bert"), method), 2)), (
-            method
-        )
+        assert not sharing.can_share(build(experiment(backbone_dir("bert"), method), 2)), method
 
 
 def experiments(backbone: Path, rows: Path, method: str = "unipelt-apl") -> list[Experiment]:
@@ -131,20 +133,16 @@ def experiments(backbone: Path, rows: Path, method: str = "unipelt-apl") -> list
 
 
 def finish(events: Any) -> dict[int, Any]:
-    return {
-        place: event
-        for place, event in events
-        if isinstance(event, execution.Finished | execution.Failed)
-    }
+    return {place: event for place, event in events if isinstance(event, Finished | Failed)}
 
 
 def close_to(found: Path, expected: Path) -> None:
     """Compare two run directories: same scores, same numbers but for rounding."""
-    results = [json.loads((path / run.RESULT).read_text()) for path in (found, expected)]
+    results = [json.loads((path / RESULT).read_text()) for path in (found, expected)]
     for key in ("dev", "test", "best_epoch", "epochs", "data_seed", "stored_parameters"):
         assert results[0][key] == pytest.approx(results[1][key]), key
     for name in FILES:
-        own, other = (run.artifact.open_tensors(path / name)[0] for path in (found, expected))
+        own, other = (sealed.open_tensors(path / name)[0] for path in (found, expected))
         assert own.keys() == other.keys()
         for key, tensor in own.items():
             assert (tensor - other[key]).abs().max() < 1e-4, (name, key)
@@ -162,7 +160,7 @@ def test_run_directories_are_those_of_runs_alone(
         alone = tmp_path / f"alone-{place}"
         list(execution.execute(own, alone))
         close_to(directories[place], alone)
-        assert run.read(directories[place]).build().precision == "fp32"
+        assert run.read_run(directories[place]).build().precision == "fp32"
 
 
 def test_stopped_runs_go_on_together_as_if_nothing_had_happened(
@@ -178,7 +176,7 @@ def test_stopped_runs_go_on_together_as_if_nothing_had_happened(
     events.close()
     for directory in stopped:
         with pytest.raises(RunError, match="unfinished"):
-            run.read(directory)
+            run.read_run(directory)
     assert sorted(finish(execution.execute_together(each, stopped, "resume"))) == [0, 1, 2]
     for found, expected in zip(stopped, whole, strict=True):
         close_to(found, expected)
@@ -192,7 +190,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    close, make = Training.close, execution.loop_of
+    close, make = Training.close, preparation.loop_of
     made: list[Training] = []
 
     def making(*given: Any) -> Training:
@@ -204,7 +202,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
             raise CheckError("the loss is nan at step 5", "lower it")
         return close(self, loss, moment)
 
-    monkeypatch.setattr(execution, "loop_of", making)
+    monkeypatch.setattr(preparation, "loop_of", making)
     monkeypatch.setattr(Training, "close", failing)
     directories = [tmp_path / str(place) for place in range(3)]
     each = experiments(backbone_dir("bert"), rows_file)
@@ -214,7 +212,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     }
     assert ended == {0: "Finished", 1: "Failed", 2: "Finished"}
     with pytest.raises(RunError, match="unfinished"):
-        run.read(directories[1])
+        run.read_run(directories[1])
 
 
 def test_a_directory_that_is_there_stops_all_before_any_begins(
@@ -238,11 +236,11 @@ def test_one_run_that_ends_early_leaves_the_pass_as_it_was(
 
     alone = [event.loss for event in loop(1).events() if isinstance(event, Step)]
     loops = {name: loop(name) for name in (0, 1)}
-    shared_passes.share(loops[0].tuned, loops[1].tuned)
+    sharing.share(loops[0].tuned, loops[1].tuned)
     torch.manual_seed(global_seed)
     steps: dict[int, list[float]] = {0: [], 1: []}
     over = []
-    for name, event in shared_passes.events(loops):
+    for name, event in shared_passes.train_together(loops):
         if isinstance(event, Step):
             steps[name].append(event.loss)
         if event is None:
@@ -280,20 +278,20 @@ def test_runs_one_after_another_take_their_own_time_and_are_let_go(
 ) -> None:
     each = experiments(backbone_dir("bert"), rows_file, "bitfit")
     loops: list[weakref.ref[Training]] = []
-    make = execution.loop_of
+    make = preparation.loop_of
 
     def making(*given: Any) -> Training:
         loop = make(*given)
         loops.append(weakref.ref(loop))
         return loop
 
-    monkeypatch.setattr(execution, "loop_of", making)
+    monkeypatch.setattr(preparation, "loop_of", making)
     start, seconds = time.perf_counter(), 0.0
     for _, event in execution.execute_together(each, [tmp_path / str(n) for n in range(3)]):
-        if isinstance(event, execution.Ready):
+        if isinstance(event, Ready):
             gc.collect()
             assert not any(loop() for loop in loops[:-1]), "an earlier run is still held"
-        if isinstance(event, execution.Finished):
+        if isinstance(event, Finished):
             seconds += event.result["seconds"]
     assert len(loops) == 3
     assert seconds < time.perf_counter() - start

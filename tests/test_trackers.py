@@ -17,11 +17,12 @@ from test_cli import error_of, invoke
 from test_cli import own as rows_of
 
 from unipelt_cli.config.experiment import Experiment
-from unipelt_cli.runs import run
-from unipelt_cli.terminal import tables
+from unipelt_cli.runs.names import RECORDED, RESULT, STATE
+from unipelt_cli.runs.progress import read_metrics
+from unipelt_cli.terminal import console
 from unipelt_cli.training import execution, trackers
-from unipelt_cli.training.execution import Finished, Mode
-from unipelt_cli.training.loop import Epoch, Step
+from unipelt_cli.training.events import Epoch, Finished, Step
+from unipelt_cli.training.session import Mode
 from unipelt_cli.training.trackers import Tracking
 
 FAST = [
@@ -54,7 +55,7 @@ def track(
     plan: Experiment, directory: Path, mode: Mode = "new", steps: int | None = None
 ) -> Mapping[str, Any] | None:
     """Run an experiment with TensorBoard beside it, and stop it after so many steps."""
-    tracks, taken = Tracking(["tensorboard"], [directory], tables.say), 0
+    tracks, taken = Tracking(["tensorboard"], [directory], console.say), 0
     with closing(tracks), closing(execution.execute(plan, directory, mode)) as events:
         for event in events:
             tracks.see(0, event)
@@ -73,9 +74,9 @@ def test_tensorboard_shows_the_runs_own_numbers(
     code, _, stderr = invoke(*command, "--track", "tensorboard")
     assert code == 0, stderr
     assert f"tensorboard: {tmp_path / 'tensorboard'}" in stderr.splitlines()
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {*run.RECORDED, run.RESULT}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {*RECORDED, RESULT}
     found = scalars(tmp_path, "run")
-    epochs = [event for event in run.read_metrics(tmp_path / "run") if event["kind"] == "epoch"]
+    epochs = [event for event in read_metrics(tmp_path / "run") if event["kind"] == "epoch"]
     assert [step for step, _ in found["epoch"]] == [3, 6]
     assert [step for step, _ in found["step_loss"]] == [1, 2, 3, 4, 5, 6]
     for tag, told in {
@@ -85,7 +86,7 @@ def test_tensorboard_shows_the_runs_own_numbers(
         "tokens_per_second": [event["tokens"] / event["train_seconds"] for event in epochs],
     }.items():
         assert [value for _, value in found[tag]] == pytest.approx(told), tag
-    result = json.loads((tmp_path / "run" / run.RESULT).read_text())
+    result = json.loads((tmp_path / "run" / RESULT).read_text())
     assert found["test/accuracy"] == [(6, pytest.approx(result["test"]["accuracy"]))]
     assert found["result/stored_parameters"] == [(6, result["stored_parameters"])]
     known = EventAccumulator(str(tmp_path / "tensorboard" / "run")).Reload()
@@ -115,18 +116,18 @@ def test_steps_that_a_killed_run_told_after_its_state_are_shown_once(
     plan: Experiment, tmp_path: Path
 ) -> None:
     out, seen = tmp_path / "run", 0
-    tracks = Tracking(["tensorboard"], [out], tables.say)
+    tracks = Tracking(["tensorboard"], [out], console.say)
     events = execution.execute(plan, out)
     for event in events:
         tracks.see(0, event)
         if isinstance(event, Epoch):
-            state = (out / run.STATE).read_bytes()
+            state = (out / STATE).read_bytes()
         seen += isinstance(event, Step)
         if seen == 5:
             break
     tracks.close()
     events.close()
-    (out / run.STATE).write_bytes(state)  # as after step 3
+    (out / STATE).write_bytes(state)  # as after step 3
     track(plan, out, "resume")
     assert [step for step, _ in scalars(tmp_path, "run")["step_loss"]] == [*range(1, 10)]
 

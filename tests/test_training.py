@@ -16,7 +16,8 @@ from unipelt_cli.models.batches import by_length, shuffled
 from unipelt_cli.models.build import Dropout, build
 from unipelt_cli.models.evaluation import compute_logits, encode_rows, has_collapsed, predictions
 from unipelt_cli.tasks import Task, get_task
-from unipelt_cli.training.loop import Epoch, Step, Training
+from unipelt_cli.training.events import Epoch, Step
+from unipelt_cli.training.loop import Training
 
 SENTENCES = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(20)]
 LABELS = np.array([i % 2 for i in range(20)])

@@ -53,14 +53,3 @@ def nearest(name: str, choices: Iterable[str], shown_by: str | None = None) -> s
     close = get_close_matches(name.casefold(), folded, n=1)
     listed = f"choose one of {', '.join(names)}" if shown_by is None else f"see `{shown_by}`"
     return f"did you mean {folded[close[0]]}? otherwise {listed}" if close else listed
-
-
-def short(value: str) -> str:
-    """Quote a value of the user's, cut to what an error message can hold."""
-    return repr(value if len(value) <= 60 else value[:57] + "...")
-
-
-def reason(error: BaseException) -> str:
-    """Return an error's words in one line."""
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (words.strip().splitlines() or [type(error).__name__])[0][:200]

@@ -12,20 +12,18 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel
 
-from unipelt_cli.backbones.pretrained import (
-    MINILM,
-    TOKENIZER_FILES,
-    TOKENIZER_SETTINGS,
-    Pretrained,
-    find,
-)
+from unipelt_cli.backbones.minilm import MINILM
+from unipelt_cli.backbones.pretrained import TOKENIZER_FILES, TOKENIZER_SETTINGS, Pretrained, find
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.data import preparation
+from unipelt_cli.models import sharing
 from unipelt_cli.models.batches import Encoded, encode
-from unipelt_cli.models.build import Tuned, build
+from unipelt_cli.models.build import build
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import shared_passes
-from unipelt_cli.training.loop import Epoch, Labelled, Training
+from unipelt_cli.training.events import Epoch, Labelled
+from unipelt_cli.training.loop import Training
 
 TASK = "mrpc"
 METHOD = "unipelt-apl"
@@ -167,7 +165,7 @@ def our_epochs_together(work: Work, runs: int, rows: Rows) -> Callable[[], None]
     """Return a call that trains and evaluates several runs once, in one pass each step."""
     tuned = [work.tuned() for _ in range(runs)]
     for other in tuned[1:]:
-        shared_passes.share(tuned[0], other)
+        sharing.share(tuned[0], other)
 
     def run() -> None:
         task = get_task(TASK)
@@ -176,7 +174,7 @@ def our_epochs_together(work: Work, runs: int, rows: Rows) -> Callable[[], None]
             for place, one in enumerate(tuned)
         }
         epochs = 0
-        for _, event in shared_passes.events(loops):
+        for _, event in shared_passes.train_together(loops):
             epochs += isinstance(event, Epoch)
             if epochs == runs:
                 return

@@ -37,10 +37,11 @@ from tests.benchmarks.peers import (
     quieten,
 )
 from unipelt_cli.models.batches import Encoded, by_length
-from unipelt_cli.models.build import Tuned
-from unipelt_cli.runs.run import STATE
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.names import STATE
 from unipelt_cli.training import execution
-from unipelt_cli.training.loop import Epoch
+from unipelt_cli.training.events import Epoch
+from unipelt_cli.training.session import Session
 
 SINGLE, BATCHED = 64, 512
 STARTS = 3
@@ -257,7 +258,7 @@ def saving(work: Work, rounds: int, scratch: str) -> Result:
         rows = {"task": "demo", "k": min(work.k, 100), "dev_size": min(work.dev_size, 200)}
         experiment = experiment.replace("data", **rows)
     spent: list[float] = []
-    save = execution._Session._save
+    save = Session._save
 
     def timed(session: Any) -> None:
         start = time.perf_counter()
@@ -265,7 +266,7 @@ def saving(work: Work, rounds: int, scratch: str) -> Result:
         spent.append(time.perf_counter() - start)
 
     runs = []
-    execution._Session._save = timed  # type: ignore[method-assign]
+    Session._save = timed  # type: ignore[method-assign]
     try:
         for turn in range(rounds):
             spent.clear()
@@ -276,7 +277,7 @@ def saving(work: Work, rounds: int, scratch: str) -> Result:
             whole = time.perf_counter() - start
             runs.append({"seconds": whole, "saves": len(spent), "share": sum(spent) / whole})
     finally:
-        execution._Session._save = save  # type: ignore[method-assign]
+        Session._save = save  # type: ignore[method-assign]
     shares = [run["share"] for run in runs]
     share = {"median": median(shares), "min": min(shares), "max": max(shares)}
     return {"epochs": EPOCHS_KEPT, "bytes": size, "runs": runs, "share": share}

@@ -20,7 +20,7 @@ from transformers import BertModel, DataCollatorWithPadding, TrainingArguments
 
 from tests.benchmarks.contenders import BATCH, LENGTH, TASK, Lap, Rows, Work, timed
 from unipelt_cli.system.row_threads import shared_out
-from unipelt_cli.training.loop import Labelled
+from unipelt_cli.training.events import Labelled
 
 PEERS = {"adapters, dynamic": False, "adapters, to 128": True}  # padding: always to 128?
 Batches = Sequence[dict[str, Tensor]]

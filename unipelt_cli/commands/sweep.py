@@ -1,6 +1,5 @@
-"""The commands over several runs."""
+"""The command `sweep`: train a grid of runs."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,24 +8,26 @@ import typer
 
 from unipelt_cli.commands.shared import options
 from unipelt_cli.commands.shared.settings import (
+    command_line_settings,
     complete,
     data_flags,
     preset_layers,
     refuse_processes,
     settle,
+    split_directories,
     with_absolute_paths,
     with_columns,
 )
-from unipelt_cli.commands.shared.settings import directories as settings_directories
-from unipelt_cli.commands.shared.settings import given as settings_given
 from unipelt_cli.errors import ConfigError, SweepError, UnipeltError, nearest
 from unipelt_cli.system.imports import importing
+from unipelt_cli.terminal import tables
 from unipelt_cli.terminal.command_group import print_json
+from unipelt_cli.terminal.console import say
 
 if TYPE_CHECKING:
-    from unipelt_cli.config.experiment import Experiment, Settings
+    from unipelt_cli.config.sections import Settings
     from unipelt_cli.sweeps.grid import Axes, Cell, Grid
-    from unipelt_cli.sweeps.sweep import Engine, Sweep
+    from unipelt_cli.sweeps.sweep import Sweep
 
 
 def sweep(
@@ -139,24 +140,26 @@ def sweep(
     refuse_processes("sweep")
     _check_engine(engine, workers, address, cpus, gpus)
     flags = data_flags(locals() | {"task": None, "k": None, "data_seed": None})
-    flags["data"]["prepared"] = settings_directories(prepared)
+    flags["data"]["prepared"] = split_directories(prepared)
     flags["train"] = {"device": device, "precision": precision}
     asked = _grid(grid, settings, _axes(tasks, k, methods, data_seeds, seeds, backbones), flags)
     cells = _cells(asked, preset, offline)
     with importing():
-        from unipelt_cli.commands.shared import live_training
+        from unipelt_cli.commands.shared import live_sweep
+        from unipelt_cli.sweeps.engines import LocalWorkers, RayCluster
         from unipelt_cli.sweeps.sweep import Sweep
 
     plan = Sweep(out, cells)
-    lanes: _Lanes | _Cluster
+    workforce: LocalWorkers | RayCluster
     if engine == "ray":
-        lanes = _Cluster(address, 1 if cpus is None else cpus, gpus or 0)
+        workforce = RayCluster(address, 1 if cpus is None else cpus, gpus or 0)
     else:
-        lanes = _Lanes(cells, workers)
+        workforce = LocalWorkers(cells, workers)
     if dry_run:
-        _dry_run(plan, lanes.workers, as_json)
+        _dry_run(plan, workforce.workers, as_json)
         return
-    answer = live_training.sweep(plan, lanes.engine(), lanes.size(cells), retry=retry)
+    size = workforce.size(cells)
+    answer = live_sweep.train_cells(plan, workforce.engine(), size, retry=retry)
     if as_json:
         print_json(answer)
     if failed := answer["failed"]:
@@ -164,157 +167,6 @@ def sweep(
             f"{len(failed)} of {len(cells)} cells failed, the first with: {failed[0]['error']}",
             f"{failed[0]['hint']}; then the same command with --retry",
         )
-
-
-def compare(
-    directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Runs, or directories that hold runs.")
-    ],
-    published: Annotated[
-        str | None,
-        typer.Option("--against", metavar="paper", help="Set the paper's scores beside these."),
-    ] = None,
-    margin: Annotated[
-        float, typer.Option(min=0, max=1, help="A difference in score that does not matter.")
-    ] = 0.01,
-    write: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Also as .md, .tex, .csv or .json; may be repeated."),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw .png, .svg or .pdf.")
-    ] = None,
-    as_json: options.Json = False,
-) -> None:
-    """Compare methods over tasks and seeds: means, intervals, paired tests, costs.
-
-    Example: unipelt compare runs/ --against paper --write table.md
-    """
-    from unipelt_cli.comparison import documents
-    from unipelt_cli.comparison.plot import check
-    from unipelt_cli.comparison.plot import plot as plot_plot
-    from unipelt_cli.comparison.tables import notes, sheets
-    from unipelt_cli.system import network
-
-    for path in write or ():
-        documents.check(path)
-    if plot is not None:
-        check(plot)
-    network.settle(offline=True, needed=False)
-    with importing():
-        from unipelt_cli.comparison import summary
-    from unipelt_cli.comparison.published import read as published_read
-    from unipelt_cli.terminal import comparison
-    from unipelt_cli.terminal.tables import say
-
-    table = None if published is None else published_read(published)
-    answer = summary.compare(directories, margin, table)
-    for sheet in sheets(answer):
-        comparison.show(sheet)
-    for note in notes(answer):
-        say(("note: ", "yellow"), note)
-    for path in write or ():
-        documents.write(answer, path)
-        say("written: ", (str(path), "bold"))
-    if plot is not None:
-        plot_plot(answer, plot)
-        say("picture: ", (str(plot), "bold"))
-    if as_json:
-        print_json(answer)
-
-
-def recommend(
-    task: options.TaskOption = None,
-    k: options.KOption = None,
-    model: options.ModelOption = None,
-    data_seed: options.DataSeedOption = None,
-    seed: options.SeedOption = None,
-    methods: Annotated[
-        str | None, typer.Option(metavar="A,B", help="What to try. (default seven methods)")
-    ] = None,
-    rates: Annotated[
-        str | None,
-        typer.Option(metavar="X,Y", help="Learning rates. (default the method's, a third, thrice)"),
-    ] = None,
-    budget: Annotated[
-        str, typer.Option(metavar="TIME", help="90s, 10m or 1.5h, for the search and the run.")
-    ] = "10m",
-    settings: options.SettingsOption = None,
-    source: options.SourceOption = None,
-    prepared: options.PreparedOption = None,
-    dev_size: options.DevSizeOption = None,
-    dataset: options.DatasetOption = None,
-    train_file: options.TrainFileOption = None,
-    dev_file: options.DevFileOption = None,
-    test_file: options.TestFileOption = None,
-    text: options.TextOption = None,
-    text_pair: options.TextPairOption = None,
-    label: options.LabelOption = None,
-    device: options.DeviceOption = None,
-    precision: options.PrecisionOption = None,
-    out: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="Where preset, evidence and run go."),
-    ] = Path("recommended"),
-    offline: options.Offline = False,
-    as_json: options.Json = False,
-) -> None:
-    """Find a method and learning rate for some rows, on dev alone, and train the one chosen.
-
-    Example: unipelt recommend --train-file mine.csv --text text --label label --budget 10m
-    """
-    refuse_processes("recommend")
-    flags = data_flags(locals())
-    flags["data"]["prepared"] = settings_directories(prepared)
-    flags |= {
-        "model": {"backbone": model},
-        "train": {"seed": seed, "device": device, "precision": precision},
-    }
-    with importing():
-        from unipelt_cli.commands.shared import live_training
-        from unipelt_cli.sweeps import successive_halving
-        from unipelt_cli.sweeps.grid import names as grid_names
-    from unipelt_cli.config import experiment
-    from unipelt_cli.files import atomic
-    from unipelt_cli.terminal.tables import say
-    from unipelt_cli.training import execution
-
-    seconds = successive_halving.seconds_of(budget)
-    own = with_columns([], settings_given(settings, flags))
-    settle([complete([], own)], offline)
-
-    def base(name: str, rate: float) -> "Experiment":
-        changed: Settings = {"method": {"name": name}, "train": {"learning_rate": rate}}
-        return execution.with_drawn_rows(complete([], experiment.merge([own, changed])))
-
-    names = grid_names("--methods", methods)
-    found = successive_halving.candidates(base, names, _rates(rates))
-    with atomic.new_directory(out) as directory:
-        chosen = live_training.search(found, seconds)
-        evidence = {
-            "chosen": chosen.said(),
-            "metric": chosen.metric,
-            "candidates": [one.said() for one in successive_halving.ranked(found)],
-            "failed": [one.said() for one in found if one.error is not None],
-            "budget_seconds": seconds,
-        }
-        atomic.write_json(directory / "evidence.json", evidence)
-        atomic.write(directory / "preset.toml", successive_halving.preset(chosen).encode())
-    say("preset: ", (str(out / "preset.toml"), "bold"))
-    result = live_training.train(chosen.experiment, out / "run", "new")
-    if as_json:
-        answer = {"preset": str(out / "preset.toml"), "run": str(out / "run")}
-        print_json({**answer, **evidence, "result": result})
-
-
-def _rates(text: str | None) -> list[float]:
-    from unipelt_cli.sweeps.grid import names as grid_names
-
-    words = grid_names("--rates", text)
-    try:
-        return [float(word) for word in words]
-    except ValueError:
-        raise ConfigError(f"--rates {text!r}: not numbers", "write it like 1e-4,5e-4") from None
 
 
 def _check_engine(
@@ -341,16 +193,15 @@ def _axes(
 ) -> "Axes":
     """Read the axes that flags give."""
     with importing():
-        from unipelt_cli.sweeps.grid import names as grid_names
-        from unipelt_cli.sweeps.grid import numbers
+        from unipelt_cli.sweeps.grid import split_names, split_numbers
 
     given: Axes = {
-        "tasks": grid_names("--tasks", tasks),
-        "k": numbers("--k", k, word="all"),
-        "methods": grid_names("--methods", methods),
-        "data_seeds": numbers("--data-seeds", data_seeds),
-        "seeds": numbers("--seeds", seeds),
-        "backbones": grid_names("--backbones", backbones),
+        "tasks": split_names("--tasks", tasks),
+        "k": split_numbers("--k", k, word="all"),
+        "methods": split_names("--methods", methods),
+        "data_seeds": split_numbers("--data-seeds", data_seeds),
+        "seeds": split_numbers("--seeds", seeds),
+        "backbones": split_names("--backbones", backbones),
     }
     return {name: values for name, values in given.items() if values}
 
@@ -361,7 +212,7 @@ def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Se
 
     read = Grid({}, {}) if name is None else read_grid(name)
     varied, rest = take_axes(settings or [])
-    own = settings_given(rest, flags)
+    own = command_line_settings(rest, flags)
     asked = read.axes | axes | varied
     for key in ("k", "data_seeds"):
         if key in asked and own.get("data", {}).get("prepared"):
@@ -379,70 +230,19 @@ def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Se
 
 def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
     """Resolve all cells, and settle whether the network is used."""
-    from unipelt_cli.config import experiment
-    from unipelt_cli.training.execution import with_drawn_rows
+    from unipelt_cli.config.experiment import merge_settings
+    from unipelt_cli.training.preparation import with_drawn_rows
 
     layers = preset_layers([preset] if preset else [])
     shared = [*layers, ("", asked.settings)]
     asked = replace(asked, flags=with_columns(shared, asked.flags))
-    cells = asked.cells(lambda own: with_drawn_rows(complete(layers, experiment.merge(own))))
+    cells = asked.cells(lambda own: with_drawn_rows(complete(layers, merge_settings(own))))
     settle((cell.experiment for cell in cells), offline)
     return cells
 
 
-class _Lanes:
-    """How many processes train at a time, with how many threads, and how many runs in a pass."""
-
-    def __init__(self, cells: "list[Cell]", workers: int | None) -> None:
-        from unipelt_cli.models import build
-
-        device = build.choose_device(cells[0].experiment.train.device)
-        import torch
-
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.cores = cores or 1
-        self.gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-        if workers is None:
-            workers = self.gpus or (1 if device.type != "cpu" else self.cores)
-        self.workers = max(1, min(workers, len(cells)))
-        self.threads = max(1, self.cores // self.workers)
-
-    def size(self, cells: "list[Cell]") -> int:
-        """Return how many runs may share a pass: on a GPU all, else so that no core waits."""
-        return len(cells) if self.gpus else max(1, len(cells) // (4 * self.workers))
-
-    def engine(self) -> "Engine":
-        from unipelt_cli.sweeps import local_engine
-
-        return lambda groups, is_stopped: local_engine.run(
-            groups, self.workers, self.threads, self.gpus, is_stopped
-        )
-
-
-class _Cluster:
-    """A Ray cluster, which decides by itself how many processes train at a time."""
-
-    workers = 1
-
-    def __init__(self, address: str | None, cpus: float, gpus: float) -> None:
-        self.address, self.cpus, self.gpus = address, cpus, gpus
-
-    def size(self, cells: "list[Cell]") -> int:
-        """Return how many runs may share a pass: on a GPU all."""
-        return len(cells) if self.gpus else 1
-
-    def engine(self) -> "Engine":
-        from unipelt_cli.sweeps import ray_engine
-
-        return lambda groups, is_stopped: ray_engine.run(
-            groups, self.address, self.cpus, self.gpus, is_stopped
-        )
-
-
 def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
     """List the cells, and what those that are left would take."""
-    from unipelt_cli.terminal.tables import say, size
-    from unipelt_cli.terminal.tables import table as tables_table
     from unipelt_cli.training import estimate
 
     unfinished = plan.of("waiting", "interrupted", "failed")
@@ -459,7 +259,7 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
         known = took.get(name)
         times = "" if known is None else _between(known.least_seconds, known.most_seconds)
         rows.append([name, "cannot begin" if name in refused else one.status, times])
-    tables_table(("cell", "status", "time"), rows)
+    tables.table(("cell", "status", "time"), rows)
     for name, message in refused.items():
         say(("warning: ", "yellow"), f"{name}: {message}")
     least, most = (
@@ -469,7 +269,7 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
     disk = sum(own.disk_bytes for own in took.values())
     say(
         f"{len(left)} of {len(rows)} cells are left: {_between(least, most)} with {workers} at a "
-        f"time (as early as patience ends them, or all epochs), {size(disk)} on disk; "
+        f"time (as early as patience ends them, or all epochs), {tables.size(disk)} on disk; "
         "nothing was written"
     )
     if as_json:
@@ -487,6 +287,4 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
 
 
 def _between(least: float, most: float) -> str:
-    from unipelt_cli.terminal.tables import duration
-
-    return f"{duration(least)} to {duration(most)}"
+    return f"{tables.duration(least)} to {tables.duration(most)}"

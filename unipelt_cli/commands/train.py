@@ -1,14 +1,22 @@
-"""The commands before there is a run: what there is, whether it works here, what a run takes."""
+"""The command `train`, and what it says of a run with --dry-run."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from unipelt_cli.commands.shared import options, settings
-from unipelt_cli.errors import CheckError, ConfigError, RunError, UnipeltError, nearest
+from unipelt_cli.commands.shared import options
+from unipelt_cli.commands.shared.settings import (
+    data_flags,
+    flag_text,
+    refuse_pairs,
+    refuse_processes,
+    resolve_settings,
+    split_directories,
+)
+from unipelt_cli.commands.shared.trackers import check_trackers
+from unipelt_cli.errors import CheckError, RunError, UnipeltError
+from unipelt_cli.system import processes
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import console, tables
 from unipelt_cli.terminal.command_group import print_json
@@ -16,90 +24,115 @@ from unipelt_cli.terminal.command_group import print_json
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.training.estimate import Outlook
-    from unipelt_cli.training.execution import Mode
+    from unipelt_cli.training.session import Mode
 
 
-def list_(
-    what: Annotated[
-        str,
-        typer.Argument(metavar="WHAT", help="tasks, methods, presets, sweeps, backbones or runs."),
-    ],
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where the runs are.")] = Path(
-        "runs"
-    ),
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|DIR", help="The backbone that methods are counted on. (default BERT-base)"
-        ),
-    ] = None,
+def train(
+    task: options.TaskOption = None,
+    tasks: options.TasksOption = None,
+    k: options.KOption = None,
+    method: options.MethodOption = None,
+    model: options.ModelOption = None,
+    data_seed: options.DataSeedOption = None,
+    data_seeds: options.DataSeedsOption = None,
+    seed: options.SeedOption = None,
+    seeds: options.SeedsOption = None,
+    preset: options.PresetOption = None,
+    settings: options.SettingsOption = None,
+    source: options.SourceOption = None,
+    prepared: options.PreparedOption = None,
+    dev_size: options.DevSizeOption = None,
+    dataset: options.DatasetOption = None,
+    train_file: options.TrainFileOption = None,
+    dev_file: options.DevFileOption = None,
+    test_file: options.TestFileOption = None,
+    text: options.TextOption = None,
+    text_pair: options.TextPairOption = None,
+    label: options.LabelOption = None,
+    device: options.DeviceOption = None,
+    precision: options.PrecisionOption = None,
+    out: options.RunOption = None,
+    resume: options.ResumeOption = False,
+    overwrite: options.OverwriteOption = False,
+    track: options.TrackOption = None,
+    dry_run: options.DryRunOption = False,
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """List what there is to choose from, or the runs in a directory.
+    """Train a method on few rows, keep the best epoch by dev, score test once.
 
-    Example: unipelt list methods --model minilm
+    Example: unipelt train --train-file mine.csv --k 100 --dry-run
+
+    Example: unipelt train --task mrpc --k 500 --data-seeds 111,222,333,444,555
     """
-    if model is not None and what != "methods":
-        raise ConfigError(f"--model {model!r}: only methods are counted on one", "drop --model")
-    if model is not None:
-        settings.settle_backbone(model, offline)
-    with importing():
-        from unipelt_cli.commands import listing
+    flags = data_flags(locals())
+    flags["data"] |= {"tasks": tasks, "prepared": split_directories(prepared)}
+    flags |= {
+        "model": {"backbone": model},
+        "method": {"name": method},
+        "train": {"seed": seed, "device": device, "precision": precision},
+    }
+    trackers: list[str] = []
 
-    if what not in listing.LISTS:
-        raise ConfigError(f"list {what!r}: no such list", nearest(what, listing.LISTS))
-    entries = listing.entries(what, directory, model)
-    if as_json:
-        print_json({what: entries})
-        return
-    if what == "methods":
-        tables.method_table(entries, model or "BERT-base")
-        return
-    columns = list(entries[0]) if entries else []
-    tables.table(columns, [[tables.cell(entry[c]) for c in columns] for entry in entries])
-    if not entries:
-        tables.say(f"no {what} in {directory}")
-
-
-def doctor(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="A backbone to look at too: NAME, DIR or minilm."),
-    ] = None,
-    offline: options.Offline = False,
-    as_json: options.Json = False,
-) -> None:
-    """Check this machine and installation: what works, what is missing, and how to mend it.
-
-    Example: unipelt doctor bert-base-uncased
-    """
-    from unipelt_cli.commands.doctor import examination
-
-    found = list(examination.examine(model, offline=offline, terminal=console.terminal()))
-    tables.check_table(
-        [(one.what, one.ok, one.found) for one in found], [one.remedy for one in found], "-"
-    )
-    needed = [one for one in found if one.ok is False and one.is_needed]
-    if as_json:
-        print_json(
-            {
-                "ok": not needed,
-                "checks": [
-                    {"what": one.what, "ok": one.ok, "found": one.found, "remedy": one.remedy}
-                    for one in found
-                ],
-            }
+    def resolve() -> "Experiment":
+        refuse_pairs(
+            ("--resume" if resume else None, "--overwrite" if overwrite else None),
+            (flag_text("--data-seed", data_seed), flag_text("--data-seeds", data_seeds)),
+            (flag_text("--seed", seed), flag_text("--seeds", seeds)),
         )
-    if needed:
+        if flag := flag_text("--data-seeds", data_seeds) or flag_text("--seeds", seeds):
+            refuse_processes(flag)
+        trackers.extend(check_trackers(track, offline))
+        return resolve_settings([preset] if preset else [], settings, flags, offline=offline)
+
+    resolved = processes.tried(resolve)  # before accelerate can import what reads offline switches
+    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+    with processes.joined() as joined:
+        if not joined.is_main:
+            console.hush()
+        grid = joined.each(lambda: _over_seeds(resolved(), data_seeds, seeds))
+        directories = _directories(grid, out, is_one=data_seeds is None and seeds is None)
+        if dry_run:
+            first = next(iter(grid.values()))
+            joined.each(lambda: show_dry_run(first, directories, mode, as_json))
+            return
+        from unipelt_cli.commands.shared import live_training
+
+        if data_seeds is None and seeds is None:
+            (experiment,) = grid.values()
+            answer = live_training.train(experiment, directories[0], mode, joined, trackers)
+        else:
+            answer = live_training.train_together(grid, directories, mode, trackers)
+    if as_json and not console.is_hushed():
+        print_json(answer)
+    if failed := answer.get("failed"):
         raise CheckError(
-            f"{len(needed)} of {len(found)} checks failed that training needs, the first: "
-            f"{needed[0].what}: {needed[0].found}",
-            needed[0].remedy or "see above",
+            f"{len(failed)} of {len(grid)} runs failed, the first with: {failed[0]['error']}",
+            f"see its directory {failed[0]['run']}; the other runs are finished",
         )
 
 
-def dry_run(
+def _over_seeds(
+    experiment: "Experiment", data_seeds: str | None, seeds: str | None
+) -> "dict[str, Experiment]":
+    """Return the experiment for each of the seeds, by what tells the runs apart."""
+    with importing():
+        from unipelt_cli.sweeps.grid import over_seeds
+        from unipelt_cli.training.preparation import with_drawn_rows
+
+    return over_seeds(with_drawn_rows(experiment), data_seeds, seeds)
+
+
+def _directories(grid: "dict[str, Experiment]", out: Path | None, *, is_one: bool) -> list[Path]:
+    """Return where each run goes: below `--out`, and there itself where it is the only one."""
+    from unipelt_cli.runs.names import run_name
+
+    if is_one and out is not None:
+        return [out]
+    return [(out or Path("runs")) / run_name(experiment) for experiment in grid.values()]
+
+
+def show_dry_run(
     experiment: "Experiment", directories: Sequence[Path], mode: "Mode", as_json: bool
 ) -> None:
     """Say what a run would train on, what it would take and where it would be; write nothing."""
@@ -114,13 +147,13 @@ def dry_run(
     tables.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
     _show_outlook(found, directories)
     if found.memory.fits is False:
-        tables.say(
+        console.say(
             ("warning: ", "yellow"),
             "it may not fit into memory: lower train.batch_size or model.max_length, or take a "
             "smaller --model",
         )
     if problem is not None:
-        tables.say(("warning: ", "yellow"), f"{problem.message}: {problem.hint}")
+        console.say(("warning: ", "yellow"), f"{problem.message}: {problem.hint}")
     if as_json and not console.is_hushed():
         described = {
             key: {
@@ -145,10 +178,10 @@ def dry_run(
 
 def _problem(directory: Path, mode: "Mode") -> UnipeltError | None:
     """Return why the run's directory could not be made now."""
-    from unipelt_cli.runs import run
+    from unipelt_cli.runs.names import EXPERIMENT
     from unipelt_cli.runs.writer import Writer
 
-    if mode == "resume" and (directory / run.EXPERIMENT).is_file():
+    if mode == "resume" and (directory / EXPERIMENT).is_file():
         return None
     try:
         Writer(directory).foresee(overwrite=mode == "overwrite")
@@ -182,11 +215,11 @@ def _show_outlook(found: "Outlook", directories: Sequence[Path]) -> None:
     ]
     tables.table(("a run takes", "about", ""), rows)
     several = f", the first of {len(directories)} runs" if len(directories) > 1 else ""
-    tables.say(
+    console.say(
         f"{experiment.method_name} on {experiment.model.backbone}, {tuned.pooling} pooling, "
         f"{tuned.precision} on {tuned.device.type}{several}; nothing was written"
     )
-    tables.say("run: ", (str(directories[0]), "bold"))
+    console.say("run: ", (str(directories[0]), "bold"))
 
 
 def _nearest_directory(path: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from unipelt_cli.comparison.tables import Sheet, notes, sheets
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.files import atomic
+from unipelt_cli.text import plain
 
 Answer = dict[str, Any]
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -106,19 +107,15 @@ def _line(cells: Sequence[str]) -> str:
     return " & ".join(map(_latex, cells)) + r" \\"
 
 
-def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", _plain(text))
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", plain(text))
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in _plain(text))
+    return "".join(_LATEX.get(character, character) for character in plain(text))
 
 
 def _csv(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    return f"'{_plain(value)}" if value.startswith(FORMULA) else _plain(value)
+    return f"'{plain(value)}" if value.startswith(FORMULA) else plain(value)

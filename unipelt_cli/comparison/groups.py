@@ -1,22 +1,15 @@
-"""Finished runs below directories, in groups that differ in nothing but their seeds.
-
-Runs with different settings never share a group: where runs of one method on one backbone differ
-in a setting, the group's label says it. Seeds, paths and the device are no settings.
-"""
+"""Runs grouped by everything but their seeds."""
 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from unipelt_cli.commands.listing import runs_below
-from unipelt_cli.errors import RunError
 from unipelt_cli.runs.run import Run
-from unipelt_cli.tasks import TASKS, Task, is_better, joint_name
+from unipelt_cli.tasks import TASKS, Task, is_better
 
 NO_SETTINGS = frozenset({"model.backbone", "method.name", "train.seed", "train.device"})
 Seed = tuple[int, int]
@@ -110,53 +103,9 @@ class Group:
         return {member.seed: member.score for member in self.members}
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """All groups; the runs that could not be used, with the reason; and what is to be said."""
-
-    groups: tuple[Group, ...]
-    unusable: tuple[tuple[Path, str], ...]
-    repeated: tuple[Path, ...]
-    notes: tuple[str, ...]
-
-
-def gather(directories: Sequence[Path]) -> Gathered:
-    """Read all finished runs below directories and group them.
-
-    Raises RunError where there is none.
-    """
-    members: list[Member] = []
-    unusable: dict[Path, str] = {}
-    seen: set[Path] = set()
-    for directory in directories:
-        if not directory.is_dir():
-            raise RunError(f"{directory}: no such directory", "give directories that hold runs")
-        for path, run in runs_below(directory):
-            if path.resolve() in seen:
-                continue
-            seen.add(path.resolve())
-            if isinstance(run, str):
-                unusable[path] = run
-            elif _is_consistent(run):
-                members.append(_member(run))
-            else:
-                unusable[path] = "damaged"
-    if not members:
-        where = ", ".join(map(str, directories))
-        others = f" ({len(unusable)} unfinished or damaged)" if unusable else ""
-        raise RunError(
-            f"{where}: no finished run there{others}",
-            "give directories that `train` wrote, or that hold such",
-        )
-    members, task_notes = _with_told_tasks(_with_told_backbones(members))
-    kept, repeated, repeat_notes = _once(members)
-    notes = (*task_notes, *repeat_notes)
-    return Gathered(_grouped(kept), tuple(unusable.items()), tuple(repeated), notes)
-
-
 def scopes(groups: Sequence[Group]) -> Iterator[tuple[str, int | None, list[Group]]]:
     """Yield what stands in one table: the groups of a backbone and k."""
-    for (backbone, k), own in _by(lambda group: (group.backbone, group.k), groups).items():
+    for (backbone, k), own in group_by(lambda group: (group.backbone, group.k), groups).items():
         yield backbone, k, own
 
 
@@ -166,118 +115,33 @@ def averaged_tasks(groups: Sequence[Group]) -> list[str]:
     return list(upward or dict.fromkeys(group.task for group in groups))
 
 
-def _is_consistent(run: Run) -> bool:
-    """Say whether a run's predictions, where it stored them, give the scores of its result."""
-    test = run.result["test"]
-    for place, task in enumerate(run.tasks):
-        try:
-            answers = run.predictions(place)
-        except RunError:
-            return False
-        if answers is not None:
-            name = task.metric if len(run.tasks) == 1 else f"{task.name}.{task.metric}"
-            found = task.score(*answers)[task.metric]
-            if name not in test or not abs(found - test[name]) < 1e-6:
-                return False
-    return True
-
-
-def _member(run: Run) -> Member:
-    environment, places = run.environment, range(len(run.tasks))
-    data, found = environment["data"], environment["backbone"]
-    each = data["tasks"].values() if len(run.tasks) > 1 else [data]
-    return Member(
-        replace(run, environment={}),
-        joint_name(run.tasks),
-        Path(found["name"]).name,
-        found["fingerprint"],
-        tuple(run.digest_of("test", place) for place in places),
-        json.dumps([own.get("source") for own in each], sort_keys=True),
-    )
-
-
 def _is_path(value: object) -> bool:
     if isinstance(value, tuple | list):
         return any(map(_is_path, value))
     return isinstance(value, str) and "/" in value
 
 
-def _by(key: Callable[[_Item], Any], items: Iterable[_Item]) -> dict[Any, list[_Item]]:
+def group_by(key: Callable[[_Item], Any], items: Iterable[_Item]) -> dict[Any, list[_Item]]:
+    """Return items by key, both in the order in which they came."""
     found = defaultdict(list)
     for item in items:
         found[key(item)].append(item)
     return dict(found)
 
 
-def _with_told_backbones(members: Sequence[Member]) -> list[Member]:
-    """Call a backbone by one name, and different ones by different names."""
-    names: dict[str, str] = {}
-    for member in members:
-        names.setdefault(member.fingerprint, member.backbone)
-    shared = _by(lambda fingerprint: names[fingerprint], names)
-    told = {
-        fingerprint: name if len(own) == 1 else f"{name} ({fingerprint[:6]})"
-        for name, own in shared.items()
-        for fingerprint in own
-    }
-    return [replace(member, backbone=told[member.fingerprint]) for member in members]
-
-
-def _with_told_tasks(members: Sequence[Member]) -> tuple[list[Member], list[str]]:
-    """Tell tasks apart that are called the same but have other rows or labels."""
-    told: list[Member] = []
-    notes = []
-    for name, own in _by(lambda member: member.task, members).items():
-        parts = _by(_kind, own)
-        if len(parts) == 1 and _conflicts(own):
-            parts = _by(lambda member: member.source, own)
-            if any(map(_conflicts, parts.values())):
-                parts = _by(lambda member: (member.source, member.rows), own)
-        if len(parts) == 1:
-            told += own
-            continue
-        for number, part in enumerate(parts.values(), 1):
-            told += [replace(member, task=f"{name} #{number}") for member in part]
-            notes.append(f"{name} #{number} has rows of its own: {part[0].source}")
-    return told, notes
-
-
-def _kind(member: Member) -> tuple[object, ...]:
-    return tuple((task.text, task.labels, task.metric) for task in member.run.tasks)
-
-
-def _conflicts(members: Sequence[Member]) -> bool:
-    """Say whether runs with one data seed have different test rows."""
-    drawn = _by(lambda member: member.seed[0], members)
-    return any(len({member.rows for member in own}) > 1 for own in drawn.values())
-
-
-def _identity(member: Member) -> tuple[object, ...]:
+def identity(member: Member) -> tuple[object, ...]:
+    """Return what runs of one group have in common: all but their seeds."""
     experiment = member.run.experiment
     settings = json.dumps(member.settings, sort_keys=True, default=str)
     place = (member.task, experiment.data.k, member.fingerprint)
     return *place, experiment.method_name, settings
 
 
-def _once(members: Sequence[Member]) -> tuple[list[Member], list[Path], list[str]]:
-    """Keep the first of the runs that are one experiment."""
-    kept, repeated, notes = [], [], []
-    for own in _by(lambda member: (_identity(member), member.seed), members).values():
-        kept.append(own[0])
-        repeated += [member.run.directory for member in own[1:]]
-        scores = sorted({member.score for member in own})
-        if len(scores) > 1:
-            notes.append(
-                f"{own[0].run.directory}: counted once of {len(own)} runs of its experiment, "
-                f"which scored {scores[0]:.4f} to {scores[-1]:.4f}"
-            )
-    return kept, repeated, notes
-
-
-def _grouped(members: Sequence[Member]) -> tuple[Group, ...]:
+def make_groups(members: Sequence[Member]) -> tuple[Group, ...]:
+    """Group runs by all but their seeds, labelled by the settings in which they differ."""
     differing = _differing(members)
     groups = []
-    for own in _by(_identity, members).values():
+    for own in group_by(identity, members).values():
         first = own[0]
         name, k = first.run.experiment.method_name, first.run.experiment.data.k
         told = {
@@ -297,11 +161,16 @@ def _kin(member: Member, task: str | None = None) -> tuple[str | None, str, str]
     return task, member.backbone, member.run.experiment.method_name
 
 
+def _kin_on_task(member: Member) -> tuple[str | None, str, str]:
+    return _kin(member, member.task)
+
+
 def _differing(members: Sequence[Member]) -> dict[tuple[str | None, str, str], set[str]]:
     """Return the settings in which runs of a method differ: those of the rows task by task."""
     found = {}
     for is_data in (False, True):
-        for kin, own in _by(lambda m, d=is_data: _kin(m, m.task if d else None), members).items():  # type: ignore[misc]
+        key = _kin_on_task if is_data else _kin
+        for kin, own in group_by(key, members).items():
             keys = {key for member in own for key in member.settings}
             found[kin] = {
                 key

@@ -5,36 +5,22 @@ from math import ceil, floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unipelt_cli.errors import ConfigError
-from unipelt_cli.files import atomic
+from unipelt_cli.text import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+from unipelt_cli.files.figures import MARKERS, new_figure
 
 Answer = dict[str, Any]
 Looks = Mapping[str, Mapping[str, Any]]
-FORMATS = (".png", ".svg", ".pdf")
-MARKERS = "osD^vP*X"
 HEIGHT, LEFT, RIGHT = 4.2, 6.6, 3.6  # inches, of the panels of a backbone and k
 CELL, MOST = 0.13, 40.0  # what a method takes in a task, and a picture at most
 LEAST_SPAN = 0.1  # of the scores that a panel shows
 LEGEND_LINE, LEGEND_LETTERS, LEGEND_MARK = 0.24, 10, 6  # inches; letters an inch; letters
 
 
-def check(path: Path) -> None:
-    """Raise ConfigError for a file whose ending names no picture."""
-    if path.suffix.lower() not in FORMATS:
-        raise ConfigError(
-            f"--plot {str(path)!r}: no such format", f"give a path ending in {', '.join(FORMATS)}"
-        )
-
-
-def plot(answer: Answer, path: Path) -> None:
+def plot_comparison(answer: Answer, path: Path) -> None:
     """Draw two panels for each backbone and k; raise RunError where nothing can be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
     tables = answer["tables"]
@@ -45,11 +31,8 @@ def plot(answer: Answer, path: Path) -> None:
     longest = max(map(len, labels)) + LEGEND_MARK
     columns = max(1, int(sum(widths) * LEGEND_LETTERS / longest))
     legend = LEGEND_LINE * -(-len(labels) // columns) + 0.2
-    size = (sum(widths), HEIGHT * len(tables) + legend)
-    figure, panels = pyplot.subplots(
-        len(tables), 2, figsize=size, squeeze=False, width_ratios=widths, layout="constrained"
-    )
-    try:
+    with new_figure(path, sum(widths), HEIGHT * len(tables) + legend) as figure:
+        panels = figure.subplots(len(tables), 2, squeeze=False, width_ratios=widths)
         for table, (scores, sizes) in zip(tables, panels, strict=True):
             place = (table["backbone"], table["k"])
             groups = [g for g in answer["groups"] if (g["backbone"], g["k"]) == place]
@@ -57,17 +40,13 @@ def plot(answer: Answer, path: Path) -> None:
             _sizes(sizes, table, groups, looks)
         # Every method once, whichever panels it is in.
         handles = [
-            Line2D([], [], linestyle="", label=_plain(label), **looks[label]) for label in labels
+            Line2D([], [], linestyle="", label=drawable(label), **looks[label]) for label in labels
         ]
         shown = figure.legend(
             handles=handles, loc="outside lower center", ncols=columns, frameon=False
         )
         for text in shown.get_texts():
             text.set_parse_math(False)
-        with atomic.replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-    finally:
-        pyplot.close(figure)
 
 
 def _looks(labels: Sequence[str]) -> Looks:
@@ -100,7 +79,7 @@ def _scores(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks)
             **looks[group["label"]],
         )
     metric = {group["task"]: group["metric"] for group in groups}
-    axes.set_xticks(range(len(tasks)), [_plain(f"{_short(t)}\n{metric[t]}") for t in tasks])
+    axes.set_xticks(range(len(tasks)), [drawable(f"{_short(t)}\n{metric[t]}") for t in tasks])
     for text in axes.get_xticklabels():
         text.set_parse_math(False)
     axes.set_xlim(-0.5, len(tasks) - 0.5)
@@ -151,7 +130,7 @@ def _sizes(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks) 
 
 
 def _finish(axes: "Axes", title: str, label: str) -> None:
-    axes.set_title(_plain(title), fontsize=10, parse_math=False)
+    axes.set_title(drawable(title), fontsize=10, parse_math=False)
     axes.set_ylabel(label)
     axes.grid(axis="y", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -164,8 +143,3 @@ def _where(table: Answer) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 16 else f"{name[:14]}…"
-
-
-def _plain(text: str) -> str:
-    """Leave out what has no picture, save the break of a line."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from unipelt_cli.config.experiment import preset_folder
+from unipelt_cli.config.presets import preset_folder
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.files.strict import parse_toml
 
@@ -81,7 +81,7 @@ class Score:
     deviation: float | None
 
 
-def read(name: str) -> Table:
+def read_published(name: str) -> Table:
     """Return the shipped tables called `name`; raise ConfigError with the names that there are."""
     if name not in NAMES:
         raise ConfigError(f"--against {name!r}: no such published scores", nearest(name, NAMES))

@@ -12,7 +12,8 @@ import numpy as np
 
 from unipelt_cli.comparison import significance
 from unipelt_cli.comparison.against_published import against
-from unipelt_cli.comparison.groups import Gathered, Group, averaged_tasks, gather, scopes
+from unipelt_cli.comparison.gathering import Gathered, gather
+from unipelt_cli.comparison.groups import Group, averaged_tasks, scopes
 from unipelt_cli.comparison.paired_tests import comparisons
 from unipelt_cli.comparison.published import Table
 from unipelt_cli.comparison.significance import Interval, Sample
@@ -23,7 +24,7 @@ MARGIN = 0.01
 Answer = dict[str, Any]
 
 
-def compare(
+def summarise_directories(
     directories: Sequence[Path], margin: float = MARGIN, printed: Table | None = None
 ) -> Answer:
     """Compare all finished runs below directories, with what others printed too if it is given.
@@ -31,11 +32,11 @@ def compare(
     `margin` is the difference in score that does not matter. Raises RunError where there is none.
     """
     gathered = gather(directories)
-    answer, groups = evaluate(gathered, margin), gathered.groups
+    answer, groups = summarise(gathered, margin), gathered.groups
     return answer | {"against": printed and against(groups, answer, printed)}
 
 
-def evaluate(gathered: Gathered, margin: float) -> Answer:
+def summarise(gathered: Gathered, margin: float) -> Answer:
     """Compare runs that are grouped."""
     groups = gathered.groups
     return {

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from unipelt_cli.data import parquet
-from unipelt_cli.errors import DataError, reason, short
+from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import Glue, Task
+from unipelt_cli.text import reason, short
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from unipelt_cli.data.cells import Cells, as_number
 from unipelt_cli.data.readers import read_cells
-from unipelt_cli.errors import DataError, short
+from unipelt_cli.errors import DataError
+from unipelt_cli.text import short
 
 ROWS = 5000  # that are looked at
 MOST_LABELS = 50

@@ -1,14 +1,20 @@
-"""What a prepared directory's manifest must hold, whoever wrote it and its checksum.
+"""What a prepared directory says of itself: source, rows, hashes, labels, lengths."""
 
-A checksum tells damage, not intent: a stranger can recompute it over whatever he likes.
-"""
-
-from collections.abc import Mapping
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+import numpy as np
+from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS
+from unipelt_cli.config.sections import DataSettings
+from unipelt_cli.data.sources import Found
+from unipelt_cli.data.splits import SPLITS
+from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, Task
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
@@ -96,3 +102,86 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         if error["type"] in ("missing", "extra_forbidden"):
             raise ValueError(f"{where}: {message}") from None
         raise ValueError(f"{where} = {repr(error['input'])[:60]}: {message}") from None
+
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def digest_rows(rows: Dataset) -> str:
+    """Return the sha256 of the rows' content in their order: all columns but "row"."""
+    names = [name for name in rows.column_names if name != "row"]
+    cells = rows.with_format(None)[:]
+    total = hashlib.sha256(json.dumps(names).encode())
+    for row in zip(*(cells[name] for name in names), strict=True):
+        total.update(b"\n" + json.dumps(row, ensure_ascii=False).encode())
+    return total.hexdigest()
+
+
+def make_manifest(
+    found: Found, settings: DataSettings, splits: Mapping[str, Dataset], notes: Sequence[str]
+) -> dict[str, Any]:
+    """Record what was drawn and what is odd about it: the same settings give the same bytes."""
+    task = found.task
+    keys = {split: _keys(task, rows) for split, rows in splits.items()}
+    seen = {split: set(keys[split]) for split in SPLITS}
+    pairs = (("train", "dev"), ("train", "test"), ("dev", "test"))
+    labelled: set[tuple[tuple[str, ...], float]] = set()
+    for split, rows in splits.items():
+        labelled.update(zip(keys[split], rows[:]["label"], strict=True))
+    content = {
+        "format": FORMAT,
+        "task": task.name,
+        "text": list(task.text),
+        "labels": list(task.labels),
+        "metric": task.metric,
+        "also": list(task.also),
+        "source": found.source,
+        "k": settings.k,
+        "data_seed": settings.data_seed,
+        "dev_size": settings.dev_size,
+        "splits": {split: _describe(task, splits[split], keys[split]) for split in SPLITS},
+        "leakage": {f"{a}_{b}": sum(key in seen[a] for key in keys[b]) for a, b in pairs},
+        "conflicts": sum(count > 1 for count in Counter(key for key, _ in labelled).values()),
+        "notes": list(notes),
+    }
+    return seal_manifest(content)
+
+
+def _describe(task: Task, rows: Dataset, keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    labels: list[float] = rows[:]["label"]
+    words = [sum(len(text.split()) for text in key) for key in keys]
+    quantiles = np.quantile(words, (0, 0.25, 0.5, 0.75, 0.95, 1), method="lower").tolist()
+    counts = Counter(labels)
+    summary: dict[str, float] = {name: counts[index] for index, name in enumerate(task.labels)}
+    if task.is_regression:
+        mean = math.fsum(labels) / len(labels)
+        summary = {"min": min(labels), "mean": mean, "max": max(labels)}
+    return {
+        "rows": len(rows),
+        "digest": digest_rows(rows),
+        "row_ids": rows[:]["row"],
+        "labels": summary,
+        "words": dict(zip(("min", "p25", "p50", "p75", "p95", "max"), quantiles, strict=True)),
+        "duplicates": len(keys) - len(set(keys)),
+    }
+
+
+def _keys(task: Task, rows: Dataset) -> list[tuple[str, ...]]:
+    """Return each row's texts without case and spacing, to find equal ones."""
+    cells = rows[:]
+    columns = ([" ".join(text.casefold().split()) for text in cells[name]] for name in task.text)
+    return list(zip(*columns, strict=True))
+
+
+def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the manifest's own checksum, so that a damaged or edited one is told."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return content | {"checksum": hashlib.sha256(dumps(content)).hexdigest()}
+
+
+def dumps(manifest: Mapping[str, Any]) -> bytes:
+    """Write a manifest as JSON, the same bytes for the same content."""
+    text = json.dumps(manifest, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    # A path that is not UTF-8 holds lone surrogates; these are JSON's own escapes for them.
+    return text.encode("utf-8", "backslashreplace")

@@ -14,7 +14,8 @@ from unipelt_cli.data import parquet, records, text_lines
 from unipelt_cli.data.cells import Cells, RowError, require
 from unipelt_cli.data.records import Fills, Form, Grid, Objects, Plain, check_names
 from unipelt_cli.data.text_lines import Lines
-from unipelt_cli.errors import ConfigError, DataError, nearest, reason, short
+from unipelt_cli.errors import ConfigError, DataError, nearest
+from unipelt_cli.text import reason, short
 
 Format = Literal["lines", "jsonl", "csv", "tsv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)

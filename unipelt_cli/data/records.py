@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from unipelt_cli.data.cells import Cells
-from unipelt_cli.errors import DataError, reason, short
+from unipelt_cli.errors import DataError
 from unipelt_cli.files.strict import parse_json
+from unipelt_cli.text import reason, short
 
 GIVE_ROWS = "give a file with labelled rows"
 Fills = Sequence[Sequence[str]]

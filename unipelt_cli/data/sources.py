@@ -15,10 +15,10 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 
-from unipelt_cli.config.experiment import DataSettings
+from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.cells import Cells, as_number, encode_labelled, require
 from unipelt_cli.data.readers import read_cells
-from unipelt_cli.errors import DataError, reason, short
+from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import (
     CLASSIFICATION_METRICS,
     HUB_GLUE,
@@ -29,6 +29,7 @@ from unipelt_cli.tasks import (
     get_task,
     own_metric,
 )
+from unipelt_cli.text import reason, short
 
 
 @dataclass(frozen=True)

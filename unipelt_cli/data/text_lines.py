@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from unipelt_cli.errors import DataError, reason
+from unipelt_cli.errors import DataError
+from unipelt_cli.text import reason
 
 # What is read whole is held in memory, many times over.
 LARGEST_FILE = 2**31

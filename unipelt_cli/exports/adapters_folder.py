@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from unipelt_cli.errors import RunError
-from unipelt_cli.exports.parity import Job, Writer, Written, compare_library, disagreement, unpadded
+from unipelt_cli.exports.job import Job, Writer, Written, compare_library, disagreement
+from unipelt_cli.exports.parity import unpadded
 from unipelt_cli.files import atomic
 from unipelt_cli.methods.unipelt.layer import LayerSubmodules
 from unipelt_cli.methods.unipelt.method import Submodules
-from unipelt_cli.models.build import Tuned
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter.safetensors"

@@ -9,17 +9,17 @@ from typing import Any
 
 from unipelt_cli.errors import RunError
 from unipelt_cli.exports import formats, model_card, parity
-from unipelt_cli.exports.parity import Job
+from unipelt_cli.exports.job import Job, find_rows
 from unipelt_cli.files import atomic
-from unipelt_cli.models.build import Tuned
-from unipelt_cli.runs.run import Run
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.run import Run, copied
 
 
 class _TooFar(Exception):
     """What was written computes something else: it must not stay."""
 
 
-def export(
+def export_run(
     run: Run,
     tuned: Tuned,
     to: str,
@@ -47,8 +47,8 @@ def export(
             "train one task alone, with --task, and export that run",
         )
     atomic.refuse_existing(directory)  # before all the work
-    own = parity.copied(run, tuned)
-    job = Job(run, own, parity.find_rows(run, own, source), directory, part, half)
+    own = copied(run, tuned)
+    job = Job(run, own, find_rows(run, own, source), directory, part, half)
     report: dict[str, Any] = {"format": to, "path": str(directory), "written": True}
     if static is not None:
         report["static"] = static

@@ -19,7 +19,7 @@ from unipelt_cli.backbones import pretrained
 from unipelt_cli.comparison import significance
 from unipelt_cli.comparison.weighted_metrics import weighted_metric
 from unipelt_cli.exports import formats
-from unipelt_cli.exports.parity import Job
+from unipelt_cli.exports.job import Job
 from unipelt_cli.files import atomic
 from unipelt_cli.gates.report import gates_of
 from unipelt_cli.models.batches import Encoded

@@ -13,18 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from unipelt_cli.errors import RunError
-from unipelt_cli.exports.parity import (
-    CPU,
-    TOLERANCE,
-    Job,
-    Writer,
-    Written,
-    compare,
-    labelled_config,
-    padded,
-)
+from unipelt_cli.exports.job import Job, Writer, Written, labelled_config
+from unipelt_cli.exports.parity import CPU, TOLERANCE, compare, padded
 from unipelt_cli.files import atomic
 from unipelt_cli.models.batches import Encoded
+from unipelt_cli.text import first_line
 
 MODEL, CONFIG, TOKENIZER = "model.onnx", "config.json", "tokenizer.json"
 OPSET = 18
@@ -95,9 +88,9 @@ def _trace(job: Job, inputs: dict[str, Tensor], path: Path) -> None:
                 dynamo=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0][:200]
         raise RunError(
-            f"{job.run.directory}: its forward pass cannot be written as ONNX ({line})",
+            f"{job.run.directory}: its forward pass cannot be written as ONNX "
+            f"({first_line(error)})",
             "export another method, or use another format",
         ) from None
 

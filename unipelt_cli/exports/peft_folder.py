@@ -16,19 +16,19 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from unipelt_cli.errors import RunError
-from unipelt_cli.exports.parity import (
+from unipelt_cli.exports.job import (
     Job,
     Writer,
     Written,
     compare_library,
     disagreement,
     labelled_config,
-    padded,
 )
+from unipelt_cli.exports.parity import padded
 from unipelt_cli.files import atomic
 from unipelt_cli.gates import report
 from unipelt_cli.methods import LowRankUpdates, NoKnownForm, Rescalings
-from unipelt_cli.models.build import Tuned
+from unipelt_cli.models.tuned import Tuned
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INSIDE = "base_model.model"  # where PEFT puts the model that it wraps

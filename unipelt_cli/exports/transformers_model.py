@@ -7,18 +7,17 @@ import transformers
 
 from unipelt_cli.errors import RunError
 from unipelt_cli.exports import adapters_folder
-from unipelt_cli.exports.parity import (
+from unipelt_cli.exports.job import (
     Job,
     Writer,
     Written,
     compare_library,
     disagreement,
     labelled_config,
-    padded,
 )
+from unipelt_cli.exports.parity import padded
 from unipelt_cli.methods import CannotMerge
-from unipelt_cli.models import build
-from unipelt_cli.models.build import Tuned
+from unipelt_cli.models.tuned import Tuned, merge
 from unipelt_cli.runs.run import Run
 
 
@@ -26,7 +25,7 @@ def plan(job: Job) -> Writer:
     """Fold a copy of the model; raise RunError where no plain classifier computes the same."""
     merged = job.copy()
     try:
-        build.merge(merged)
+        merge(merged)
     except CannotMerge as reason:
         raise RunError(
             f"{job.run.directory}: no plain classifier computes the same, {reason}",

@@ -10,6 +10,8 @@ import re
 import tomllib
 from typing import Any, NoReturn
 
+from unipelt_cli.text import short
+
 # Manifests, tokenizers and headers are far below each of these.
 LARGEST_TEXT = 256 * 2**20
 DEEPEST = 64
@@ -102,7 +104,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"key {_short(key)} is there twice")
+                raise ValueError(f"key {short(key)} is there twice")
             seen.add(key)
     return found
 
@@ -130,7 +132,3 @@ _DECODER = json.JSONDecoder(
     parse_int=_integer,
     parse_float=_float,
 )
-
-
-def _short(key: str) -> str:
-    return repr(key if len(key) <= 60 else key[:57] + "...")

@@ -12,9 +12,8 @@ import numpy as np
 from datasets import Dataset
 
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.methods.unipelt.method import closed, places
+from unipelt_cli.methods.unipelt.gates import closed, places
 from unipelt_cli.models.batches import Encoded
-from unipelt_cli.models.build import Tuned
 from unipelt_cli.models.evaluation import (
     Gates,
     compute_with_gates,
@@ -22,6 +21,7 @@ from unipelt_cli.models.evaluation import (
     predictions,
     references,
 )
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import Values, lost
 

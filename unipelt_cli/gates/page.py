@@ -13,7 +13,7 @@ from typing import Any
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.files import atomic
 from unipelt_cli.gates.report import Layers, gate_names, over_layers
-from unipelt_cli.terminal.tables import plain
+from unipelt_cli.text import plain
 
 Answer = Mapping[str, Any]
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -1,18 +1,17 @@
 """A run's gates as pictures: heatmaps of layers x submodules, and lines over epochs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unipelt_cli.comparison.plot import MARKERS
-from unipelt_cli.files import atomic
+from unipelt_cli.files.figures import MARKERS
 from unipelt_cli.gates.report import Layers, gate_names, over_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from unipelt_cli.files.figures import new_figure
+from unipelt_cli.text import drawable
 
 Answer = Mapping[str, Any]
 COLUMN, ROW = 0.95, 0.32  # inches, of a cell
@@ -41,7 +40,7 @@ def plot_ablation(ablation: Answer, title: str, path: Path) -> None:
     names = list(ablation["all"])
     values = [[own[name]["lost"] if name in own else nan for name in names] for own in rows]
     most = max(LEAST_LOSS, *(value for row in values for value in row if not isnan(value)))
-    with _figure(path, *_size(len(names), len(rows))) as figure:
+    with new_figure(path, *_size(len(names), len(rows))) as figure:
         axes = figure.subplots()
         _heatmap(axes, values, names, [str(own["layer"]) for own in rows], 0.0, most, 3)
         figure.suptitle(_title(title), fontsize=9, parse_math=False)
@@ -51,7 +50,7 @@ def plot_ablation(ablation: Answer, title: str, path: Path) -> None:
 def plot_epochs(epochs: Sequence[Answer], title: str, path: Path) -> None:
     """Draw each gate's mean over layers after each epoch; the best epoch is a line."""
     shown = [(own["epoch"], over_layers(own["layers"])) for own in epochs if own["layers"]]
-    with _figure(path, 6.4, 3.8) as figure:
+    with new_figure(path, 6.4, 3.8) as figure:
         axes = figure.subplots()
         for number, name in enumerate(gate_names([means for _, means in shown])):
             at = [(epoch, means[name]) for epoch, means in shown if name in means]
@@ -73,12 +72,12 @@ def _plot_panels(panels: Sequence[tuple[str, Layers]], title: str, path: Path) -
     across = min(ACROSS, len(panels))
     down = -(-len(panels) // across)
     width, height = _size(len(names), len(panels[0][1]))
-    with _figure(path, width * across + 0.6, height * down + 0.4) as figure:
+    with new_figure(path, width * across + 0.6, height * down + 0.4) as figure:
         grid = figure.subplots(down, across, squeeze=False).flatten()
         for axes, (label, layers) in zip(grid, panels, strict=False):
             means = [[own[n]["mean"] if n in own else nan for n in names] for own in layers]
             _heatmap(axes, means, names, [str(own["layer"]) for own in layers], 0.0, 1.0, 2)
-            axes.set_title(_plain(label), fontsize=9, parse_math=False)
+            axes.set_title(drawable(label), fontsize=9, parse_math=False)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         figure.suptitle(_title(title), fontsize=9, parse_math=False)
@@ -110,28 +109,6 @@ def _size(columns: int, rows: int) -> tuple[float, float]:
     return COLUMN * columns + MARGIN_WIDTH, ROW * rows + MARGIN_HEIGHT
 
 
-@contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """Give a figure to draw in; it is written whole, or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(width, height), layout="constrained")
-    try:
-        yield figure
-        with atomic.replacing(path) as temporary:
-            figure.savefig(temporary, dpi=150)
-    finally:
-        pyplot.close(figure)
-
-
 def _title(text: str) -> str:
     """Put a run's name on a line of its own: a picture may be narrow."""
-    return "\n".join(map(_plain, text.split(", ", 1)))
-
-
-def _plain(text: str) -> str:
-    """Leave out what has no picture."""
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "\n".join(map(drawable, text.split(", ", 1)))

@@ -9,12 +9,13 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel, FiniteFloat
 
-from unipelt_cli.errors import RunError
 from unipelt_cli.models.batches import Encoded
-from unipelt_cli.models.build import Tuned
 from unipelt_cli.models.evaluation import Gates, compute_with_gates, encode_rows
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
-from unipelt_cli.runs.run import METRICS, Run, check_file, read_metrics
+from unipelt_cli.runs.names import METRICS
+from unipelt_cli.runs.progress import read_metrics
+from unipelt_cli.runs.run import Run, check_file, without_gates
 
 NEARLY_CLOSED = 0.1  # a gate whose mean is below adds next to nothing of its submodule
 BINS = 50  # of [0, 1], for the entropy of a gate's values
@@ -146,7 +147,7 @@ class GateReport:
         ]
 
 
-def inspect(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport:
+def inspect_gates(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport:
     """Pass rows of one of a run's tasks through its model and collect its gates.
 
     Raises RunError for a method that has none.
@@ -166,14 +167,6 @@ def collect(run: Run, tuned: Tuned, rows: Encoded, place: int = 0) -> Gates:
     if not gates:
         raise without_gates(run)
     return gates
-
-
-def without_gates(run: Run) -> RunError:
-    """Return the error for a run whose method has no gates."""
-    return RunError(
-        f"{run.directory}: method {run.experiment.method_name!r} has no gates",
-        "train a gated method, such as unipelt-apl",
-    )
 
 
 def gates_of(tuned: Tuned, rows: Encoded) -> Gates:

@@ -14,16 +14,16 @@ from datasets import Dataset
 from torch import Tensor
 
 from unipelt_cli.errors import CheckError, RunError
-from unipelt_cli.exports import parity
-from unipelt_cli.gates.report import inspect
+from unipelt_cli.gates.report import inspect_gates
 from unipelt_cli.methods.base import Method
 from unipelt_cli.methods.unipelt.constant_gates import with_constant_gates, without
-from unipelt_cli.methods.unipelt.method import Submodules, closed, places
+from unipelt_cli.methods.unipelt.gates import closed, places
+from unipelt_cli.methods.unipelt.method import Submodules
 from unipelt_cli.models import build
 from unipelt_cli.models.batches import Encoded
-from unipelt_cli.models.build import Tuned
 from unipelt_cli.models.evaluation import compute_logits, encode_rows, predictions, references
-from unipelt_cli.runs.run import Run
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.run import Run, copied
 from unipelt_cli.tasks import Values, lost
 
 COST = 0.01
@@ -95,7 +95,7 @@ def make_static(
     changed = _with_method(run, final)
     sizes = [one.parameter_counts()["stored_parameters"] for one in (gated, pruned)]
     pair = ((run, gated), (changed, pruned))
-    plain = [parity.copied(*own, hasten=False) for own in pair]  # as other tools compute them
+    plain = [copied(*own, hasten=False) for own in pair]  # as other tools compute them
     report = {
         "cost": cost,
         "gates": [{"layer": layer, **own} for layer, own in enumerate(gates)],
@@ -125,7 +125,7 @@ def _gated(run: Run, tuned: Tuned) -> Submodules:
 
 
 def _means(run: Run, tuned: Tuned, rows: Dataset) -> list[dict[str, float]]:
-    layers = inspect(run, tuned, rows).gates
+    layers = inspect_gates(run, tuned, rows).gates
     sites: Any = tuned.classifier.backbone.get_submodule("submodules.layers")
     if len(layers) != len(sites):
         raise RunError(

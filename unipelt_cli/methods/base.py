@@ -1,8 +1,4 @@
-"""What a method is: frozen hyperparameters and a few operations on a backbone.
-
-After `attach`, `requires_grad` alone says what trains. Most methods are hyperparameters and
-`attach`; every other operation has a default, so that the loop stays one loop.
-"""
+"""What a method is: hyperparameters, attach, and optional operations with defaults."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,10 +10,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Generator, Tensor, nn
 
-from unipelt_cli.backbones.architectures import Layout
+from unipelt_cli.backbones.layout import Layout
 
 CHECKS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-STD = 0.02
 
 Category = Literal["full", "partial", "additive", "reparameterised", "hybrid", "unified"]
 
@@ -275,19 +270,6 @@ def count_stored(stored: Mapping[str, Tensor]) -> int:
         for tensor in stored.values()
         if tensor.dtype != torch.int32
     )
-
-
-def initialise(linear: nn.Linear, generator: Generator, std: float = STD) -> None:
-    """Draw a linear unit N(0, std) with zero bias, never from the global generator."""
-    nn.init.normal_(linear.weight, 0.0, std, generator=generator)
-    nn.init.zeros_(linear.bias)
-
-
-def new_linear(inputs: int, outputs: int, generator: Generator, std: float = STD) -> nn.Linear:
-    """Make a linear unit N(0, std) with zero bias."""
-    linear = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
-    initialise(linear, generator, std)
-    return linear
 
 
 class NoKnownForm(Exception):

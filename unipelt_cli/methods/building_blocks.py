@@ -1,14 +1,12 @@
-"""The building blocks that methods put into a layer; each knows nothing of where it stands.
+"""What several methods are made of: linear units, adapters, low-rank pairs, prefixes."""
 
-Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottleneck M.
-Backbones may be bf16 while these are float32: every block casts itself to what it reads.
-"""
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.methods.base import STD, new_linear
+STD = 0.02
 
 
 class Prefix(nn.Module):
@@ -104,3 +102,29 @@ class ParallelAdapter(Adapter):
 
 def _normal(shape: tuple[int, ...], generator: Generator, std: float) -> Tensor:
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def linear_at(layer: nn.Module, path: str) -> nn.Linear:
+    """Return the linear unit at a path below a layer."""
+    linear = layer.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def apply_linear(linear: Any, x: Tensor) -> Tensor:
+    """Apply a float32 unit in the precision of what it gets."""
+    weight: Tensor = linear.weight
+    return functional.linear(x, weight.to(x.dtype), linear.bias.to(x.dtype))
+
+
+def initialise(linear: nn.Linear, generator: Generator, std: float = STD) -> None:
+    """Draw a linear unit N(0, std) with zero bias, never from the global generator."""
+    nn.init.normal_(linear.weight, 0.0, std, generator=generator)
+    nn.init.zeros_(linear.bias)
+
+
+def new_linear(inputs: int, outputs: int, generator: Generator, std: float = STD) -> nn.Linear:
+    """Make a linear unit N(0, std) with zero bias."""
+    linear = nn.Linear(inputs, outputs, device="meta").to_empty(device="cpu")
+    initialise(linear, generator, std)
+    return linear

@@ -97,14 +97,14 @@ def _kept(name: str, snapshot: Path, directory: Path) -> Path:
 
 
 def _names() -> tuple[str, ...]:
-    from unipelt_cli.runs.run import RECORDED, RESULT
+    from unipelt_cli.runs.names import RECORDED, RESULT
 
     return (*RECORDED, RESULT)
 
 
 def _check(name: str, sizes: Mapping[str, int]) -> None:
     """Raise RunError for files that cannot be those of a run, by their names and sizes."""
-    from unipelt_cli.runs.run import MODEL, PREDICTIONS
+    from unipelt_cli.runs.names import MODEL, PREDICTIONS
 
     for own in _names():
         if own not in sizes and own != PREDICTIONS:
@@ -134,7 +134,8 @@ class Upload:
     @property
     def files(self) -> dict[str, Path]:
         """The run's own files, to be pushed as they are: their hashes are in the result."""
-        from unipelt_cli.runs.run import RESULT, recorded
+        from unipelt_cli.runs.names import RESULT
+        from unipelt_cli.runs.run import recorded
 
         names = (*recorded(self.run.result), RESULT)
         return {name: self.run.directory / name for name in names}

@@ -17,16 +17,14 @@ import numpy as np
 from unipelt_cli.backbones import pretrained
 from unipelt_cli.data.cells import Cells
 from unipelt_cli.errors import ConfigError, DataError, RunError
-from unipelt_cli.gates.report import without_gates
-from unipelt_cli.models import evaluation
+from unipelt_cli.models import evaluation, sharing
 from unipelt_cli.models.batches import Encoded
-from unipelt_cli.models.build import Tuned
 from unipelt_cli.models.evaluation import Gates, Logits
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import hub
-from unipelt_cli.runs.run import Run, read
+from unipelt_cli.runs.run import Run, read_run, without_gates
 from unipelt_cli.system import memory, network
 from unipelt_cli.tasks import Task
-from unipelt_cli.training import shared_passes
 
 Row = str | Sequence[str] | Mapping[str, Any]
 """A text, the texts of a pair, or a run's text columns by name, beside whatever else."""
@@ -178,7 +176,8 @@ def load_runs(
     if not paths:
         raise ConfigError("load_runs: no run was given", "give the directories of some")
     found = {
-        name: read(hub.directory_of(path, offline=offline)) for name, path in named(paths).items()
+        name: read_run(hub.directory_of(path, offline=offline))
+        for name, path in named(paths).items()
     }
     first = next(iter(found.values()))
     where = str(model) if model is not None else first.experiment.model.backbone
@@ -229,7 +228,7 @@ def load(
         tuned = run.build(device, model, precision)
         earlier = [own.tuned for own in loaded.values()]
         if earlier:
-            shared_passes.hold_once(earlier, tuned)
+            sharing.hold_once(earlier, tuned)
             tuned = replace(tuned, tokenizer=earlier[0].tokenizer)
             memory.release()
         loaded[name] = LoadedRun(run, tuned, place)
@@ -272,7 +271,7 @@ def _logits(loaded: Sequence[LoadedRun], columns: Columns) -> list[Logits]:
             for own, place in zip(members, group, strict=True):
                 own.tuned.classifier.eval().select(own.place)
                 answer[place] = np.zeros((len(rows), own.task.outputs), np.float32)
-            compute = partial(shared_passes.answer, [own.tuned for own in members])
+            compute = partial(sharing.answer, [own.tuned for own in members])
             own_logits = [answer[place] for place in group]
             evaluation.fill(own_logits, compute, first.tuned, rows, np.arange(len(rows)))
     return [answer[place] for place in range(len(loaded))]
@@ -284,7 +283,7 @@ def _groups(loaded: Sequence[LoadedRun]) -> list[list[int]]:
     for place, own in enumerate(loaded):
         for group in groups:
             first = loaded[group[0]]
-            if first._reading == own._reading and shared_passes.can_join(first.tuned, own.tuned):
+            if first._reading == own._reading and sharing.can_join(first.tuned, own.tuned):
                 group.append(place)
                 break
         else:

@@ -1,4 +1,4 @@
-"""The run directory: what it holds, and how it is read back strictly."""
+"""A finished run on disk: read, checked, and built again."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,32 +14,30 @@ from datasets import Dataset
 from torch import Tensor
 
 from unipelt_cli.backbones.pretrained import Pretrained, find
-from unipelt_cli.config.experiment import Experiment, read_preset, resolve
+from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.config.presets import read_preset
 from unipelt_cli.data import preparation
+from unipelt_cli.data.manifest import digest_rows
+from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
-from unipelt_cli.files import atomic
-from unipelt_cli.files.lock import holder
-from unipelt_cli.files.strict import parse_json
-from unipelt_cli.models.batches import Encoded
-from unipelt_cli.models.build import Tuned, build
-from unipelt_cli.models.evaluation import Logits, compute_logits
+from unipelt_cli.files import atomic, sealed
+from unipelt_cli.models.build import build
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
+from unipelt_cli.runs.names import (
+    ENVIRONMENT,
+    EXPERIMENT,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    PROBE,
+    RECORDED,
+    RESULT,
+)
+from unipelt_cli.runs.probe import PROBE_TOLERANCE, ROUGH_TOLERANCE, probe
+from unipelt_cli.runs.progress import describe_progress
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, Values
-
-EXPERIMENT, ENVIRONMENT, PROBE = "experiment.toml", "environment.json", "probe.safetensors"
-METRICS, MODEL, PREDICTIONS, RESULT, STATE = (
-    "metrics.jsonl",
-    "model.safetensors",
-    "predictions.safetensors",
-    "result.json",
-    "state.safetensors",
-)
-RECORDED = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, PREDICTIONS)
-"""The files whose hashes the result holds; runs of earlier versions have no predictions."""
-PROBE_ROWS = 64
-PROBE_TOLERANCE = 1e-4
-ROUGH_TOLERANCE = 0.1  # in bf16, and on another kind of device
 
 
 @dataclass(frozen=True)
@@ -127,12 +125,12 @@ class Run:
 
         Raises RunError for stored logits of another shape.
         """
-        stored = atomic.open_tensors(self.directory / PROBE)[0].get("logits")
+        stored = sealed.open_tensors(self.directory / PROBE)[0].get("logits")
         logits = torch.from_numpy(probe(tuned))
         same = (tuned.precision, tuned.device.type) == ("fp32", self.result["device"])
         bound = PROBE_TOLERANCE if same else ROUGH_TOLERANCE
         if stored is None or stored.shape != logits.shape:
-            raise RunError(f"{self.directory / PROBE}: damaged", atomic.REMEDY)
+            raise RunError(f"{self.directory / PROBE}: damaged", sealed.REMEDY)
         return float((logits - stored).abs().max()), bound
 
     def predictions(self, place: int = 0) -> tuple[Values, Values] | None:
@@ -144,11 +142,11 @@ class Run:
         if PREDICTIONS not in self.result["files"]:
             return None
         path, task = self.directory / PREDICTIONS, self.tasks[place]
-        tensors, _ = atomic.open_tensors(path)
+        tensors, _ = sealed.open_tensors(path)
         pair = [tensors.get(f"{what}.{place}") for what in ("predictions", "references")]
         predicted, expected = (_answers(tensor, task) for tensor in pair)
         if predicted is None or expected is None or predicted.shape != expected.shape:
-            raise RunError(f"{path}: damaged", atomic.REMEDY)
+            raise RunError(f"{path}: damaged", sealed.REMEDY)
         return predicted, expected
 
     def rows(self, split: str, source: str | None = None, place: int = 0) -> Dataset:
@@ -157,7 +155,7 @@ class Run:
         if split not in recorded:
             raise DataError(f"split {split!r}: not in this run", f"choose {', '.join(recorded)}")
         found = self.prepared(source, place).splits[split]
-        if preparation.digest(found) != self.digest_of(split, place):
+        if digest_rows(found) != self.digest_of(split, place):
             raise DataError(
                 f"the {split} rows found now are not those of {self.directory}",
                 self._where_rows_were(place),
@@ -171,7 +169,7 @@ class Run:
             return "the source has changed; give the one that was used with --source"
         return f"{file} has changed: restore it, or score other rows with `unipelt eval --file`"
 
-    def prepared(self, source: str | None = None, place: int = 0) -> preparation.Prepared:
+    def prepared(self, source: str | None = None, place: int = 0) -> Prepared:
         """Find and draw a task's rows again; whether they are the same is not checked."""
         settings = self.experiment.data.each()[place]
         if source is not None:
@@ -203,7 +201,7 @@ def _answers(tensor: Tensor | None, task: Task) -> Values | None:
     return values if values.min() >= 0 and values.max() < task.outputs else None
 
 
-def read(directory: Path) -> Run:
+def read_run(directory: Path) -> Run:
     """Read a finished run; raise RunError when it is absent, unfinished, damaged or newer."""
     if not (directory / EXPERIMENT).is_file():
         raise RunError(f"{directory}: not a run directory", _where_runs_are(directory))
@@ -212,14 +210,14 @@ def read(directory: Path) -> Run:
             f"{directory}: unfinished, {describe_progress(directory)}",
             "go on with `unipelt train ... --resume`, or start again with --overwrite",
         )
-    result = atomic.read_object(directory / RESULT)
+    result = sealed.read_object(directory / RESULT)
     schema.shaped(directory / RESULT, result, schema.Result)
     check_seal(directory / RESULT, result)
     for name in recorded(result):
         if name != METRICS:
             check_file(directory / name, result["files"][name])
-    header = atomic.read_header(directory / MODEL)
-    environment = atomic.read_object(directory / ENVIRONMENT)
+    header = sealed.read_header(directory / MODEL)
+    environment = sealed.read_object(directory / ENVIRONMENT)
     joint = "tasks" in header
     schema.shaped(directory / MODEL, header, schema.JointHeader if joint else schema.Header)
     expected = schema.JointEnvironment if joint else schema.Environment
@@ -234,13 +232,13 @@ def recorded(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 def check_seal(path: Path, value: Mapping[str, Any]) -> None:
     """Raise RunError when the object that was read from `path` is not what was sealed there."""
-    if atomic.dumps(atomic.sealed(value)) != atomic.read_text(path):
-        raise RunError(f"{path}: changed since it was written", atomic.REMEDY)
+    if atomic.dumps(sealed.with_seal(value)) != sealed.read_text(path):
+        raise RunError(f"{path}: changed since it was written", sealed.REMEDY)
 
 
 def check_file(path: Path, sha256: str) -> None:
     """Raise RunError when a file of a finished run is not what was written."""
-    if atomic.file_digest(path) != sha256:
+    if sealed.file_digest(path) != sha256:
         raise RunError(
             f"{path}: changed since it was written",
             "restore it, or train the run again; for a backbone or data that moved "
@@ -271,13 +269,13 @@ def _load(
 ) -> Tuned:
     outputs = [task.outputs for task in tasks]
     tuned = processes.each(lambda: build(experiment, outputs, pretrained, folded=True))
-    tuned.load(processes.main(lambda: atomic.read_tensors(directory / MODEL, tuned.stored())))
+    tuned.load(processes.main(lambda: sealed.read_tensors(directory / MODEL, tuned.stored())))
     return tuned
 
 
 def check_started(directory: Path, tuned: Tuned, manifest: Mapping[str, Any]) -> None:
     """Raise RunError or DataError when backbone or rows are not those that a run started with."""
-    environment = atomic.read_object(directory / ENVIRONMENT)
+    environment = sealed.read_object(directory / ENVIRONMENT)
     if environment.get("data") != manifest:
         raise DataError(
             f"{directory}: the rows have changed since the run started",
@@ -307,7 +305,7 @@ def _revision(name: str | None) -> str:
 
 def read_experiment(directory: Path) -> Experiment:
     """Read the resolved experiment of a run directory."""
-    return resolve([("", read_preset(str(atomic.own_file(directory / EXPERIMENT))))])
+    return resolve([("", read_preset(str(sealed.own_file(directory / EXPERIMENT))))])
 
 
 def _where_runs_are(directory: Path) -> str:
@@ -321,67 +319,19 @@ def _where_runs_are(directory: Path) -> str:
     return "give a directory that `train` wrote"
 
 
-def describe_progress(directory: Path) -> str:
-    """Say how far an unfinished run got, and who is at it."""
-    epochs = [event for event in read_metrics(directory) if event.get("kind") == "epoch"]
-    if owner := holder(directory):
-        return f"epoch {epochs[-1]['epoch'] if epochs else 0} done, {owner} is at it"
-    return f"stopped after epoch {epochs[-1]['epoch']}" if epochs else "no epoch done"
+def copied(run: Run, tuned: Tuned, *, hasten: bool = True) -> Tuned:
+    """Build a model once more, in float32 on the CPU."""
+    experiment = run.experiment.replace("train", device="cpu", precision="fp32")
+    if not hasten:
+        experiment = experiment.replace("model", attention="auto")  # plain, on a CPU
+    copy = build(experiment, run.task.outputs, tuned.pretrained, folded=True, hasten=hasten)
+    copy.load(tuned.stored())
+    return copy
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the events of metrics.jsonl; a last line cut short by a crash is left out."""
-    path = directory / METRICS
-    events: list[dict[str, Any]] = []
-    if not os.path.lexists(path):
-        return events
-    with atomic.own_file(path).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                event = parse_json(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and isinstance(event.get("epoch"), int):
-                events.append(event)
-    return events
-
-
-def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the saved loop state of an interrupted run, or None where there is none."""
-    path = directory / STATE
-    if not os.path.lexists(path):
-        return None
-    tensors, header = atomic.open_tensors(path)
-    return tensors, schema.shaped(path, header, schema.State)
-
-
-def probe(tuned: Tuned) -> Logits:
-    """Return all heads' logits of the probe rows: a fingerprint without user text."""
-    rows, tasks = probe_rows(tuned), range(len(tuned.classifier.heads))
-    return np.concatenate([compute_logits(tuned, rows, task) for task in tasks], axis=1)
-
-
-def probe_rows(tuned: Tuned, count: int = PROBE_ROWS, longest: int | None = None) -> Encoded:
-    """Draw rows of seeded random tokens that a model's backbone can read, `longest` of length."""
-    config: Any = tuned.classifier.backbone.config
-    random = np.random.default_rng(0)
-    pad_id = config.pad_token_id or 0
-    ids = [
-        [int(token) for token in random.integers(0, config.vocab_size, length) if token != pad_id]
-        or [(pad_id + 1) % config.vocab_size]
-        for length in random.integers(4, 33, count)
-    ]
-    limits = (tuned.pretrained.layout.positions(config), longest)
-    limit = min((limit for limit in limits if limit is not None), default=None)
-    native = tuned.pretrained.layout.native
-    if native is not None and native.reads_last:  # its classifier looks for one end mark a row
-        end = config.eos_token_id
-        own = [[token for token in row if token != end] for row in ids]
-        ids = [[*row[: limit and limit - 1], end] for row in own]
-    ids = [row[:limit] for row in ids]
-    has_types = getattr(config, "type_vocab_size", 0) > 1
-    return Encoded(
-        ids,
-        [[0] * len(row) for row in ids] if has_types else None,
-        pad_id,
+def without_gates(run: Run) -> RunError:
+    """Return the error for a run whose method has no gates."""
+    return RunError(
+        f"{run.directory}: method {run.experiment.method_name!r} has no gates",
+        "train a gated method, such as unipelt-apl",
     )

@@ -5,9 +5,9 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from unipelt_cli.config.experiment import Metric
+from unipelt_cli.config.sections import Metric
 from unipelt_cli.errors import RunError
-from unipelt_cli.files.atomic import REMEDY
+from unipelt_cli.files.sealed import REMEDY
 
 
 class _Split(BaseModel):

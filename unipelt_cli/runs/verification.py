@@ -9,20 +9,14 @@ from typing import Any
 import torch
 
 from unipelt_cli.backbones.pretrained import find
-from unipelt_cli.data import preparation
+from unipelt_cli.data.manifest import digest_rows
+from unipelt_cli.data.splits import SPLITS
 from unipelt_cli.errors import UnipeltError
-from unipelt_cli.files import atomic
+from unipelt_cli.files import sealed
 from unipelt_cli.runs import schema
-from unipelt_cli.runs.run import (
-    MODEL,
-    PROBE_ROWS,
-    RESULT,
-    Run,
-    check_file,
-    check_seal,
-    read,
-    recorded,
-)
+from unipelt_cli.runs.names import MODEL, RESULT
+from unipelt_cli.runs.probe import PROBE_ROWS
+from unipelt_cli.runs.run import Run, check_file, check_seal, read_run, recorded
 
 MACHINE = ("unipelt", "python", "platform", "processor", "threads", "device")
 OUTCOME = ("best_epoch", "epochs", "collapsed")
@@ -48,13 +42,13 @@ def verify(
     run at all. What damaged files would be needed for is left out.
     """
     if not (directory / RESULT).is_file():
-        read(directory)
+        read_run(directory)
     files = list(_files(directory))
     yield from files
     if not all(check.passed for check in files):
         return
     try:
-        run = read(directory)
+        run = read_run(directory)
     except UnipeltError as error:
         yield Check("contents", False, error.message)
         return
@@ -72,9 +66,9 @@ def _files(directory: Path) -> Iterator[Check]:
     result: dict[str, Any] = {}
 
     def own() -> str:
-        result.update(schema.shaped(path, atomic.read_object(path), schema.Result))
+        result.update(schema.shaped(path, sealed.read_object(path), schema.Result))
         check_seal(path, result)
-        return f"sha256 {result[atomic.SEAL][:12]}"
+        return f"sha256 {result[sealed.SEAL][:12]}"
 
     first = _try(RESULT, own)
     yield first
@@ -108,7 +102,7 @@ def _rows(run: Run, source: str | None, place: int) -> Iterator[Check]:
         return
     for split, rows in found.splits.items():
         expected = run.digest_of(split, place)
-        passed = preparation.digest(rows) == expected
+        passed = digest_rows(rows) == expected
         said = f"{len(rows)}, sha256 {expected[:12]}" if passed else "not those of the run"
         yield Check(f"{name}, {split}", passed, said)
 
@@ -155,7 +149,7 @@ def _described(run: Run) -> dict[str, Any]:
         **{key: result.get(key) for key in CONDITIONS},
     }
     for place, task in enumerate(run.tasks):
-        for split in preparation.SPLITS:
+        for split in SPLITS:
             own[f"{task.name} {split} rows"] = run.digest_of(split, place)[:12]
     return own | _outcome(run)
 
@@ -164,5 +158,5 @@ def _outcome(run: Run) -> dict[str, Any]:
     result = run.result
     scores = {f"{s} {name}": value for s in ("dev", "test") for name, value in result[s].items()}
     # Of the tensors alone: the file's header names the place where the backbone lies.
-    tensors = atomic.digest(atomic.open_tensors(run.directory / MODEL)[0], {})[:12]
+    tensors = sealed.digest(sealed.open_tensors(run.directory / MODEL)[0], {})[:12]
     return scores | {key: result[key] for key in OUTCOME} | {"tensors": tensors}

@@ -19,28 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unipelt_cli.version import __version__
-from unipelt_cli.config.experiment import Experiment, dump
+from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.toml import dump
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.files import atomic
 from unipelt_cli.files.lock import LOCK, Claim
-from unipelt_cli.models.build import Tuned
-from unipelt_cli.runs.run import (
+from unipelt_cli.files.sealed import FORMAT, file_digest, with_seal, write_tensors
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.names import (
     ENVIRONMENT,
     EXPERIMENT,
     METRICS,
     MODEL,
     PREDICTIONS,
     PROBE,
-    PROBE_ROWS,
-    PROBE_TOLERANCE,
     RECORDED,
     RESULT,
     STATE,
-    probe,
-    read_metrics,
 )
+from unipelt_cli.runs.probe import PROBE_ROWS, PROBE_TOLERANCE, probe
+from unipelt_cli.runs.progress import read_metrics
 from unipelt_cli.tasks import Task, Values
+from unipelt_cli.version import __version__
 
 PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
 _FILES = (*RECORDED, RESULT, STATE)
@@ -166,7 +166,7 @@ class Writer:
     ) -> None:
         """Write what an interrupted loop goes on from, and the seconds that the run has taken."""
         header = {"counters": counters, "seconds": seconds}
-        atomic.write_tensors(self.directory / STATE, tensors, header)
+        write_tensors(self.directory / STATE, tensors, header)
 
     def model(self, tuned: Tuned, tasks: Sequence[Task], method: str) -> Tensor:
         """Write the stored tensors and return the probe logits of the model that was trained."""
@@ -175,14 +175,14 @@ class Writer:
             for task in tasks
         ]
         header = {
-            "format_version": atomic.FORMAT,
+            "format_version": FORMAT,
             "method": method,
             **({"task": said[0]} if len(said) == 1 else {"tasks": said}),
             "backbone": _backbone(tuned),
             "pooling": tuned.pooling,
             "precision": tuned.precision,
         }
-        atomic.write_tensors(self.directory / MODEL, tuned.stored(), header)
+        write_tensors(self.directory / MODEL, tuned.stored(), header)
         return torch.from_numpy(probe(tuned))
 
     def verify(self, reloaded: Tuned, trained: Tensor) -> float:
@@ -197,7 +197,7 @@ class Writer:
                 f"{self.directory}: the reloaded model's logits differ by {difference:.2g}",
                 "this is a bug in unipelt: please report it with the experiment.toml",
             )
-        atomic.write_tensors(self.directory / PROBE, {"logits": logits}, {"rows": PROBE_ROWS})
+        write_tensors(self.directory / PROBE, {"logits": logits}, {"rows": PROBE_ROWS})
         return difference
 
     def predictions(self, predicted: Sequence[Values], expected: Sequence[Values]) -> None:
@@ -209,14 +209,14 @@ class Writer:
             for what, each in (("predictions", predicted), ("references", expected))
             for place, values in enumerate(each)
         }
-        atomic.write_tensors(self.directory / PREDICTIONS, tensors, {"split": "test"})
+        write_tensors(self.directory / PREDICTIONS, tensors, {"split": "test"})
 
     def result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write the result, the last file, with the hashes of all others: now it is finished."""
         with atomic.writing(self.directory / METRICS):
             atomic.sync(self.directory / METRICS)
-        files = {name: atomic.file_digest(self.directory / name) for name in RECORDED}
-        sealed = atomic.sealed({**result, "files": files})
+        files = {name: file_digest(self.directory / name) for name in RECORDED}
+        sealed = with_seal({**result, "files": files})
         atomic.write_json(self.directory / RESULT, sealed)
         self.sweep()
         return sealed

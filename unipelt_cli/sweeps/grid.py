@@ -2,23 +2,18 @@
 
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from unipelt_cli import methods
-from unipelt_cli.config.experiment import (
-    Experiment,
-    Settings,
-    dump,
-    parse_assignment,
-    read_preset,
-    read_settings,
-    sweep_presets,
-)
+from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.presets import read_preset, read_settings, sweep_presets
+from unipelt_cli.config.sections import Settings
+from unipelt_cli.config.toml import dump, parse_assignment
 from unipelt_cli.errors import ConfigError, nearest
+from unipelt_cli.runs.names import run_name
+from unipelt_cli.text import cut, shown
 
 AXES = ("backbones", "k", "tasks", "methods", "data_seeds", "seeds")
 """The axes with names of their own, in the order in which cells are trained but for the seeds."""
@@ -110,16 +105,14 @@ def read_grid(name: str) -> Grid:
     settings = read_settings(name, sweep_presets(), "unipelt list sweeps")
     axes: Any = settings.pop("axes", {})
     if not isinstance(axes, dict):
-        raise ConfigError(
-            f"axes = {_cut(repr(axes))}: not a table", "write [axes] and lists below it"
-        )
+        raise ConfigError(f"axes = {shown(axes)}: not a table", "write [axes] and lists below it")
     unknown = [key for key in axes if key not in AXES and "." not in key]
     if unknown:
         known = [*AXES, "any section.key"]
-        raise ConfigError(f"axes.{_cut(unknown[0])}: no such axis", nearest(unknown[0], known))
+        raise ConfigError(f"axes.{cut(unknown[0])}: no such axis", nearest(unknown[0], known))
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
-            said = f"axes.{_cut(key)} = {_cut(repr(values))}: not a list of values"
+            said = f"axes.{cut(key)} = {shown(values)}: not a list of values"
             raise ConfigError(said, "write it in [ ]")
     return Grid(dict(axes), settings)
 
@@ -163,30 +156,13 @@ def _layers(axis: str, value: Any) -> list[Settings]:
         case _ if axis not in AXES:
             section, _, key = axis.partition(".")
             return [{section: {key: value}}]
-    said = f"axes.{_cut(axis)} has {_cut(repr(value))}"
+    said = f"axes.{cut(axis)} has {shown(value)}"
     raise ConfigError(said, "give a name, or a table that has one")
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _method(name: str) -> list[Settings]:
     """Take a method's name as its defaults, and a preset's name or file as what it holds."""
     return [{"method": {"name": name}}] if name in methods.table() else [read_preset(name)]
-
-
-def run_name(experiment: Experiment) -> str:
-    """Return what a run directory is called if nobody says so."""
-    data, train = experiment.data, experiment.train
-    own = data.train_file or data.dataset or str(data.prepared or "data")
-    task = "+".join(data.tasks or ()) or data.task or Path(own).stem
-    backbone = Path(experiment.model.backbone).name
-    name = (
-        f"{task}-k{data.k or 'all'}-{experiment.method_name}-{backbone}"
-        f"-d{data.data_seed}-s{train.seed}"
-    )
-    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def cell_name(experiment: Experiment) -> str:
@@ -208,8 +184,8 @@ def over_seeds(
             "drop --data-seeds, or --prepared",
         )
     grid = {}
-    for data_seed in numbers("--data-seeds", data_seeds) or [experiment.data.data_seed]:
-        for seed in numbers("--seeds", seeds) or [experiment.train.seed]:
+    for data_seed in split_numbers("--data-seeds", data_seeds) or [experiment.data.data_seed]:
+        for seed in split_numbers("--seeds", seeds) or [experiment.train.seed]:
             varied = (("d", data_seed, data_seeds), ("s", seed, seeds))
             label = " ".join(f"{letter}{n}" for letter, n, given in varied if given is not None)
             one = experiment.replace("data", data_seed=data_seed)
@@ -217,9 +193,9 @@ def over_seeds(
     return grid
 
 
-def numbers(flag: str, text: str | None, *, word: str | None = None) -> list[Any]:
+def split_numbers(flag: str, text: str | None, *, word: str | None = None) -> list[Any]:
     """Read numbers with commas between them; one `word` may stand for a number."""
-    words = names(flag, text)
+    words = split_names(flag, text)
     if not all(own == word or (own.isdecimal() and own.isascii()) for own in words):
         raise ConfigError(f"{flag} {text!r}: not numbers with commas", "write it like 111,222,333")
     found = [own if own == word else int(own) for own in words]
@@ -228,7 +204,7 @@ def numbers(flag: str, text: str | None, *, word: str | None = None) -> list[Any
     return found
 
 
-def names(flag: str, text: str | None) -> list[str]:
+def split_names(flag: str, text: str | None) -> list[str]:
     """Read names with commas between them."""
     if text is None:
         return []

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from unipelt_cli.errors import ConfigError, RunError
-from unipelt_cli.files import atomic
+from unipelt_cli.files import atomic, sealed
 from unipelt_cli.files.lock import Claim
-from unipelt_cli.runs.run import RECORDED, RESULT, STATE
+from unipelt_cli.runs.names import RECORDED, RESULT, STATE
 from unipelt_cli.sweeps import worker
-from unipelt_cli.training.execution import Shared
+from unipelt_cli.text import first_line
+from unipelt_cli.training.preparation import Shared
 
 Group = list[dict[str, Any]]
 Files = dict[str, bytes]
@@ -162,7 +163,7 @@ def _packed(group: Group) -> dict[str, Files]:
 
 def _read(directory: Path) -> Files:
     found = {name: directory / name for name in NAMES if (directory / name).is_file()}
-    return {name: atomic.own_file(path).read_bytes() for name, path in found.items()}
+    return {name: sealed.own_file(path).read_bytes() for name, path in found.items()}
 
 
 def _write(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -188,7 +189,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_cluster(address, str(error).splitlines()[0]) from None
+        raise _no_cluster(address, first_line(error)) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -204,9 +205,8 @@ def _kept(ray: Any) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"the cluster was lost: {said[:200]}",
+            f"the cluster was lost: {first_line(error)}",
             "what came back is kept: the same command goes on from there",
         ) from None
 

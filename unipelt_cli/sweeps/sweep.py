@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unipelt_cli.errors import RunError, UnipeltError
-from unipelt_cli.files import atomic
+from unipelt_cli.files import atomic, sealed
 from unipelt_cli.files.lock import Claim, holder
-from unipelt_cli.runs import run
+from unipelt_cli.runs.names import EXPERIMENT, RESULT
+from unipelt_cli.runs.run import read_run
 from unipelt_cli.sweeps import grid
 from unipelt_cli.sweeps.grid import Cell
 from unipelt_cli.tasks import is_better
@@ -55,7 +56,7 @@ class Sweep:
         if not self.directory.exists():
             return
         with atomic.writing(self.directory):
-            if (self.directory / run.EXPERIMENT).is_file():
+            if (self.directory / EXPERIMENT).is_file():
                 raise RunError(
                     f"{self.directory}: a run, and a sweep is a directory of runs",
                     "give another --out",
@@ -65,8 +66,8 @@ class Sweep:
     def _look(self, cell: Cell, failure: Mapping[str, str] | None) -> Standing:
         directory = self.directory / cell.name
         try:
-            if os.path.lexists(directory / run.RESULT):
-                return Standing(cell, "finished", run.read(directory).result)
+            if os.path.lexists(directory / RESULT):
+                return Standing(cell, "finished", read_run(directory).result)
             if (owner := holder(directory)) is not None:
                 said = f"{directory}: {owner} is writing there"
                 return Standing(cell, "failed", error=said, hint="wait until it has ended")
@@ -74,7 +75,7 @@ class Sweep:
             return Standing(cell, "failed", error=error.message, hint=error.hint)
         if failure is not None:
             return Standing(cell, "failed", error=failure["error"], hint=failure["hint"])
-        is_begun = (directory / run.EXPERIMENT).is_file()
+        is_begun = (directory / EXPERIMENT).is_file()
         return Standing(cell, "interrupted" if is_begun else "waiting")
 
     def of(self, *statuses: Status) -> list[Standing]:
@@ -146,7 +147,7 @@ class Sweep:
         path = self.directory / FAILURES
         if not os.path.lexists(path):
             return {}
-        failures = atomic.read_object(path)
+        failures = sealed.read_object(path)
         for said in failures.values():
             if not isinstance(said, dict) or not {"error", "hint"} <= said.keys():
                 raise RunError(f"{path}: damaged", "remove it: failed cells are tried again")

@@ -21,7 +21,9 @@ from unipelt_cli.system.imports import importing
 
 with importing():
     from unipelt_cli.system import memory
-    from unipelt_cli.training import execution, loop
+    from unipelt_cli.training import execution
+    from unipelt_cli.training.events import Epoch, Failed, Finished, Ready
+    from unipelt_cli.training.preparation import Shared
 
 Told = dict[str, Any]
 """A cell: its `directory`, and its experiment's `settings`."""
@@ -31,7 +33,7 @@ Report = dict[str, Any]
 
 def carry_out(
     group: Sequence[Told],
-    shared: execution.Shared,
+    shared: Shared,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
     """Train a group of cells; what fails is reported, and the others go on.
@@ -60,7 +62,7 @@ def carry_out(
 
 
 def _together(
-    group: Sequence[Told], shared: execution.Shared, is_stopped: Callable[[], bool]
+    group: Sequence[Told], shared: Shared, is_stopped: Callable[[], bool]
 ) -> Iterator[Report]:
     experiments = [resolve([("", cell["settings"])]) for cell in group]
     directories = [Path(cell["directory"]) for cell in group]
@@ -70,15 +72,15 @@ def _together(
         for place, event in events:
             base = {"directory": group[place]["directory"]}
             match event:
-                case execution.Ready():
+                case Ready():
                     metrics[place] = event.metric
                     yield base | {"kind": "ready", "metric": event.metric, "epochs": event.epochs}
-                case loop.Epoch():
+                case Epoch():
                     score = event.dev.get(metrics[place])
                     yield base | {"kind": "epoch", "epoch": event.epoch, "score": score}
-                case execution.Finished():
+                case Finished():
                     yield base | {"kind": "finished", "result": event.result}
-                case execution.Failed():
+                case Failed():
                     yield _failed(base["directory"], event.error.message, event.error.hint)
             if is_stopped():
                 yield base | {"kind": "stopped"}
@@ -104,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     parent, out = os.getppid(), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not look like a report
-    shared = execution.Shared()
+    shared = Shared()
     for line in sys.stdin:
         for report in carry_out(parse_json(line), shared, lambda: asked or os.getppid() != parent):
             _write(out, report)

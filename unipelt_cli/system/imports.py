@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
+from unipelt_cli.text import first_line
+
 _importing = False
 
 
@@ -81,8 +83,7 @@ def guarded(refusal: Callable[[str], Exception]) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        lines = str(error).strip().splitlines()
-        raise refusal(lines[0][:200] if lines else type(error).__name__) from None
+        raise refusal(first_line(error)) from None
 
 
 @contextmanager

@@ -1,30 +1,19 @@
 """How a command ends: exit codes, two-line errors, a closed pipe."""
 
 import json
-import os
-import re
-import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from unipelt_cli.errors import UnipeltError, nearest
-from unipelt_cli.system.imports import is_importing
-from unipelt_cli.terminal import completion, console, tables, usage_hints
+from unipelt_cli.errors import UnipeltError
+from unipelt_cli.terminal import console
+from unipelt_cli.terminal.interrupts import INTERRUPTED, was_asked
+from unipelt_cli.terminal.usage_hints import explain_usage_error
 
-INTERRUPTED = 130
 USAGE = 2
-MISSING = {
-    "run": "give a run's directory; `unipelt list runs` shows those below runs/",
-    "file": "give a file with the run's text columns, or - to read lines from stdin",
-    "what": f"give one of {', '.join(completion.LISTS)}",
-    "directories": "give runs, or directories that hold some, for example runs/",
-}
-_was_asked = False
 # Typer carries its own Click, whose classes it does not export one by one.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -53,7 +42,7 @@ class Commands(TyperGroup):
                     raise KeyboardInterrupt from None
                 raise
         except UsageError as error:
-            code = _fail(*_usage(error, sys.argv[1:] if args is None else args), USAGE)
+            code = _fail(*explain_usage_error(error, sys.argv[1:] if args is None else args), USAGE)
         except UnipeltError as error:
             if debug:
                 raise
@@ -104,64 +93,6 @@ def _system(error: OSError) -> tuple[str, str]:
     return f"the output cannot be written: {reason}", "check the disk, and where the output goes"
 
 
-def obey_requests() -> None:
-    """Treat a request to end, and Ctrl-C, as one thing from now on."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` wants it
-            signal.signal(number, _interrupt)
-
-
-def was_asked() -> bool:
-    """Say whether a request to end has come, whatever became of its KeyboardInterrupt."""
-    return _was_asked
-
-
-def _interrupt(number: int, frame: object) -> None:
-    global _was_asked  # as the signal's own disposition is the process's
-    if is_importing():  # nothing is written yet, and libraries end in odd ways
-        os._exit(INTERRUPTED)
-    _was_asked = True
-    raise KeyboardInterrupt
-
-
-def leave() -> None:
-    """End an interrupted process; what it had to say has been said.
-
-    Python itself would end by a signal where code inside a library was interrupted.
-    """
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stderr.flush()
-    os._exit(INTERRUPTED)
-
-
 def _fail(message: str, hint: str, code: int) -> int:
-    tables.error(message, hint)
+    console.error(message, hint)
     return code
-
-
-def _usage(error: Any, given: Sequence[str]) -> tuple[str, str]:
-    """Turn a parser's error into what is wrong and what to do."""
-    message = " ".join(error.format_message().split())
-    message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message).rstrip(".")
-    path = error.ctx.command_path if error.ctx is not None else "unipelt"
-    see = f"see `{path} --help`"
-    if error.ctx is None:
-        return message, see
-    options = [o for p in error.ctx.command.params for o in p.opts if o.startswith("--")]
-    name = getattr(error, "option_name", None)
-    if name is not None:
-        close = nearest(name, options).partition(" otherwise")[0]
-        known = usage_hints.option(name, given, options)
-        return message, known or (f"{close} {see}" if "?" in close else see)
-    if unknown := re.match(r"No such command '(.*)'", message):
-        return message, usage_hints.command(unknown[1], list(error.ctx.command.commands))
-    if extra := re.match(r"Got unexpected extra argument\S* \(([^\s)]+)", message):
-        known = usage_hints.argument(extra[1], given, options)
-        return message.replace("(s)", ""), known or see
-    if wrong := re.match(r"Invalid value for '(--\S+)'.*valid integer", message):
-        value = usage_hints.value_of(wrong[1], given) or ""
-        return f"{wrong[1]} {value!r}: not a whole number", usage_hints.number(wrong[1], value)
-    missing = getattr(error, "param", None)
-    if message.startswith("Missing") and missing is not None and missing.name in MISSING:
-        return message, MISSING[missing.name]
-    return message[0].upper() + message[1:], see

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from unipelt_cli.comparison.tables import Sheet
 from unipelt_cli.terminal.console import console
-from unipelt_cli.terminal.tables import is_number, plain
+from unipelt_cli.terminal.tables import is_number
+from unipelt_cli.text import plain
 
 GAP = 2
 LABEL_CELLS = 24  # of the column that every block repeats

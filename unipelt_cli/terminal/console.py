@@ -1,4 +1,4 @@
-"""The stream of talk: stderr with its width, colours and encoding, and what it may do to a run."""
+"""Console output on stderr: width, colour, encoding, and what happens when it cannot be written."""
 
 import io
 import os
@@ -7,7 +7,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import IO, Any, cast
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
+
+from unipelt_cli.text import plain
 
 COLUMNS, LINES = 80, 25
 # What an encoding that is not Unicode gets in place of a sign, one for one: columns stay straight.
@@ -108,3 +112,21 @@ def terminal() -> tuple[str, str | None]:
     found = f"{where}, {out.color_system or 'no'} colours, {out.encoding}"
     is_plain = not out.encoding.startswith("utf")
     return found, "PYTHONIOENCODING=utf-8 shows bars as they are" if is_plain else None
+
+
+def error(message: str, hint: str) -> None:
+    """Print what is wrong and what to do, each on a line of its own."""
+    out = console()
+    out.print(Text.assemble(("error: ", "bold red"), plain(message)), soft_wrap=True)
+    out.print(Text.assemble(("hint: ", "bold cyan"), plain(hint)), soft_wrap=True)
+
+
+def say(*parts: str | tuple[str, str]) -> None:
+    """Print one line of talk; what comes from data or names is never read as markup.
+
+    A terminal's is broken between words, unless a word alone is wider: a path stays whole.
+    """
+    clean = [(plain(p[0]), p[1]) if isinstance(p, tuple) else plain(p) for p in parts]
+    out, line = console(), Text.assemble(*clean)
+    fits = out.file.isatty() and max(map(cell_len, line.plain.split()), default=0) <= out.width
+    out.print(line, soft_wrap=not fits)

@@ -1,18 +1,16 @@
 """A run's gates on a terminal: readable in 80 columns, without colours, and in a pipe."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from unipelt_cli.gates.report import NEARLY_CLOSED, Layers, gate_names, over_layers
-from unipelt_cli.terminal.console import console
-from unipelt_cli.terminal.tables import plain, say
+from unipelt_cli.terminal.console import console, say
+from unipelt_cli.text import plain
 
 Answer = Mapping[str, Any]
-Item = TypeVar("Item")
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR_CELLS = 5
 GATE_CELLS = 18  # of a gate's column, with the gap
@@ -128,21 +126,6 @@ def show_ablation(ablation: Answer, title: str, rows: int) -> None:
         view.add_row(str(own["layer"]), *cells)
     console().print(view)
     say(ablation["says"])
-
-
-def tracked(items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
-    """Yield the items, with a bar on a terminal until the last one."""
-    out = console()
-    columns = TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn()
-    view = Progress(
-        *columns,
-        console=out,
-        transient=True,
-        disable=not out.is_terminal,
-        redirect_stderr=False,  # the console writes there itself
-    )
-    with view:
-        yield from view.track(items, total=total)
 
 
 def _table(*columns: str, text: Sequence[str] = ()) -> Table:

@@ -1,10 +1,12 @@
-"""What people type out of habit, from other tools or from memory, and what it is called here."""
+"""Hints for a mistyped command line, and for what other tools call things."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from unipelt_cli.errors import nearest
-from unipelt_cli.terminal import choices
+from unipelt_cli.terminal import choices, completion
 
 COMMANDS: Mapping[str, str] = {
     **dict.fromkeys(("run", "fit", "finetune", "fine-tune", "start", "learn"), "train"),
@@ -132,3 +134,39 @@ def value_of(flag: str, given: Sequence[str]) -> str | None:
 
 def _is_flag(word: str) -> bool:
     return word.startswith("-") and not word[1:2].isdigit()
+
+
+MISSING = {
+    "run": "give a run's directory; `unipelt list runs` shows those below runs/",
+    "file": "give a file with the run's text columns, or - to read lines from stdin",
+    "what": f"give one of {', '.join(completion.LISTS)}",
+    "directories": "give runs, or directories that hold some, for example runs/",
+}
+
+
+def explain_usage_error(error: Any, given: Sequence[str]) -> tuple[str, str]:
+    """Turn a parser's error into what is wrong and what to do."""
+    message = " ".join(error.format_message().split())
+    message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message).rstrip(".")
+    path = error.ctx.command_path if error.ctx is not None else "unipelt"
+    see = f"see `{path} --help`"
+    if error.ctx is None:
+        return message, see
+    options = [o for p in error.ctx.command.params for o in p.opts if o.startswith("--")]
+    name = getattr(error, "option_name", None)
+    if name is not None:
+        close = nearest(name, options).partition(" otherwise")[0]
+        known = option(name, given, options)
+        return message, known or (f"{close} {see}" if "?" in close else see)
+    if unknown := re.match(r"No such command '(.*)'", message):
+        return message, command(unknown[1], list(error.ctx.command.commands))
+    if extra := re.match(r"Got unexpected extra argument\S* \(([^\s)]+)", message):
+        known = argument(extra[1], given, options)
+        return message.replace("(s)", ""), known or see
+    if wrong := re.match(r"Invalid value for '(--\S+)'.*valid integer", message):
+        value = value_of(wrong[1], given) or ""
+        return f"{wrong[1]} {value!r}: not a whole number", number(wrong[1], value)
+    missing = getattr(error, "param", None)
+    if message.startswith("Missing") and missing is not None and missing.name in MISSING:
+        return message, MISSING[missing.name]
+    return message[0].upper() + message[1:], see

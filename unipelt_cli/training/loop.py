@@ -7,118 +7,37 @@ step goes on exactly, from its tensors and a few counters.
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
-from torch.nn import functional
 
-from unipelt_cli.config.experiment import TrainSettings
+from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.errors import CheckError
 from unipelt_cli.methods import Moment, Pass
-from unipelt_cli.models.batches import Encoded, interleaved
-from unipelt_cli.models.build import Tuned
+from unipelt_cli.models.batches import interleaved
 from unipelt_cli.models.evaluation import Gates, compute_with_gates, gate_means, predictions
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
 from unipelt_cli.tasks import Task, is_better, joint_metric, joint_scores
+from unipelt_cli.training.events import (
+    Batch,
+    Course,
+    Epoch,
+    Halved,
+    Happening,
+    Labelled,
+    Progress,
+    Step,
+    Taken,
+    Turns,
+)
 from unipelt_cli.training.gradients import Gradients
-
-Labelled = tuple[Encoded, NDArray[Any]]
-PREPARING = 2**32  # seeds from here on belong to passes before training
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of one task for the next step; who drives the loop takes it, and sends `Taken` back."""
-
-    place: int
-    rows: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A step on a batch was taken."""
-
-    loss: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimiser step was taken."""
-
-    epoch: int
-    step: int
-    steps: int  # of this epoch
-    loss: float
-    tokens_per_second: float  # real ones, since the epoch began
-
-
-@dataclass(frozen=True)
-class Halved:
-    """A batch did not fit into memory: from now on it is computed so many rows at a time.
-
-    The step stays the same: the gradients of the parts are added up.
-    """
-
-    micro_batch_size: int
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch was trained, and scored on dev unless its stage selects nothing."""
-
-    epoch: int
-    train_loss: float
-    dev: Mapping[str, float]  # empty where nothing was scored
-    train_seconds: float
-    evaluation_seconds: float
-    tokens: int  # real tokens trained on
-    is_best: bool
-    gates: tuple[Mapping[str, float], ...]  # by layer {gate: mean over the dev rows}, if gated
-
-
-Happening = Step | Halved | Epoch
-
-
-@dataclass(frozen=True)
-class Course:
-    """One task to train on, with its rows."""
-
-    task: Task
-    train: Labelled
-    dev: Labelled
-
-
-Count = Annotated[int, Field(ge=0)]
-
-
-@checked(config=ConfigDict(strict=True, extra="forbid"))
-class Progress:
-    """The counters of a loop: with its tensors, all that going on needs."""
-
-    epoch: Annotated[int, Field(ge=1)] = 1
-    step: Count = 0  # within the epoch
-    taken: Count = 0
-    stage: Count = 0
-    stage_epochs: Count = 0  # epochs that were over when the stage began
-    stage_taken: Count = 0  # steps taken in the stage
-    loss_sum: float = 0.0
-    tokens: Count = 0
-    train_seconds: float = 0.0
-    best_epoch: Count = 0
-    best_score: float = 0.0
-    best_dev: dict[str, float] = field(default_factory=dict)
-    micro_batch_size: Annotated[int, Field(ge=1)] | None = None  # where a batch did not fit
-    total_tokens: Count = 0
-    total_train_seconds: float = 0.0
+from unipelt_cli.training.step import PREPARING, derive_seed, loss_of, make_adamw, seeded
 
 
 class Training:
@@ -166,7 +85,7 @@ class Training:
         }
         self.carried |= self.parameters
         self.averaged: dict[str, Tensor] = {}
-        self.optimizer = _adamw(self.parameters, self.settings, self.tuned)
+        self.optimizer = make_adamw(self.parameters, self.settings, self.tuned)
         self.gradients = Gradients(list(self.parameters.values()), self.processes)
 
     @property
@@ -258,9 +177,9 @@ class Training:
                 chosen = np.arange(start, min(start + batch_size, count))
                 target = torch.as_tensor(labels[chosen], device=device)
                 classifier.select(place)
-                with _seeded(_seed(self.settings.seed, PREPARING + before + start), device):
+                with seeded(derive_seed(self.settings.seed, PREPARING + before + start), device):
                     logits = classifier(**encoded.batch(chosen.tolist(), device))
-                    yield _loss(course.task, logits, target)
+                    yield loss_of(course.task, logits, target)
             before += count
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -358,7 +277,7 @@ class Training:
         loss = self.gradients.sum(loss)
         if loss is None:
             return None
-        with _seeded(self._part_seed(len(batch.rows)), self.tuned.device):  # alike in all processes
+        with seeded(self._part_seed(len(batch.rows)), self.tuned.device):  # alike in all processes
             self.method.after_backward(backbone, moment)
         return self.close(loss, moment)
 
@@ -371,7 +290,7 @@ class Training:
             step = self.open(
                 Batch(batch.place, part), lambda inputs: self.tuned.classifier(**inputs)
             )
-            with _seeded(self._part_seed(first), self.tuned.device):
+            with seeded(self._part_seed(first), self.tuned.device):
                 loss = self.method.loss(step) * (len(part) / len(rows))
                 torch.autograd.backward(loss)
             total = total + loss.detach()
@@ -380,11 +299,11 @@ class Training:
     @property
     def step_seed(self) -> int:
         """What the next step draws from."""
-        return _seed(self.settings.seed, self.progress.taken)
+        return derive_seed(self.settings.seed, self.progress.taken)
 
     def _part_seed(self, first: int) -> int:
         """Return what a part of a step that begins at this row draws from."""
-        return _seed(self.step_seed, first) if first else self.step_seed
+        return derive_seed(self.step_seed, first) if first else self.step_seed
 
     def open(self, batch: Batch, forward: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
         """Begin a step: the rate is set, the rows are tensors, `forward` turns them into logits."""
@@ -402,7 +321,7 @@ class Training:
             self._moment(),
             task.is_regression,
             lambda: forward(inputs),
-            lambda logits: _loss(task, logits, target),
+            lambda logits: loss_of(task, logits, target),
         )
 
     def _set_rate(self) -> None:
@@ -518,52 +437,3 @@ class Training:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
-
-
-def _loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
-    if task.is_regression:
-        return functional.mse_loss(logits[:, 0], labels.float())
-    return functional.cross_entropy(logits, labels)
-
-
-def _adamw(
-    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, tuned: Tuned
-) -> torch.optim.AdamW:
-    """Make AdamW with the method's rates; it decays only matrices that the method lets decay.
-
-    A bias or a gate must not be pulled to nothing.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        is_head = not name.startswith("backbone.")
-        own = name.removeprefix("backbone.")
-        factor = settings.head_rate if is_head else tuned.method.rate(own)
-        is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
-        decays = is_matrix and (is_head or tuned.method.decays(own))
-        decay = settings.weight_decay if decays else 0.0
-        groups.setdefault((factor, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": decay, "factor": factor}
-            for (factor, decay), members in groups.items()
-        ],
-        fused=tuned.device.type in ("cpu", "cuda"),
-    )
-
-
-Turns = Generator[Batch | Step | Epoch, Taken | None, None]
-
-
-def _seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Give one step random numbers of its own and leave the process's generators as they were."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed(seed)
-        yield

@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unipelt_cli.runs.run import EXPERIMENT
-from unipelt_cli.training.execution import Event, Failed, Finished, Ready
-from unipelt_cli.training.loop import Epoch, Step
+from unipelt_cli.runs.names import EXPERIMENT
+from unipelt_cli.text import first_line
+from unipelt_cli.training.events import Epoch, Event, Failed, Finished, Ready, Step
 
 PROJECT = "unipelt"
 STEPS_TOLD = 10  # of an epoch
@@ -91,8 +91,7 @@ class Tracking:
             self._names.remove(name)
             for run in self._runs:
                 run.trackers.pop(name, None)
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            said = f"{name} has failed, and nothing more is told to it ({reason[:200]})"
+            said = f"{name} has failed, and nothing more is told to it ({first_line(error)})"
             self._say(("warning: ", "yellow"), said)
             return None
 

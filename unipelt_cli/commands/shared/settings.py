@@ -1,25 +1,20 @@
-"""From what a command was given to a checked Experiment, a run, and whether the network is used.
+"""From what a command was given to a checked Experiment."""
 
-Heavy imports are inside the functions: what fails on the command line alone must fail at once.
-"""
-
-import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unipelt_cli.errors import ConfigError, nearest
-from unipelt_cli.runs import hub
+from unipelt_cli.errors import ConfigError
 from unipelt_cli.system import processes
 from unipelt_cli.system.imports import importing
-from unipelt_cli.terminal import tables
+from unipelt_cli.terminal import console
 
 if TYPE_CHECKING:
-    from unipelt_cli.config.experiment import Experiment, Settings
-    from unipelt_cli.runs.run import Run
+    from unipelt_cli.config.experiment import Experiment
+    from unipelt_cli.config.sections import Settings
 
-TRACKERS = ("tensorboard", "wandb")
+    pass
 
 
 def data_flags(values: dict[str, Any]) -> "Settings":
@@ -31,7 +26,7 @@ def data_flags(values: dict[str, Any]) -> "Settings":
     return {"data": {key: values[key] for key in keys}}
 
 
-def directories(prepared: str | None) -> str | list[str] | None:
+def split_directories(prepared: str | None) -> str | list[str] | None:
     """Take directories with commas between them apart, unless one is called so."""
     if prepared is None or "," not in prepared or Path(prepared).is_dir():
         return prepared
@@ -63,7 +58,7 @@ def with_absolute_paths(settings: "Settings") -> "Settings":
     return settings
 
 
-def resolve(
+def resolve_settings(
     presets: Sequence[str],
     assignments: Sequence[str] | None,
     flags: "Settings",
@@ -73,7 +68,7 @@ def resolve(
 ) -> "Experiment":
     """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
     layers = preset_layers(presets)
-    experiment = complete(layers, with_columns(layers, given(assignments, flags)))
+    experiment = complete(layers, with_columns(layers, command_line_settings(assignments, flags)))
     settle([experiment], offline, data_only=data_only)
     return experiment
 
@@ -81,28 +76,29 @@ def resolve(
 def preset_layers(presets: Sequence[str]) -> list[tuple[str, "Settings"]]:
     """Read presets as layers of settings, each with words that say where it is from."""
     with importing():
-        from unipelt_cli.config.experiment import read_preset
+        from unipelt_cli.config.presets import read_preset
 
     return [(f" (from {name})", with_absolute_paths(read_preset(name))) for name in presets]
 
 
-def given(assignments: Sequence[str] | None, flags: "Settings") -> "Settings":
+def command_line_settings(assignments: Sequence[str] | None, flags: "Settings") -> "Settings":
     """Merge `--set` and the flags that were given; flags win."""
-    from unipelt_cli.config.experiment import merge, parse_assignment
+    from unipelt_cli.config.experiment import merge_settings
+    from unipelt_cli.config.toml import parse_assignment
 
     own = {
         section: {key: value for key, value in values.items() if value is not None}
         for section, values in flags.items()
     }
     sets = [parse_assignment(text) for text in assignments or ()]
-    return with_absolute_paths(merge([*sets, own]))
+    return with_absolute_paths(merge_settings([*sets, own]))
 
 
 def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Settings":
     """Guess which columns of own rows hold text and label, where no layer says so, and say it."""
-    from unipelt_cli.config.experiment import merge
+    from unipelt_cli.config.experiment import merge_settings
 
-    data = merge([*(layer for _, layer in layers), own]).get("data", {})
+    data = merge_settings([*(layer for _, layer in layers), own]).get("data", {})
     path = data.get("train_file")
     elsewhere = any(data.get(key) for key in ("dataset", "prepared", "tasks"))
     named = {key: data.get(key) for key in ("text", "text_pair", "label")}
@@ -114,23 +110,23 @@ def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "
 
     found = column_guess.columns(Path(path), **named)
     if processes.is_first():
-        tables.say(("note: ", "yellow"), found.said)
-    return merge([{"data": found.settings}, own])
+        console.say(("note: ", "yellow"), found.said)
+    return merge_settings([{"data": found.settings}, own])
 
 
 def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Experiment":
     """Resolve layers of settings, `own` the last; where rows come from is always written down."""
-    from unipelt_cli.config.experiment import reads_source
-    from unipelt_cli.config.experiment import resolve as experiment_resolve
+    from unipelt_cli.config.checks import reads_source
+    from unipelt_cli.config.experiment import resolve
 
-    experiment = experiment_resolve([*layers, ("", own)])
+    experiment = resolve([*layers, ("", own)])
     if not reads_source(experiment.data):
         return experiment
     source = experiment.data.source or os.environ.get("UNIPELT_DATA") or "hub"
     is_prepared = source != "hub" and (Path(source) / "manifest.json").is_file()
     data = {key: value for key, value in own.get("data", {}).items() if key != "source"}
     data["prepared" if is_prepared else "source"] = source
-    return experiment_resolve([*layers, ("", with_absolute_paths({**own, "data": data}))])
+    return resolve([*layers, ("", with_absolute_paths({**own, "data": data}))])
 
 
 def settle(experiments: Iterable["Experiment"], offline: bool, *, data_only: bool = False) -> None:
@@ -157,84 +153,6 @@ def settle_backbone(name: str, offline: bool) -> None:
     network.require_cached(backbone=backbone, dataset=None)
 
 
-def read_run(
-    run: Path, offline: bool, source: str | None = None, model: str | None = None
-) -> "Run":
-    """Read a finished run, and settle whether the network is used to build its model."""
-    directory = locate(run, offline)
-    settle_run(directory, offline, source, model)
-    from unipelt_cli.runs.run import read
-
-    return read(directory)
-
-
-def locate(run: Path, offline: bool) -> Path:
-    """Return the directory of a run; one on the hub is fetched, unless it is in the cache."""
-    directory = hub.directory_of(run, offline=offline)
-    if hub.is_remote(run):
-        tables.say(f"{run}: commit {directory.name[:12]}")
-    return directory
-
-
-def beside(run: Path, what: str) -> Path:
-    """Return where what is made of a run goes, if nobody says so: beside it, or here."""
-    if hub.is_remote(run):
-        return Path(f"{hub.parse(str(run))[0].partition('/')[2]}-{what}")
-    named = run if run.name not in ("", "..") else run.resolve()
-    return named.with_name(f"{named.name}-{what}")
-
-
-def settle_run(directory: Path, offline: bool, source: str | None, model: str | None) -> None:
-    """Settle whether the network is used for a run's rows and backbone, or where they are now."""
-    with importing():
-        from unipelt_cli.config.experiment import read_preset
-        from unipelt_cli.config.experiment import resolve as experiment_resolve
-
-    path = directory / "experiment.toml"
-    if path.is_file():
-        experiment = experiment_resolve([("", read_preset(str(path)))])
-        settle([experiment.moved(source, model)], offline)
-
-
-def trackers(given: Sequence[str] | None, offline: bool) -> list[str]:
-    """Take the names of trackers apart; they must be known, installed and logged in.
-
-    Raises ConfigError. With `offline` wandb keeps what it is told on the disk.
-    """
-    names = [name.strip() for text in given or () for name in text.split(",")]
-    for name in names:
-        if name not in TRACKERS:
-            raise ConfigError(f"--track {name!r}: no such tracker", nearest(name, TRACKERS))
-        for package in ("accelerate", name):
-            if importlib.util.find_spec(package) is None:
-                raise ConfigError(
-                    f"--track {name}: {package} is not installed",
-                    "install the extra: pip install 'unipelt[trackers]'",
-                )
-    if "wandb" in names:
-        _settle_wandb(offline)
-    return names
-
-
-def _settle_wandb(offline: bool) -> None:
-    """Decide whether wandb uses the network, and see to it that it will not ask for a login."""
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    if offline:
-        os.environ["WANDB_MODE"] = "offline"
-    if os.environ.get("WANDB_MODE", "online") != "online":
-        return
-    from requests.utils import get_netrc_auth
-
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    keys = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-    if not any(map(os.environ.get, keys)) and get_netrc_auth(host) is None:
-        raise ConfigError(
-            "--track wandb: not logged in there",
-            "log in with `wandb login`, set WANDB_API_KEY, or add --offline and sync later",
-        )
-
-
 def refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:
     """Raise ConfigError where both of two flags are given that contradict each other."""
     for one, other in pairs:
@@ -251,6 +169,6 @@ def refuse_processes(what: str) -> None:
         )
 
 
-def said(flag: str, value: object) -> str | None:
+def flag_text(flag: str, value: object) -> str | None:
     """Write a flag as it was given; None where it was not."""
     return None if value is None else f"{flag} {value}"

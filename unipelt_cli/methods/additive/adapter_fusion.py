@@ -16,9 +16,9 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.backbones.architectures import Layout
+from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.errors import ConfigError, RunError
-from unipelt_cli.files import atomic
+from unipelt_cli.files import sealed
 from unipelt_cli.methods.base import (
     CHECKS,
     Method,
@@ -26,10 +26,9 @@ from unipelt_cli.methods.base import (
     Recipe,
     Site,
     Stage,
-    new_linear,
     refuse_unusual_layers,
 )
-from unipelt_cli.methods.building_blocks import Adapter
+from unipelt_cli.methods.building_blocks import Adapter, apply_linear, new_linear
 
 Tensors = Mapping[str, Tensor]
 
@@ -53,7 +52,8 @@ class FusedLayer(nn.Module):
         if not self.fuses:
             return own
         outputs = torch.stack([*(adapter(x) for adapter in self.loaded), own], dim=2)
-        scores = (_linear(self.query, x)[:, :, None] * _linear(self.key, outputs)).float().sum(-1)
+        query, keys = apply_linear(self.query, x), apply_linear(self.key, outputs)
+        scores = (query[:, :, None] * keys).float().sum(-1)
         mixed = (scores.softmax(-1).to(x.dtype)[..., None] * outputs).sum(2)
         return functional.linear(mixed, self.value.to(x.dtype))
 
@@ -177,10 +177,10 @@ def _read(run: str, layers: int, sizes: tuple[int, int], fingerprint: str) -> li
     if not (path / "result.json").is_file():
         raise ConfigError(f"{said}: no finished run", "name directories of finished `adapter` runs")
     try:
-        found, header = atomic.open_tensors(path / "model.safetensors")
+        found, header = sealed.open_tensors(path / "model.safetensors")
         backbone = str(header["backbone"]["fingerprint"])
     except (RunError, KeyError, TypeError):
-        raise ConfigError(f"{said}: its model.safetensors is damaged", atomic.REMEDY) from None
+        raise ConfigError(f"{said}: its model.safetensors is damaged", sealed.REMEDY) from None
     if backbone != fingerprint:
         raise ConfigError(
             f"{said}: was trained on another backbone", "name runs on this run's backbone"
@@ -220,10 +220,6 @@ def _layers(backbone: nn.Module) -> Iterator[FusedLayer]:
     for layer in backbone.fusion:
         assert isinstance(layer, FusedLayer)
         yield layer
-
-
-def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    return functional.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
 
 
 METHODS = MappingProxyType(

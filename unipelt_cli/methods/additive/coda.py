@@ -14,16 +14,9 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.backbones.architectures import Layout
-from unipelt_cli.methods.base import (
-    CHECKS,
-    STD,
-    Method,
-    Recipe,
-    Site,
-    new_linear,
-    refuse_unusual_layers,
-)
+from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.building_blocks import STD, new_linear
 
 ITERATIONS = 20
 FIRST_EPSILON, COOLING = 4.0, 0.7

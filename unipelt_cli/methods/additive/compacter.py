@@ -15,8 +15,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Generator, nn
 
-from unipelt_cli.backbones.architectures import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, initialise
+from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site
+from unipelt_cli.methods.building_blocks import initialise
 
 KNOWN = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
 """Architectures that the library has and that were tested here."""

@@ -16,16 +16,9 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.backbones.architectures import Layout
-from unipelt_cli.methods.base import (
-    CHECKS,
-    STD,
-    Method,
-    Recipe,
-    Site,
-    new_linear,
-    refuse_unusual_layers,
-)
+from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.building_blocks import STD, new_linear
 
 GENERATED_STD = 0.01  # of the hypernetwork's matrices
 EPSILON = 1e-6  # of its norms
@@ -50,11 +43,11 @@ class HyperNetwork(nn.Module):
             nn.Parameter(torch.empty(embedding).normal_(generator=generator)) for _ in range(tasks)
         )
         self.layers = nn.Parameter(torch.empty(layers, embedding).normal_(generator=generator))
-        self.down = _linear(2 * embedding, width, generator)
-        self.up = _linear(width, embedding, generator)
+        self.down = _generator_linear(2 * embedding, width, generator)
+        self.up = _generator_linear(width, embedding, generator)
         self.norm = nn.LayerNorm(embedding, EPSILON)
         self.generators = nn.ModuleDict(
-            {name: _linear(embedding, size, generator) for name, size in sizes.items()}
+            {name: _generator_linear(embedding, size, generator) for name, size in sizes.items()}
         )
 
     def embed(self, task: int) -> Tensor:  # (N, E)
@@ -182,7 +175,7 @@ class HyperFormer(Method):
         }
 
 
-def _linear(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
+def _generator_linear(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
     linear = new_linear(inputs, outputs, generator)
     with torch.no_grad():
         linear.weight.mul_(GENERATED_STD / STD)

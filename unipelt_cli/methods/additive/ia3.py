@@ -11,7 +11,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.backbones.architectures import Layout
+from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import (
     CHECKS,
     Gates,

@@ -15,8 +15,9 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.backbones.architectures import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, new_linear, refuse_unusual_layers
+from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.building_blocks import new_linear
 
 
 class Edit(nn.Module):

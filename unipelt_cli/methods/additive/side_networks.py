@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.backbones.architectures import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, new_linear, refuse_unusual_layers
+from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.building_blocks import apply_linear, new_linear
 
 TEMPERATURE = 0.1  # of the ladder's gates
 NARROWEST = 8
@@ -44,14 +45,14 @@ class SideLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, T, W), (B, 1, 1, T) -> (B, T, W)
         split = (*x.shape[:2], self.heads, -1)
         query, key, value = (
-            _linear(unit, x).view(split).transpose(1, 2)
+            apply_linear(unit, x).view(split).transpose(1, 2)
             for unit in (self.query, self.key, self.value)
         )
         context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        mixed = _linear(self.attention_output, context.transpose(1, 2).flatten(2))
+        mixed = apply_linear(self.attention_output, context.transpose(1, 2).flatten(2))
         x = _norm(self.attention_norm, x + self.dropout(mixed))
-        inner = functional.gelu(_linear(self.intermediate, x))
-        return _norm(self.output_norm, x + self.dropout(_linear(self.output, inner)))
+        inner = functional.gelu(apply_linear(self.intermediate, x))
+        return _norm(self.output_norm, x + self.dropout(apply_linear(self.output, inner)))
 
     def take_over(self, layer: nn.Module, layout: Layout, stream: Tensor) -> None:
         """Copy the heaviest units of a backbone's layer; `stream` are the hidden units kept (W,).
@@ -142,19 +143,19 @@ class Ladder(nn.Module):
         self.mask = kwargs["attention_mask"].bool()[:, None, None]
 
     def _embed(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        self.side = _linear(self.embedded, args[0].detach())
+        self.side = apply_linear(self.embedded, args[0].detach())
 
     def climb(self, place: int, hidden: Tensor) -> None:
         """Take one rung: mix what the backbone's layer says into the side, and go on from there."""
         assert self.side is not None
         gate = (self.alpha[place] / TEMPERATURE).sigmoid().to(hidden.dtype)
-        read = _linear(self.down[place], hidden.detach())
+        read = apply_linear(self.down[place], hidden.detach())
         assert self.mask is not None
         self.side = self.layers[place](gate * self.side + (1 - gate) * read, self.mask)
 
     def _finish(self, backbone: nn.Module, args: Any, output: Any) -> Any:
         assert self.side is not None
-        own = _linear(self.up, _norm(self.norm, self.side))
+        own = apply_linear(self.up, _norm(self.norm, self.side))
         self.side = self.mask = None
         return _replaced(backbone, output, own)
 
@@ -299,11 +300,6 @@ def _dropout(config: Any) -> float:
     """Return the backbone's own dropout; DistilBERT calls it by another name."""
     found = getattr(config, "hidden_dropout_prob", None)
     return float(config.dropout if found is None else found)
-
-
-def _linear(unit: Any, x: Tensor) -> Tensor:
-    """Apply a float32 unit in the precision of what it gets."""
-    return functional.linear(x, unit.weight.to(x.dtype), unit.bias.to(x.dtype))
 
 
 def _norm(unit: nn.LayerNorm, x: Tensor) -> Tensor:

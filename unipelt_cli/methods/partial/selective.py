@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from unipelt_cli.backbones.architectures import Layout
+from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
 
 

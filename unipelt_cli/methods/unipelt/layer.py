@@ -1,29 +1,18 @@
-"""The submodules of one backbone as hooks on its modules, each behind its gate.
-
-The backbone's own modules stay in place: submodules reach them through forward hooks, so the
-backbone's tensors keep their names and can be merged or freed.
-Shapes: batch B, tokens T, hidden D, prefix length P, layers N, rank R, bottleneck M.
-"""
+"""The submodules and gates of one layer; its methods are hooks on the layer's modules."""
 
 import inspect
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.backbones.architectures import Layout
-from unipelt_cli.errors import ConfigError
-from unipelt_cli.methods.base import Site, new_linear
-from unipelt_cli.methods.building_blocks import Adapter, LowRank, ParallelAdapter, Prefix
-from unipelt_cli.methods.unipelt.attention import replace_attention
-
-if TYPE_CHECKING:
-    from unipelt_cli.methods.unipelt.fused.stack import Stack
-    from unipelt_cli.methods.unipelt.method import Submodules
+from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.methods.building_blocks import Adapter, LowRank, ParallelAdapter, new_linear
+from unipelt_cli.methods.unipelt.settings import UnionSettings
 
 THIRDS = ("query", "key", "value")
 MASKS = frozenset({"attention_mask", "mask"})  # what attention modules call the mask they read
@@ -50,7 +39,7 @@ class LayerSubmodules(nn.Module):
         self,
         layer: nn.Module,
         layout: Layout,
-        method: "Submodules",
+        method: UnionSettings,
         index: int,
         state: ForwardState,
         generator: Generator,
@@ -85,7 +74,7 @@ class LayerSubmodules(nn.Module):
                     _projection(layer, layout, place),
                     method.rank,
                     generator,
-                    _width(layer, layout, place),
+                    projection_width(layer, layout, place),
                 )
         if "bias" in parts:
             for path in layout.biased():
@@ -310,78 +299,7 @@ class _Shift:
         return output + (delta if gate is None else gate * delta).to(output.dtype)
 
 
-class Container(nn.Module):
-    """All submodules of a backbone: `backbone.submodules`."""
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        method: "Submodules",
-        site: Site,
-    ) -> None:
-        super().__init__()
-        layout, generator = site.layout, site.generator
-        self.layout = layout
-        self.sites = layout.sites(backbone)
-        if beyond := [layer for layer, _ in method.left_out if layer >= len(self.sites)]:
-            raise ConfigError(
-                f"method.leave_out names layer {max(beyond)}: there is no such layer",
-                f"the backbone's are 0 to {len(self.sites) - 1}",
-            )
-        without = {place for place in method.left_out if place[1] == "prefix"}
-        has_prefix = "prefix" in method.parts and len(without) < len(self.sites)
-        self.state = ForwardState(method.prefix_length if has_prefix else 0)
-        self.state.closed = frozenset(without)
-        self.masked = method.gate_pooling == "masked"
-        implementation = str(getattr(backbone.config, "_attn_implementation", "eager"))
-        self.lengthens = has_prefix and implementation not in layout.own_attention
-        self.layers = nn.ModuleList(
-            LayerSubmodules(layer, row, method, index, self.state, generator)
-            for index, (row, layer) in enumerate(self.sites)
-        )
-        self.prefix: Prefix | None = None
-        if has_prefix:
-            hidden = _width(self.sites[0][1], layout, "key")
-            shape = (len(self.sites) - len(without), method.prefix_length, hidden)
-            self.prefix = Prefix(
-                shape, method.prefix_width, generator, site.folded, method.prefix_std
-            )
-            if not self.lengthens:
-                for (row, layer), own in zip(self.sites, self.layers, strict=True):
-                    assert isinstance(own, LayerSubmodules)
-                    module = layer.get_submodule(row.attention)
-                    kind = layout.model_type, implementation
-                    replace_attention(module, *kind, own.prefix_rows)
-        self.stack: Stack | None = None
-        self.handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for (row, layer), own in zip(self.sites, self.layers, strict=True):
-            assert isinstance(own, LayerSubmodules)
-            self.handles += own.hooks(layer, row, self.lengthens)
-
-    def parameters_of_prefix(self) -> list[nn.Parameter]:
-        """Return what the prefix is made from."""
-        return [] if self.prefix is None else list(self.prefix.parameters())
-
-    def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
-        mask = kwargs["attention_mask"]
-        self.state.is_fused = self.stack is not None and self.stack.begin(kwargs)
-        if self.state.is_fused:
-            return args, kwargs
-        pooled = mask.float() if self.masked else torch.ones_like(mask, dtype=torch.float32)
-        self.state.pooling = pooled / pooled.sum(1, keepdim=True)
-        if self.state.recorded is not None:
-            self.state.recorded.clear()
-            self.state.recorded_sites.clear()
-        if self.prefix is not None:
-            self.state.prefix = self.prefix()
-        if self.lengthens:
-            lengthened = functional.pad(mask, (self.state.prefix_length, 0), value=1)
-            kwargs = {**kwargs, "attention_mask": lengthened}
-        return args, kwargs
-
-
-def _width(layer: nn.Module, layout: Layout, place: str) -> int:
+def projection_width(layer: nn.Module, layout: Layout, place: str) -> int:
     """Return how many numbers a token's query, key or value has."""
     outputs = _projection(layer, layout, place).out_features
     return outputs // len(THIRDS) if layout.fused else outputs

@@ -13,7 +13,8 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from unipelt_cli.methods.base import CHECKS, Recipe, Site
-from unipelt_cli.methods.unipelt.layer import Container, LayerSubmodules
+from unipelt_cli.methods.unipelt.gates import container_of
+from unipelt_cli.methods.unipelt.layer import LayerSubmodules
 from unipelt_cli.methods.unipelt.method import Submodules
 
 
@@ -28,20 +29,14 @@ class TaskGatedSubmodules(Submodules):
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         super().attach(backbone, site)
-        for layer in _container(backbone).layers:
+        for layer in container_of(backbone).layers:
             assert isinstance(layer, LayerSubmodules)
             for _ in range(site.tasks):
                 terms = {name: _zero_like(gate) for name, gate in layer.gates.items()}
                 layer.task_gates.append(nn.ModuleDict(terms))
 
     def select(self, backbone: nn.Module, task: int) -> None:
-        _container(backbone).state.task = task
-
-
-def _container(backbone: nn.Module) -> Container:
-    container = backbone.submodules
-    assert isinstance(container, Container)
-    return container
+        container_of(backbone).state.task = task
 
 
 def _zero_like(gate: nn.Module) -> nn.Linear:

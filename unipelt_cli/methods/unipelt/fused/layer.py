@@ -1,14 +1,6 @@
-"""The layers of a frozen backbone with their submodules in few operations, forward and backward.
+"""A frozen layer with its submodules, forward and backward, written out."""
 
-It computes what the hooks of `hooks.py` compute, for BERT's kind of layer with adapter, prefix and
-LoRA, and takes their place where it can. Trained tensors have a leading run axis: several runs of
-one method share each pass over the frozen weights. Padding exists in attention alone.
-Shapes: real tokens M, rows n, runs R, tokens of the longest row T, hidden D, heads H, head size d,
-prefix length P, keys S >= P + T, rank r, bottleneck m, early gates E.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
@@ -16,116 +8,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.backbones.architectures import Layout
-from unipelt_cli.backbones.dropout import Dropout, Keys, masked
+from unipelt_cli.backbones.dropout import Dropout
+from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.methods.unipelt.fused.attention import attend, attend_back, rows_back
+from unipelt_cli.methods.unipelt.fused.tensors import (
+    AFTER_ATTENTION,
+    AFTER_OUTPUT,
+    ATEN,
+    GATES,
+    Masks,
+    Part,
+    Tensors,
+    Trained,
+)
 
-ATEN: Any = torch.ops.aten
 PACKED: Any = torch.ops.mkldnn
-Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some rows of a batch that go through all layers together, their tokens one after another."""
-
-    rows: Tensor  # (n,) their places in the batch
-    runs: slice  # the runs they belong to; each has as many of the tokens
-    row_of: Tensor  # (M,) each token's row in the part
-    grid: Tensor | None  # (M,) each token's place in n x T, None where it is its own
-    source: Tensor  # (M,) each token's place in the batch's rows x tokens
-    share: Tensor  # (M, 1) one over the number of real tokens of its row, 0 for padding
-    tokens: int  # T
-    bias: Tensor | None  # (n, 1, S) added to scores; None where every row reads every key
-    keys: int  # S
-    prefix: int  # P
-
-    def by_run(self, x: Tensor) -> Tensor:
-        """View (M, C) as (R, M / R, C)."""
-        return x.view(self.runs.stop - self.runs.start, -1, x.shape[-1])
-
-    def spread(self, x: Tensor) -> Tensor:
-        """Put tokens (M, C) where they stand in their rows, (n, T, C), with zeros as padding."""
-        n, width = len(self.rows), x.shape[-1]
-        if self.grid is None:
-            return x.view(n, self.tokens, width)
-        spread = x.new_zeros(n * self.tokens, width).index_copy_(0, self.grid, x)
-        return spread.view(n, self.tokens, width)
-
-    def gathered(self, x: Tensor) -> Tensor:
-        """Take the tokens (M, C) out of their rows: the way back of `spread`."""
-        flat = x.reshape(-1, x.shape[-1])
-        return flat if self.grid is None else flat.index_select(0, self.grid)
-
-    def summed(self, x: Tensor) -> Tensor:
-        """Sum (M, C) over the tokens of each row: (n, C)."""
-        if self.grid is None:
-            return x.view(len(self.rows), self.tokens, -1).sum(1)
-        return x.new_zeros(len(self.rows), x.shape[-1]).index_add_(0, self.row_of, x)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A layer's submodules, each (R, ...), as one step's passes read them.
-
-    What reads the same input is one matrix: LoRA's two A with the early gates, the adapter's down
-    with its gate. Matrices are of the backbone's kind, gates float32.
-    """
-
-    reads: Tensor | None = None  # (R, 2r + E, D)
-    back: Tensor | None = None  # (R, 2r, 3D): LoRA's B, scaled; zero beside query and value
-    early: Tensor | None = None  # (R, E, D): LoRA's one or two, then the prefix's
-    early_bias: Tensor | None = None  # (R, E)
-    late_reads: Tensor | None = None  # (R, m + 1, D), or m where nothing is gated
-    down_bias: Tensor | None = None  # (R, m)
-    up: Tensor | None = None  # (R, D, m)
-    up_bias: Tensor | None = None  # (R, D)
-    late: Tensor | None = None  # (R, 1, D)
-    late_bias: Tensor | None = None  # (R, 1)
-    prefix: Tensor | None = None  # (R, 2, P, D) float32
-    closed: frozenset[str] = frozenset()  # parts that rest in this pass, without gradients
-
-    def of(self, runs: slice) -> "Trained":
-        """Return what some runs have."""
-        own = {k: v[runs] for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Trained(**own, closed=self.closed)
-
-
-@dataclass
-class Masks:
-    """The dropout masks of one layer and part: after the softmax, and after each block."""
-
-    part: Part
-    dropouts: Sequence[Dropout | None]
-    keys: Sequence[Keys | None]
-    made: dict[int, Tensor] = field(default_factory=dict)
-
-    def put(self, place: int, x: Tensor) -> Tensor:
-        """Drop numbers of x, (M, C) or (n, H, T, S), unscaled; the same ones at every call."""
-        dropout, keys, part = self.dropouts[place], self.keys[place], self.part
-        if dropout is None or keys is None:
-            return x
-        if place not in self.made:
-            if x.ndim > 2:
-                mask = dropout.mask(keys, x.shape, x.device)
-            else:
-                shape = (len(part.rows), part.tokens, x.shape[-1])
-                mask = dropout.mask(keys, shape, x.device, part.grid).view(x.shape)
-            self.made[place] = mask
-        return masked(x, self.made[place])
-
-    def scale(self, place: int) -> float:
-        """Return what the numbers that are kept are multiplied by."""
-        dropout = self.dropouts[place]
-        return 1.0 if dropout is None or self.keys[place] is None else dropout.scale
-
-    def back(self, place: int, grad: Tensor) -> Tensor:
-        """Return the gradient of what was dropped from."""
-        kept = self.put(place, grad)
-        return kept if kept is grad else kept.mul_(self.scale(place))
-
-
-AFTER_SOFTMAX, AFTER_ATTENTION, AFTER_OUTPUT = range(3)
-GATES = ("gates", "late_gates")  # what is kept of a pass without gradients: (n, E) and (n, 1)
 
 
 class Frozen:
@@ -222,7 +119,7 @@ class FusedLayer:
             low = part.by_run(x) @ own.reads[:, : own.back.shape[1]].mT
             saved |= {"low": low, "scaled": _by_place(low, part, own, gates)}
             part.by_run(qkv).baddbmm_(saved["scaled"], own.back)
-        context = _attend(qkv, part, own, gates, heads, masks, saved)
+        context = attend(qkv, part, own, gates, heads, masks, saved)
         summed = _plus(x, self.attention_output(context), masks, AFTER_ATTENTION)
         h = _norm(self.attention_norm, summed, "attention", saved)
         if masks is None:
@@ -275,7 +172,7 @@ class FusedLayer:
         grad = grad + self.intermediate.back(inner)
         grad = _norm_back(self.attention_norm, grad, "attention", saved)
         context = self.attention_output.back(masks.back(AFTER_ATTENTION, grad))
-        qkv, rows = _attend_back(context, saved, part, heads, masks)
+        qkv, rows = attend_back(context, saved, part, heads, masks)
         reads, gate_grads = [], []
         if own.back is not None:
             by_run = part.by_run(qkv)
@@ -285,7 +182,7 @@ class FusedLayer:
                 gate_grads.append(_place_sums(low * saved["low"], part, own))
             reads.append(_by_place(low, part, own, saved.get("gates")))
         if own.prefix is not None:
-            grads["prefix"], gate_grad = _rows_back(rows, own.prefix, saved.get("gates"))
+            grads["prefix"], gate_grad = rows_back(rows, own.prefix, saved.get("gates"))
             gate_grads += [] if gate_grad is None else [gate_grad]
         if own.early is not None:
             pooled = _pool_back(torch.cat(gate_grads, 1), saved["opened"], part)
@@ -324,91 +221,6 @@ def _unit(layer: nn.Module, path: str) -> nn.Linear:
 def state_of(parameter: Tensor) -> tuple[int, int]:
     """Return what changes when a parameter is written or replaced."""
     return parameter.data_ptr(), parameter._version
-
-
-def _attend(
-    qkv: Tensor,
-    part: Part,
-    own: Trained,
-    gates: Tensor | None,
-    heads: int,
-    masks: Masks | None,
-    saved: Tensors,
-) -> Tensor:
-    """Attend over prefix and tokens: (M, 3D) -> (M, D)."""
-    n, tokens = len(part.rows), part.tokens
-    query, *stored = (
-        part.spread(qkv).view(n, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    )  # (n, H, T, d) each
-    size = query.shape[-1]
-    both = qkv.new_zeros(2, n, heads, part.keys, size)
-    for place, projected in enumerate(stored):
-        both[place, :, :, part.prefix : part.prefix + tokens] = projected
-    has_prefix = own.prefix is not None and "prefix" not in own.closed
-    if own.prefix is not None and has_prefix:
-        both[:, :, :, : part.prefix] = _rows(own.prefix, n, heads, gates)
-    query = torch.mul(query, size**-0.5, out=qkv.new_empty(n, heads, tokens, size)).flatten(0, 1)
-    keys, values = both.flatten(1, 2)
-    scores = query @ keys.mT
-    if part.bias is not None:
-        scores.view(n, heads, tokens, -1).add_(part.bias[:, None])
-    if part.prefix and not has_prefix:
-        scores[..., : part.prefix] = torch.finfo(scores.dtype).min
-    weights = used = scores.softmax(-1)
-    if masks is not None:
-        used = masks.put(AFTER_SOFTMAX, weights.view(n, heads, tokens, -1)).view_as(weights)
-        saved |= {"query": query, "keys": keys, "values": values, "weights": weights, "used": used}
-    context = used @ values
-    if masks is not None:
-        context *= masks.scale(AFTER_SOFTMAX)
-    mixed: Tensor = context.view(n, heads, tokens, size).transpose(1, 2)
-    return part.gathered(mixed.reshape(n, tokens, -1))
-
-
-def _attend_back(
-    grad: Tensor, saved: Tensors, part: Part, heads: int, masks: Masks
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the projected tokens (M, 3D) and of the prefix (2, n, H, P, d)."""
-    n, tokens, hidden = len(part.rows), part.tokens, grad.shape[-1]
-    size = hidden // heads
-    by_head = part.spread(grad).view(n, tokens, heads, size).transpose(1, 2)
-    scaled = by_head.reshape(n * heads, tokens, size) * masks.scale(AFTER_SOFTMAX)
-    weights = saved["weights"]
-    dropped = (scaled @ saved["values"].mT).view(n, heads, tokens, part.keys)
-    dropped = masks.put(AFTER_SOFTMAX, dropped).view_as(weights)
-    scores = ATEN._softmax_backward_data(dropped, weights, -1, weights.dtype)
-    query = (scores @ saved["keys"]).mul_(size**-0.5)
-    stored = scores.mT @ saved["query"], saved["used"].mT @ scaled  # of keys, of values
-    keys, values = (one.view(n, heads, part.keys, size) for one in stored)
-    first, last = part.prefix, part.prefix + tokens
-    qkv = grad.new_empty(n, tokens, 3, heads, size)
-    qkv[:, :, 0] = query.view(n, heads, tokens, size).transpose(1, 2)
-    qkv[:, :, 1] = keys[:, :, first:last].transpose(1, 2)
-    qkv[:, :, 2] = values[:, :, first:last].transpose(1, 2)
-    rows = torch.stack([keys[:, :, :first], values[:, :, :first]])
-    return part.gathered(qkv.view(n, tokens, 3 * hidden)), rows
-
-
-def _rows(prefix: Tensor, n: int, heads: int, gates: Tensor | None) -> Tensor:
-    """Return the prefix (R, 2, P, D) as every row has it: (2, n, H, P, d)."""
-    runs, _, length, hidden = prefix.shape
-    rows = prefix.view(runs, 1, 2, length, heads, hidden // heads)
-    if gates is None:
-        rows = rows.expand(-1, n // runs, -1, -1, -1, -1)
-    else:
-        rows = rows * gates[:, -1].view(runs, -1, 1, 1, 1, 1)
-    return rows.reshape(n, 2, length, heads, -1).permute(1, 0, 3, 2, 4)
-
-
-def _rows_back(grad: Tensor, prefix: Tensor, gates: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of the prefix (R, 2, P, D) and of its gate (n, 1)."""
-    runs = len(prefix)
-    by_run = grad.permute(1, 0, 3, 2, 4).float().reshape(runs, grad.shape[1] // runs, -1)
-    if gates is None:
-        return by_run.sum(1).view_as(prefix), None
-    gate = gates[:, -1].view(runs, 1, -1)
-    flat = prefix.reshape(runs, -1, 1)
-    return (gate @ by_run).view_as(prefix), (by_run @ flat).view(-1, 1)
 
 
 def _pool(x: Tensor, weight: Tensor, bias: Tensor, part: Part) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,8 @@
-"""The fused layers of one backbone in the place of the library's own, one pass for all runs.
+"""The fused layers in the place of the library's: entry, exit, autograd."""
 
-The library still embeds the tokens and pools the answer; its first layer runs the whole stack and
-the others hand on what they are given. Where a pass is not one that the fused layers can compute
-exactly, the library's layers and the hooks do it.
-"""
-
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -18,23 +12,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unipelt_cli.backbones.dropout import Draws
-from unipelt_cli.methods.unipelt.fused.layer import (
+from unipelt_cli.methods.unipelt.container import Container
+from unipelt_cli.methods.unipelt.fused.batching import row_group, share_out
+from unipelt_cli.methods.unipelt.fused.layer import FusedLayer, state_of
+from unipelt_cli.methods.unipelt.fused.tensors import (
+    EARLY,
     GATES,
-    FusedLayer,
     Masks,
     Part,
     Tensors,
     Trained,
-    state_of,
+    make_ready,
+    part_gradients,
+    stack,
+    sum_by_run,
+    with_closed,
 )
-from unipelt_cli.methods.unipelt.layer import Container, LayerSubmodules
-from unipelt_cli.system.row_threads import lanes, run_parts, shares_out
+from unipelt_cli.methods.unipelt.layer import LayerSubmodules
+from unipelt_cli.system.row_threads import run_parts
 
 PARTS = frozenset({"adapter", "prefix", "lora"})
 WATCHED = ("output_attentions", "output_hidden_states")  # what only the library's layers give
-EARLY = ("lora", "lora_query", "lora_value", "prefix")
-LEAST_TOKENS = 96  # fewer are not worth a lane of their own
-MOST_TOKENS = 512  # of more, what a layer works on does not fit a core's own cache
 
 
 @dataclass
@@ -119,7 +117,7 @@ class Stack:
         travels = self._travels(hidden, mask)
         state = self.container.state
         if not torch.is_grad_enabled():
-            output = self.run(hidden, travels, _closing(self._kept(hidden.dtype), state.closed))
+            output = self.run(hidden, travels, with_closed(self._kept(hidden.dtype), state.closed))
             if state.recorded is not None:
                 state.recorded[:] = self._gates(travels)
             return output
@@ -158,10 +156,10 @@ class Stack:
     def _tensors(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
         """Yield the trained tensors of every layer under their names, with the run axis first."""
         for name in self.trained:
-            yield name, _stacked([run.trained[name] for run in self.runs])
+            yield name, stack([run.trained[name] for run in self.runs])
         prefixes = [run.container.prefix() for run in self.runs if run.container.prefix is not None]
         if prefixes:
-            yield (-1, "prefix"), _stacked(prefixes)
+            yield (-1, "prefix"), stack(prefixes)
 
     def _travels(self, hidden: Tensor, mask: Tensor) -> list[Travel]:
         length = self.container.state.prefix_length
@@ -174,8 +172,8 @@ class Stack:
             for layer in self.layers
         ]
         travels = []
-        for rows, runs in _parts(mask, self.counts or [len(mask)]):
-            part = _part(mask, rows, runs, length, hidden.dtype)
+        for rows, runs in share_out(mask, self.counts or [len(mask)]):
+            part = row_group(mask, rows, runs, length, hidden.dtype)
             masks = None
             if torch.is_grad_enabled():
                 own_rows = rows.cpu()
@@ -195,7 +193,7 @@ class Stack:
         for (place, name), tensor in given.items():
             by_layer[place][name] = tensor
         return [
-            _ready(own, None if prefix is None else prefix[:, place], self.scale, dtype)
+            make_ready(own, None if prefix is None else prefix[:, place], self.scale, dtype)
             for place, own in enumerate(by_layer)
         ]
 
@@ -241,7 +239,7 @@ class Stack:
 
         found = run_parts(travel, travels)
         runs = [one.part.runs for one in travels]
-        return first, [_summed(own, runs) for own in zip(*found, strict=True)]
+        return first, [sum_by_run(own, runs) for own in zip(*found, strict=True)]
 
 
 class _Encode(torch.autograd.Function):
@@ -270,157 +268,10 @@ class _Encode(torch.autograd.Function):
         parted: dict[tuple[int, str], Tensor] = {}
         for place, grads in enumerate(found):
             own = {name for at, name in ctx.names if at == place}
-            parted |= {(place, name): g for name, g in _parted(grads, own, ctx.stack.scale).items()}
+            parted |= {
+                (place, name): g for name, g in part_gradients(grads, own, ctx.stack.scale).items()
+            }
         if (-1, "prefix") in ctx.names:
             parted[-1, "prefix"] = torch.stack([grads["prefix"] for grads in found], 1)
         ctx.travels = ctx.trained = None
         return None, None, None, first, *(parted[name] for name in ctx.names)
-
-
-def _closing(trained: list[Trained], closed: Collection[tuple[int, str]]) -> list[Trained]:
-    """Let some (layer, part) of the trained tensors rest."""
-    if not closed:
-        return trained
-    return [
-        replace(own, closed=frozenset(part for layer, part in closed if layer == place))
-        for place, own in enumerate(trained)
-    ]
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _ready(own: Tensors, prefix: Tensor | None, scale: float, dtype: torch.dtype) -> Trained:
-    """Join what reads the same input: see `Trained`."""
-    made: dict[str, Any] = {"prefix": prefix}
-    gates = [name for name in EARLY if f"gates.{name}.weight" in own]
-    reads = [own[f"lora.{place}.a"] for place in ("query", "value") if f"lora.{place}.a" in own]
-    if gates:
-        early = torch.cat([own[f"gates.{name}.weight"] for name in gates], 1)
-        made["early_bias"] = torch.cat([own[f"gates.{name}.bias"] for name in gates], 1)
-        made["early"] = early
-        reads.append(early)
-    if reads:
-        made["reads"] = torch.cat(reads, 1).to(dtype)
-    if "lora.query.b" in own:
-        query, value = own["lora.query.b"], own["lora.value.b"]
-        runs, hidden, rank = query.shape
-        made["back"] = back = query.new_zeros(runs, 2 * rank, 3 * hidden, dtype=dtype)
-        back[:, :rank, :hidden] = query.mT * scale
-        back[:, rank:, 2 * hidden :] = value.mT * scale
-    if "adapter.up.weight" in own:
-        late = [own["adapter.down.weight"]]
-        if "gates.adapter.weight" in own:
-            made["late"], made["late_bias"] = own["gates.adapter.weight"], own["gates.adapter.bias"]
-            late.append(own["gates.adapter.weight"])
-        made["late_reads"] = torch.cat(late, 1).to(dtype)
-        made["down_bias"] = own["adapter.down.bias"].to(dtype)
-        made["up"] = own["adapter.up.weight"].to(dtype)
-        made["up_bias"] = own["adapter.up.bias"].to(dtype)
-    return Trained(**made)
-
-
-def _parted(grads: Tensors, names: set[str], scale: float) -> Tensors:
-    """Take gradients of joined tensors apart: the way back of `_ready`."""
-    parted: Tensors = {}
-    gates = [name for name in EARLY if f"gates.{name}.weight" in names]
-    at = 0
-    if "back" in grads:
-        rank, hidden = grads["back"].shape[1] // 2, grads["back"].shape[2] // 3
-        parted["lora.query.a"] = grads["reads"][:, :rank]
-        parted["lora.value.a"] = grads["reads"][:, rank : 2 * rank]
-        parted["lora.query.b"] = grads["back"][:, :rank, :hidden].mT.float() * scale
-        parted["lora.value.b"] = grads["back"][:, rank:, 2 * hidden :].mT.float() * scale
-        at = 2 * rank
-    for place, name in enumerate(gates):
-        parted[f"gates.{name}.weight"] = grads["reads"][:, at + place : at + place + 1]
-        parted[f"gates.{name}.bias"] = grads["early_bias"][:, place : place + 1]
-    if "up" in grads:
-        bottleneck = grads["down_bias"].shape[1]
-        parted["adapter.down.weight"] = grads["late_reads"][:, :bottleneck]
-        parted["adapter.down.bias"] = grads["down_bias"]
-        parted["adapter.up.weight"] = grads["up"]
-        parted["adapter.up.bias"] = grads["up_bias"]
-    if "late_bias" in grads:
-        parted["gates.adapter.weight"] = grads["late_reads"][:, bottleneck:]
-        parted["gates.adapter.bias"] = grads["late_bias"]
-    return {name: grad.float() for name, grad in parted.items()}
-
-
-def _summed(found: Sequence[Tensors], runs: Sequence[slice]) -> Tensors:
-    """Add up what the parts found for one layer, each for its runs."""
-    total: Tensors = {}
-    count = max(part.stop for part in runs)
-    for own, part in zip(found, runs, strict=True):
-        for name, grad in own.items():
-            if name not in total:
-                total[name] = grad.new_zeros(count, *grad.shape[1:], dtype=torch.float32)
-            total[name][part] += grad
-    return total
-
-
-def _parts(mask: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, slice]]:
-    """Share rows out: (places of rows, runs). On a CPU each part is of one run, of like lengths."""
-    runs = len(counts)
-    if not shares_out(mask.device):
-        return [(torch.arange(len(mask), device=mask.device), slice(0, runs))]
-    lengths, start, parts = mask.sum(1), 0, []
-    for run, count in enumerate(counts):
-        rows = start + lengths[start : start + count].argsort(descending=True, stable=True)
-        pieces = min(_pieces(int(lengths[rows].sum()), runs), count)
-        for piece in range(pieces):  # of as many rows, and nearly as many tokens, each
-            parts.append((rows[piece::pieces], slice(run, run + 1)))
-        start += count
-    return parts
-
-
-def _pieces(tokens: int, runs: int) -> int:
-    """Into how many parts a run's rows go, so that every lane gets as many."""
-    multiple = lanes() // math.gcd(lanes(), runs)
-    pieces = -(-max(1, tokens // MOST_TOKENS) // multiple) * multiple
-    return min(pieces, max(1, tokens // LEAST_TOKENS))
-
-
-def _part(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch.dtype) -> Part:
-    """Describe a part of a batch with this mask (N, T): where its tokens are, what they read."""
-    own = mask[rows]
-    lengths, width = own.sum(1), mask.shape[1]
-    tokens = _rounded(int(lengths.max()), 8)
-    keys = _rounded(prefix + tokens, 32 if dtype.itemsize == 2 else 16)
-    spread = own.new_zeros(len(own), max(tokens, width))
-    spread[:, :width] = own
-    spread = spread[:, :tokens]
-    bias = None
-    if keys > prefix + tokens or not bool(spread.all()):
-        closed = torch.finfo(dtype).min
-        bias = torch.zeros(len(own), 1, keys, dtype=dtype, device=mask.device)
-        bias[:, 0, prefix : prefix + tokens] = (1 - spread).to(dtype) * closed
-        bias[:, 0, prefix + tokens :] = closed
-    grid = _travellers(spread, width)
-    row_of, position = grid // tokens, grid % tokens
-    source = rows[row_of] * width + position
-    share = (own[row_of, position] / lengths[row_of])[:, None].float()
-    kept = None if len(grid) == spread.numel() else grid
-    return Part(rows, runs, row_of, kept, source, share, tokens, bias, keys, prefix)
-
-
-def _rounded(count: int, step: int) -> int:
-    """Round up, so that few shapes exist: a processor's products are prepared for each anew."""
-    return -(-count // step) * step
-
-
-def _travellers(spread: Tensor, width: int) -> Tensor:
-    """Return the places of the tokens that go through the layers; spread: (n, T), 1 for real ones.
-
-    Some padding goes along to round their number; not on a CPU all of it, so that runs are alike.
-    """
-    flat = spread[:, :width].flatten()
-    places = torch.arange(spread.numel(), device=spread.device).view_as(spread)
-    places = places[:, :width].flatten()
-    if not shares_out(spread.device):
-        return places
-    real = int(flat.sum())
-    count = min(_rounded(real, 32 if real > 256 else 16), len(flat))
-    chosen = flat.argsort(descending=True, stable=True)[:count]
-    return places[chosen.sort().values]

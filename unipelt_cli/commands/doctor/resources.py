@@ -1,0 +1,103 @@
+"""Checks of what is fetched or read: the packaged backbone, data, a model, the hub."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unipelt_cli.errors import UnipeltError
+from unipelt_cli.system import network
+
+if TYPE_CHECKING:
+    pass
+from unipelt_cli.system.check import Check
+
+LENGTH = 128  # what model.max_length is if nobody says
+
+
+def check_minilm() -> Iterator[Check]:
+    """Check the packaged backbone, every file by its sha256."""
+    from unipelt_cli.backbones import pretrained
+    from unipelt_cli.backbones.minilm import MINILM, MINILM_SHA256
+
+    pretrained.find(MINILM)
+    found = f"whole: {len(MINILM_SHA256)} files by their sha256"
+    yield Check("backbone minilm", True, found, is_needed=True)
+
+
+def check_data() -> Iterator[Check]:
+    """Say which tasks lie where UNIPELT_DATA leads."""
+    from unipelt_cli.data import sources
+    from unipelt_cli.tasks import TASKS, Glue
+
+    place = os.environ.get("UNIPELT_DATA")
+    if not place:
+        found = "UNIPELT_DATA is not set: GLUE's tasks come from the hub, demo is packaged"
+        yield Check("data", None, found)
+        return
+    root = Path(place)
+    if (root / "manifest.json").is_file():
+        yield Check("data", True, f"{place}: a prepared directory")
+        return
+    there, missing = list[str](), list[str]()
+    for task in TASKS.values():
+        if isinstance(task.source, Glue):
+            try:
+                files = sources.glue_files(task, root).values()
+                (there if all(path.is_file() for path in files) else missing).append(task.name)
+            except UnipeltError:
+                missing.append(task.name)
+    lacks = f"; not there: {', '.join(missing)}" if missing else ""
+    remedy = "set UNIPELT_DATA to a directory in GLUE's layout, with MRPC/train.tsv in it"
+    ok = bool(there)
+    found = f"{place}: {', '.join(there) or 'no task'}{lacks if ok else ''}"
+    yield Check("data", ok, found, None if ok else remedy)
+
+
+def check_hub(answers: Callable[[], bool] | None) -> Check:
+    """Say whether the hub answers; None where it is not to be asked."""
+    if answers is None:
+        return Check("hub", None, "not asked: offline")
+    if answers():
+        return Check("hub", True, "answers")
+    return Check(
+        "hub",
+        None,  # nothing is wrong with a machine that has no network
+        f"does not answer within {network.PROBE_SECONDS:.0f} s",
+        "set HTTPS_PROXY or HF_ENDPOINT; --task demo and files on disk need no hub",
+    )
+
+
+def check_model(name: str) -> Iterator[Check]:
+    """Say what a backbone is, which parts it can carry, and which methods it refuses."""
+    if network.names_hub(name) and name not in network.cached_backbones():
+        remedy = f"`unipelt train --task demo --model {name} --dry-run` fetches it"
+        yield Check(f"backbone {name}", None, "not in the local cache", remedy)
+        return
+    from unipelt_cli import methods
+    from unipelt_cli.backbones import pretrained
+
+    found = pretrained.find(name)
+    layout, config = found.layout, found.library_config()
+    size = (found.directory / "model.safetensors").stat().st_size
+    yield Check(f"backbone {name}", True, f"safetensors, {size / 1e6:.0f} MB", is_needed=True)
+    layers = getattr(config, "num_hidden_layers", "?")
+    said = f"{layout.model_type}, {layers} layers of {config.hidden_size} numbers"
+    yield Check("architecture", True, f"{said}; attention {', '.join(layout.attentions)}")
+    lacks = "".join(f"; no {part}: {reason}" for part, reason in layout.lacks.items())
+    yield Check("parts", True, f"{', '.join(layout.parts)}{lacks}")
+    positions = layout.positions(config)
+    fits = positions is None or positions >= LENGTH
+    bound = "no bound" if positions is None else f"{positions} tokens a row"
+    shorter = None if fits else f"--set model.max_length={positions}"
+    yield Check("positions", fits, bound, shorter)
+    tokenizer = found.load_tokenizer()
+    yield Check("tokenizer", True, f"{len(tokenizer):,} tokens", is_needed=True)
+    refused = {
+        method: reason
+        for method, recipe in methods.table().items()
+        for reason, _ in list(recipe.method.refusals(layout, config))[:1]
+    }
+    runs = f"{len(methods.table()) - len(refused)} of {len(methods.table())} run"
+    listed = "".join(f"; not {method}: {reason}" for method, reason in refused.items())
+    yield Check("methods", True, f"{runs}{listed}")

@@ -1,0 +1,60 @@
+"""The command `prepare`: draw rows by the protocol and store them."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unipelt_cli.commands.shared import options
+from unipelt_cli.commands.shared.settings import data_flags, resolve_settings
+from unipelt_cli.errors import ConfigError
+from unipelt_cli.terminal import console, summaries
+from unipelt_cli.terminal.command_group import print_json
+
+
+def prepare(
+    task: options.TaskOption = None,
+    k: options.KOption = None,
+    data_seed: options.DataSeedOption = None,
+    source: options.SourceOption = None,
+    dev_size: options.DevSizeOption = None,
+    dataset: options.DatasetOption = None,
+    train_file: options.TrainFileOption = None,
+    dev_file: options.DevFileOption = None,
+    test_file: options.TestFileOption = None,
+    text: options.TextOption = None,
+    text_pair: options.TextPairOption = None,
+    label: options.LabelOption = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="data.KEY=VALUE", help="Any other data setting."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to. (default prepared/TASK-kK-dSEED)"),
+    ] = None,
+    offline: options.Offline = False,
+    as_json: options.Json = False,
+) -> None:
+    """Draw train, dev and test rows by the protocol and store them with a manifest.
+
+    Example: unipelt prepare --task mrpc --k 500 --source glue/
+    """
+    flags = data_flags(locals())
+    experiment = resolve_settings([], settings, flags, offline=offline, data_only=True)
+    from unipelt_cli.data import preparation
+    from unipelt_cli.data.prepared_directory import save_prepared
+
+    if len(experiment.data.each()) > 1:
+        raise ConfigError("`prepare` draws one task's rows", "run it for each task, with --task")
+    prepared = preparation.prepare(experiment.data)
+    chosen = experiment.data
+    name = f"{prepared.task.name}-k{chosen.k or 'all'}-d{chosen.data_seed}"
+    # A task's name may be a stranger's, and say "../".
+    target = out or Path("prepared") / re.sub(r"[^\w.-]+", "-", name)
+    save_prepared(prepared, target)
+    summaries.data_summary(prepared.manifest)
+    console.say("prepared: ", (str(target), "bold"))
+    if as_json:
+        print_json({"path": str(target), **prepared.manifest})

@@ -1,0 +1,144 @@
+"""Finished runs read from directories and told apart: backbones, tasks, copies."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from unipelt_cli.comparison.groups import Group, Member, group_by, identity, make_groups
+from unipelt_cli.errors import RunError
+from unipelt_cli.runs.discovery import runs_below
+from unipelt_cli.runs.run import Run
+from unipelt_cli.tasks import joint_name
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All groups; the runs that could not be used, with the reason; and what is to be said."""
+
+    groups: tuple[Group, ...]
+    unusable: tuple[tuple[Path, str], ...]
+    repeated: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def gather(directories: Sequence[Path]) -> Gathered:
+    """Read all finished runs below directories and group them.
+
+    Raises RunError where there is none.
+    """
+    members: list[Member] = []
+    unusable: dict[Path, str] = {}
+    seen: set[Path] = set()
+    for directory in directories:
+        if not directory.is_dir():
+            raise RunError(f"{directory}: no such directory", "give directories that hold runs")
+        for path, run in runs_below(directory):
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            if isinstance(run, str):
+                unusable[path] = run
+            elif _is_consistent(run):
+                members.append(_member(run))
+            else:
+                unusable[path] = "damaged"
+    if not members:
+        where = ", ".join(map(str, directories))
+        others = f" ({len(unusable)} unfinished or damaged)" if unusable else ""
+        raise RunError(
+            f"{where}: no finished run there{others}",
+            "give directories that `train` wrote, or that hold such",
+        )
+    members, task_notes = _with_told_tasks(_with_told_backbones(members))
+    kept, repeated, repeat_notes = _once(members)
+    notes = (*task_notes, *repeat_notes)
+    return Gathered(make_groups(kept), tuple(unusable.items()), tuple(repeated), notes)
+
+
+def _is_consistent(run: Run) -> bool:
+    """Say whether a run's predictions, where it stored them, give the scores of its result."""
+    test = run.result["test"]
+    for place, task in enumerate(run.tasks):
+        try:
+            answers = run.predictions(place)
+        except RunError:
+            return False
+        if answers is not None:
+            name = task.metric if len(run.tasks) == 1 else f"{task.name}.{task.metric}"
+            found = task.score(*answers)[task.metric]
+            if name not in test or not abs(found - test[name]) < 1e-6:
+                return False
+    return True
+
+
+def _member(run: Run) -> Member:
+    environment, places = run.environment, range(len(run.tasks))
+    data, found = environment["data"], environment["backbone"]
+    each = data["tasks"].values() if len(run.tasks) > 1 else [data]
+    return Member(
+        replace(run, environment={}),
+        joint_name(run.tasks),
+        Path(found["name"]).name,
+        found["fingerprint"],
+        tuple(run.digest_of("test", place) for place in places),
+        json.dumps([own.get("source") for own in each], sort_keys=True),
+    )
+
+
+def _with_told_backbones(members: Sequence[Member]) -> list[Member]:
+    """Call a backbone by one name, and different ones by different names."""
+    names: dict[str, str] = {}
+    for member in members:
+        names.setdefault(member.fingerprint, member.backbone)
+    shared = group_by(lambda fingerprint: names[fingerprint], names)
+    told = {
+        fingerprint: name if len(own) == 1 else f"{name} ({fingerprint[:6]})"
+        for name, own in shared.items()
+        for fingerprint in own
+    }
+    return [replace(member, backbone=told[member.fingerprint]) for member in members]
+
+
+def _with_told_tasks(members: Sequence[Member]) -> tuple[list[Member], list[str]]:
+    """Tell tasks apart that are called the same but have other rows or labels."""
+    told: list[Member] = []
+    notes = []
+    for name, own in group_by(lambda member: member.task, members).items():
+        parts = group_by(_kind, own)
+        if len(parts) == 1 and _conflicts(own):
+            parts = group_by(lambda member: member.source, own)
+            if any(map(_conflicts, parts.values())):
+                parts = group_by(lambda member: (member.source, member.rows), own)
+        if len(parts) == 1:
+            told += own
+            continue
+        for number, part in enumerate(parts.values(), 1):
+            told += [replace(member, task=f"{name} #{number}") for member in part]
+            notes.append(f"{name} #{number} has rows of its own: {part[0].source}")
+    return told, notes
+
+
+def _kind(member: Member) -> tuple[object, ...]:
+    return tuple((task.text, task.labels, task.metric) for task in member.run.tasks)
+
+
+def _conflicts(members: Sequence[Member]) -> bool:
+    """Say whether runs with one data seed have different test rows."""
+    drawn = group_by(lambda member: member.seed[0], members)
+    return any(len({member.rows for member in own}) > 1 for own in drawn.values())
+
+
+def _once(members: Sequence[Member]) -> tuple[list[Member], list[Path], list[str]]:
+    """Keep the first of the runs that are one experiment."""
+    kept, repeated, notes = [], [], []
+    for own in group_by(lambda member: (identity(member), member.seed), members).values():
+        kept.append(own[0])
+        repeated += [member.run.directory for member in own[1:]]
+        scores = sorted({member.score for member in own})
+        if len(scores) > 1:
+            notes.append(
+                f"{own[0].run.directory}: counted once of {len(own)} runs of its experiment, "
+                f"which scored {scores[0]:.4f} to {scores[-1]:.4f}"
+            )
+    return kept, repeated, notes

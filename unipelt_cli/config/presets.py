@@ -1,0 +1,75 @@
+"""Settings read from files: presets, grids and the experiment of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from unipelt_cli import methods
+from unipelt_cli.config.sections import Settings
+from unipelt_cli.errors import ConfigError, nearest
+from unipelt_cli.files.strict import parse_toml
+from unipelt_cli.text import cut, shown
+
+LARGEST_FILE = 1_000_000
+
+
+def preset_folder() -> Path:
+    """Return where shipped files lie: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).parents[1]
+    folder = package / "presets"
+    return folder if folder.is_dir() else package.parent / "presets"
+
+
+def presets() -> dict[str, Path]:
+    """Return the shipped presets by name."""
+    return {path.stem: path for path in sorted(preset_folder().glob("*.toml"))}
+
+
+def sweep_presets() -> dict[str, Path]:
+    """Return the shipped grids for `sweep` by name."""
+    return {path.stem: path for path in sorted((preset_folder() / "sweeps").glob("*.toml"))}
+
+
+def read_preset(name: str) -> Settings:
+    """Read a preset by path or by name; raise ConfigError when it is absent or not TOML.
+
+    A method's name is a preset too: its defaults, where no file says more.
+    """
+    if not Path(name).is_file() and name not in presets() and name in methods.table():
+        rate = methods.get(name).learning_rate
+        return {"method": {"name": name}, "train": {"learning_rate": rate}}
+    return read_settings(name, presets(), "unipelt list presets", [*presets(), *methods.table()])
+
+
+def read_settings(
+    name: str, shipped: Mapping[str, Path], listed_by: str, known: Sequence[str] = ()
+) -> Settings:
+    """Read a TOML file by path, or a shipped one by name.
+
+    Raises ConfigError when it is absent, unreadable or not TOML.
+    """
+    path = Path(name)
+    try:
+        if not path.is_file():
+            if name not in shipped:
+                raise ConfigError(
+                    f"preset {shown(name)}: no such file or preset",
+                    nearest(name, known or [*shipped], listed_by),
+                )
+            path = shipped[name]
+        if path.stat().st_size > LARGEST_FILE:
+            raise ConfigError(f"{path}: larger than a settings file can be", "give a TOML preset")
+        with path.open("rb") as file:
+            settings: Settings = parse_toml(file.read(LARGEST_FILE).decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        said = f"{path}: not TOML ({toml_reason(error)})"
+        raise ConfigError(said, "mend the line it names") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "check the path and its rights") from None
+    return settings
+
+
+def toml_reason(error: Exception) -> str:
+    """Return why a text is not TOML, short enough for a message."""
+    return "nested too deeply" if isinstance(error, RecursionError) else cut(str(error))

@@ -1,0 +1,126 @@
+"""The sections of an Experiment and their settings: types, defaults, bounds, help."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Settings = dict[str, dict[str, Any]]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "fp32", "bf16"]
+Pooling = Literal["auto", "native", "cls", "mean", "eos"]
+Metric = Literal["accuracy", "f1", "matthews", "spearman", "pearson", "mse"]
+
+
+def split_names(value: Any) -> Any:
+    """Take "a,b" and TOML's lists as tuples of names; what is wrong stays for the check."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
+Directories = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
+
+
+class Section(BaseModel):
+    """One table of the experiment file: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class DataSettings(Section):
+    """Which rows: tasks of the table, a hub data set, or files of the user's own."""
+
+    task: str | None = Field(None, description="a task of the table, or a name for your own data")
+    tasks: Names | None = Field(None, description="several tasks of the table, trained at once")
+    k: Annotated[int, Field(ge=1)] | None = Field(None, description="train rows; all without it")
+    data_seed: int = Field(111, ge=0, lt=2**63, description="draws the rows")
+    dev_size: int = Field(1000, ge=1, lt=2**63, description="dev rows, drawn after the train rows")
+    source: str | None = Field(None, description="a directory in GLUE's layout, or 'hub'")
+    prepared: Directories | None = Field(
+        None, description="a directory that `prepare` wrote, or one for each of several tasks"
+    )
+    dataset: str | None = Field(None, description="a hub data set, NAME or NAME:CONFIG")
+    train_file: str | None = Field(None, description="own rows: .csv, .tsv, .jsonl or .parquet")
+    dev_file: str | None = Field(None, description="own dev rows")
+    test_file: str | None = Field(None, description="own test rows")
+    text: str | None = Field(None, description="the text column")
+    text_pair: str | None = Field(None, description="the second text column of a pair")
+    label: str | None = Field(None, description="the label column")
+    kind: Literal["auto", "classification", "regression"] = Field(
+        "auto", description="what own labels are; auto: fractional numbers are regression"
+    )
+    metric: Metric | None = Field(None, description="what selects the best epoch of own data")
+
+    def each(self) -> tuple["DataSettings", ...]:
+        """Return every task's settings as if it were alone: its rows are drawn by them."""
+        directories = self.prepared if isinstance(self.prepared, tuple) else None
+        count = len(self.tasks or directories or (self.task,))
+        names = self.tasks or (self.task,) * count
+        places = directories or (self.prepared,) * count
+        return tuple(
+            self.model_copy(update={"task": name, "tasks": None, "prepared": place})
+            for name, place in zip(names, places, strict=True)
+        )
+
+    def moved(self, source: str) -> "DataSettings":
+        """Return the settings with the rows at `source`: files and directories keep their names."""
+        folder = Path(source)
+        changes: dict[str, Any] = {
+            key: str(folder / Path(path).name)
+            for key in ("train_file", "dev_file", "test_file")
+            if (path := getattr(self, key)) is not None
+        }
+        if isinstance(self.prepared, tuple):
+            changes["prepared"] = tuple(str(folder / Path(path).name) for path in self.prepared)
+        elif not changes and (folder / "manifest.json").is_file():
+            changes = {"prepared": source, "source": None}
+        elif not changes:
+            changes = {"prepared": None, "source": source}
+        return self.model_copy(update=changes)
+
+
+class ModelSettings(Section):
+    """The frozen backbone and how a row's features are read from it."""
+
+    backbone: str = Field("minilm", min_length=1, description="a directory, a hub name, or minilm")
+    pooling: Pooling = Field("auto", description="what the head reads")
+    head_dropout: float = Field(0.1, ge=0, le=0.9, description="dropout before the head")
+    max_length: int = Field(128, ge=8, le=512, description="tokens a row is cut to")
+    attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="implementation")
+
+
+class TrainSettings(Section):
+    """The loop: AdamW, linear schedule, early stopping on dev."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | None = Field(
+        None, description="peak rate; the method's own without it"
+    )
+    epochs: int = Field(50, ge=1, description="at most so many")
+    patience: int = Field(10, ge=1, description="epochs without a better dev score before the end")
+    patience_steps: int = Field(0, ge=0, description="and at least so many steps without one")
+    batch_size: int = Field(16, ge=1, description="rows a step")
+    head_rate: float = Field(1.0, gt=0, le=1000, description="head: factor on the rate")
+    averaging: float = Field(
+        0.0, ge=0, lt=1, description="dev scores and keeps a running mean of the tensors; its decay"
+    )
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of all steps that warm up")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, on matrices only")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    seed: int = Field(42, ge=0, lt=2**63, description="initialises, shuffles and drops out")
+    device: Device = Field("auto", description="where to compute")
+    precision: Precision = Field("auto", description="auto: bf16 where the hardware is fast at it")
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "train": TrainSettings,
+}

@@ -1,0 +1,116 @@
+"""What an export is given, what it returns, and how a library's model is compared."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from unipelt_cli.errors import CheckError, UnipeltError
+from unipelt_cli.exports.parity import TOLERANCE, Parity, compare
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.evaluation import encode_rows
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.probe import probe_rows
+from unipelt_cli.runs.run import Run, copied
+
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What two models are compared on: test rows of the run first, then seeded random tokens."""
+
+    encoded: Encoded
+    from_test: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to write, and where it will be; `tuned` computes in float32 on the CPU."""
+
+    run: Run
+    tuned: Tuned
+    rows: Rows
+    directory: Path
+    part: str | None = None
+    """The one part of a union that is asked for, though it is not the same model."""
+    half: bool = False
+    """Whether numbers are written as float16."""
+
+    def copy(self, *, hasten: bool = True) -> Tuned:
+        """Build the model once more, for a writer that changes it."""
+        return copied(self.run, self.tuned, hasten=hasten)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a writer has to say: its check, what the user must know, and code that loads it."""
+
+    parity: Parity
+    notes: Sequence[str]
+    snippet: str
+    tolerance: float = TOLERANCE
+
+
+Writer = Callable[[Path], Written]
+
+
+def find_rows(run: Run, tuned: Tuned, source: str | None = None) -> Rows:
+    """Return 256 rows: the run's first test rows where they are found again, else random ones."""
+    longest, pad_to = run.experiment.model.max_length, None
+    if tuned.method.pads_to_max_length:
+        pad_to = longest
+    try:
+        found = run.rows("test", source)
+        chosen = found.select(range(min(ROWS, len(found))))
+        test = encode_rows(tuned, [chosen[column] for column in run.task.text], longest)
+    except UnipeltError:  # the source is not there, or not the same
+        test = Encoded([], [], tuned.tokenizer.pad_token_id)
+    drawn = probe_rows(tuned, ROWS - len(test), longest)
+    types = None
+    if test.types is not None and drawn.types is not None:
+        types = [*test.types, *drawn.types]
+    both = Encoded([*test.ids, *drawn.ids], types, drawn.pad_id, pad_to)
+    return Rows(both, len(test))
+
+
+def compare_library(
+    job: Job, batches: Iterator[list[int]], model: Any, *, has_head: bool
+) -> Parity:
+    """Compare with a model of a library by its logits, or by hidden states if it has no head."""
+    rows, classifier = job.rows.encoded, job.tuned.classifier
+    if has_head:
+        return compare(rows, batches, classifier, lambda **inputs: model(**inputs).logits)
+
+    def read(hidden: Any, mask: Tensor) -> Tensor:
+        return classifier.read(classifier._pool(BaseModelOutput(hidden), mask))
+
+    return compare(
+        rows,
+        batches,
+        lambda **inputs: classifier.backbone(**inputs).last_hidden_state,
+        lambda **inputs: model(**inputs).last_hidden_state,
+        read,
+    )
+
+
+def labelled_config(run: Run, tuned: Tuned) -> Any:
+    """Return the backbone's config of the transformers library, with the task's labels in it."""
+    config, labels = tuned.pretrained.library_config(), run.task.labels
+    config.num_labels = run.task.outputs
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    config.problem_type = "single_label_classification" if labels else "regression"
+    return config
+
+
+def disagreement(tool: str, tensor: str) -> CheckError:
+    """Return the error for a tensor that a tool did not read as it was written."""
+    return CheckError(
+        f"{tool} and the export disagree about the tensor {tensor}",
+        "this is a bug in unipelt: please report it with the run's experiment.toml",
+    )

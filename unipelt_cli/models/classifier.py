@@ -1,0 +1,109 @@
+"""The head, and the classifier: a backbone, a pooling, and a head for each task."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from unipelt_cli.backbones.dropout import Draws
+from unipelt_cli.methods.base import Method
+from unipelt_cli.methods.building_blocks import new_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
+
+
+class Head(nn.Module):
+    """Dropout and a linear unit; `native` adds the dense layer the library's classifier has."""
+
+    def __init__(
+        self,
+        hidden: int,
+        outputs: int,
+        dropout: float,
+        activation: str | None,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.dense = new_linear(hidden, hidden, generator) if activation else None
+        self.activation = ACTIVATIONS[activation]() if activation else None
+        self.out = new_linear(hidden, outputs, generator)
+
+    @staticmethod
+    def size(hidden: int, outputs: int, *, has_dense: bool) -> int:
+        """Count the parameters of a head before there is one."""
+        return (hidden + 1) * outputs + (hidden + 1) * hidden * has_dense
+
+    def forward(self, features: Tensor) -> Tensor:  # (batch, hidden) -> (batch, outputs)
+        if self.dense is not None and self.activation is not None:
+            features = self.activation(self.dense(self.dropout(features)))
+        logits: Tensor = self.out(self.dropout(features))
+        return logits
+
+
+class Classifier(nn.Module):
+    """A backbone, one way to read a row's features from it, and a head for each task."""
+
+    def __init__(
+        self,
+        backbone: "PreTrainedModel",
+        heads: Sequence[Head],
+        method: Method,
+        pooling: str,
+        reads_pooler: bool,
+        draws: Draws,
+    ) -> None:
+        super().__init__()
+        self.draws = draws
+        self.backbone, self.head = backbone, heads[0]
+        self.other_heads = nn.ModuleList(heads[1:])
+        self.method = method
+        self.pooling, self.reads_pooler = pooling, reads_pooler
+        self.autocast: torch.dtype | None = None
+        self.shares_rows = False
+        self.select(0)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The head of each task."""
+        return (self.head, *cast(Sequence[Head], self.other_heads))
+
+    def select(self, task: int) -> None:
+        """Make the next forward passes those of one task, by its place among the run's."""
+        self.task = task
+        self.method.select(self.backbone, task)
+
+    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Return float32 logits (batch, outputs) for token ids (batch, length) and their mask."""
+        return self.read(self.features(attention_mask, **inputs))
+
+    def read(self, features: Tensor) -> Tensor:
+        """Return the logits of the task's head for features (batch, hidden)."""
+        logits: Tensor = self.heads[self.task](features)
+        return logits
+
+    def features(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Return what a head reads of each row, float32 (batch, hidden)."""
+        with torch.autocast(
+            attention_mask.device.type, self.autocast, enabled=self.autocast is not None
+        ):
+            output = self.backbone(attention_mask=attention_mask, **inputs)
+            return self._pool(output, attention_mask).float()
+
+    def _pool(self, output: Any, mask: Tensor) -> Tensor:
+        if self.reads_pooler:
+            pooled: Tensor = output.pooler_output
+            return pooled
+        hidden: Tensor = output.last_hidden_state
+        if self.pooling == "mean":
+            weights = mask.to(hidden.dtype)[:, :, None]
+            return (hidden * weights).sum(1) / weights.sum(1)
+        if self.pooling == "eos":
+            rows = torch.arange(
+                hidden.shape[0], device=hidden.device
+            )  # a tracer bakes in what len gives
+            return hidden[rows, mask.sum(1) - 1]
+        return hidden[:, 0]

@@ -1,0 +1,98 @@
+"""A built model with everything a run needs to know about it: stored, loaded, merged."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from unipelt_cli import methods
+from unipelt_cli.backbones.pretrained import Pretrained
+from unipelt_cli.methods.base import Method, count_stored
+
+if TYPE_CHECKING:
+    pass
+from unipelt_cli.models.classifier import Classifier
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A built model with everything a run needs to know about it."""
+
+    classifier: Classifier
+    tokenizer: Any
+    pretrained: Pretrained
+    method: Method
+    pooling: str
+    precision: str
+    device: torch.device
+    untrained: frozenset[str]
+    """Backbone tensors that the checkpoint did not hold: they count as head, and are stored."""
+    plain_buffers: frozenset[str]
+    """Buffers that the backbone has by itself; all others are the method's state."""
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what a run stores, by name: the folded method and the head.
+
+        Numbers are float32; a method may pack bits (uint8) and name places (int32).
+        """
+        return {
+            **{f"backbone.{name}": tensor for name, tensor in self._folded().items()},
+            **{name: parameter.detach() for name, parameter in self._head().items()},
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up stored tensors in a model that was built folded; names were checked before."""
+        head = self._head()
+        with torch.no_grad():
+            for name in head:
+                head[name].copy_(tensors[name])
+        self.method.unfold(
+            self.classifier.backbone,
+            {
+                name.removeprefix("backbone."): tensor
+                for name, tensor in tensors.items()
+                if name not in head
+            },
+        )
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the method's state beside its parameters, by name."""
+        return {
+            name: buffer
+            for name, buffer in self.classifier.named_buffers()
+            if name not in self.plain_buffers
+        }
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Count what trains, what is stored (both without the head), and the head."""
+        own = dict(self.classifier.backbone.named_parameters())
+        lent = sum(own[name].numel() for name in self.untrained)
+        return {
+            "trainable_parameters": self.method.trainable(self.classifier.backbone) - lent,
+            "stored_parameters": count_stored(self._folded()),
+            "head_parameters": sum(p.numel() for p in self._head().values()),
+        }
+
+    def _folded(self) -> dict[str, Tensor]:
+        folded = self.method.fold(self.classifier.backbone)
+        return {name: tensor for name, tensor in folded.items() if name not in self.untrained}
+
+    def _head(self) -> dict[str, nn.Parameter]:
+        """Return the heads' parameters, and the pooler's where the checkpoint held none."""
+        lent = {f"backbone.{name}" for name in self.untrained}
+        return {
+            name: parameter
+            for name, parameter in self.classifier.named_parameters()
+            if not name.startswith("backbone.") or name in lent
+        }
+
+
+def merge(tuned: Tuned) -> None:
+    """Fold the method into the backbone; raises methods.CannotMerge with the reason."""
+    if tuned.pooling != "native":
+        raise methods.CannotMerge(
+            f"the library's own classifier does not read {tuned.pooling} pooling"
+        )
+    tuned.method.merge(tuned.classifier.backbone)

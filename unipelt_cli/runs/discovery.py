@@ -1,0 +1,27 @@
+"""Runs found below a directory, whatever state they are in."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from unipelt_cli.errors import UnipeltError
+from unipelt_cli.runs.names import EXPERIMENT, RESULT
+from unipelt_cli.runs.progress import describe_progress
+from unipelt_cli.runs.run import Run, read_run
+
+
+def runs_below(directory: Path) -> Iterator[tuple[Path, Run | str]]:
+    """Yield each run at any depth below a directory, or what is the matter with it, by path."""
+    for path in sorted(directory.glob(f"**/{EXPERIMENT}")):
+        try:
+            yield path.parent, read_run(path.parent)
+        except UnipeltError:
+            yield path.parent, _unfinished(path.parent)
+
+
+def _unfinished(directory: Path) -> str:
+    if (directory / RESULT).is_file():
+        return "damaged"
+    try:
+        return describe_progress(directory)
+    except UnipeltError:
+        return "damaged"

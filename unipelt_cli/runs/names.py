@@ -1,0 +1,30 @@
+"""The names of a run's directory and of the files in it."""
+
+import re
+from pathlib import Path
+
+from unipelt_cli.config.experiment import Experiment
+
+EXPERIMENT, ENVIRONMENT, PROBE = "experiment.toml", "environment.json", "probe.safetensors"
+METRICS, MODEL, PREDICTIONS, RESULT, STATE = (
+    "metrics.jsonl",
+    "model.safetensors",
+    "predictions.safetensors",
+    "result.json",
+    "state.safetensors",
+)
+RECORDED = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, PREDICTIONS)
+"""The files whose hashes the result holds; runs of earlier versions have no predictions."""
+
+
+def run_name(experiment: Experiment) -> str:
+    """Return what a run directory is called if nobody says so."""
+    data, train = experiment.data, experiment.train
+    own = data.train_file or data.dataset or str(data.prepared or "data")
+    task = "+".join(data.tasks or ()) or data.task or Path(own).stem
+    backbone = Path(experiment.model.backbone).name
+    name = (
+        f"{task}-k{data.k or 'all'}-{experiment.method_name}-{backbone}"
+        f"-d{data.data_seed}-s{train.seed}"
+    )
+    return re.sub(r"[^\w.-]+", "-", name)

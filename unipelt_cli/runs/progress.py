@@ -1,0 +1,47 @@
+"""How far an unfinished run has come, and the events that it recorded."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unipelt_cli.files import sealed
+from unipelt_cli.files.lock import holder
+from unipelt_cli.files.strict import parse_json
+from unipelt_cli.runs import schema
+from unipelt_cli.runs.names import METRICS, STATE
+
+
+def describe_progress(directory: Path) -> str:
+    """Say how far an unfinished run got, and who is at it."""
+    epochs = [event for event in read_metrics(directory) if event.get("kind") == "epoch"]
+    if owner := holder(directory):
+        return f"epoch {epochs[-1]['epoch'] if epochs else 0} done, {owner} is at it"
+    return f"stopped after epoch {epochs[-1]['epoch']}" if epochs else "no epoch done"
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the events of metrics.jsonl; a last line cut short by a crash is left out."""
+    path = directory / METRICS
+    events: list[dict[str, Any]] = []
+    if not os.path.lexists(path):
+        return events
+    with sealed.own_file(path).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                event = parse_json(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("epoch"), int):
+                events.append(event)
+    return events
+
+
+def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the saved loop state of an interrupted run, or None where there is none."""
+    path = directory / STATE
+    if not os.path.lexists(path):
+        return None
+    tensors, header = sealed.open_tensors(path)
+    return tensors, schema.shaped(path, header, schema.State)

@@ -1,0 +1,134 @@
+"""What is said of rows, results and runs when they are there."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from unipelt_cli.terminal.console import console, say
+from unipelt_cli.terminal.tables import table
+from unipelt_cli.text import plain
+
+_CHANGE = ("before", "after")
+GAP = 2
+
+
+def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
+    """Print the methods by category, with what they train and store on a backbone."""
+    view = Table(box=None, pad_edge=False)
+    view.add_column("method", no_wrap=True)
+    view.add_column("trainable", justify="right", no_wrap=True)
+    view.add_column("stored", justify="right", no_wrap=True)
+    view.add_column("merges")
+    view.add_column("paper")
+    category = None
+    for entry in entries:
+        if entry["category"] != category:
+            category = entry["category"]
+            view.add_row(Text(category, style="bold"))
+        numbers = [
+            "-" if entry[key] is None else f"{entry[key]:,}" for key in ("trainable", "stored")
+        ]
+        merges = "yes" if entry["mergeable"] else "no"
+        view.add_row(Text(f"  {entry['name']}"), *numbers, merges, Text(entry["paper"]))
+    console().print(view)
+    say(f"counted on {backbone}, the head apart; - where it cannot carry the method")
+
+
+def data_summary(manifest: Mapping[str, Any]) -> None:
+    """Print the splits: rows, labels, lengths, and what was noticed about them."""
+    columns, rows, counts = ("split", "rows", "words", "max"), [], []
+    for name, split in manifest["splits"].items():
+        words = split["words"]
+        rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"])])
+        labels = split["labels"].items()
+        counts.append([f"{plain(label)} {_short(count)}" for label, count in labels])
+    used = sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))
+    room = console().width - used
+    shown = [[*row, _packed(own, room)] for row, own in zip(rows, counts, strict=True)]
+    table((*columns, "labels"), shown)
+    for note in (*manifest["notes"], *_repeated(manifest)):
+        say(("note: ", "yellow"), note)
+
+
+def _packed(words: Sequence[str], room: int) -> Text:
+    """Put words on lines: each one whole, where it is not longer than a line."""
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]}{' ' * GAP if lines[-1] else ''}{word}"
+        if lines[-1] and cell_len(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return Text("\n".join(lines))
+
+
+def _repeated(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Say, where there are any, which texts the splits hold twice or with several labels."""
+    within = ((f"within {name}", split["duplicates"]) for name, split in manifest["splits"].items())
+    shared = ((pair.replace("_", " and "), count) for pair, count in manifest["leakage"].items())
+    found = [f"{count} {where}" for where, count in (*within, *shared) if count]
+    if found:
+        yield f"rows with equal texts: {', '.join(found)}"
+    if manifest["conflicts"]:
+        yield f"texts with more than one label: {manifest['conflicts']}"
+
+
+def _short(count: float) -> str:
+    return str(count) if isinstance(count, int) else f"{count:.2f}"
+
+
+def result_summary(result: Mapping[str, Any], directory: Path) -> None:
+    """Print what a finished run reached and what it costs to keep."""
+    rows = [
+        [split, "  ".join(f"{name} {value:.4f}" for name, value in result[split].items())]
+        for split in ("dev", "test")
+    ]
+    table(("split", "scores"), rows)
+    say(
+        f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s, ",
+        f"{result['stored_parameters'] + result['head_parameters']:,} numbers stored ",
+        f"({result['artifact_bytes'] / 1e6:.2f} MB)",
+    )
+    if result["collapsed"]:
+        say(("warning: ", "yellow"), "the run predicts the same for every test row: it collapsed")
+    say("run: ", (str(directory), "bold"))
+
+
+def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what several finished runs reached, one line each under its label, and their mean."""
+    first = next(iter(results.values()))
+    shown = [("dev", first["metric"]), *(("test", name) for name in first["test"])]
+    columns = ("run", *(" ".join(one) for one in shown))
+    scores = {
+        label: [result[split][name] for split, name in shown] for label, result in results.items()
+    }
+    rows = [[label, *(f"{value:.4f}" for value in own)] for label, own in scores.items()]
+    if len(rows) > 1:
+        spread = [
+            f"{mean(own):.4f} ±{stdev(own):.4f}" for own in zip(*scores.values(), strict=True)
+        ]
+        rows.append(["mean", *spread])
+    table(columns, rows)
+    for label, result in results.items():
+        if result["collapsed"]:
+            say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
+
+
+def static_summary(report: Mapping[str, Any]) -> None:
+    """Print what constant gates and dropped submodules cost, and what they gain."""
+    rows = [
+        [f"{split} {report['metric']}", *(f"{report[split][when]:.4f}" for when in _CHANGE)]
+        for split in ("dev", "test")
+    ]
+    rows += [
+        [what, *(f"{report[key][when]:,.0f}" for when in _CHANGE)]
+        for what, key in (("numbers stored", "stored_parameters"), ("rows/s", "rows_per_second"))
+    ]
+    table(("constant gates", *_CHANGE), rows)
+    dropped = ", ".join(report["dropped"]) or "nothing"
+    say(f"dropped: {dropped}")

@@ -1,0 +1,44 @@
+"""Text made visible, short, or one line, for messages and pictures."""
+
+
+def plain(text: str) -> str:
+    """Make control characters visible, so that data cannot steer the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def drawable(text: str) -> str:
+    """Leave out what has no picture, save the break of a line."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def cut(text: str, most: int = 200) -> str:
+    """Shorten a text to what a message can hold."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def shown(value: object) -> str:
+    """Write a value out for a message, but no more of it than one can hold."""
+    return cut(repr(value))
+
+
+def short(value: str) -> str:
+    """Quote a value of the user's, cut to what an error message can hold."""
+    return repr(cut(value, 60))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type's name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def reason(error: BaseException) -> str:
+    """Return an error's words in one line; of the system's errors, without number and path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.strip()[:200]
+    return first_line(error)
+
+
+def reason_with_type(error: BaseException) -> str:
+    """Return an error's type and the first line of what it says."""
+    name = type(error).__name__
+    return f"{name}: {first_line(error)}" if str(error).strip() else name

@@ -1,0 +1,142 @@
+"""What the loop yields and keeps: batches, steps, epochs, and the ends of a run."""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
+
+from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.errors import UnipeltError
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.tasks import Task
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Data and model are there; training starts, or goes on after `resumed_epoch`."""
+
+    experiment: Experiment
+    manifests: tuple[dict[str, Any], ...]
+    metric: str
+    parameters: dict[str, int]
+    epochs: int
+    resumed_epoch: int = 0
+    taken: int = 0
+    """Steps that were taken before."""
+    doubt: str | None = None
+    """What may not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is finished and its directory whole."""
+
+    directory: Path
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run among others ended with an error."""
+
+    directory: Path
+    error: UnipeltError
+
+
+Labelled = tuple[Encoded, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one task for the next step; who drives the loop takes it, and sends `Taken` back."""
+
+    place: int
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step on a batch was taken."""
+
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step was taken."""
+
+    epoch: int
+    step: int
+    steps: int  # of this epoch
+    loss: float
+    tokens_per_second: float  # real ones, since the epoch began
+
+
+@dataclass(frozen=True)
+class Halved:
+    """A batch did not fit into memory: from now on it is computed so many rows at a time.
+
+    The step stays the same: the gradients of the parts are added up.
+    """
+
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch was trained, and scored on dev unless its stage selects nothing."""
+
+    epoch: int
+    train_loss: float
+    dev: Mapping[str, float]  # empty where nothing was scored
+    train_seconds: float
+    evaluation_seconds: float
+    tokens: int  # real tokens trained on
+    is_best: bool
+    gates: tuple[Mapping[str, float], ...]  # by layer {gate: mean over the dev rows}, if gated
+
+
+Happening = Step | Halved | Epoch
+Event = Ready | Happening | Finished
+
+
+@dataclass(frozen=True)
+class Course:
+    """One task to train on, with its rows."""
+
+    task: Task
+    train: Labelled
+    dev: Labelled
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@checked(config=ConfigDict(strict=True, extra="forbid"))
+class Progress:
+    """The counters of a loop: with its tensors, all that going on needs."""
+
+    epoch: Annotated[int, Field(ge=1)] = 1
+    step: Count = 0  # within the epoch
+    taken: Count = 0
+    stage: Count = 0
+    stage_epochs: Count = 0  # epochs that were over when the stage began
+    stage_taken: Count = 0  # steps taken in the stage
+    loss_sum: float = 0.0
+    tokens: Count = 0
+    train_seconds: float = 0.0
+    best_epoch: Count = 0
+    best_score: float = 0.0
+    best_dev: dict[str, float] = field(default_factory=dict)
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None  # where a batch did not fit
+    total_tokens: Count = 0
+    total_train_seconds: float = 0.0
+
+
+Turns = Generator[Batch | Step | Epoch, Taken | None, None]

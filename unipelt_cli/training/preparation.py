@@ -1,0 +1,114 @@
+"""Everything a run needs before its first step: rows, model and loop."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.sections import DataSettings
+from unipelt_cli.data import preparation
+from unipelt_cli.data.prepared_directory import Prepared
+from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.build import build
+from unipelt_cli.models.evaluation import encode_rows, references
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.system import memory
+from unipelt_cli.system.processes import ALONE, Processes
+from unipelt_cli.training.events import Course
+from unipelt_cli.training.loop import Training
+
+
+class Shared:
+    """Rows drawn and tokenized once for all runs of a process that read the same ones.
+
+    It is let go with the runs it was made for: files are taken to stay as they are meanwhile.
+    """
+
+    def __init__(self, most: int = 16) -> None:
+        self.most = most
+        self._prepared: dict[DataSettings, Prepared] = {}
+        self._encoded: dict[tuple[Any, ...], Encoded] = {}
+
+    def prepare(self, settings: DataSettings) -> tuple[Prepared, ...]:
+        """Draw each task's rows, or take those that were drawn before."""
+        if any(own not in self._prepared for own in settings.each()):
+            drawn = preparation.prepare_each(settings)
+            self._prepared |= zip(settings.each(), drawn, strict=True)
+        found = tuple(self._prepared[own] for own in settings.each())
+        _drop_oldest(self._prepared, self.most)
+        return found
+
+    def encode(self, tuned: Tuned, own: Prepared, split: str, experiment: Experiment) -> Encoded:
+        """Tokenize the text columns of a split, or take what was made of them before."""
+        task, limit = own.task, experiment.model.max_length
+        digest = own.manifest["splits"][split]["digest"]
+        key = (tuned.pretrained.fingerprint, digest, limit, *task.text)
+        if key not in self._encoded:
+            columns = [own.splits[split][column] for column in task.text]
+            self._encoded[key] = encode_rows(tuned, columns, limit)
+        found = self._encoded[key]
+        _drop_oldest(self._encoded, 3 * self.most)
+        return found
+
+
+def _drop_oldest(kept: dict[Any, Any], most: int) -> None:
+    for key in list(kept)[:-most]:
+        del kept[key]
+
+
+def with_drawn_rows(experiment: Experiment) -> Experiment:
+    """Write what prepared directories were drawn with into the experiment that uses them.
+
+    Raises DataError when the experiment's own settings contradict it.
+    """
+    if experiment.data.prepared is None:
+        return experiment
+    manifests = preparation.read_drawn(experiment.data)
+    drawn = {key: manifests[0][key] for key in ("task", "k", "data_seed", "dev_size")}
+    if len(manifests) > 1:
+        del drawn["task"]
+        drawn["tasks"] = tuple(manifest["task"] for manifest in manifests)
+    return experiment.replace("data", **drawn)
+
+
+def plan(
+    experiment: Experiment, shared: Shared | None = None
+) -> tuple[Experiment, tuple[Prepared, ...], Tuned]:
+    """Prepare each task's data, build the model, and write what was chosen into the experiment."""
+    prepared = (shared or Shared()).prepare(experiment.data)
+    tuned = build(experiment, [own.task.outputs for own in prepared])
+    experiment = experiment.replace("model", pooling=tuned.pooling)
+    experiment = experiment.replace("train", precision=tuned.precision)
+    return experiment, prepared, tuned
+
+
+def loop_of(
+    experiment: Experiment,
+    prepared: Sequence[Prepared],
+    tuned: Tuned,
+    shared: Shared,
+    processes: Processes = ALONE,
+) -> Training:
+    """Make the loop over what `plan` returned."""
+    courses = []
+    for own in prepared:
+        train, dev = (
+            (shared.encode(tuned, own, split, experiment), references(own.splits[split]))
+            for split in ("train", "dev")
+        )
+        courses.append(Course(own.task, train, dev))
+    first, *more = courses
+    given = (tuned, first.task, first.train, first.dev, experiment.train)
+    return Training(*given, more, processes)
+
+
+def doubt(training: Training) -> str | None:
+    """Say where the longest rows may not fit into memory as one batch."""
+    tuned = training.tuned
+    batch = longest_batch(training)
+    return memory.doubt(*batch, tuned.classifier.backbone.config, tuned.device)
+
+
+def longest_batch(training: Training) -> tuple[int, int]:
+    """Return the rows and the tokens a row of the longest batch that there can be."""
+    lengths = max((course.train[0].lengths for course in training.courses), key=max)
+    return min(training.settings.batch_size, len(lengths)), int(max(lengths))
