@@ -23,7 +23,7 @@ class Watch(importlib.abc.MetaPathFinder):
         self.start = start
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        """Find the one module as Python would, and have our hook put in after it ran."""
+        """Backbones the one module as Python would, and have our hook put in after it ran."""
         if name != OPTIMIZER:
             return None
         sys.meta_path.remove(self)

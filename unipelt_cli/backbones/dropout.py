@@ -9,14 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
-
-if TYPE_CHECKING:
-    pass
 
 CPU = torch.device("cpu")
 _LEVELS = 2**15  # a mask decides on 15 random bits

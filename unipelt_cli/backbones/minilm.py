@@ -4,12 +4,8 @@ import hashlib
 import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unipelt_cli.errors import BackboneError
-
-if TYPE_CHECKING:
-    pass
 
 MINILM = "minilm"
 MINILM_HUB = "sentence-transformers/all-MiniLM-L6-v2"  # whose files the package holds

@@ -1,17 +1,11 @@
 """Pictures written whole or not at all, and what they have in common."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unipelt_cli.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
 from unipelt_cli.files import atomic
 
 if TYPE_CHECKING:

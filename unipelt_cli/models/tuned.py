@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained
 from unipelt_cli.methods.base import Method, count_stored
-
-if TYPE_CHECKING:
-    pass
 from unipelt_cli.models.classifier import Classifier
 
 

@@ -1,10 +1,6 @@
 """One check of a machine or a run: what was looked at, and what to do."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,8 @@
 """The device that a run computes on, and its precision."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from unipelt_cli.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 
 def choose_device(wanted: str) -> torch.device:

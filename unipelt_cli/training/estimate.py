@@ -11,8 +11,11 @@ from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.build import OPTIMISED
 from unipelt_cli.models.evaluation import compute_logits
 from unipelt_cli.models.tuned import Tuned
-from unipelt_cli.system import imports, memory
+from unipelt_cli.system import imports
 from unipelt_cli.system.devices import choose_device
+from unipelt_cli.system.memory import activations as memory_activations
+from unipelt_cli.system.memory import available
+from unipelt_cli.system.memory import held as memory_held
 from unipelt_cli.training.events import Step
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.preparation import Shared, longest_batch, loop_of, plan
@@ -115,7 +118,7 @@ def outlook(experiment: Experiment) -> Outlook:
     shared.prepare(experiment.data)
     imports.transformers()
     device = choose_device(experiment.train.device)
-    held, free = memory.held(device), memory.available(device)
+    held, free = memory_held(device), available(device)
     experiment, prepared, tuned = plan(experiment, shared)
     loop = loop_of(experiment, prepared, tuned, shared)
     needed = Memory(held, *_needed(loop), free)
@@ -130,7 +133,7 @@ def _needed(loop: Training) -> tuple[int, int, int]:
     tensors = [*classifier.parameters(), *classifier.buffers()]
     weights = sum(own.numel() * (own.element_size() + 4) for own in tensors)
     trained = sum(own.numel() for own in classifier.parameters() if own.requires_grad)
-    activations = memory.activations(*longest_batch(loop), classifier.backbone.config)
+    activations = memory_activations(*longest_batch(loop), classifier.backbone.config)
     times = 1 if device.type == "cuda" else KEPT
     return weights, 4 * OPTIMISED * trained, times * activations
 

@@ -5,13 +5,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from unipelt_cli.errors import UnipeltError
-from unipelt_cli.system import network
-
-if TYPE_CHECKING:
-    pass
 from unipelt_cli.commands.doctor.installation import check_extras, check_packages, check_python
 from unipelt_cli.commands.doctor.machine import (
     check_device,
@@ -22,6 +16,8 @@ from unipelt_cli.commands.doctor.machine import (
     check_writable,
 )
 from unipelt_cli.commands.doctor.resources import check_data, check_hub, check_minilm, check_model
+from unipelt_cli.errors import UnipeltError
+from unipelt_cli.system import network
 from unipelt_cli.system.check import Check
 from unipelt_cli.text import reason_with_type
 

@@ -7,10 +7,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from unipelt_cli.system.check import Check
 
 MEMORY, DISK = 1_000_000_000, 100_000_000  # what training the demo takes at most

@@ -3,13 +3,9 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.system import network
-
-if TYPE_CHECKING:
-    pass
 from unipelt_cli.system.check import Check
 
 LENGTH = 128  # what model.max_length is if nobody says

@@ -1,0 +1,120 @@
+"""MAD-X learns a language first, and a task on top of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.backbones import Backbones
+from support.models import disturbed, experiment, logits_of, seen_by, train_on_sixteen, tuned_of
+from support.rows import SENTENCES
+from torch import Tensor, nn
+
+from unipelt_cli.backbones.architectures import get_layout
+from unipelt_cli.methods.additive import compacter
+from unipelt_cli.methods.additive.madx import Corruption
+from unipelt_cli.methods.base import Site
+from unipelt_cli.models.build import build
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
+def test_madxs_inverse_undoes_its_invertible_adapter(
+    backbone_dir: Backbones, model_type: str
+) -> None:
+    tuned = disturbed(tuned_of(backbone_dir(model_type), "madx"), 0.3)
+    adapter = tuned.classifier.backbone.invertible_adapters["language"]
+    x = torch.randn(3, 7, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        there = adapter(x)
+        left, right = x[..., :16], x[..., 16:]
+        first = left + adapter.F(right)
+        assert torch.allclose(there, torch.cat([first, right + adapter.G(first)], -1), atol=1e-6)
+        assert (there - x).abs().max() > 0.1
+        assert torch.allclose(adapter(there, rev=True), x, atol=1e-5)
+    embeddings = tuned.classifier.backbone.embeddings
+    hooks = seen_by(embeddings, lambda: logits_of(tuned, SENTENCES))[1]
+    plain = seen_by(embeddings.LayerNorm, lambda: logits_of(tuned, SENTENCES))[1]
+    assert torch.allclose(hooks, adapter(plain), atol=1e-5)
+
+
+def test_madx_learns_the_language_first_and_then_leaves_it_alone(backbone_dir: Backbones) -> None:
+    options = {"language_share": 3.0, "language_rate": 1.0}
+    tuned = disturbed(tuned_of(backbone_dir("bert"), "madx", options=options))
+    classifier = tuned.classifier
+    start = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    at_change: dict[str, Tensor] = {}
+    enter = type(tuned.method).enter
+
+    def watched(method: Any, backbone: nn.Module, stage: int) -> None:
+        at_change.update({n: t.clone() for n, t in classifier.state_dict().items()})
+        enter(method, backbone, stage)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(tuned.method), "enter", watched)
+        _, losses = train_on_sixteen(tuned, epochs=2, learning_rate=1e-2)
+    assert min(losses[3:6]) < losses[0] - 0.1  # it learns to restore tokens
+    first = {n for n in start if not torch.equal(start[n], at_change[n])}
+    second = {n for n in start if not torch.equal(at_change[n], classifier.state_dict()[n])}
+    parts = {
+        part: {f"backbone.{n}" for n in compacter.tensors(classifier.backbone, part)}
+        for part in ("language", "task")
+    }
+    assert first == parts["language"]
+    assert second == parts["task"] | {"head.out.weight", "head.out.bias"}
+
+
+def test_madxs_stack_with_an_idle_language_part_is_a_pfeiffer_adapter(
+    backbone_dir: Backbones,
+) -> None:
+    directory = backbone_dir("bert")
+    settings = experiment(directory, "madx")
+    stacked, single = build(settings, 2, folded=True), tuned_of(directory, "adapter")
+    disturbed(single)
+    own = dict(stacked.classifier.named_parameters())
+    with torch.no_grad():
+        for name, parameter in single.classifier.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            there = name.replace("submodules.layers", "encoder.layer").replace(
+                "adapter.", "output.adapters.task.adapter_"
+            )
+            own[there.replace("adapter_down", "adapter_down.0")].copy_(parameter)
+        for name, parameter in own.items():
+            if any(f"language.{last}" in name for last in ("adapter_up", "F.2", "G.2")):
+                parameter.zero_()
+        expected = logits_of(single, SENTENCES)
+        assert torch.allclose(logits_of(stacked, SENTENCES), expected, atol=1e-5)
+        for name, parameter in own.items():
+            if "adapters.language.adapter_up" in name:
+                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(2))
+        assert not torch.allclose(logits_of(stacked, SENTENCES), expected, atol=1e-2)
+
+
+def test_madxs_language_part_has_a_rate_of_its_own(backbone_dir: Backbones) -> None:
+    tuned = tuned_of(backbone_dir("bert"), "madx", options={"language_rate": 0.3})
+    rates = {name: tuned.method.rate(name) for name in tuned.method.fold(tuned.classifier.backbone)}
+    language = compacter.tensors(tuned.classifier.backbone, "language").keys()
+    assert rates == {name: 0.3 if name in language else 1.0 for name in rates}
+
+
+@pytest.mark.parametrize("mask_id", [4, None])
+def test_madx_corrupts_text_alone_and_each_row_at_least_once(mask_id: int | None) -> None:
+    layout, generator = get_layout("bert"), torch.Generator()
+    site = Site(layout, generator, mask_id=mask_id, special_ids=frozenset({0, 2, 3}))
+    corruption = Corruption(site, vocabulary=50, share=0.15)
+    ids = torch.tensor([[2, *range(5, 45), 3, 5, 0], [2, 7, 3, *[0] * 41]]).repeat(200, 1)
+    mask = (ids != 0).long()
+    mask[0, -1] = 0
+    torch.manual_seed(0)
+    corrupted, chosen = corruption(ids, mask)
+    text = mask.bool() & ~torch.isin(ids, torch.tensor([0, 2, 3]))
+    assert not (chosen & ~text).any()
+    assert chosen.any(1).all()
+    assert torch.equal(corrupted[~chosen], ids[~chosen])
+    long = chosen[::2].float().sum() / text[::2].sum()
+    assert 0.13 < long < 0.18
+    changed = (corrupted != ids)[chosen].float().mean()
+    assert 0.85 < changed < 0.93
+    if mask_id is None:
+        assert len(corrupted[chosen].unique()) > 40
+    else:
+        assert 0.75 < (corrupted[chosen] == 4).float().mean() < 0.85

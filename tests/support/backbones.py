@@ -1,0 +1,145 @@
+"""Tiny real backbones of every architecture, with random weights and a tokenizer of few words."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import BertTokenizerFast
+
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.pretrained import Pretrained
+
+Backbones = Callable[[str], Path]
+"""From a model type to the directory of a tiny backbone of it."""
+WORDS = [
+    "good",
+    "bad",
+    "film",
+    "plot",
+    "fine",
+    "poor",
+    "great",
+    "awful",
+    "the",
+    "a",
+    "is",
+    "was",
+    "very",
+    "not",
+    "quite",
+    "so",
+    "but",
+    "and",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "hill",
+    "red",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 140,
+    "pad_token_id": 0,
+}
+DISTILBERT_SIZES = {
+    "vocab_size": 100,
+    "dim": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "hidden_dim": 64,
+    "max_position_embeddings": 140,
+    "pad_token_id": 0,
+}
+T5_SIZES = {
+    "vocab_size": 100,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+}
+BART_SIZES = {
+    "vocab_size": 100,
+    "d_model": 32,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+    "max_position_embeddings": 140,
+    "pad_token_id": 0,
+    **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 2),
+    "eos_token_id": 3,
+}
+OWN_SIZES = {"bart": BART_SIZES, "distilbert": DISTILBERT_SIZES, "t5": T5_SIZES}
+EXTRA: dict[str, dict[str, object]] = {
+    "electra": {"embedding_size": 32},
+    "albert": {"embedding_size": 16, "num_hidden_layers": 3},
+    # A global and a local layer, and a window smaller than the sentences.
+    "modernbert": {
+        "local_attention": 8,
+        "global_attn_every_n_layers": 2,
+        **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
+    },
+    # As every version 3; twice the buckets is a length that tests pad to.
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 64,
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    },
+}
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "t5-gated": ("t5", {"feed_forward_proj": "gated-gelu", "d_kv": 6}),
+    "deberta-v2-separate": ("deberta-v2", {"share_att_key": False, "conv_kernel_size": 3}),
+    "deberta-v2-absolute": (
+        "deberta-v2",
+        {"relative_attention": False, "position_biased_input": True, "type_vocab_size": 2},
+    ),
+}
+"""Backbones that are an architecture with other settings, by a name for tests."""
+
+
+def save_backbone(directory: Path, model_type: str, **changes: object) -> Path:
+    """Save a tiny random backbone of one architecture, weights N(0, 0.3), with a tokenizer."""
+    layout = BACKBONES[model_type]
+    sizes = OWN_SIZES.get(model_type, SIZES)
+    extra = EXTRA.get(model_type, {})
+    config = getattr(transformers, f"{layout.classes}Config")(**{**sizes, **extra, **changes})
+    generator = torch.Generator().manual_seed(7)
+    model = Pretrained("", directory, layout, {}).library_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name.lower():
+                parameter.normal_(0.0, 0.3, generator=generator)
+    model.save_pretrained(directory)
+    vocabulary = directory / "vocab.txt"
+    vocabulary.write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    BertTokenizerFast(str(vocabulary)).save_pretrained(directory)
+    return directory
+
+
+HIDDEN, LAYERS = 32, 2
