@@ -19,7 +19,7 @@ from unipelt_cli.runs import writer
 from unipelt_cli.runs.names import RESULT
 from unipelt_cli.runs.progress import read_metrics
 from unipelt_cli.runs.run import read_run
-from unipelt_cli.training.loop import Training
+from unipelt_cli.training.step import Stepper
 
 
 def test_train_writes_the_contracts_files_and_result(run: Path) -> None:
@@ -269,14 +269,14 @@ def test_prepared_rows_are_drawn_already(bert: Path, rows_file: Path, tmp_path: 
 def test_a_run_that_fails_among_several_is_said_and_the_others_are_kept(
     bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    close = Training.close
+    close = Stepper.close
 
-    def failing(self: Training, loss: torch.Tensor, moment: Any) -> float:
+    def failing(self: Stepper, loss: torch.Tensor, moment: Any) -> float:
         if self.settings.seed == 2:
             raise CheckError("the loss is nan at step 1", "lower train.learning_rate (now 0.1)")
         return close(self, loss, moment)
 
-    monkeypatch.setattr(Training, "close", failing)
+    monkeypatch.setattr(Stepper, "close", failing)
     given = (
         "train",
         *rows_options(rows_file),

@@ -146,7 +146,7 @@ def test_the_rate_warms_up_and_decays_to_nothing(bert: Path) -> None:
     rates = []
     for taken in range(21):
         loop.progress.stage_taken = taken
-        rates.append(loop._rate())
+        rates.append(loop.stepper.rate())
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5] == 1.0
     assert rates[-1] == 0.0
@@ -155,7 +155,9 @@ def test_the_rate_warms_up_and_decays_to_nothing(bert: Path) -> None:
 
 def test_decay_leaves_biases_and_gates_of_one_dimension_alone(bert: Path) -> None:
     loop = training(bert, weight_decay=0.1)
-    decayed = {id(p) for g in loop.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    decayed = {
+        id(p) for g in loop.stepper.optimizer.param_groups if g["weight_decay"] for p in g["params"]
+    }
     names = {name for name, p in loop.parameters.items() if id(p) in decayed}
     assert "head.out.weight" in names
     assert not any(name.endswith("bias") or ".gates." in name for name in names)

@@ -27,6 +27,7 @@ from unipelt_cli.tasks import get_task
 from unipelt_cli.training import execution, preparation, shared_passes
 from unipelt_cli.training.events import Failed, Finished, Ready, Step
 from unipelt_cli.training.loop import Training
+from unipelt_cli.training.step import Stepper
 
 FILES = ("model.safetensors", "probe.safetensors")
 
@@ -191,20 +192,20 @@ def test_a_run_that_fails_does_not_stop_the_others(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    close, make = Training.close, preparation.loop_of
+    close, make = Stepper.close, preparation.loop_of
     made: list[Training] = []
 
     def making(*given: Any) -> Training:
         made.append(make(*given))
         return made[-1]
 
-    def failing(self: Training, loss: torch.Tensor, moment: Any) -> float:
-        if self is made[1] and self.progress.taken == 4:
+    def failing(self: Stepper, loss: torch.Tensor, moment: Any) -> float:
+        if self is made[1].stepper and self.progress.taken == 4:
             raise CheckError("the loss is nan at step 5", "lower it")
         return close(self, loss, moment)
 
     monkeypatch.setattr(preparation, "loop_of", making)
-    monkeypatch.setattr(Training, "close", failing)
+    monkeypatch.setattr(Stepper, "close", failing)
     directories = [tmp_path / str(place) for place in range(3)]
     each = experiments(backbone_dir("bert"), rows_file)
     ended = {

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,11 @@ from unipelt_cli.errors import CheckError, ConfigError
 from unipelt_cli.exports import formats
 from unipelt_cli.terminal import console, summaries
 from unipelt_cli.terminal.command_group import print_json
+
+if TYPE_CHECKING:
+    from unipelt_cli.gates.static_gates import Static
+    from unipelt_cli.models.tuned import Tuned
+    from unipelt_cli.runs.run import Run
 
 
 def export(
@@ -66,6 +71,44 @@ def export(
 
     Example: unipelt export RUN --to adapters
     """
+    name = _check_options(to, part, fp16, tolerance, None if static_gates else cost)
+    directory = out or run_argument.default_output(run, name)
+    finished = run_argument.read_run(run, offline, source, model)
+    tuned = finished.build("cpu", model)
+    from unipelt_cli.exports.export import export_run
+    from unipelt_cli.files import atomic
+
+    static, where = None, settings.absolute(source)
+    if static_gates:
+        atomic.refuse_existing(directory)
+        made = _fix_gates(finished, tuned, name, where, cost)
+        finished, tuned, static = made.run, made.tuned, made.report
+    report = export_run(
+        finished,
+        tuned,
+        name,
+        directory,
+        source=where,
+        tolerance=tolerance,
+        part=part,
+        half=fp16,
+        static=static,
+    )
+    _show(report, name)
+    if as_json:
+        print_json(report)
+    if not report["written"]:
+        raise CheckError(
+            f"{report['path']}: not written, its logits differ by "
+            f"{report['parity']['max_abs_logit_diff']:.2g}, and {report['tolerance']:g} is allowed",
+            _advice(part, fp16),
+        )
+
+
+def _check_options(
+    to: str | None, part: str | None, fp16: bool, tolerance: float | None, idle_cost: float | None
+) -> str:
+    """Return the name of the format; `idle_cost` is a `--cost` that nothing would use."""
     if to is None:
         names = ", ".join(formats.TARGETS)
         raise ConfigError("export: there is no --to FORMAT", f"add --to with one of {names}")
@@ -76,56 +119,38 @@ def export(
         formats.only(to, "--fp16", lambda target: target.has_half)
     if tolerance is not None and not tolerance > 0:
         raise ConfigError(f"--tolerance {tolerance}: not above 0", "give a number such as 1e-4")
-    if not static_gates and (given := settings.flag_text("--cost", cost)):
-        raise ConfigError(f"{given}: only --static-gates costs anything", "give that too")
-    directory = out or run_argument.default_output(run, to)
-    found = run_argument.read_run(run, offline, source, model)
-    tuned = found.build("cpu", model)
-    from unipelt_cli.exports.export import export_run
-    from unipelt_cli.files import atomic
+    if flag := settings.flag_text("--cost", idle_cost):
+        raise ConfigError(f"{flag}: only --static-gates costs anything", "give that too")
+    return to
 
-    static, where = None, settings.absolute(source)
-    if static_gates:
-        from unipelt_cli.gates.static_gates import COST, make_static
 
-        atomic.refuse_existing(directory)
-        if formats.get(to).needs_native and tuned.pooling != "native":
-            raise ConfigError(
-                f"--to {to}: holds no {tuned.pooling} pooling, with or without gates",
-                "train with --set model.pooling=native, or use --to adapters or --to onnx",
-            )
-        most = COST if cost is None else cost
-        rows, only = partial(found.rows, source=where), formats.get(to).holds
-        made = make_static(found, tuned, rows, cost=most, only=only)
-        found, tuned, static = made.run, made.tuned, made.report
-        summaries.static_summary(static)
-    report = export_run(
-        found,
-        tuned,
-        to,
-        directory,
-        source=where,
-        tolerance=tolerance,
-        part=part,
-        half=fp16,
-        static=static,
-    )
+def _fix_gates(
+    run: "Run", tuned: "Tuned", name: str, source: str | None, cost: float | None
+) -> "Static":
+    """Turn a run's gates into their means, as a format can hold it, and say what that costs."""
+    from unipelt_cli.gates.static_gates import COST, make_static
+
+    if formats.get(name).needs_native and tuned.pooling != "native":
+        raise ConfigError(
+            f"--to {name}: holds no {tuned.pooling} pooling, with or without gates",
+            "train with --set model.pooling=native, or use --to adapters or --to onnx",
+        )
+    rows, only = partial(run.rows, source=source), formats.get(name).holds
+    made = make_static(run, tuned, rows, cost=COST if cost is None else cost, only=only)
+    summaries.static_summary(made.report)
+    return made
+
+
+def _show(report: dict[str, Any], name: str) -> None:
+    """Say where the export is, and how near it comes to its run."""
     parity, path = report["parity"], (report["path"], "bold")
     difference = f"largest logit difference {parity['max_abs_logit_diff']:.1e}"
     flips = f"{parity['label_flips']} labels differ" if parity["label_flips"] else "same labels"
-    console.say(f"{to}: ", path, f", {difference} over {parity['rows']} rows, {flips}")
+    console.say(f"{name}: ", path, f", {difference} over {parity['rows']} rows, {flips}")
     for note in report["notes"]:
         console.say(("note: ", "yellow"), note)
     if report["written"]:
         console.say("its README.md is a model card, and says how to load it")
-    if as_json:
-        print_json(report)
-    if not report["written"]:
-        raise CheckError(
-            f"{report['path']}: not written, its logits differ by "
-            f"{parity['max_abs_logit_diff']:.2g}, and {report['tolerance']:g} is allowed",
-            _advice(part, fp16),
-        )
 
 
 def _advice(part: str | None, fp16: bool) -> str:

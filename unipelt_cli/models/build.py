@@ -3,25 +3,26 @@
 import math
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from unipelt_cli.backbones.dropout import Draws
+from unipelt_cli.backbones.dropout import Draws, replace_dropout
 from unipelt_cli.backbones.pretrained import Pretrained, find
 from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.sections import ModelSettings
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Method, Site, count_stored
 from unipelt_cli.methods.building_blocks import initialise
+from unipelt_cli.models.classifier import Classifier, Head
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system import memory
+from unipelt_cli.system.devices import choose_device, choose_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from unipelt_cli.backbones.dropout import replace_dropout
-from unipelt_cli.models.classifier import Classifier, Head
-from unipelt_cli.models.tuned import Tuned
-from unipelt_cli.system.devices import choose_device, choose_precision
 
 OPTIMISED = 3  # a gradient and two moments for each number that trains
 
@@ -61,58 +62,30 @@ def build(
     `hasten` every pass goes through the library's layers, where a tracer can follow it.
     Raises BackboneError or ConfigError for a backbone, device or length that cannot be.
     """
-    settings = experiment.model
     outputs = (outputs,) if isinstance(outputs, int) else outputs
-    pretrained = pretrained or find(settings.backbone)
+    pretrained = pretrained or find(experiment.model.backbone)
     device = choose_device(experiment.train.device)
     precision = choose_precision(experiment.train.precision, device)
     method = experiment.method
     refuse(method, experiment.method_name, pretrained)
-    attention = pretrained.attention(settings.attention, device.type)
-    native, has_pooler = pretrained.layout.native, pretrained.layout.has_pooler
-    wants_pooler = has_pooler and settings.pooling in ("auto", "native")
-    numbers = sum(map(math.prod, pretrained.shapes.values()))
-    memory.require(numbers, 1, f"backbone {pretrained.name}", torch.device("cpu"))
-    backbone, missing = pretrained.load_backbone(attention, pooler=wants_pooler)
-    pooling = choose_pooling(settings.pooling, pretrained, missing)
-    reads_pooler = has_pooler and pooling == "native"
-    if wants_pooler and not reads_pooler:
-        missing = frozenset()
-        backbone.register_module("pooler", None)
-    _check_length(settings.max_length, pretrained, backbone)
-    draws = Draws()
+    read = _read_backbone(experiment.model, pretrained, device)
+    backbone, draws = read.module, Draws()
     replace_dropout(backbone, draws)  # before the method puts hooks on it
     backbone.requires_grad_(False)
     original = list(backbone.parameters())
     plain_buffers = frozenset(f"backbone.{name}" for name, _ in backbone.named_buffers())
     generator = torch.Generator().manual_seed(experiment.train.seed)
-    if missing:
-        pooler = backbone.get_submodule(pretrained.layout.pooler)
-        initialise(cast(nn.Linear, pooler), generator)
-        backbone.get_submodule("pooler").requires_grad_(True)
-    activation = native.activation if native and pooling == "native" and native.dense else None
-    hidden = backbone.config.hidden_size
-    size = sum(Head.size(hidden, own, has_dense=activation is not None) for own in outputs)
+    if read.untrained:
+        _initialise_pooler(backbone, pretrained, generator)
     tokenizer = pretrained.load_tokenizer()
-    site = Site(
-        pretrained.layout,
-        generator,
-        folded,
-        size,
-        tokenizer.mask_token_id,
-        frozenset(tokenizer.all_special_ids),
-        pretrained.fingerprint,
-        tasks=len(outputs),
-    )
-    method.attach(backbone, site)
-    if not folded:
-        numbers = sum(own.numel() for own in backbone.parameters() if own.requires_grad)
-        what = f"training {numbers:,} numbers"
-        memory.require(numbers, OPTIMISED, what, device)
-    heads = [Head(hidden, own, settings.head_dropout, activation, generator) for own in outputs]
-    reads_last = native is not None and native.reads_last and pooling == "native"
-    read = "eos" if reads_last else pooling
-    classifier = Classifier(backbone, heads, method, read, reads_pooler, draws)
+    hidden, activation = backbone.config.hidden_size, _head_activation(pretrained, read.pooling)
+    size = sum(Head.size(hidden, own, has_dense=activation is not None) for own in outputs)
+    site = _site(pretrained, tokenizer, generator, size, folded=folded, tasks=len(outputs))
+    _attach(method, backbone, site, device)
+    dropout = experiment.model.head_dropout
+    heads = [Head(hidden, own, dropout, activation, generator) for own in outputs]
+    pooled = _pooled_token(pretrained, read.pooling)
+    classifier = Classifier(backbone, heads, method, pooled, read.reads_pooler, draws)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
     replace_dropout(classifier, draws)
@@ -123,12 +96,94 @@ def build(
         tokenizer,
         pretrained,
         method,
-        pooling,
+        read.pooling,
         precision,
         device,
-        missing,
+        read.untrained,
         plain_buffers,
     )
+
+
+@dataclass(frozen=True)
+class _ReadBackbone:
+    """A backbone that was read from its files, and how rows are read from it."""
+
+    module: "PreTrainedModel"
+    pooling: str
+    reads_pooler: bool
+    untrained: frozenset[str]
+    """Tensors of the pooler it reads that the checkpoint did not hold."""
+
+
+def _read_backbone(
+    settings: ModelSettings, pretrained: Pretrained, device: torch.device
+) -> _ReadBackbone:
+    """Read a backbone that fits into memory, with its pooler if that is what will be read."""
+    attention = pretrained.attention(settings.attention, device.type)
+    has_pooler = pretrained.layout.has_pooler
+    wants_pooler = has_pooler and settings.pooling in ("auto", "native")
+    numbers = sum(map(math.prod, pretrained.shapes.values()))
+    memory.require(numbers, 1, f"backbone {pretrained.name}", torch.device("cpu"))
+    backbone, missing = pretrained.load_backbone(attention, pooler=wants_pooler)
+    pooling = choose_pooling(settings.pooling, pretrained, missing)
+    reads_pooler = has_pooler and pooling == "native"
+    if wants_pooler and not reads_pooler:
+        missing = frozenset()
+        backbone.register_module("pooler", None)
+    _check_length(settings.max_length, pretrained, backbone)
+    return _ReadBackbone(backbone, pooling, reads_pooler, missing)
+
+
+def _initialise_pooler(
+    backbone: "PreTrainedModel", pretrained: Pretrained, generator: torch.Generator
+) -> None:
+    """Give a pooler that the checkpoint lacks weights of its own, and let it train."""
+    pooler = backbone.get_submodule(pretrained.layout.pooler)
+    initialise(cast(nn.Linear, pooler), generator)
+    backbone.get_submodule("pooler").requires_grad_(True)
+
+
+def _head_activation(pretrained: Pretrained, pooling: str) -> str | None:
+    """Return the activation of the dense layer that the library's own classifier has, if any."""
+    native = pretrained.layout.native
+    return native.activation if native and pooling == "native" and native.dense else None
+
+
+def _pooled_token(pretrained: Pretrained, pooling: str) -> str:
+    """Return how the classifier pools: the library's own of some reads the last token."""
+    native = pretrained.layout.native
+    reads_last = native is not None and native.reads_last and pooling == "native"
+    return "eos" if reads_last else pooling
+
+
+def _site(
+    pretrained: Pretrained,
+    tokenizer: Any,
+    generator: torch.Generator,
+    head_parameters: int,
+    *,
+    folded: bool,
+    tasks: int,
+) -> Site:
+    """Return where a method is attached, and what it may draw from and look at there."""
+    return Site(
+        pretrained.layout,
+        generator,
+        folded,
+        head_parameters,
+        tokenizer.mask_token_id,
+        frozenset(tokenizer.all_special_ids),
+        pretrained.fingerprint,
+        tasks=tasks,
+    )
+
+
+def _attach(method: Method, backbone: "PreTrainedModel", site: Site, device: torch.device) -> None:
+    """Attach a method, and make sure that what it trains fits into memory."""
+    method.attach(backbone, site)
+    if not site.folded:
+        numbers = sum(own.numel() for own in backbone.parameters() if own.requires_grad)
+        memory.require(numbers, OPTIMISED, f"training {numbers:,} numbers", device)
 
 
 def refuse(method: Method, name: str, pretrained: Pretrained) -> None:

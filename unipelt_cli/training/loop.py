@@ -5,7 +5,7 @@ step goes on exactly, from its tensors and a few counters.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -15,20 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from unipelt_cli.config.sections import TrainSettings
-from unipelt_cli.errors import CheckError
-from unipelt_cli.methods import Moment, Pass
 from unipelt_cli.models.batches import interleaved
 from unipelt_cli.models.evaluation import Gates, compute_with_gates, gate_means, predictions
 from unipelt_cli.models.tuned import Tuned
-from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
-from unipelt_cli.system.row_threads import shared_out
 from unipelt_cli.tasks import Task, is_better, joint_metric, joint_scores
 from unipelt_cli.training.events import (
     Batch,
     Course,
     Epoch,
-    Halved,
     Happening,
     Labelled,
     Progress,
@@ -36,8 +31,7 @@ from unipelt_cli.training.events import (
     Taken,
     Turns,
 )
-from unipelt_cli.training.gradients import Gradients
-from unipelt_cli.training.step import PREPARING, derive_seed, loss_of, make_adamw, seeded
+from unipelt_cli.training.step import PREPARING, Stepper, derive_seed, loss_of, seeded
 
 
 class Training:
@@ -68,25 +62,26 @@ class Training:
         self.rows = sum(sizes)
         self.steps = sum(-(-size // settings.batch_size) for size in sizes)
         self.lengths = [max(1, round(s.share * settings.epochs)) for s in self.method.stages]
-        self.progress = Progress()
-        if processes.are_several:  # whoever goes on computes the same parts
-            self.progress.micro_batch_size = -(-settings.batch_size // processes.count)
+        stage_steps = [length * self.steps for length in self.lengths]
+        self.stepper = Stepper(tuned, self.courses, settings, stage_steps, processes)
         self.best: dict[str, Tensor] = {}
-        self.carried: dict[str, Tensor] = {}
+        self.carried: dict[str, Tensor] = dict(self.parameters)
         self.is_prepared = False
-        self._take_up_parameters()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the loop has come."""
+        return self.stepper.progress
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What trains in this stage, by name."""
+        return self.stepper.parameters
 
     def _take_up_parameters(self) -> None:
         """Begin to optimise what trains now; what trained in an earlier stage is still carried."""
-        self.parameters = {
-            name: parameter
-            for name, parameter in self.tuned.classifier.named_parameters()
-            if parameter.requires_grad
-        }
+        self.stepper.take_up_parameters()
         self.carried |= self.parameters
-        self.averaged: dict[str, Tensor] = {}
-        self.optimizer = make_adamw(self.parameters, self.settings, self.tuned)
-        self.gradients = Gradients(list(self.parameters.values()), self.processes)
 
     @property
     def epochs(self) -> int:
@@ -110,7 +105,7 @@ class Training:
                 return
             taken = None
             if isinstance(turn, Batch):
-                taken = yield from self.take(turn)
+                taken = yield from self.stepper.take(turn)
             else:
                 yield turn
 
@@ -187,9 +182,9 @@ class Training:
         now = {name: tensor.detach() for name, tensor in self.carried.items()}
         tensors = {f"now.{name}": t for name, t in (now | self.tuned.buffers()).items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        tensors |= {f"averaged.{name}": tensor for name, tensor in self.averaged.items()}
+        tensors |= {f"averaged.{name}": tensor for name, tensor in self.stepper.averaged.items()}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            for key, value in self.stepper.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value.detach()
         return tensors, asdict(self.progress)
 
@@ -204,19 +199,19 @@ class Training:
         self._prepare()
         for stage in range(1, saved.stage + 1):
             self._enter(stage)
-        self.progress = saved
+        self.stepper.progress = saved
         groups: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             groups.setdefault(kind, {})[name] = tensor.to(self.tuned.device)
         if self.processes.are_several:  # there may have been fewer, and larger parts
-            self.progress.micro_batch_size = self._part_size(self.settings.batch_size)
+            self.progress.micro_batch_size = self.stepper.part_size(self.settings.batch_size)
         self._copy(groups.pop("now"))
         self.best = groups.pop("best", {})
-        self.averaged = groups.pop("averaged", {})
+        self.stepper.averaged = groups.pop("averaged", {})
         for kind, values in groups.items():
             for name, tensor in values.items():
-                self.optimizer.state[self.parameters[name]][kind] = tensor
+                self.stepper.optimizer.state[self.parameters[name]][kind] = tensor
 
     def train_epoch(self) -> "Turns":
         """Ask for the steps of the epoch that are not taken yet."""
@@ -235,142 +230,6 @@ class Training:
             progress.train_seconds += taken.seconds
             rate = progress.tokens / max(progress.train_seconds, 1e-9)
             yield Step(progress.epoch, progress.step, self.steps, taken.loss, rate)
-
-    def take(self, batch: Batch) -> Generator[Halved, None, Taken]:
-        """Take one step on some rows of one task, in smaller parts if memory asks for it."""
-        start = time.perf_counter()
-        while True:
-            size, loss = self._part_size(len(batch.rows)), None
-            try:
-                with shared_out(self.tuned.classifier.shares_rows):
-                    loss = self._step(batch, size)
-            except (RuntimeError, MemoryError) as error:
-                if self.processes.are_several or not is_exhausted(error):
-                    raise
-            if loss is not None:
-                return Taken(loss, time.perf_counter() - start)
-            if size == 1:
-                raise too_large()
-            self.optimizer.zero_grad(set_to_none=True)
-            release()
-            self.progress.micro_batch_size = size // 2
-            yield Halved(size // 2)
-
-    def _part_size(self, rows: int) -> int:
-        """Return how many rows are computed at a time: at most a process's share of a batch."""
-        share = -(-self.settings.batch_size // self.processes.count)
-        return min(rows, share, self.progress.micro_batch_size or share)
-
-    def _step(self, batch: Batch, size: int) -> float | None:
-        """Move the tensors by the gradients of a batch's parts, most often one.
-
-        None where a part does not fit into the memory of one of several processes.
-        """
-        moment, backbone = self._moment(), self.tuned.classifier.backbone
-        self._set_rate()
-        loss: Tensor | None = None
-        try:
-            loss = self._backward(batch, size)
-        except (RuntimeError, MemoryError) as error:
-            if not (self.processes.are_several and is_exhausted(error)):
-                raise
-        loss = self.gradients.sum(loss)
-        if loss is None:
-            return None
-        with seeded(self._part_seed(len(batch.rows)), self.tuned.device):  # alike in all processes
-            self.method.after_backward(backbone, moment)
-        return self.close(loss, moment)
-
-    def _backward(self, batch: Batch, size: int) -> Tensor:
-        """Add up the gradients of this process's parts; return what they add to the loss."""
-        rows, processes = batch.rows, self.processes
-        total = torch.zeros((), device=self.tuned.device)
-        for first in range(processes.rank * size, len(rows), processes.count * size):
-            part = rows[first : first + size]
-            step = self.open(
-                Batch(batch.place, part), lambda inputs: self.tuned.classifier(**inputs)
-            )
-            with seeded(self._part_seed(first), self.tuned.device):
-                loss = self.method.loss(step) * (len(part) / len(rows))
-                torch.autograd.backward(loss)
-            total = total + loss.detach()
-        return total
-
-    @property
-    def step_seed(self) -> int:
-        """What the next step draws from."""
-        return derive_seed(self.settings.seed, self.progress.taken)
-
-    def _part_seed(self, first: int) -> int:
-        """Return what a part of a step that begins at this row draws from."""
-        return derive_seed(self.step_seed, first) if first else self.step_seed
-
-    def open(self, batch: Batch, forward: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
-        """Begin a step: the rate is set, the rows are tensors, `forward` turns them into logits."""
-        self._set_rate()
-        task, (rows, labels) = self.tasks[batch.place], self.courses[batch.place].train
-        classifier, device = self.tuned.classifier, self.tuned.device
-        if not classifier.training:  # it goes through all modules
-            classifier.train()
-        classifier.select(batch.place)
-        inputs = rows.batch(batch.rows.tolist(), device)
-        target = torch.as_tensor(labels[batch.rows], device=device)
-        return Pass(
-            classifier.backbone,
-            inputs,
-            self._moment(),
-            task.is_regression,
-            lambda: forward(inputs),
-            lambda logits: loss_of(task, logits, target),
-        )
-
-    def _set_rate(self) -> None:
-        rate = self._rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-
-    def close(self, loss: Tensor, moment: Moment) -> float:
-        """End a step whose gradients are there: clip them, check the loss, move the tensors."""
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
-        value = loss.item()
-        if not np.isfinite(value):
-            raise CheckError(
-                f"the loss is {value} at step {self.progress.taken + 1}",
-                f"lower train.learning_rate (now {self.settings.learning_rate})",
-            )
-        self.optimizer.step()
-        self.method.after_step(self.tuned.classifier.backbone, moment)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._average()
-        return value
-
-    def _average(self) -> None:
-        """Move the running mean of the tensors towards what they are now."""
-        decay = self.settings.averaging
-        if not decay:
-            return
-        now = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        if not self.averaged:
-            self.averaged = {name: tensor.clone() for name, tensor in now.items()}
-        # A mean that is young follows faster: it would be the start's for long.
-        weight = max(1 - decay, 1 / (self.progress.stage_taken + 1))
-        torch._foreach_lerp_(list(self.averaged.values()), list(now.values()), weight)
-
-    def _moment(self) -> Moment:
-        progress = self.progress
-        steps = self.lengths[progress.stage] * self.steps
-        return Moment(progress.stage, progress.stage_taken, steps)
-
-    def _rate(self) -> float:
-        """Return this step's rate: linear warm-up, then linear decay to 0 over the stage."""
-        peak = self.settings.learning_rate
-        assert peak is not None
-        moment = self._moment()
-        step, total = moment.step, moment.steps
-        warm = round(self.settings.warmup * total)
-        if step < warm:
-            return peak * (step + 1) / warm
-        return peak * (total - step) / max(1, total - warm)
 
     def score_epoch(self) -> Epoch:
         """Score the epoch on dev and begin the next one."""
@@ -405,15 +264,16 @@ class Training:
     @contextmanager
     def _means(self) -> Iterator[None]:
         """Inside, the model has the running mean of its tensors, where one is kept."""
-        if not self.averaged:
+        averaged = self.stepper.averaged
+        if not averaged:
             yield
             return
-        own = {name: self.parameters[name].detach().clone() for name in self.averaged}
-        self._copy(self.averaged)
+        latest = {name: self.parameters[name].detach().clone() for name in averaged}
+        self._copy(averaged)
         try:
             yield
         finally:
-            self._copy(own)
+            self._copy(latest)
 
     def _score(self, place: int) -> tuple[dict[str, float], Gates]:
         task, (rows, labels) = self.tasks[place], self.courses[place].dev

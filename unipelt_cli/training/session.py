@@ -20,7 +20,7 @@ from unipelt_cli.runs.run import check_started, read_experiment, read_run, read_
 from unipelt_cli.runs.writer import Writer, command_line
 from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes
-from unipelt_cli.tasks import joint_metric, joint_name, joint_scores
+from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
 from unipelt_cli.training.events import Epoch, Finished, Halved, Happening, Ready
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.preparation import Shared, doubt, loop_of, plan, with_drawn_rows
@@ -205,8 +205,7 @@ def _finish(
     together: int,
 ) -> dict[str, Any]:
     """Store the model, read it back, and score test once with what was read back."""
-    tasks, tuned, progress = training.tasks, training.tuned, training.progress
-    processes = training.processes
+    tasks, tuned, processes = training.tasks, training.tuned, training.processes
     trained = processes.main(lambda: writer.model(tuned, tasks, experiment.method_name))
     stored = read_stored(writer.directory, experiment, tasks, tuned, processes)
     processes.main(lambda: writer.verify(stored, trained))
@@ -223,36 +222,50 @@ def _finish(
     ]
     processes.main(lambda: writer.predictions(predicted, expected))
     measured = _mean(processes.gather(stored.method.report(backbone)))
-    counts = tuned.parameter_counts()
-    data_settings = experiment.data
     result = {
-        "task": joint_name(tasks),
-        "method": experiment.method_name,
-        "backbone": experiment.model.backbone,
-        "k": data_settings.k,
-        "data_seed": data_settings.data_seed,
-        "seed": experiment.train.seed,
-        "metric": joint_metric(tasks),
-        "dev": progress.best_dev,
+        **_describe(experiment, tasks),
+        "dev": training.progress.best_dev,
         "test": joint_scores(tasks, scores),
-        "best_epoch": progress.best_epoch,
-        "epochs": progress.epoch - 1,
-        "seconds": round(time.perf_counter() - start, 3),
-        **counts,
-        "artifact_bytes": processes.main((writer.directory / MODEL).stat).st_size,
-        "peak_memory_bytes": memory.peak(tuned.device),
-        "tokens_per_second": round(progress.total_tokens / max(progress.total_train_seconds, 1e-9)),
-        "pooling": tuned.pooling,
-        "precision": tuned.precision,
-        "device": tuned.device.type,
+        **_costs(training, writer, start),
         "together": together,
         "processes": processes.count,
-        "micro_batch_size": progress.micro_batch_size or experiment.train.batch_size,
+        "micro_batch_size": training.progress.micro_batch_size or experiment.train.batch_size,
         "collapsed": any(map(has_collapsed, predicted)),
     }
     if measured:
         result["measured"] = measured
     return processes.main(lambda: writer.result(result))
+
+
+def _describe(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return what a result says of the experiment that it is of."""
+    return {
+        "task": joint_name(tasks),
+        "method": experiment.method_name,
+        "backbone": experiment.model.backbone,
+        "k": experiment.data.k,
+        "data_seed": experiment.data.data_seed,
+        "seed": experiment.train.seed,
+        "metric": joint_metric(tasks),
+    }
+
+
+def _costs(training: Training, writer: Writer, start: float) -> dict[str, Any]:
+    """Return what training took, and what the model takes to keep and to run."""
+    tuned, progress = training.tuned, training.progress
+    stored = training.processes.main((writer.directory / MODEL).stat)
+    return {
+        "best_epoch": progress.best_epoch,
+        "epochs": progress.epoch - 1,
+        "seconds": round(time.perf_counter() - start, 3),
+        **tuned.parameter_counts(),
+        "artifact_bytes": stored.st_size,
+        "peak_memory_bytes": memory.peak(tuned.device),
+        "tokens_per_second": round(progress.total_tokens / max(progress.total_train_seconds, 1e-9)),
+        "pooling": tuned.pooling,
+        "precision": tuned.precision,
+        "device": tuned.device.type,
+    }
 
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:

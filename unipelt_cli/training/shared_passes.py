@@ -82,14 +82,14 @@ def _try(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | Ch
         if not is_exhausted(error):
             raise
     for loop in loops:
-        loop.optimizer.zero_grad(set_to_none=True)
+        loop.stepper.optimizer.zero_grad(set_to_none=True)
     release()
     return None
 
 
 def _take_alone(loop: Training, batch: Batch) -> tuple[Taken | CheckError, list[Halved]]:
     """Take one step of one loop, in smaller parts if memory asks for it."""
-    halved, taking = [], loop.take(batch)
+    halved, taking = [], loop.stepper.take(batch)
     while True:
         try:
             halved.append(next(taking))
@@ -103,9 +103,10 @@ def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | C
     """Take one step of every loop."""
     start = time.perf_counter()
     tuned = [loop.tuned for loop in loops]
-    generators = [Generator().manual_seed(loop.step_seed) for loop in loops]
+    generators = [Generator().manual_seed(loop.stepper.step_seed) for loop in loops]
     steps = [
-        loop.open(batch, partial(_never, loop)) for loop, batch in zip(loops, batches, strict=True)
+        loop.stepper.open(batch, partial(_never, loop))
+        for loop, batch in zip(loops, batches, strict=True)
     ]
     with shared_out(tuned[0].classifier.shares_rows):
         features = _features(tuned, [step.inputs for step in steps], generators, loops)
@@ -121,7 +122,7 @@ def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | C
     for loop, step, loss in zip(loops, steps, losses, strict=True):
         loop.method.after_backward(step.backbone, step.moment)
         try:
-            value = loop.close(loss, step.moment)
+            value = loop.stepper.close(loss, step.moment)
             taken.append(Taken(value, (time.perf_counter() - start) / len(loops)))
         except CheckError as error:
             taken.append(error)

@@ -106,7 +106,7 @@ def test_scores_train_faster_and_never_decay(still_bert: Path) -> None:
     names = {id(p): name for name, p in tuned.classifier.named_parameters()}
     found = {
         names[id(p)]: (group["factor"], group["weight_decay"])
-        for group in loop.optimizer.param_groups
+        for group in loop.stepper.optimizer.param_groups
         for p in group["params"]
     }
     scores = {name for name, _, _ in shared(tuned).each_mask()}
