@@ -55,6 +55,12 @@ def bert(backbone_dir: Backbones) -> Path:
     return backbone_dir("bert")
 
 
+@pytest.fixture
+def bert_copy(backbone_dir: Backbones, tmp_path: Path) -> Path:
+    """Return a copy of the tiny BERT that a test may damage."""
+    return Path(shutil.copytree(backbone_dir("bert"), tmp_path / "bert"))
+
+
 @pytest.fixture(scope="session")
 def run(bert: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a finished run of the default method on own data; tests must not change it."""

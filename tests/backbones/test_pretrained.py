@@ -18,12 +18,12 @@ from unipelt_cli.errors import BackboneError
 from unipelt_cli.models.build import build
 
 
-def test_what_the_checkpoint_lacks_is_named(bert: Path) -> None:
-    tensors = load_file(bert / "model.safetensors")
+def test_what_the_checkpoint_lacks_is_named(bert_copy: Path) -> None:
+    tensors = load_file(bert_copy / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.weight"]
-    save_file(tensors, bert / "model.safetensors", {"format": "pt"})
+    save_file(tensors, bert_copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(BackboneError, match=r"such as encoder\.layer\.1\.output\.dense\.weight"):
-        build(experiment(bert, "head"), 2)
+        build(experiment(bert_copy, "head"), 2)
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_what_the_checkpoint_lacks_is_named(bert: Path) -> None:
 )
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_keys_that_fetch_or_run_something_are_refused_by_name(
-    bert: Path, file: str, keys: dict[str, Any]
+    bert_copy: Path, file: str, keys: dict[str, Any]
 ) -> None:
-    config = json.loads((bert / file).read_text())
-    (bert / file).write_text(json.dumps(config | keys))
+    config = json.loads((bert_copy / file).read_text())
+    (bert_copy / file).write_text(json.dumps(config | keys))
     with pytest.raises(BackboneError, match="can make a library fetch or run code") as caught:
-        find(str(bert))
+        find(str(bert_copy))
     name = next(iter(keys)) if "nested" not in keys else "trust_remote_code"
-    assert caught.value.message.startswith(f"{bert / file}: holds {name}, ")
+    assert caught.value.message.startswith(f"{bert_copy / file}: holds {name}, ")
 
 
 def break_weights(directory: Path) -> None:
@@ -75,39 +75,39 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[text for _, text in BROKEN])
 def test_a_broken_backbone_is_refused(
-    bert: Path, damage: Callable[[Path], object], message: str
+    bert_copy: Path, damage: Callable[[Path], object], message: str
 ) -> None:
-    damage(bert)
+    damage(bert_copy)
     with pytest.raises(BackboneError, match=message):
-        build(experiment(bert, "head"), 2)
+        build(experiment(bert_copy, "head"), 2)
 
 
-def test_a_config_with_impossible_sizes_is_refused(bert: Path) -> None:
-    config = json.loads((bert / "config.json").read_text())
-    (bert / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+def test_a_config_with_impossible_sizes_is_refused(bert_copy: Path) -> None:
+    config = json.loads((bert_copy / "config.json").read_text())
+    (bert_copy / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
     with pytest.raises(BackboneError, match="hidden_size = 'wide' is not a whole number from 1"):
-        build(experiment(bert, "head"), 2)
+        build(experiment(bert_copy, "head"), 2)
 
 
-def test_the_fingerprint_changes_with_weights_config_and_tokenizer(bert: Path) -> None:
-    seen = {find(str(bert)).fingerprint}
+def test_the_fingerprint_changes_with_weights_config_and_tokenizer(bert_copy: Path) -> None:
+    seen = {find(str(bert_copy)).fingerprint}
     names = ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json")
     for name in (*names, "special_tokens_map.json"):
-        path = bert / name
+        path = bert_copy / name
         path.write_bytes(path.read_bytes() + b"\n")
-        seen.add(find(str(bert)).fingerprint)
-    tensors = load_file(bert / "model.safetensors")
+        seen.add(find(str(bert_copy)).fingerprint)
+    tensors = load_file(bert_copy / "model.safetensors")
     tensors["embeddings.LayerNorm.bias"] += 1
-    save_file(tensors, bert / "model.safetensors", {"format": "pt"})
-    seen.add(find(str(bert)).fingerprint)
+    save_file(tensors, bert_copy / "model.safetensors", {"format": "pt"})
+    seen.add(find(str(bert_copy)).fingerprint)
     assert len(seen) == 7
 
 
-def test_harmless_keys_of_older_releases_are_dropped(bert: Path) -> None:
-    config = json.loads((bert / "config.json").read_text())
+def test_harmless_keys_of_older_releases_are_dropped(bert_copy: Path) -> None:
+    config = json.loads((bert_copy / "config.json").read_text())
     harmless = {"_attn_implementation_autoset": True, "return_dict": False}
-    (bert / "config.json").write_text(json.dumps(config | harmless))
-    assert logits_of(build(experiment(bert, "head"), 2), SENTENCES).shape == (4, 2)
+    (bert_copy / "config.json").write_text(json.dumps(config | harmless))
+    assert logits_of(build(experiment(bert_copy, "head"), 2), SENTENCES).shape == (4, 2)
 
 
 def test_a_tokenizer_of_another_backbone_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Poolings, devices and lengths of a built model."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from support.rows import SENTENCES
 from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.models.build import build
-
-
-@pytest.fixture
-def bert(backbone_dir: Backbones, tmp_path: Path) -> Path:
-    """Return a copy of the tiny BERT that a test may damage."""
-    return Path(shutil.copytree(backbone_dir("bert"), tmp_path / "bert"))
 
 
 def without_pooler(directory: Path) -> Path:
@@ -73,21 +66,21 @@ def test_a_pooling_reads_what_its_name_says(backbone_dir: Backbones, pooling: st
     ],
 )
 def test_auto_pooling_follows_the_backbones_own_files(
-    bert: Path, said: dict[str, bool], expected: str
+    bert_copy: Path, said: dict[str, bool], expected: str
 ) -> None:
     if said:
-        (bert / "1_Pooling").mkdir()
-        (bert / "1_Pooling" / "config.json").write_text(json.dumps(said))
-    assert build(experiment(bert, "head"), 2).pooling == expected
+        (bert_copy / "1_Pooling").mkdir()
+        (bert_copy / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    assert build(experiment(bert_copy, "head"), 2).pooling == expected
 
 
 @pytest.mark.parametrize("method", ["head", "unipelt-apl", "bitfit", "full"])
 def test_an_untrained_pooler_is_never_chosen_but_stored_when_asked_for(
-    bert: Path, method: str
+    bert_copy: Path, method: str
 ) -> None:
-    without_pooler(bert)
-    assert build(experiment(bert, method), 2).pooling == "cls"
-    settings = experiment(bert, method, model={"pooling": "native"})
+    without_pooler(bert_copy)
+    assert build(experiment(bert_copy, method), 2).pooling == "cls"
+    settings = experiment(bert_copy, method, model={"pooling": "native"})
     tuned = build(settings, 2)
     stored = tuned.stored()
     assert {"backbone.pooler.dense.weight", "backbone.pooler.dense.bias"} <= stored.keys()

@@ -161,7 +161,7 @@ class Method:
     def hasten(self, backbone: nn.Module, site: Site) -> bool:
         """Make passes faster, exactly, once the tensors' kinds and device are settled.
 
-        Says whether they now share a batch's rows out: see `workers.shared_out`.
+        Says whether they now share a batch's rows out: see `row_threads.shared_out`.
         """
         return False
 

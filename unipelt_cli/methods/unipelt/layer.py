@@ -25,7 +25,7 @@ class ForwardState:
         self.prefix_length = prefix_length
         self.pooling: Tensor | None = None  # (B, T) float32, sums to 1 over the pooled tokens
         self.prefix: Tensor | None = None  # (N, 2, P, D), of N layers that have one
-        self.is_fused = False  # whether `stack.Stack` computes this pass, and the hooks rest
+        self.is_fused = False  # whether fused layers compute this pass, and the hooks rest
         self.recorded: list[dict[str, Tensor]] | None = None  # a layer's gates, each (B,)
         self.recorded_sites: list[int] = []  # the layers in whose order they come
         self.task = 0  # whose gate terms count, where tasks have some
