@@ -27,15 +27,15 @@ def verify(
     from unipelt_cli.runs import verification
 
     checks = list(verification.verify(directory, settings.absolute(source), model))
-    tables.check_table([(check.what, check.passed, check.said) for check in checks])
-    failed = [check for check in checks if check.passed is False]
+    tables.check_table([(check.what, check.ok, check.found) for check in checks])
+    failed = [check for check in checks if check.ok is False]
     if as_json:
         print_json(
             {
                 "run": str(run),
                 "ok": not failed,
                 "checks": [
-                    {"what": check.what, "passed": check.passed, "said": check.said}
+                    {"what": check.what, "passed": check.ok, "said": check.found}
                     for check in checks
                 ],
             }
@@ -43,7 +43,7 @@ def verify(
     if failed:
         is_whole = all(check.what.split(",")[0].endswith(" rows") for check in failed)
         raise CheckError(
-            f"{run}: {len(failed)} of {len(checks)} checks failed, the first: {failed[0].said}",
+            f"{run}: {len(failed)} of {len(checks)} checks failed, the first: {failed[0].found}",
             "the run is whole, but its rows have changed since: restore them to check it on them"
             if is_whole
             else "do not use this run: restore it, or train it again",

@@ -15,6 +15,7 @@ from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, TASKS,
 from unipelt_cli.text import cut, shown
 
 MOST_PROBLEMS = 20
+_OWN_ROWS = ("dataset", "train_file", "dev_file", "test_file", "text", "text_pair", "label")
 
 
 def table_tasks(data: DataSettings) -> tuple[str, ...]:
@@ -28,9 +29,6 @@ def table_tasks(data: DataSettings) -> tuple[str, ...]:
 def reads_source(data: DataSettings) -> bool:
     """Say whether rows come from `data.source`: a task of the table that is not packaged."""
     return any(isinstance(get_task(name).source, Glue) for name in table_tasks(data))
-
-
-_OWN_ROWS = ("dataset", "train_file", "dev_file", "test_file", "text", "text_pair", "label")
 
 
 def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:

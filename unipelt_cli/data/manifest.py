@@ -18,6 +18,8 @@ from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, Task
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
+FORMAT = 1
+MANIFEST = "manifest.json"
 
 
 class _Part(BaseModel):
@@ -102,10 +104,6 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         if error["type"] in ("missing", "extra_forbidden"):
             raise ValueError(f"{where}: {message}") from None
         raise ValueError(f"{where} = {repr(error['input'])[:60]}: {message}") from None
-
-
-FORMAT = 1
-MANIFEST = "manifest.json"
 
 
 def digest_rows(rows: Dataset) -> str:

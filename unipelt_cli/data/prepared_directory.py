@@ -28,57 +28,6 @@ from unipelt_cli.files.strict import parse_json
 from unipelt_cli.tasks import TASKS, Task
 from unipelt_cli.text import reason
 
-
-def read_stream(content: bytes, schema: pa.Schema) -> pa.Table:
-    """Read an Arrow stream that has exactly this schema and unpacks nothing.
-
-    Raises one of `ERRORS` for another or a damaged one, for compressed buffers, which can unpack
-    to anything, and for arrays that share bytes, which together can be larger than the stream.
-    """
-    messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(content))
-    while message := _next(messages):
-        if message.type not in ("schema", "record batch"):
-            raise ValueError(f"it holds a message of type {message.type}")
-        if message.type == "record batch" and _is_compressed(message.metadata):
-            raise ValueError("it holds compressed buffers")
-    stream = pa.ipc.open_stream(pa.BufferReader(content))
-    if not stream.schema.remove_metadata().equals(schema):
-        raise ValueError(f"columns {', '.join(stream.schema.names)[:60]} of other types or names")
-    table = stream.read_all()
-    table.validate(full=True)
-    if table.nbytes > len(content):
-        raise ValueError("its columns share bytes")
-    return table.replace_schema_metadata(None)
-
-
-def _next(messages: Any) -> Any:
-    try:
-        return messages.read_next_message()
-    except StopIteration:
-        return None
-
-
-def _is_compressed(metadata: pa.Buffer) -> bool:
-    """Say whether a record batch's flatbuffer has its field 3, which names a compression."""
-    content = metadata.to_pybytes()
-    message = struct.unpack_from("<I", content)[0]
-    batch = _field(content, message, 2)
-    if batch is None:
-        return False
-    table = batch + struct.unpack_from("<I", content, batch)[0]
-    return _field(content, table, 3) is not None
-
-
-def _field(content: bytes, table: int, number: int) -> int | None:
-    """Return where a flatbuffer table's field is; None where it has none."""
-    layout = table - struct.unpack_from("<i", content, table)[0]
-    size = struct.unpack_from("<H", content, layout)[0]
-    if 4 + 2 * number >= size:
-        return None
-    offset = struct.unpack_from("<H", content, layout + 4 + 2 * number)[0]
-    return table + offset if offset else None
-
-
 GIVE_PREPARED = "give a directory that `unipelt prepare` wrote"
 
 
@@ -209,3 +158,53 @@ def has_manifest(directory: Path) -> bool:
 
 def _damaged(directory: Path, what: str, cause: Exception | None = None) -> NoReturn:
     raise DataError(f"{directory}: damaged ({what})", "prepare the data again") from cause
+
+
+def read_stream(content: bytes, schema: pa.Schema) -> pa.Table:
+    """Read an Arrow stream that has exactly this schema and unpacks nothing.
+
+    Raises one of `ERRORS` for another or a damaged one, for compressed buffers, which can unpack
+    to anything, and for arrays that share bytes, which together can be larger than the stream.
+    """
+    messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(content))
+    while message := _next(messages):
+        if message.type not in ("schema", "record batch"):
+            raise ValueError(f"it holds a message of type {message.type}")
+        if message.type == "record batch" and _is_compressed(message.metadata):
+            raise ValueError("it holds compressed buffers")
+    stream = pa.ipc.open_stream(pa.BufferReader(content))
+    if not stream.schema.remove_metadata().equals(schema):
+        raise ValueError(f"columns {', '.join(stream.schema.names)[:60]} of other types or names")
+    table = stream.read_all()
+    table.validate(full=True)
+    if table.nbytes > len(content):
+        raise ValueError("its columns share bytes")
+    return table.replace_schema_metadata(None)
+
+
+def _next(messages: Any) -> Any:
+    try:
+        return messages.read_next_message()
+    except StopIteration:
+        return None
+
+
+def _is_compressed(metadata: pa.Buffer) -> bool:
+    """Say whether a record batch's flatbuffer has its field 3, which names a compression."""
+    content = metadata.to_pybytes()
+    message = struct.unpack_from("<I", content)[0]
+    batch = _field(content, message, 2)
+    if batch is None:
+        return False
+    table = batch + struct.unpack_from("<I", content, batch)[0]
+    return _field(content, table, 3) is not None
+
+
+def _field(content: bytes, table: int, number: int) -> int | None:
+    """Return where a flatbuffer table's field is; None where it has none."""
+    layout = table - struct.unpack_from("<i", content, table)[0]
+    size = struct.unpack_from("<H", content, layout)[0]
+    if 4 + 2 * number >= size:
+        return None
+    offset = struct.unpack_from("<H", content, layout + 4 + 2 * number)[0]
+    return table + offset if offset else None

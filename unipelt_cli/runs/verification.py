@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,11 @@ from unipelt_cli.runs import schema
 from unipelt_cli.runs.names import MODEL, RESULT
 from unipelt_cli.runs.probe import PROBE_ROWS
 from unipelt_cli.runs.run import Run, check_file, check_seal, read_run, recorded
+from unipelt_cli.system.check import Check
 
 MACHINE = ("unipelt", "python", "platform", "processor", "threads", "device")
 OUTCOME = ("best_epoch", "epochs", "collapsed")
 CONDITIONS = ("precision", "together", "processes", "micro_batch_size")
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at; `passed` is None where it could not be."""
-
-    what: str
-    passed: bool | None
-    said: str
 
 
 def verify(
@@ -45,7 +36,7 @@ def verify(
         read_run(directory)
     files = list(_files(directory))
     yield from files
-    if not all(check.passed for check in files):
+    if not all(check.ok for check in files):
         return
     try:
         run = read_run(directory)
@@ -54,7 +45,7 @@ def verify(
         return
     found = _try("backbone", lambda: _backbone(run, backbone))
     yield found
-    if found.passed:
+    if found.ok:
         yield _try("tensors and logits", lambda: _logits(run, backbone))
     for place in range(len(run.tasks)):
         yield from _rows(run, source, place)
@@ -72,7 +63,7 @@ def _files(directory: Path) -> Iterator[Check]:
 
     first = _try(RESULT, own)
     yield first
-    if first.passed:
+    if first.ok:
         for name in recorded(result):
             yield _try(name, lambda name=name: _file(directory / name, result["files"][name]))  # type: ignore[misc]
 

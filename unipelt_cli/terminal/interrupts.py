@@ -11,6 +11,8 @@ from unipelt_cli.system.imports import is_importing
 from unipelt_cli.system.processes import Processes
 
 ECHO_SECONDS = 5.0
+INTERRUPTED = 130
+_was_asked = False
 
 
 @contextmanager
@@ -37,10 +39,6 @@ def stop_on_request(processes: Processes) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-INTERRUPTED = 130
-_was_asked = False
 
 
 def obey_requests() -> None:

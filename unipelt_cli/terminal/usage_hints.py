@@ -68,6 +68,14 @@ SEVERAL: Mapping[str, str] = {
 }
 
 
+MISSING = {
+    "run": "give a run's directory; `unipelt list runs` shows those below runs/",
+    "file": "give a file with the run's text columns, or - to read lines from stdin",
+    "what": f"give one of {', '.join(completion.LISTS)}",
+    "directories": "give runs, or directories that hold some, for example runs/",
+}
+
+
 def command(name: str, there: Sequence[str]) -> str:
     """Return the hint for a command that is not there."""
     own = COMMANDS.get(name.casefold())
@@ -134,14 +142,6 @@ def value_of(flag: str, given: Sequence[str]) -> str | None:
 
 def _is_flag(word: str) -> bool:
     return word.startswith("-") and not word[1:2].isdigit()
-
-
-MISSING = {
-    "run": "give a run's directory; `unipelt list runs` shows those below runs/",
-    "file": "give a file with the run's text columns, or - to read lines from stdin",
-    "what": f"give one of {', '.join(completion.LISTS)}",
-    "directories": "give runs, or directories that hold some, for example runs/",
-}
 
 
 def explain_usage_error(error: Any, given: Sequence[str]) -> tuple[str, str]:

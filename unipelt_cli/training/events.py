@@ -16,38 +16,6 @@ from unipelt_cli.models.batches import Encoded
 from unipelt_cli.tasks import Task
 
 
-@dataclass(frozen=True)
-class Ready:
-    """Data and model are there; training starts, or goes on after `resumed_epoch`."""
-
-    experiment: Experiment
-    manifests: tuple[dict[str, Any], ...]
-    metric: str
-    parameters: dict[str, int]
-    epochs: int
-    resumed_epoch: int = 0
-    taken: int = 0
-    """Steps that were taken before."""
-    doubt: str | None = None
-    """What may not fit into memory."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The run is finished and its directory whole."""
-
-    directory: Path
-    result: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A run among others ended with an error."""
-
-    directory: Path
-    error: UnipeltError
-
-
 Labelled = tuple[Encoded, NDArray[Any]]
 
 
@@ -100,6 +68,38 @@ class Epoch:
     tokens: int  # real tokens trained on
     is_best: bool
     gates: tuple[Mapping[str, float], ...]  # by layer {gate: mean over the dev rows}, if gated
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Data and model are there; training starts, or goes on after `resumed_epoch`."""
+
+    experiment: Experiment
+    manifests: tuple[dict[str, Any], ...]
+    metric: str
+    parameters: dict[str, int]
+    epochs: int
+    resumed_epoch: int = 0
+    taken: int = 0
+    """Steps that were taken before."""
+    doubt: str | None = None
+    """What may not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run is finished and its directory whole."""
+
+    directory: Path
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A run among others ended with an error."""
+
+    directory: Path
+    error: UnipeltError
 
 
 Happening = Step | Halved | Epoch

@@ -11,6 +11,9 @@ from unipelt_cli.backbones.dropout import Dropout, Keys, masked
 
 ATEN: Any = torch.ops.aten
 Tensors = dict[str, Tensor]
+AFTER_SOFTMAX, AFTER_ATTENTION, AFTER_OUTPUT = range(3)
+GATES = ("gates", "late_gates")  # what is kept of a pass without gradients: (n, E) and (n, 1)
+EARLY = ("lora", "lora_query", "lora_value", "prefix")
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,6 @@ class Masks:
         """Return the gradient of what was dropped from."""
         kept = self.put(place, grad)
         return kept if kept is grad else kept.mul_(self.scale(place))
-
-
-AFTER_SOFTMAX, AFTER_ATTENTION, AFTER_OUTPUT = range(3)
-GATES = ("gates", "late_gates")  # what is kept of a pass without gradients: (n, E) and (n, 1)
-EARLY = ("lora", "lora_query", "lora_value", "prefix")
 
 
 def with_closed(trained: list[Trained], closed: Collection[tuple[int, str]]) -> list[Trained]:
