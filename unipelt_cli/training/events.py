@@ -15,7 +15,6 @@ from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.tasks import Task
 
-
 Labelled = tuple[Encoded, NDArray[Any]]
 
 
