@@ -68,7 +68,7 @@ def presets() -> tuple[str, ...]:
 @cache
 def settings(section: str) -> Mapping[str, Setting]:
     """Return the settings of data, model or train, by key."""
-    return _fields(PACKAGE / "config" / "experiment.py", SECTIONS[section])
+    return _fields(PACKAGE / "config" / "sections.py", SECTIONS[section])
 
 
 @cache
