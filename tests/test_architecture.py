@@ -24,6 +24,7 @@ ORDER = (
     {"methods"},
     {"backbones"},
     {"tasks"},
+    {"metrics"},
     {"files", "system"},
     {"errors", "text", "version"},
 )

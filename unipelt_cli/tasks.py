@@ -1,20 +1,14 @@
 """The table of tasks: which columns hold text, what the labels are, what is scored.
 
 A task of the user's own is the same value, built by `data` from the files and columns given.
-Metrics are scikit-learn's and scipy's; scores are fractions.
 """
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import numpy as np
-from numpy.typing import NDArray
-
 from unipelt_cli.errors import ConfigError, nearest
-
-Values = NDArray[np.float64] | NDArray[np.int64]
+from unipelt_cli.metrics import METRICS, Values
 
 
 @dataclass(frozen=True)
@@ -73,54 +67,7 @@ class Packaged:
     folder: str
 
 
-def _correlation(predictions: Values, references: Values, kind: str) -> float:
-    from scipy import stats
-
-    if len(predictions) < 2:
-        return 0.0
-    with warnings.catch_warnings():
-        # A collapsed run predicts a constant: its correlation is undefined and counts as 0.
-        warnings.simplefilter("ignore")
-        value = float(getattr(stats, kind)(predictions, references).statistic)
-    return 0.0 if np.isnan(value) else value
-
-
-def _accuracy(predictions: Values, references: Values, outputs: int) -> float:
-    return float(np.mean(predictions == references))
-
-
-def _f1(predictions: Values, references: Values, outputs: int) -> float:
-    from sklearn.metrics import f1_score
-
-    average = "binary" if outputs == 2 else "macro"
-    return float(f1_score(references, predictions, average=average, zero_division=0.0))
-
-
-def _matthews(predictions: Values, references: Values, outputs: int) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one label only: the library says so, and gives 0
-        return float(matthews_corrcoef(references, predictions))
-
-
-def _mse(predictions: Values, references: Values, outputs: int) -> float:
-    return float(np.mean((predictions - references) ** 2))
-
-
-METRICS: Mapping[str, Callable[[Values, Values, int], float]] = MappingProxyType(
-    {
-        "accuracy": _accuracy,
-        "f1": _f1,
-        "matthews": _matthews,
-        "spearman": lambda p, r, _: _correlation(p, r, "spearmanr"),
-        "pearson": lambda p, r, _: _correlation(p, r, "pearsonr"),
-        "mse": _mse,
-    }
-)
 HUB_GLUE = "nyu-mll/glue"
-CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
-REGRESSION_METRICS = ("spearman", "pearson", "mse")
 
 
 MEAN = "mean"
@@ -144,16 +91,6 @@ def joint_scores(tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]) -
     mean = sum(own[task.metric] for task, own in pairs) / len(pairs)
     named = {f"{task.name}.{name}": own[name] for task, own in pairs for name in own}
     return {MEAN: mean, **named}
-
-
-def is_better(metric: str, score: float, best: float) -> bool:
-    """Say whether `score` is strictly better than `best`."""
-    return score < best if metric == "mse" else score > best
-
-
-def lost(metric: str, before: float, after: float) -> float:
-    """Return how much worse a score has become; below 0 where it is better."""
-    return after - before if is_better(metric, 0, 1) else before - after
 
 
 _PAIR = ("sentence1", "sentence2")

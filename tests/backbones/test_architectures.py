@@ -17,7 +17,7 @@ from unipelt_cli.backbones.pretrained import find
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Site
 from unipelt_cli.methods.unipelt.container import Container
-from unipelt_cli.methods.unipelt.gates import closed, record_gates
+from unipelt_cli.methods.unipelt.inspection import closed, record_gates
 from unipelt_cli.methods.unipelt.method import Submodules
 from unipelt_cli.models.build import build
 from unipelt_cli.models.tuned import merge

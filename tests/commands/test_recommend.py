@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from unipelt_cli.cli import app
 from unipelt_cli.config.presets import read_preset
 from unipelt_cli.runs.run import read_run
-from unipelt_cli.training.preparation import Shared
+from unipelt_cli.training.planning import Shared
 
 
 @pytest.fixture

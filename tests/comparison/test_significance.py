@@ -7,7 +7,8 @@ import pytest
 
 from unipelt_cli.comparison import significance, weighted_metrics
 from unipelt_cli.comparison.significance import Sample
-from unipelt_cli.tasks import METRICS, TASKS, Task
+from unipelt_cli.metrics import METRICS
+from unipelt_cli.tasks import TASKS, Task
 
 TRIALS = 2000
 NOISE = 4 * (0.05 * 0.95 / TRIALS) ** 0.5  # four standard errors of a share near 5 %

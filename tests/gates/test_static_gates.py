@@ -19,7 +19,7 @@ from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.exports import formats
 from unipelt_cli.gates import static_gates
 from unipelt_cli.gates.static_gates import make_static
-from unipelt_cli.methods.unipelt.gates import closed
+from unipelt_cli.methods.unipelt.inspection import closed
 from unipelt_cli.models.build import build
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run

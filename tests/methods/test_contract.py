@@ -12,13 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.backbones import Backbones
-from support.models import (
-    disturbed,
-    experiment,
-    logits_of,
-    train_on_sixteen,
-    tuned_of,
-)
+from support.models import disturbed, experiment, logits_of, train_on_sixteen, tuned_of
 from support.rows import SENTENCES, SIXTEEN, SIXTEEN_LABELS, write_rows
 
 from unipelt_cli import methods

@@ -33,7 +33,7 @@ from unipelt_cli.config.experiment import resolve as experiment_resolve
 from unipelt_cli.config.presets import read_preset
 from unipelt_cli.config.sections import SECTIONS, DataSettings
 from unipelt_cli.config.toml import dump, parse_assignment
-from unipelt_cli.data import cells, preparation, readers, text_lines
+from unipelt_cli.data import cells, decoded_lines, preparation, readers
 from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.data.prepared_directory import Prepared, load_prepared, save_prepared
 from unipelt_cli.data.splits import SPLITS
@@ -556,7 +556,7 @@ def test_settings_that_are_no_file_are_refused_at_once(tmp_path: Path, kind: str
 
 @pytest.mark.parametrize("kind", [None, "lines", "jsonl", "csv", "tsv"])
 def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
-    monkeypatch.setattr(text_lines, "LONGEST_LINE", 5 * MEGABYTE)
+    monkeypatch.setattr(decoded_lines, "LONGEST_LINE", 5 * MEGABYTE)
     with open("/dev/zero", "rb") as endless, measured() as peaks:  # noqa: PTH123
         windows = readers.read_input(endless, ["text"], kind)
         said = attempt("no file", lambda: list(windows))
@@ -569,12 +569,12 @@ def test_an_endless_line_is_refused(monkeypatch: pytest.MonkeyPatch, kind: str |
 def test_endless_empty_lines_and_quotes_are_refused(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(text_lines, "LONGEST_LINE", MEGABYTE // 4)
-    monkeypatch.setattr(text_lines, "MOST_EMPTY_LINES", 2**17)
+    monkeypatch.setattr(decoded_lines, "LONGEST_LINE", MEGABYTE // 4)
+    monkeypatch.setattr(decoded_lines, "MOST_EMPTY_LINES", 2**17)
     repeated, first = (b"a\n", b'text\n"') if kind == "csv" else (b"\n", b"\n")
     pieces = itertools.chain([first], itertools.repeat(repeated * 2**15))
     monkeypatch.setattr(
-        text_lines, "of_pipe", lambda *_: text_lines.Lines("stdin", lambda: next(pieces))
+        decoded_lines, "of_pipe", lambda *_: decoded_lines.Lines("stdin", lambda: next(pieces))
     )
     with measured() as peaks:
         windows = readers.read_input(io.BytesIO(), ["text"], kind)

@@ -21,7 +21,7 @@ from support.backbones import WORDS
 from support.command import FAST, error_of, invoke, rows_options
 
 import unipelt_cli
-from unipelt_cli.data import readers, text_lines
+from unipelt_cli.data import decoded_lines, readers
 from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.models import sharing
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
@@ -240,7 +240,7 @@ def test_rows_before_a_bad_one_of_a_file_are_written(
 def test_a_long_line_is_refused_with_its_number(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_lines, "LONGEST_LINE", 2**19)
+    monkeypatch.setattr(decoded_lines, "LONGEST_LINE", 2**19)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n{"text": "' + "x" * 2**20 + '"}\n')
     code, stdout, stderr = invoke("predict", place / "head", path)
@@ -264,7 +264,7 @@ def test_memory_does_not_grow_with_the_file(
     place: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "LARGEST_WINDOW", 256)
-    monkeypatch.setattr(text_lines, "PIECE", 2**12)
+    monkeypatch.setattr(decoded_lines, "PIECE", 2**12)
     peaks = []
     for count in (500, 500, 3000):  # the first one warms caches
         path = write(tmp_path / f"a.{suffix}", [f"good {row}" for row in range(count)])

@@ -11,7 +11,7 @@ from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.errors import CheckError, ConfigError
 from unipelt_cli.sweeps import successive_halving
 from unipelt_cli.sweeps.successive_halving import Candidate, Trial
-from unipelt_cli.training.preparation import Shared, loop_of, plan
+from unipelt_cli.training.planning import Shared, loop_of, plan
 
 
 def make(method: str, score: float | None, *, rung: int = 0, stored: int = 0) -> Candidate:

@@ -24,8 +24,8 @@ from unipelt_cli.runs.run import read_experiment, read_run
 from unipelt_cli.sweeps import grid, local_engine, worker
 from unipelt_cli.sweeps.sweep import FAILURES, Standing, Sweep, best_so_far
 from unipelt_cli.system import memory
-from unipelt_cli.training import preparation as training_preparation
-from unipelt_cli.training.preparation import Shared
+from unipelt_cli.training import planning
+from unipelt_cli.training.planning import Shared
 
 QUICK = ["--set", "train.epochs=2", "--set", "train.device=cpu", "--precision", "fp32"]
 
@@ -34,7 +34,7 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
     backbone_dir: Backbones, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn, tokenized = [], []
-    draw, tokenize = preparation.prepare_each, training_preparation.encode_rows
+    draw, tokenize = preparation.prepare_each, planning.encode_rows
 
     def drawing(settings: Any) -> Any:
         drawn.append(settings)
@@ -45,7 +45,7 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
         return tokenize(tuned, columns, limit)
 
     monkeypatch.setattr(preparation, "prepare_each", drawing)
-    monkeypatch.setattr(training_preparation, "encode_rows", tokenizing)
+    monkeypatch.setattr(planning, "encode_rows", tokenizing)
     own = {
         "data": {"train_file": str(rows_file), "text": "text", "label": "label"},
         "model": {"backbone": str(backbone_dir("bert"))},

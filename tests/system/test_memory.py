@@ -18,7 +18,7 @@ from unipelt_cli.runs.run import read_run
 from unipelt_cli.system import memory
 from unipelt_cli.training import execution
 from unipelt_cli.training.events import Epoch, Halved
-from unipelt_cli.training.preparation import Shared
+from unipelt_cli.training.planning import Shared
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

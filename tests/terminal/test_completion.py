@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from unipelt_cli import methods
 from unipelt_cli.cli import app
 from unipelt_cli.commands import inspect_gates, listing
-from unipelt_cli.commands.shared.trackers import TRACKERS
+from unipelt_cli.commands.shared.track_option import TRACKERS
 from unipelt_cli.config.presets import presets
 from unipelt_cli.config.sections import SECTIONS, Device, Metric, Pooling
 from unipelt_cli.data import readers

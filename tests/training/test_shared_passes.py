@@ -24,7 +24,7 @@ from unipelt_cli.runs import run
 from unipelt_cli.runs.names import RESULT
 from unipelt_cli.runs.writer import Writer
 from unipelt_cli.tasks import get_task
-from unipelt_cli.training import execution, preparation, shared_passes
+from unipelt_cli.training import execution, planning, session, shared_passes
 from unipelt_cli.training.events import Failed, Finished, Ready, Step
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.step import Stepper
@@ -192,7 +192,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    close, make = Stepper.close, preparation.loop_of
+    close, make = Stepper.close, planning.loop_of
     made: list[Training] = []
 
     def making(*given: Any) -> Training:
@@ -204,7 +204,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
             raise CheckError("the loss is nan at step 5", "lower it")
         return close(self, loss, moment)
 
-    monkeypatch.setattr(preparation, "loop_of", making)
+    monkeypatch.setattr(session, "loop_of", making)
     monkeypatch.setattr(Stepper, "close", failing)
     directories = [tmp_path / str(place) for place in range(3)]
     each = experiments(backbone_dir("bert"), rows_file)
@@ -280,14 +280,14 @@ def test_runs_one_after_another_take_their_own_time_and_are_let_go(
 ) -> None:
     each = experiments(backbone_dir("bert"), rows_file, "bitfit")
     loops: list[weakref.ref[Training]] = []
-    make = preparation.loop_of
+    make = planning.loop_of
 
     def making(*given: Any) -> Training:
         loop = make(*given)
         loops.append(weakref.ref(loop))
         return loop
 
-    monkeypatch.setattr(preparation, "loop_of", making)
+    monkeypatch.setattr(session, "loop_of", making)
     start, seconds = time.perf_counter(), 0.0
     for _, event in execution.execute_together(each, [tmp_path / str(n) for n in range(3)]):
         if isinstance(event, Ready):

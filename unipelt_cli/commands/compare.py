@@ -37,7 +37,7 @@ def compare(
     from unipelt_cli.comparison import documents
     from unipelt_cli.comparison.plot import plot_comparison
     from unipelt_cli.comparison.tables import notes, sheets
-    from unipelt_cli.files.figures import check_ending
+    from unipelt_cli.files.pictures import check_ending
     from unipelt_cli.system import network
 
     for path in write or ():

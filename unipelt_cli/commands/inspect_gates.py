@@ -102,7 +102,7 @@ def _check(by: str, top: int | None, ablate: bool, plot: Path | None, html: Path
         raise ConfigError(f"--ablate and --by {by} contradict each other", "give one of them")
     with importing():
         if plot is not None:
-            from unipelt_cli.files.figures import check_ending
+            from unipelt_cli.files.pictures import check_ending
 
             check_ending(plot)
         if html is not None:

@@ -82,7 +82,7 @@ def recommend(
     from unipelt_cli.config.experiment import merge_settings
     from unipelt_cli.files import atomic
     from unipelt_cli.terminal.console import say
-    from unipelt_cli.training.preparation import with_drawn_rows
+    from unipelt_cli.training.planning import with_drawn_rows
 
     seconds = successive_halving.seconds_of(budget)
     own = with_columns([], command_line_settings(settings, flags))

@@ -231,7 +231,7 @@ def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Se
 def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
     """Resolve all cells, and settle whether the network is used."""
     from unipelt_cli.config.experiment import merge_settings
-    from unipelt_cli.training.preparation import with_drawn_rows
+    from unipelt_cli.training.planning import with_drawn_rows
 
     layers = preset_layers([preset] if preset else [])
     shared = [*layers, ("", asked.settings)]

@@ -14,7 +14,7 @@ from unipelt_cli.commands.shared.settings import (
     resolve_settings,
     split_directories,
 )
-from unipelt_cli.commands.shared.trackers import check_trackers
+from unipelt_cli.commands.shared.track_option import check_trackers
 from unipelt_cli.errors import CheckError, RunError, UnipeltError
 from unipelt_cli.system import processes
 from unipelt_cli.system.imports import importing
@@ -118,7 +118,7 @@ def _over_seeds(
     """Return the experiment for each of the seeds, by what tells the runs apart."""
     with importing():
         from unipelt_cli.sweeps.grid import over_seeds
-        from unipelt_cli.training.preparation import with_drawn_rows
+        from unipelt_cli.training.planning import with_drawn_rows
 
     return over_seeds(with_drawn_rows(experiment), data_seeds, seeds)
 

@@ -8,8 +8,9 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, TypeVar
 
+from unipelt_cli.metrics import is_better
 from unipelt_cli.runs.run import Run
-from unipelt_cli.tasks import TASKS, Task, is_better
+from unipelt_cli.tasks import TASKS, Task
 
 NO_SETTINGS = frozenset({"model.backbone", "method.name", "train.seed", "train.device"})
 Seed = tuple[int, int]

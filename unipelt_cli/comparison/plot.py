@@ -9,7 +9,7 @@ from unipelt_cli.text import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from unipelt_cli.files.figures import MARKERS, new_figure
+from unipelt_cli.files.pictures import MARKERS, new_figure
 
 Answer = dict[str, Any]
 Looks = Mapping[str, Mapping[str, Any]]

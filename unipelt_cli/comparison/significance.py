@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from unipelt_cli.comparison.weighted_metrics import Numbers, WeightedMetric
-from unipelt_cli.tasks import Values
+from unipelt_cli.metrics import Values
 
 Interval = tuple[float, float]
 LEVEL = 0.95

@@ -18,7 +18,7 @@ from unipelt_cli.comparison.paired_tests import comparisons
 from unipelt_cli.comparison.published import Table
 from unipelt_cli.comparison.significance import Interval, Sample
 from unipelt_cli.comparison.weighted_metrics import weighted_metric
-from unipelt_cli.tasks import Values
+from unipelt_cli.metrics import Values
 
 MARGIN = 0.01
 Answer = dict[str, Any]

@@ -11,7 +11,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from unipelt_cli.tasks import Task, Values
+from unipelt_cli.metrics import Values
+from unipelt_cli.tasks import Task
 
 Numbers = NDArray[np.float64]
 WeightedMetric = Callable[[Values, Values, Numbers], Numbers]

@@ -11,7 +11,8 @@ from unipelt_cli import methods
 from unipelt_cli.config.sections import DataSettings, split_names
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.methods import Method
-from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, TASKS, Glue, get_task
+from unipelt_cli.metrics import CLASSIFICATION_METRICS, REGRESSION_METRICS
+from unipelt_cli.tasks import TASKS, Glue, get_task
 from unipelt_cli.text import cut, shown
 
 MOST_PROBLEMS = 20

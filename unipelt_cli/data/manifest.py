@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.sources import Found
 from unipelt_cli.data.splits import SPLITS
-from unipelt_cli.tasks import CLASSIFICATION_METRICS, REGRESSION_METRICS, Task
+from unipelt_cli.metrics import CLASSIFICATION_METRICS, REGRESSION_METRICS
+from unipelt_cli.tasks import Task
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]

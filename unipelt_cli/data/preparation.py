@@ -22,7 +22,8 @@ from unipelt_cli.data.readers import read_file
 from unipelt_cli.data.sources import find, glue_root, with_metric
 from unipelt_cli.data.splits import draw_splits
 from unipelt_cli.errors import DataError
-from unipelt_cli.tasks import REGRESSION_METRICS, Task
+from unipelt_cli.metrics import REGRESSION_METRICS
+from unipelt_cli.tasks import Task
 
 
 def prepare(settings: DataSettings) -> Prepared:

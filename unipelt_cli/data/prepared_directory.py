@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from unipelt_cli.data import parquet
 from unipelt_cli.data.cells import LARGEST_VALUE, as_dataset
+from unipelt_cli.data.decoded_lines import read_bytes
 from unipelt_cli.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -21,7 +22,6 @@ from unipelt_cli.data.manifest import (
     seal_manifest,
 )
 from unipelt_cli.data.splits import SPLITS
-from unipelt_cli.data.text_lines import read_bytes
 from unipelt_cli.errors import DataError
 from unipelt_cli.files import atomic
 from unipelt_cli.files.strict import parse_json

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
-from unipelt_cli.data import parquet, records, text_lines
+from unipelt_cli.data import decoded_lines, parquet, records
 from unipelt_cli.data.cells import Cells, RowError, require
+from unipelt_cli.data.decoded_lines import Lines
 from unipelt_cli.data.records import Fills, Form, Grid, Objects, Plain, check_names
-from unipelt_cli.data.text_lines import Lines
 from unipelt_cli.errors import ConfigError, DataError, nearest
 from unipelt_cli.text import reason, short
 
@@ -27,12 +27,12 @@ Record = tuple[int, Any]  # a line's number, and what it holds
 
 def read_cells(path: Path, header: bool = True, published: bool = False) -> Cells:
     """Read a whole file by its suffix; TSV is read with quoting off."""
-    content = text_lines.read_bytes(path, SUFFIXES)
+    content = decoded_lines.read_bytes(path, SUFFIXES)
     kind = _by_suffix(path)
     if kind == "parquet":
         columns = _parquet(str(path), content)
         return Cells(str(path), columns, range(columns.rows))
-    found = text_lines.of_bytes(str(path), content)
+    found = decoded_lines.of_bytes(str(path), content)
     [cells] = _windows(found, kind, (), lambda rows: False, header, published)
     return cells
 
@@ -47,9 +47,11 @@ def read_file(
     """
     known = _by_suffix(path) if kind is None else _format(kind)
     if known == "parquet":
-        yield from _parquet_windows(str(path), text_lines.read_bytes(path, (path.suffix,)), columns)
+        yield from _parquet_windows(
+            str(path), decoded_lines.read_bytes(path, (path.suffix,)), columns
+        )
         return
-    with text_lines.of_file(path) as found:
+    with decoded_lines.of_file(path) as found:
         yield from _windows(found, known, columns, _Pace(found), plain=plain)
 
 
@@ -67,7 +69,7 @@ def read_input(
     known = None if kind is None else _format(kind)
     if known == "parquet":
         raise ConfigError("--format 'parquet': not for stdin", "name the FILE")
-    found = text_lines.of_pipe("stdin", stream)
+    found = decoded_lines.of_pipe("stdin", stream)
     known = known or _guess(found.first(), columns)
     yield from _windows(found, known, columns, _Pace(found), plain=plain)
 
@@ -89,7 +91,7 @@ def texts(windows: Iterable[Cells], columns: Sequence[str]) -> Iterator[dict[str
 
 
 def _by_suffix(path: Path) -> Format:
-    text_lines.check_suffix(path, SUFFIXES)
+    decoded_lines.check_suffix(path, SUFFIXES)
     suffix = path.suffix.lower()
     return next((known for known in FORMATS if suffix == f".{known}"), "lines")
 
@@ -187,13 +189,13 @@ def _delimiter(found: Lines) -> str:
 
 def _csv_records(found: Lines) -> Iterator[Record]:
     """Yield each record with the line on which it starts; quoted fields may hold line ends."""
-    csv.field_size_limit(text_lines.LONGEST_LINE)
+    csv.field_size_limit(decoded_lines.LONGEST_LINE)
     begun = 0
 
     def pieces() -> Iterator[str]:
         for _, text in found:
-            if found.taken - begun > text_lines.LONGEST_LINE:
-                raise csv.Error(f"a row of more than {text_lines.LONGEST_LINE} characters")
+            if found.taken - begun > decoded_lines.LONGEST_LINE:
+                raise csv.Error(f"a row of more than {decoded_lines.LONGEST_LINE} characters")
             if "\r" in text.rstrip("\r\n"):  # as lines of old files end
                 yield from io.StringIO(text, newline="")
             else:

@@ -19,16 +19,8 @@ from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.cells import Cells, as_number, encode_labelled, require
 from unipelt_cli.data.readers import read_cells
 from unipelt_cli.errors import DataError
-from unipelt_cli.tasks import (
-    CLASSIFICATION_METRICS,
-    HUB_GLUE,
-    REGRESSION_METRICS,
-    Glue,
-    Packaged,
-    Task,
-    get_task,
-    own_metric,
-)
+from unipelt_cli.metrics import CLASSIFICATION_METRICS, REGRESSION_METRICS
+from unipelt_cli.tasks import HUB_GLUE, Glue, Packaged, Task, get_task, own_metric
 from unipelt_cli.text import reason, short
 
 

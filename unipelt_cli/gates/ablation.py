@@ -12,7 +12,8 @@ import numpy as np
 from datasets import Dataset
 
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.methods.unipelt.gates import closed, places
+from unipelt_cli.methods.unipelt.inspection import closed, places
+from unipelt_cli.metrics import Values, lost
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import (
     Gates,
@@ -23,7 +24,6 @@ from unipelt_cli.models.evaluation import (
 )
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run
-from unipelt_cli.tasks import Values, lost
 
 LAST = ("adapter", "parallel")
 OPEN = 0.5  # a gate whose mean is at least this much says that its submodule takes part

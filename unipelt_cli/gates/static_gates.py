@@ -17,14 +17,14 @@ from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.gates.report import inspect_gates
 from unipelt_cli.methods.base import Method
 from unipelt_cli.methods.unipelt.constant_gates import with_constant_gates, without
-from unipelt_cli.methods.unipelt.gates import closed, places
+from unipelt_cli.methods.unipelt.inspection import closed, places
 from unipelt_cli.methods.unipelt.method import Submodules
+from unipelt_cli.metrics import Values, lost
 from unipelt_cli.models import build
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import compute_logits, encode_rows, predictions, references
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run, copied
-from unipelt_cli.tasks import Values, lost
 
 COST = 0.01
 ROUNDS = 5  # of timing

@@ -8,13 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unipelt_cli.methods.unipelt.gates import record_gates
+from unipelt_cli.methods.unipelt.inspection import record_gates
+from unipelt_cli.metrics import Values
 from unipelt_cli.models.batches import Encoded, by_length, encode
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
-from unipelt_cli.tasks import Task, Values
+from unipelt_cli.tasks import Task
 
 Logits = NDArray[np.float32]
 Gates = list[dict[str, NDArray[np.float32]]]

@@ -21,6 +21,7 @@ from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
 from unipelt_cli.files import atomic, sealed
+from unipelt_cli.metrics import Values
 from unipelt_cli.models.build import build
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
@@ -37,7 +38,7 @@ from unipelt_cli.runs.names import (
 from unipelt_cli.runs.probe import PROBE_TOLERANCE, ROUGH_TOLERANCE, probe
 from unipelt_cli.runs.progress import describe_progress
 from unipelt_cli.system.processes import ALONE, Processes
-from unipelt_cli.tasks import Task, Values
+from unipelt_cli.tasks import Task
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.files import atomic
 from unipelt_cli.files.lock import LOCK, Claim
 from unipelt_cli.files.sealed import FORMAT, file_digest, with_seal, write_tensors
+from unipelt_cli.metrics import Values
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.names import (
     ENVIRONMENT,
@@ -39,7 +40,7 @@ from unipelt_cli.runs.names import (
 )
 from unipelt_cli.runs.probe import PROBE_ROWS, PROBE_TOLERANCE, probe
 from unipelt_cli.runs.progress import read_metrics
-from unipelt_cli.tasks import Task, Values
+from unipelt_cli.tasks import Task
 from unipelt_cli.version import __version__
 
 PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")

@@ -21,7 +21,7 @@ from unipelt_cli.files.lock import Claim
 from unipelt_cli.runs.names import RECORDED, RESULT, STATE
 from unipelt_cli.sweeps import worker
 from unipelt_cli.text import first_line
-from unipelt_cli.training.preparation import Shared
+from unipelt_cli.training.planning import Shared
 
 Group = list[dict[str, Any]]
 Files = dict[str, bytes]

@@ -15,9 +15,10 @@ from typing import Any
 from unipelt_cli import methods
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import ConfigError, UnipeltError, nearest
-from unipelt_cli.tasks import is_better, joint_metric
+from unipelt_cli.metrics import is_better
+from unipelt_cli.tasks import joint_metric
 from unipelt_cli.training.events import Epoch
-from unipelt_cli.training.preparation import Shared, loop_of, plan
+from unipelt_cli.training.planning import Shared, loop_of, plan
 
 FACTORS = (1.0, 1 / 3, 3.0)  # of a method's own rate, which is tried first
 KEPT = 3  # one candidate of so many goes on

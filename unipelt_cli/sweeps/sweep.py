@@ -13,11 +13,11 @@ from typing import Any, Literal
 from unipelt_cli.errors import RunError, UnipeltError
 from unipelt_cli.files import atomic, sealed
 from unipelt_cli.files.lock import Claim, holder
+from unipelt_cli.metrics import is_better
 from unipelt_cli.runs.names import EXPERIMENT, RESULT
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.sweeps import grid
 from unipelt_cli.sweeps.grid import Cell
-from unipelt_cli.tasks import is_better
 
 FAILURES = "failed.json"
 Status = Literal["waiting", "running", "finished", "interrupted", "failed"]

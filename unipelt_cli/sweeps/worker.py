@@ -23,7 +23,7 @@ with importing():
     from unipelt_cli.system import memory
     from unipelt_cli.training import execution
     from unipelt_cli.training.events import Epoch, Failed, Finished, Ready
-    from unipelt_cli.training.preparation import Shared
+    from unipelt_cli.training.planning import Shared
 
 Told = dict[str, Any]
 """A cell: its `directory`, and its experiment's `settings`."""

@@ -18,7 +18,7 @@ from unipelt_cli.system.memory import available
 from unipelt_cli.system.memory import held as memory_held
 from unipelt_cli.training.events import Step
 from unipelt_cli.training.loop import Training
-from unipelt_cli.training.preparation import Shared, longest_batch, loop_of, plan
+from unipelt_cli.training.planning import Shared, longest_batch, loop_of, plan
 
 STEPS = 4
 ROWS = 64

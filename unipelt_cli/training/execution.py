@@ -10,7 +10,7 @@ from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.sharing import can_share
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.training.events import Event, Failed, Finished, Happening
-from unipelt_cli.training.preparation import Shared
+from unipelt_cli.training.planning import Shared
 from unipelt_cli.training.session import Mode, Session
 from unipelt_cli.training.shared_passes import train_together
 

@@ -23,7 +23,7 @@ from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
 from unipelt_cli.training.events import Epoch, Finished, Halved, Happening, Ready
 from unipelt_cli.training.loop import Training
-from unipelt_cli.training.preparation import Shared, doubt, loop_of, plan, with_drawn_rows
+from unipelt_cli.training.planning import Shared, doubt, loop_of, plan, with_drawn_rows
 
 STATE_SECONDS = 60.0  # how much of a long epoch a crash may cost
 STATE_SHARE = 0.015  # of the time since the last time, that may go into keeping the state

@@ -19,6 +19,7 @@ from unipelt_cli.system.row_threads import shared_out
 from unipelt_cli.tasks import Task
 from unipelt_cli.training.events import Batch, Course, Halved, Progress, Taken
 from unipelt_cli.training.gradients import Gradients
+from unipelt_cli.training.optimizer import make_adamw, scheduled_rate
 
 PREPARING = 2**32  # seeds from here on belong to passes before training
 
@@ -179,15 +180,8 @@ class Stepper:
         return Moment(progress.stage, progress.stage_taken, self.stage_steps[progress.stage])
 
     def rate(self) -> float:
-        """Return this step's rate: linear warm-up, then linear decay to 0 over the stage."""
-        peak = self.settings.learning_rate
-        assert peak is not None
-        moment = self._moment()
-        step, total = moment.step, moment.steps
-        warm = round(self.settings.warmup * total)
-        if step < warm:
-            return peak * (step + 1) / warm
-        return peak * (total - step) / max(1, total - warm)
+        """Return this step's learning rate."""
+        return scheduled_rate(self.settings, self._moment())
 
 
 def loss_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
@@ -195,31 +189,6 @@ def loss_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     if task.is_regression:
         return functional.mse_loss(logits[:, 0], labels.float())
     return functional.cross_entropy(logits, labels)
-
-
-def make_adamw(
-    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, tuned: Tuned
-) -> torch.optim.AdamW:
-    """Make AdamW with the method's rates; it decays only matrices that the method lets decay.
-
-    A bias or a gate must not be pulled to nothing.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        is_head = not name.startswith("backbone.")
-        own = name.removeprefix("backbone.")
-        factor = settings.head_rate if is_head else tuned.method.rate(own)
-        is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
-        decays = is_matrix and (is_head or tuned.method.decays(own))
-        decay = settings.weight_decay if decays else 0.0
-        groups.setdefault((factor, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": decay, "factor": factor}
-            for (factor, decay), members in groups.items()
-        ],
-        fused=tuned.device.type in ("cpu", "cuda"),
-    )
 
 
 def derive_seed(seed: int, step: int) -> int:

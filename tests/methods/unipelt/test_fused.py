@@ -20,7 +20,7 @@ from unipelt_cli.backbones.pretrained import find
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.methods.unipelt.fused import layer as layer_module
 from unipelt_cli.methods.unipelt.fused.stack import Stack
-from unipelt_cli.methods.unipelt.gates import closed, places, record_gates
+from unipelt_cli.methods.unipelt.inspection import closed, places, record_gates
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.build import build
 from unipelt_cli.models.tuned import Tuned, merge

@@ -27,7 +27,7 @@ from unipelt_cli.data.prepared_directory import save_prepared
 from unipelt_cli.errors import ConfigError, DataError
 from unipelt_cli.files import sealed
 from unipelt_cli.gates.report import inspect_gates
-from unipelt_cli.methods.unipelt.gates import record_gates
+from unipelt_cli.methods.unipelt.inspection import record_gates
 from unipelt_cli.models.batches import interleaved, shuffled
 from unipelt_cli.models.build import build, count
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
@@ -38,7 +38,7 @@ from unipelt_cli.tasks import get_task, joint_metric, joint_name, joint_scores
 from unipelt_cli.training import execution
 from unipelt_cli.training.events import Course, Epoch, Finished, Step
 from unipelt_cli.training.loop import Training
-from unipelt_cli.training.preparation import with_drawn_rows
+from unipelt_cli.training.planning import with_drawn_rows
 
 FAST = {"device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
 

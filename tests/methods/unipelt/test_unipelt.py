@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unipelt_cli import methods
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.methods.unipelt.gates import record_gates
+from unipelt_cli.methods.unipelt.inspection import record_gates
 from unipelt_cli.methods.unipelt.method import Submodules
 from unipelt_cli.models.build import build
 
@@ -65,7 +65,7 @@ def test_every_part_may_have_a_rate_of_its_own(backbone_dir: Backbones) -> None:
     options = {f"{name}_rate": factor for name, factor in factors.items()}
     options["parts"] = ",".join(factors)
     tuned = build(experiment(backbone_dir("bert"), "union", options=options), 2)
-    optimizer = loop_on_sixteen(tuned, epochs=1).optimizer
+    optimizer = loop_on_sixteen(tuned, epochs=1).stepper.optimizer
     names = {id(p): name for name, p in tuned.classifier.named_parameters()}
     found: dict[str, set[float]] = {}
     for group in optimizer.param_groups:

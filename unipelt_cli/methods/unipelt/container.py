@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 from torch.nn import functional
 
@@ -11,6 +10,7 @@ from unipelt_cli.errors import ConfigError
 from unipelt_cli.methods.base import Joint, Site
 from unipelt_cli.methods.building_blocks import Prefix
 from unipelt_cli.methods.unipelt.attention import replace_attention
+from unipelt_cli.methods.unipelt.gates import token_weights
 from unipelt_cli.methods.unipelt.layer import ForwardState, LayerSubmodules, projection_width
 from unipelt_cli.methods.unipelt.settings import UnionSettings
 
@@ -83,8 +83,7 @@ class Container(nn.Module):
         self.state.is_fused = self.stack is not None and self.stack.begin(kwargs)
         if self.state.is_fused:
             return args, kwargs
-        pooled = mask.float() if self.masked else torch.ones_like(mask, dtype=torch.float32)
-        self.state.pooling = pooled / pooled.sum(1, keepdim=True)
+        self.state.pooling = token_weights(mask, masked=self.masked)
         if self.state.recorded is not None:
             self.state.recorded.clear()
             self.state.recorded_sites.clear()

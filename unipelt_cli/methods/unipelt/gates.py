@@ -1,62 +1,27 @@
-"""A union's gates in a forward pass: recorded, and submodules closed."""
+"""What a gate computes: one scalar an example, the mean of sigmoid(w.x + b) over its tokens.
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import cast
+Mao et al. 2022 (arXiv 2110.07577), section 3.1. Shapes: batch B, tokens T, hidden D, gates E.
+"""
 
-from torch import Tensor, nn
-
-from unipelt_cli.methods.unipelt.container import Container
-from unipelt_cli.methods.unipelt.layer import LayerSubmodules
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 
-@contextmanager
-def record_gates(backbone: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
-    """Collect the gates of the latest forward pass: a list by layer of {gate: (batch,) values}.
+def token_weights(mask: Tensor, *, masked: bool) -> Tensor:  # (B, T) -> (B, T)
+    """Return what each token counts in a gate's mean, in float32: each row sums to 1.
 
-    A module that serves several layers has an entry for each. The list, or its entries, stay empty
-    when the backbone has no gates. Values stay on the device, float32.
+    With `masked` real tokens count alike and padding not at all; the authors' code counts both.
     """
-    container = getattr(backbone, "submodules", None)
-    recorded: list[dict[str, Tensor]] = []
-    if not isinstance(container, Container):
-        yield recorded
-        return
-    container.state.recorded = recorded
-    try:
-        yield recorded
-    finally:
-        container.state.recorded = None
+    counted = mask.float() if masked else torch.ones_like(mask, dtype=torch.float32)
+    return counted / counted.sum(1, keepdim=True)
 
 
-def places(backbone: nn.Module) -> list[tuple[int, str]]:
-    """Return every (layer, part) of a union, which `closed` can close; () for what is no union."""
-    container = getattr(backbone, "submodules", None)
-    if not isinstance(container, Container):
-        return []
-    return [
-        (layer, part)
-        for layer, own in enumerate(container.layers)
-        for part in cast(LayerSubmodules, own).parts
-    ]
+def open_gates(x: Tensor, weight: Tensor, bias: Tensor, token_weights: Tensor) -> Tensor:
+    """Return how far each gate opens for each row, (B, E), always computed in float32.
 
-
-@contextmanager
-def closed(backbone: nn.Module, places: Collection[tuple[int, str]]) -> Iterator[None]:
-    """Inside, some submodules of a union rest: each (layer, part) is as if it were not there.
-
-    A prefix is not zero rows then, which would still take attention, but none.
+    For states x (B, T, D), the gates' weight (E, D) and bias (E), and `token_weights` (B, T).
     """
-    state = container_of(backbone).state
-    before, state.closed = state.closed, state.closed.union(places)
-    try:
-        yield
-    finally:
-        state.closed = before
-
-
-def container_of(backbone: nn.Module) -> Container:
-    """Return the submodules of a backbone that a union was attached to."""
-    container = backbone.submodules
-    assert isinstance(container, Container)
-    return container
+    with torch.autocast(x.device.type, enabled=False):
+        opened = functional.linear(x.float(), weight, bias).sigmoid()  # (B, T, E)
+        return (opened * token_weights[:, :, None]).sum(1)

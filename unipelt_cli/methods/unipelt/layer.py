@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.building_blocks import Adapter, LowRank, ParallelAdapter, new_linear
+from unipelt_cli.methods.unipelt.gates import open_gates
 from unipelt_cli.methods.unipelt.settings import UnionSettings
 
 THIRDS = ("query", "key", "value")
@@ -180,9 +180,7 @@ class LayerSubmodules(nn.Module):
             terms = [cast(nn.Linear, own[name]) for name in names]
             weight = weight + torch.cat([term.weight for term in terms])
             bias = bias + torch.cat([term.bias for term in terms])
-        with torch.autocast(x.device.type, enabled=False):
-            opened = functional.linear(x.float(), weight, bias).sigmoid()  # (B, T, gates)
-            return (opened * pooling[:, :, None]).sum(1)
+        return open_gates(x, weight, bias, pooling)
 
     def _lora_query(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self._low_rank("query", args[0], output)

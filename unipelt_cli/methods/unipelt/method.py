@@ -15,7 +15,7 @@ from unipelt_cli.methods.base import CHECKS, Gates, LowRankUpdates, NoKnownForm,
 from unipelt_cli.methods.building_blocks import LowRank
 from unipelt_cli.methods.unipelt.container import Container, FusedLayers
 from unipelt_cli.methods.unipelt.fused.stack import PARTS, Stack
-from unipelt_cli.methods.unipelt.gates import container_of
+from unipelt_cli.methods.unipelt.inspection import container_of
 from unipelt_cli.methods.unipelt.layer import THIRDS, LayerSubmodules
 from unipelt_cli.methods.unipelt.settings import UnionSettings
 from unipelt_cli.system.row_threads import shared_out

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from unipelt_cli.methods.base import CHECKS, Recipe, Site
-from unipelt_cli.methods.unipelt.gates import container_of
+from unipelt_cli.methods.unipelt.inspection import container_of
 from unipelt_cli.methods.unipelt.layer import LayerSubmodules
 from unipelt_cli.methods.unipelt.method import Submodules
 

@@ -1,0 +1,45 @@
+"""AdamW with the rates of a method, and the schedule of its learning rate."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from unipelt_cli.config.sections import TrainSettings
+from unipelt_cli.methods import Moment
+from unipelt_cli.models.tuned import Tuned
+
+
+def make_adamw(
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, tuned: Tuned
+) -> torch.optim.AdamW:
+    """Make AdamW with the method's rates; it decays only matrices that the method lets decay.
+
+    A bias or a gate must not be pulled to nothing.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        is_head = not name.startswith("backbone.")
+        own = name.removeprefix("backbone.")
+        factor = settings.head_rate if is_head else tuned.method.rate(own)
+        is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
+        decays = is_matrix and (is_head or tuned.method.decays(own))
+        decay = settings.weight_decay if decays else 0.0
+        groups.setdefault((factor, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": decay, "factor": factor}
+            for (factor, decay), members in groups.items()
+        ],
+        fused=tuned.device.type in ("cpu", "cuda"),
+    )
+
+
+def scheduled_rate(settings: TrainSettings, moment: Moment) -> float:
+    """Return the learning rate of a step: linear warm-up, then linear decay to 0 over its stage."""
+    peak = settings.learning_rate
+    assert peak is not None
+    warm = round(settings.warmup * moment.steps)
+    if moment.step < warm:
+        return peak * (moment.step + 1) / warm
+    return peak * (moment.steps - moment.step) / max(1, moment.steps - warm)
