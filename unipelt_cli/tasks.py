@@ -1,6 +1,7 @@
 """The table of tasks: which columns hold text, what the labels are, what is scored.
 
-A task of the user's own is the same value, built by `data` from the files and columns given.
+A task of the user's own is the same value, built by `data.sources` from the files and columns that
+are given.
 """
 
 from collections.abc import Mapping, Sequence

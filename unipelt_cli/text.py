@@ -6,9 +6,9 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def drawable(text: str) -> str:
-    """Leave out what has no picture, save the break of a line."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+def drawable(text: str, keep: str = "") -> str:
+    """Put a sign in the place of what has no picture; `keep` holds what stays all the same."""
+    return "".join(c if c.isprintable() or c in keep else "?" for c in text)
 
 
 def cut(text: str, most: int = 200) -> str:
@@ -26,16 +26,16 @@ def short(value: str) -> str:
     return repr(cut(value, 60))
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, words: str | None = None) -> str:
     """Return the first line of what an error says, or its type's name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    words = str(error) if words is None else words
+    return (words.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def reason(error: BaseException) -> str:
     """Return an error's words in one line; of the system's errors, without number and path."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.strip()[:200]
-    return first_line(error)
+    words = error.strerror if isinstance(error, OSError) and error.strerror else None
+    return first_line(error, words)
 
 
 def reason_with_type(error: BaseException) -> str:

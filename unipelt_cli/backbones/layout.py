@@ -58,7 +58,7 @@ class Layout:
     """Modules whose output, dropout included, is what each of two blocks adds to the residual."""
     attentions: tuple[Attention, ...] = ("eager", "sdpa")
     own_attention: tuple[Attention, ...] = ()
-    """Implementations where a lengthened mask does not work: see `methods.attention`."""
+    """Implementations where a lengthened mask does not work: see `methods.unipelt.attention`."""
     position_offset: int = 0
     """Positions that the embedding table keeps for itself (RoBERTa counts from padding + 1)."""
     is_plain: bool = True

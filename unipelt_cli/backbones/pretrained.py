@@ -18,6 +18,7 @@ import torch
 from unipelt_cli.backbones import file_checks
 from unipelt_cli.backbones.architectures import get_layout, refuse_unsound
 from unipelt_cli.backbones.layout import Attention, Layout
+from unipelt_cli.backbones.minilm import MINILM, MINILM_HUB, find_minilm, sha256
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.system import imports, memory
 from unipelt_cli.system.network import is_path, names_hub
@@ -25,7 +26,6 @@ from unipelt_cli.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-from unipelt_cli.backbones.minilm import MINILM, MINILM_HUB, find_minilm, sha256
 
 HUB_FILES = [
     "config.json",

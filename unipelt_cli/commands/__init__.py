@@ -1,1 +1,1 @@
-"""What a person can ask for: one file a command, named as it is typed."""
+"""What a person can ask for: one file a command, `eval` in evaluate, `list` in listing."""

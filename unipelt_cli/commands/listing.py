@@ -68,7 +68,8 @@ def entries(what: str, directory: Path, model: str | None = None) -> list[Entry]
 
 
 def _tasks(_: Path) -> list[Entry]:
-    from unipelt_cli.tasks import TASKS
+    with importing():
+        from unipelt_cli.tasks import TASKS
 
     return [
         {

@@ -5,11 +5,11 @@ from math import ceil, floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unipelt_cli.files.pictures import MARKERS, new_figure
 from unipelt_cli.text import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from unipelt_cli.files.pictures import MARKERS, new_figure
 
 Answer = dict[str, Any]
 Looks = Mapping[str, Mapping[str, Any]]
@@ -40,7 +40,8 @@ def plot_comparison(answer: Answer, path: Path) -> None:
             _sizes(sizes, table, groups, looks)
         # Every method once, whichever panels it is in.
         handles = [
-            Line2D([], [], linestyle="", label=drawable(label), **looks[label]) for label in labels
+            Line2D([], [], linestyle="", label=drawable(label, keep="\n"), **looks[label])
+            for label in labels
         ]
         shown = figure.legend(
             handles=handles, loc="outside lower center", ncols=columns, frameon=False
@@ -79,7 +80,9 @@ def _scores(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks)
             **looks[group["label"]],
         )
     metric = {group["task"]: group["metric"] for group in groups}
-    axes.set_xticks(range(len(tasks)), [drawable(f"{_short(t)}\n{metric[t]}") for t in tasks])
+    axes.set_xticks(
+        range(len(tasks)), [drawable(f"{_short(t)}\n{metric[t]}", keep="\n") for t in tasks]
+    )
     for text in axes.get_xticklabels():
         text.set_parse_math(False)
     axes.set_xlim(-0.5, len(tasks) - 0.5)
@@ -130,7 +133,7 @@ def _sizes(axes: "Axes", table: Answer, groups: Sequence[Answer], looks: Looks) 
 
 
 def _finish(axes: "Axes", title: str, label: str) -> None:
-    axes.set_title(drawable(title), fontsize=10, parse_math=False)
+    axes.set_title(drawable(title, keep="\n"), fontsize=10, parse_math=False)
     axes.set_ylabel(label)
     axes.grid(axis="y", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,6 +1,6 @@
 """The tasks' metrics on weighted rows, for many weightings at once: what a bootstrap asks for.
 
-A weight says how often a row was drawn: each function gives what the one of `tasks.METRICS` gives
+A weight says how often a row was drawn: each function gives what the one of `metrics.METRICS` gives
 on rows repeated so often.
 """
 

@@ -59,7 +59,7 @@ def save_prepared(prepared: Prepared, directory: Path) -> None:
 
 
 def load_prepared(directory: Path) -> Prepared:
-    """Read what `save` wrote, and check it by its hashes.
+    """Read what `save_prepared` wrote, and check it by its hashes.
 
     Raises DataError when it is absent, foreign, of a newer format, or damaged.
     """
@@ -163,8 +163,9 @@ def _damaged(directory: Path, what: str, cause: Exception | None = None) -> NoRe
 def read_stream(content: bytes, schema: pa.Schema) -> pa.Table:
     """Read an Arrow stream that has exactly this schema and unpacks nothing.
 
-    Raises one of `ERRORS` for another or a damaged one, for compressed buffers, which can unpack
-    to anything, and for arrays that share bytes, which together can be larger than the stream.
+    Raises one of `parquet.ERRORS` for another or a damaged one, for compressed buffers, which can
+    unpack to anything, and for arrays that share bytes, which together can be larger than the
+    stream.
     """
     messages = pa.ipc.MessageReader.open_stream(pa.BufferReader(content))
     while message := _next(messages):

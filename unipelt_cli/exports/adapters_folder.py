@@ -1,7 +1,8 @@
 """A run's submodules as a folder that the `adapters` library loads: names, configs, files.
 
-Imports `adapters` inside functions alone, as `methods.hub` does: the import takes seconds.
-Written for 1.3.0, which merely logs what it misses or ignores in a folder; `load` checks that.
+Imports `adapters` inside functions alone, as `methods.additive.compacter` does: the import takes
+seconds. Written for 1.3.0, which merely logs what it misses or ignores in a folder; `load` checks
+that.
 """
 
 import re

@@ -31,7 +31,7 @@ def export_run(
     half: bool = False,
     static: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a run's model to a new directory in a format of `targets`; return what was checked.
+    """Write a run's model to a new directory in a format of `formats`; return what was checked.
 
     The parity compares this model with the written one, loaded by its own library in float32 on
     the CPU, on 256 rows: the run's test rows where they are found at `source`. Where logits differ

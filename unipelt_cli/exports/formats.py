@@ -32,7 +32,7 @@ class Target:
 
     @property
     def plan(self) -> Callable[..., Any]:
-        """From an `job.Job` to the function that writes; imports what that needs."""
+        """From a `job.Job` to the function that writes; imports what that needs."""
         plan: Callable[..., Any] = import_module(f"unipelt_cli.exports.{self.module}").plan
         return plan
 

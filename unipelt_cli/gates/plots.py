@@ -5,13 +5,12 @@ from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unipelt_cli.files.pictures import MARKERS
+from unipelt_cli.files.pictures import MARKERS, new_figure
 from unipelt_cli.gates.report import Layers, gate_names, over_layers
+from unipelt_cli.text import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from unipelt_cli.files.pictures import new_figure
-from unipelt_cli.text import drawable
 
 Answer = Mapping[str, Any]
 COLUMN, ROW = 0.95, 0.32  # inches, of a cell

@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from unipelt_cli.config.experiment import Experiment
+if TYPE_CHECKING:
+    from unipelt_cli.config.experiment import Experiment
 
 EXPERIMENT, ENVIRONMENT, PROBE = "experiment.toml", "environment.json", "probe.safetensors"
 METRICS, MODEL, PREDICTIONS, RESULT, STATE = (
@@ -17,7 +19,7 @@ RECORDED = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, PREDICTIONS)
 """The files whose hashes the result holds; runs of earlier versions have no predictions."""
 
 
-def run_name(experiment: Experiment) -> str:
+def run_name(experiment: "Experiment") -> str:
     """Return what a run directory is called if nobody says so."""
     data, train = experiment.data, experiment.train
     own = data.train_file or data.dataset or str(data.prepared or "data")

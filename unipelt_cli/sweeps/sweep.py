@@ -1,7 +1,7 @@
 """A grid of runs in one directory: what is done stays done, what stopped goes on.
 
-Every cell is an ordinary run directory, called by its settings' hash. Engines (`local`,
-`cluster`) train groups of cells; this module knows which are left, and remembers failures.
+Every cell is an ordinary run directory, called by its settings' hash. Engines (`local_engine`,
+`ray_engine`) train groups of cells; this module knows which are left, and remembers failures.
 """
 
 import os

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from unipelt_cli.errors import ConfigError, RunError, UnipeltError
 from unipelt_cli.system.imports import importing
-from unipelt_cli.text import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -244,7 +243,8 @@ def _state(count: int) -> Any:
 
 def _line(error: BaseException) -> str:
     """Return what a library says first, without the place in its code that says it."""
-    return re.sub(r"^\[\S+:\d+\] *", "", first_line(error)).partition(". ")[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[\S+:\d+\] *", "", lines[0]).partition(". ")[0][:200]
 
 
 def _told(error: UnipeltError) -> tuple[type[UnipeltError], str, str]:

@@ -1,8 +1,6 @@
 """All checks of an installation in their order, each guarded from what may break in it."""
 
 import importlib
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 

@@ -2,15 +2,15 @@
 
 import importlib
 import importlib.metadata
-import importlib.util
 import platform
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
 from unipelt_cli.system.check import Check
 from unipelt_cli.text import reason_with_type
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 DISTRIBUTION = "unipelt"
 NEEDED_EXTRA, UNSHOWN_EXTRAS = "demo", ("dev",)

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unipelt_cli.commands.shared.settings import settle
 from unipelt_cli.runs import hub
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import console
 
 if TYPE_CHECKING:
     from unipelt_cli.runs.run import Run
-from unipelt_cli.commands.shared.settings import settle
 
 
 def read_run(

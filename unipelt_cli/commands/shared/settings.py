@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.config.sections import Settings
 
-    pass
-
 
 def data_flags(values: dict[str, Any]) -> "Settings":
     """Take a command's data options out of its arguments."""

@@ -162,7 +162,7 @@ def make_ready(own: Tensors, prefix: Tensor | None, scale: float, dtype: torch.d
 
 
 def part_gradients(grads: Tensors, names: set[str], scale: float) -> Tensors:
-    """Take gradients of joined tensors apart: the way back of `_ready`."""
+    """Take gradients of joined tensors apart: the way back of `make_ready`."""
     parted: Tensors = {}
     gates = [name for name in EARLY if f"gates.{name}.weight" in names]
     at = 0
