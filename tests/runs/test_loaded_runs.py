@@ -547,3 +547,32 @@ def test_importing_the_package_is_light() -> None:
         "[]",
         "module 'unipelt_cli' has no attribute 'load_rum'",
     ]
+
+
+def test_a_forked_process_answers_though_threads_and_a_pass_stayed_behind(place: Path) -> None:
+    """As a server does that loads before it forks: torch's threads are in the parent alone."""
+    code = (
+        "import multiprocessing, sys\n"
+        "import torch, unipelt_cli\n"
+        "from unipelt_cli.runs import loaded_runs\n"
+        "torch.set_num_threads(2)\n"
+        "matrix = torch.ones(1000, 1000)\n"
+        "matrix @ matrix  # threads begin\n"
+        "run = unipelt_cli.load_run(sys.argv[1])\n"
+        "texts = ['good film', 'the plot was awful'] * 40\n"
+        "expected = [answer.label for answer in run.predict(texts)]\n"
+        "def ask(answers):\n"
+        "    answers.put([answer.label for answer in run.predict(texts)] == expected)\n"
+        "context = multiprocessing.get_context('fork')\n"
+        "answers = context.Queue()\n"
+        "child = context.Process(target=ask, args=(answers,))\n"
+        "with loaded_runs._TURN:\n"
+        "    child.start()\n"
+        "child.join(40)\n"
+        "child.kill()\n"
+        "print(child.exitcode, child.exitcode == 0 and answers.get())\n"
+    )
+    command = [sys.executable, "-c", code, str(place / "unipelt-apl")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert ended.stdout.split() == ["0", "True"]

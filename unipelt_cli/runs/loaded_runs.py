@@ -4,6 +4,7 @@ Several runs on one backbone hold its frozen tensors once, and those of one meth
 through it in one pass. What is said of a row depends on no other row.
 """
 
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,16 @@ Row = str | Sequence[str] | Mapping[str, Any]
 Columns = Mapping[str, Sequence[str]]
 WINDOW = 4096  # rows whose tokens are held at the same time
 _TURN = threading.Lock()  # the number of torch's threads, which a pass sets, is the process's
+
+
+def _take_no_turn() -> None:
+    """In a forked process, forget a pass that only the parent will end."""
+    global _TURN
+    _TURN = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not where processes cannot fork
+    os.register_at_fork(after_in_child=_take_no_turn)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,18 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="rows")
 
 
+def _go_on_alone() -> None:
+    """In a forked process, use the one thread there is: torch would wait for its others forever."""
+    global _lanes
+    _lanes = 1
+    _pool.cache_clear()
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # not where processes cannot fork
+    os.register_at_fork(after_in_child=_go_on_alone)
+
+
 def run_parts(function: Callable[[Part], Answer], parts: Sequence[Part]) -> list[Answer]:
     """Call a function on every part, in several lanes; return the answers in their order.
 
