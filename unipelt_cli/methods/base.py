@@ -41,10 +41,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Stage:
-    """One phase of training: its share of the epochs, and whether dev selects its best epoch."""
+    """One phase of training: its share of the epochs, and whether dev selects its best epoch.
+
+    One that `continues` trains the same tensors as the stage before it, which does not select, and
+    goes on with its optimiser and its schedule of the rate, which then spans both.
+    """
 
     share: float = 1.0
     selects: bool = True
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,11 @@ class Method:
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (what is wrong, what to do) for fields that contradict each other."""
         yield from ()
+
+    @property
+    def earlier(self) -> Mapping[str, Any]:
+        """What runs had been trained with before there were settings that said so, by setting."""
+        return {}
 
     @property
     def submodules(self) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from unipelt_cli.backbones.layout import Layout
+
 STD = 0.02
 
 
@@ -102,6 +104,14 @@ class ParallelAdapter(Adapter):
 
 def _normal(shape: tuple[int, ...], generator: Generator, std: float) -> Tensor:
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def train_norms(backbone: nn.Module, layout: Layout) -> None:
+    """Let every LayerNorm of BERT's kind of backbone train: two a layer, and the embeddings'."""
+    backbone.get_submodule(layout.embedding_norm).requires_grad_(True)
+    for layer in layout.layer_list(backbone):
+        for path in (layout.attention_norm, layout.output_norm):
+            layer.get_submodule(path).requires_grad_(True)
 
 
 def linear_at(layer: nn.Module, path: str) -> nn.Linear:

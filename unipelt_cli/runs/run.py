@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained, find
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.config.presets import read_preset
@@ -305,8 +306,16 @@ def _revision(name: str | None) -> str:
 
 
 def read_experiment(directory: Path) -> Experiment:
-    """Read the resolved experiment of a run directory."""
-    return resolve([("", read_preset(str(sealed.own_file(directory / EXPERIMENT))))])
+    """Read the resolved experiment of a run directory.
+
+    What an earlier version had no setting for is what that version did, not today's default.
+    """
+    settings = read_preset(str(sealed.own_file(directory / EXPERIMENT)))
+    section = settings.get("method")
+    if isinstance(section, dict) and section.get("name") in [*methods.table()]:
+        earlier = methods.get(section["name"]).method.earlier
+        settings = {**settings, "method": {**earlier, **section}}
+    return resolve([("", settings)])
 
 
 def _where_runs_are(directory: Path) -> str:

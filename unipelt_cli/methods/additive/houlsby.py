@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
-from unipelt_cli.methods.building_blocks import NearIdentityAdapter
+from unipelt_cli.methods.building_blocks import NearIdentityAdapter, train_norms
 
 
 class Pair(nn.Module):
@@ -55,10 +55,7 @@ class Houlsby(Method):
         layout = site.layout
         layers = layout.layer_list(backbone)
         backbone.bottlenecks = nn.ModuleList(Pair(layer, site, self.reduction) for layer in layers)
-        backbone.get_submodule(layout.embedding_norm).requires_grad_(True)
-        for layer in layers:
-            for path in (layout.attention_norm, layout.output_norm):
-                layer.get_submodule(path).requires_grad_(True)
+        train_norms(backbone, layout)
 
 
 METHODS = MappingProxyType(

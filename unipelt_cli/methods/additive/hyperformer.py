@@ -1,14 +1,14 @@
-"""Adapters for every task and layer, made by one hypernetwork from embeddings of both.
+"""Adapters for every task, layer and block, made by one hypernetwork from embeddings of these.
 
-HyperFormer++, Karimi Mahabadi et al. 2021 (arXiv 2106.04489), as its authors' code has it: in
-place of an embedding of the position, attention and feed-forward block have generators each.
-Shapes: batch B, tokens T, hidden D, bottleneck M, layers N, embedding E.
+HyperFormer++, Karimi Mahabadi et al. 2021 (arXiv 2106.04489), and the variant of its authors' code
+whose blocks have generators each. Shapes: batch B, tokens T, hidden D, bottleneck M, layers N,
+embedding E.
 """
 
 from collections.abc import Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
-from unipelt_cli.methods.building_blocks import STD, new_linear
+from unipelt_cli.methods.building_blocks import STD, new_linear, train_norms
 
 GENERATED_STD = 0.01  # of the hypernetwork's matrices
 EPSILON = 1e-6  # of its norms
@@ -27,38 +27,54 @@ Weights = Mapping[str, Tensor]  # "attention-down_weight" and so on: (N, numbers
 
 
 class HyperNetwork(nn.Module):
-    """Embeddings of tasks and layers through an MLP and a norm, then a linear unit a tensor."""
+    """Embeddings of tasks, layers and blocks through an MLP and a norm, then a unit a tensor.
+
+    The blocks share the units and have an embedding each, or else have units each.
+    """
 
     def __init__(
         self,
-        sizes: Mapping[str, int],  # what is generated for one layer
+        sizes: Mapping[str, int],  # what is generated for one adapter
         counts: tuple[int, int],  # tasks, layers
         widths: tuple[int, int],  # E and the MLP's
+        shared: bool,
         generator: Generator,
     ) -> None:
         super().__init__()
         (tasks, layers), (embedding, width) = counts, widths
+        self.sizes, self.shared = sizes, shared
         # A vector each, so that a batch of one task leaves the others without a gradient.
         self.tasks = nn.ParameterList(
             nn.Parameter(torch.empty(embedding).normal_(generator=generator)) for _ in range(tasks)
         )
         self.layers = nn.Parameter(torch.empty(layers, embedding).normal_(generator=generator))
-        self.down = _generator_linear(2 * embedding, width, generator)
+        if shared:
+            blocks = torch.empty(len(PLACES), embedding)
+            self.blocks = nn.Parameter(blocks.normal_(generator=generator))
+        self.down = _generator_linear((3 if shared else 2) * embedding, width, generator)
         self.up = _generator_linear(width, embedding, generator)
         self.norm = nn.LayerNorm(embedding, EPSILON)
+        generated = sizes if shared else at_each_place(sizes)
         self.generators = nn.ModuleDict(
-            {name: _generator_linear(embedding, size, generator) for name, size in sizes.items()}
+            {n: _generator_linear(embedding, size, generator) for n, size in generated.items()}
         )
 
-    def embed(self, task: int) -> Tensor:  # (N, E)
+    def embed(self, task: int, place: str) -> Tensor:  # (N, E)
         """Return what the generators read: one vector for each layer."""
-        pairs = torch.cat([self.tasks[task].expand_as(self.layers), self.layers], dim=1)
-        embedded: Tensor = self.norm(self.up(self.down(pairs).relu()))
+        vectors = [self.tasks[task].expand_as(self.layers), self.layers]
+        if self.shared:
+            vectors.append(self.blocks[PLACES.index(place)].expand_as(self.layers))
+        embedded: Tensor = self.norm(self.up(self.down(torch.cat(vectors, dim=1)).relu()))
         return embedded
 
     def forward(self, task: int) -> Weights:
-        embedded = self.embed(task)
-        return {name: generator(embedded) for name, generator in self.generators.items()}
+        made = {}
+        for place in PLACES:
+            embedded = self.embed(task, place)
+            for name in self.sizes:
+                key = f"{place}-{name}"
+                made[key] = self.generators[name if self.shared else key](embedded)
+        return made
 
 
 class Table(nn.Module):
@@ -86,11 +102,11 @@ class HyperAdapters(nn.Module):
         layers = layout.layer_list(backbone)
         output = layers[0].get_submodule(layout.output)
         assert isinstance(output, nn.Linear)
-        self.sizes = method.sizes(output.out_features)
+        sizes = method.sizes(output.out_features)
+        self.sizes = at_each_place(sizes)
         self.counts = (site.tasks, len(layers))
-        network = HyperNetwork(
-            self.sizes, self.counts, (method.embedding, method.width), site.generator
-        )
+        widths, shared = (method.embedding, method.width), method.generators == "shared"
+        network = HyperNetwork(sizes, self.counts, widths, shared, site.generator)
         trained = sum(parameter.numel() for parameter in network.parameters())
         self.is_smaller_as_table = site.tasks * len(layers) * sum(self.sizes.values()) < trained
         as_table = site.folded and self.is_smaller_as_table
@@ -110,11 +126,18 @@ class HyperAdapters(nn.Module):
 
     def _begin(self, backbone: nn.Module, args: Any, kwargs: Any) -> None:
         if self.training or torch.is_grad_enabled():
-            self.current = self.source(self.task)
+            self.current = self._made()
             return
         if self.task not in self.kept:
-            self.kept[self.task] = self.source(self.task)
+            self.kept[self.task] = self._made()
         self.current = self.kept[self.task]
+
+    def _made(self) -> Weights:
+        """Return the current task's weights in float32, as they are stored."""
+        device = next(self.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            made: Weights = self.source(self.task)
+        return made
 
     def _adapt(
         self, place: str, index: int, module: nn.Module, args: Any, output: Tensor
@@ -132,19 +155,34 @@ class HyperAdapters(nn.Module):
 
 @dataclass(frozen=True, config=CHECKS)
 class HyperFormer(Method):
-    """One hypernetwork makes the adapters of all tasks and layers."""
+    """One hypernetwork makes the adapters of all tasks, layers and blocks; all layer norms train.
+
+    Paper and release's `hyperformer++.json`: generators shared by the two blocks, which an
+    embedding tells apart, and trained norms. The release's `hyperformer.json`: "per_block".
+    """
 
     reduction: Annotated[int, Field(ge=1, description="hidden size over bottleneck")] = 32
     embedding: Annotated[int, Field(ge=1, description="numbers that embed a task or a layer")] = 64
-    width: Annotated[int, Field(ge=1, description="width of the MLP over both")] = 128
+    width: Annotated[int, Field(ge=1, description="width of the MLP over all of them")] = 128
+    generators: Annotated[
+        Literal["shared", "per_block"],
+        Field(description="one set for attention and feed-forward block (++), or one for each"),
+    ] = "shared"
+    train_layer_norms: Annotated[
+        bool, Field(description="whether the backbone's layer norms train too")
+    ] = True
+
+    @property
+    def earlier(self) -> Mapping[str, Any]:
+        return {"generators": "per_block", "train_layer_norms": False}
 
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from refuse_unusual_layers(layout)
 
     def sizes(self, hidden: int) -> dict[str, int]:
-        """Return how many numbers are generated for one layer, by name."""
+        """Return how many numbers are generated for one adapter, by name."""
         bottleneck = max(1, hidden // self.reduction)
-        one = {
+        return {
             "down_weight": bottleneck * hidden,
             "down_bias": bottleneck,
             "up_weight": hidden * bottleneck,
@@ -152,10 +190,11 @@ class HyperFormer(Method):
             "norm_scale": hidden,
             "norm_shift": hidden,
         }
-        return {f"{place}-{name}": size for place in PLACES for name, size in one.items()}
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         backbone.hyperformer = HyperAdapters(backbone, self, site)
+        if self.train_layer_norms:
+            train_norms(backbone, site.layout)
 
     def select(self, backbone: nn.Module, task: int) -> None:
         _adapters(backbone).task = task
@@ -173,6 +212,11 @@ class HyperFormer(Method):
             f"hyperformer.source.rows.{name}": torch.stack([weights[name] for weights in made])
             for name in adapters.sizes
         }
+
+
+def at_each_place(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return one adapter's sizes for both blocks, by place and name."""
+    return {f"{place}-{name}": size for place in PLACES for name, size in sizes.items()}
 
 
 def _generator_linear(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
@@ -198,7 +242,7 @@ METHODS = MappingProxyType(
             HyperFormer(),
             1e-4,
             "additive",
-            "a network that makes the adapters of every task and layer",
+            "a network that makes the adapters of every task and layer; every layer norm",
             "Karimi Mahabadi et al. 2021",
         ),
     }

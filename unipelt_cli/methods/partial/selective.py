@@ -11,6 +11,7 @@ from torch import nn
 
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.building_blocks import train_norms
 
 
 @dataclass(frozen=True, config=CHECKS)
@@ -68,11 +69,7 @@ class LayerNorms(Selective):
         yield from refuse_unusual_layers(layout)
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
-        layout = site.layout
-        backbone.get_submodule(layout.embedding_norm).requires_grad_(True)
-        for layer in layout.layer_list(backbone):
-            for path in (layout.attention_norm, layout.output_norm):
-                layer.get_submodule(path).requires_grad_(True)
+        train_norms(backbone, site.layout)
 
 
 @dataclass(frozen=True, config=CHECKS)
