@@ -1,6 +1,7 @@
 """AdaMix draws experts, holds them together, and stores their mean."""
 
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import cast
@@ -110,11 +111,44 @@ def test_adamix_loss_is_the_first_passes_and_the_symmetric_divergence(still_bert
         for x, y in zip(p.tolist(), q.tolist(), strict=True)
     ]
     expected = sum(a + b for a, b in zip(apart, back, strict=True)) / 2 / 5
-    assert divergence(first, second, False).item() == pytest.approx(expected, rel=1e-5)
-    assert divergence(second, first, False).item() == pytest.approx(expected, rel=1e-5)
-    assert divergence(first, first, False).item() == 0
+    for stops in (True, False):
+        assert divergence(first, second, False, stops).item() == pytest.approx(expected, rel=1e-5)
+        assert divergence(second, first, False, stops).item() == pytest.approx(expected, rel=1e-5)
+        assert divergence(first, first, False, stops).item() == 0
     loss = tuned.method.loss(as_pass(tuned, iter([first, second])))
     assert loss.item() == pytest.approx(first.mean().item() + 0.7 * expected, rel=1e-5)
+
+
+def test_each_half_of_the_divergence_moves_one_pass_as_in_the_release_or_both(
+    still_bert: Path,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    passes = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+
+    def gradients(**options: object) -> list[torch.Tensor]:
+        method = built(still_bert, "adamix", **options).method
+        moved = [logits.clone().requires_grad_() for logits in passes]
+        step = as_pass(built(still_bert, "adamix"), iter(moved))
+        method.loss(replace(step, criterion=lambda logits: 0 * logits.sum())).backward()
+        return [cast(torch.Tensor, logits.grad) for logits in moved]
+
+    # The gradient of KL(t | q) with a constant t to the logits of q is q - t.
+    p, q = passes.softmax(-1)
+    first, second = gradients()
+    assert torch.allclose(first, (p - q) / 2 / 5)
+    assert torch.allclose(second, (q - p) / 2 / 5)
+    # The paper's formula is differentiated as it stands: compared with finite differences.
+    first, second = gradients(stop_gradient=False)
+    for place, found in enumerate((first, second)):
+        for row, column in product(range(5), range(3)):
+            ends = []
+            for way in (1e-5, -1e-5):
+                near = passes.clone()
+                near[place, row, column] += way
+                a, b = near.softmax(-1)
+                ends.append(float(((a - b) * (a.log() - b.log())).sum() / 2 / 5))
+            slope = (ends[0] - ends[1]) / 2e-5
+            assert found[row, column].item() == pytest.approx(slope, abs=1e-8)
 
 
 def test_adamix_holds_a_regressions_passes_together_by_the_squared_difference(

@@ -4,7 +4,7 @@ They stand at the feed-forward block's output, before its dropout and without a 
 Shapes: batch B, tokens T, hidden D, bottleneck m, experts E.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -54,7 +54,8 @@ class AdaMix(Method):
     """Experts that are drawn at random in training and become one adapter by averaging.
 
     Wang et al. 2022 (arXiv 2205.12410). Two passes a step, with other experts each, are held
-    together by the symmetric divergence of their predictions.
+    together by the symmetric divergence of their predictions. The paper's formula differentiates
+    both sides of each half; the release, and `stop_gradient`, one, which halves the gradient.
     """
 
     experts: Annotated[int, Field(ge=1, le=64, description="down-projections a layer")] = 4
@@ -62,6 +63,13 @@ class AdaMix(Method):
     consistency: Annotated[
         float, Field(ge=0, description="weight of the two passes' divergence; 0: one pass a step")
     ] = 1.0
+    stop_gradient: Annotated[
+        bool, Field(description="whether each half of the divergence moves one pass alone")
+    ] = True
+
+    @property
+    def earlier(self) -> Mapping[str, Any]:
+        return {"stop_gradient": False}
 
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         return refuse_unusual_layers(layout)
@@ -86,7 +94,8 @@ class AdaMix(Method):
         loss = step.criterion(first)
         if self.consistency == 0:
             return loss
-        return loss + self.consistency * divergence(first, step.forward(), step.is_regression)
+        apart = divergence(first, step.forward(), step.is_regression, self.stop_gradient)
+        return loss + self.consistency * apart
 
     def fold(self, backbone: nn.Module) -> dict[str, Tensor]:
         """Return one adapter a layer: the mean of the experts, beside the shared up-projection."""
@@ -100,16 +109,21 @@ class AdaMix(Method):
         return stored
 
 
-def divergence(first: Tensor, second: Tensor, is_regression: bool) -> Tensor:
+def divergence(first: Tensor, second: Tensor, is_regression: bool, stop_gradient: bool) -> Tensor:
     """Return how far two passes' logits, each (B, outputs), are apart: the mean over rows.
 
-    (KL(p | q) + KL(q | p)) / 2 = sum (p - q) (log p - log q) / 2. A softmax over the single output
-    of a regression says nothing: there it is the squared difference.
+    (KL(p | q) + KL(q | p)) / 2, where with `stop_gradient` a half's first operand is a constant. A
+    softmax over the single output of a regression says nothing: there it is the squared difference.
     """
+    if not is_regression:
+        first, second = first.log_softmax(-1), second.log_softmax(-1)
+    targets = (first.detach(), second.detach()) if stop_gradient else (first, second)
+    halves = zip(targets, (second, first), strict=True)
     if is_regression:
-        return functional.mse_loss(first, second)
-    p, q = first.log_softmax(-1), second.log_softmax(-1)
-    return ((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2
+        apart = [functional.mse_loss(moved, target) for target, moved in halves]
+    else:
+        apart = [(p.exp() * (p - q)).sum(-1).mean() for p, q in halves]
+    return torch.stack(apart).mean()
 
 
 METHODS = MappingProxyType(
