@@ -13,6 +13,7 @@ from torch import nn
 
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.methods.additive.propetl import LayerMask, SharedAdapter, pack, top_share, unpack
+from unipelt_cli.methods.building_blocks import Adapter
 from unipelt_cli.models.evaluation import encode_rows
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.tasks import get_task
@@ -95,6 +96,19 @@ def test_scores_get_the_gradient_of_the_mask_through_their_magnitude(still_bert:
         assert torch.allclose(scores.grad, gradient * scores.sign(), atol=1e-6)
         dropped = ~top_share(scores, 0.5)
         assert scores.grad[dropped].any()  # what is masked out can come back
+
+
+def test_scores_start_within_the_authors_bounds() -> None:
+    # Their scores are (D, m) for down and (m, D) for up, uniform within one over sqrt(columns).
+    hidden, bottleneck = 768, 64
+    generator = torch.Generator().manual_seed(0)
+    mask = LayerMask(Adapter(hidden, bottleneck, generator), 0.5, generator, folded=False)
+    for part, columns in (("down", bottleneck), ("up", hidden)):
+        scores = getattr(mask, part).detach()
+        assert scores.std().item() == pytest.approx((3 * columns) ** -0.5, rel=0.01)
+        assert scores.abs().max().item() == pytest.approx(columns**-0.5, rel=0.001)
+    assert mask.down.std().item() == pytest.approx(0.0722, abs=5e-4)
+    assert mask.up.std().item() == pytest.approx(0.0208, abs=2e-4)
 
 
 def test_scores_train_faster_and_never_decay(still_bert: Path) -> None:

@@ -66,7 +66,8 @@ class LayerMask(nn.Module):
                 self.register_buffer(part, torch.zeros(shape, dtype=torch.bool))
             else:
                 scores = nn.Parameter(torch.empty(shape))
-                nn.init.kaiming_uniform_(scores, a=5**0.5, generator=generator)
+                # The authors keep their scores transposed, so that the fan is the other side's.
+                nn.init.kaiming_uniform_(scores, 5**0.5, "fan_out", generator=generator)
                 self.register_parameter(part, scores)
 
     def kept(self, part: str) -> Tensor:
@@ -104,7 +105,12 @@ class SharedAdapter(nn.Module):
 
 @dataclass(frozen=True, config=CHECKS)
 class ProPETL(Method):
-    """A prototype adapter that every layer prunes in its own way: a bit a weight and layer."""
+    """A prototype adapter that every layer prunes in its own way: a bit a weight and layer.
+
+    The paper does not say how scores start. As in the release they are uniform, those of the down
+    matrix within 1 / sqrt(m) and those of the up matrix within 1 / sqrt(D): with the mask rate
+    this decides how fast masks change.
+    """
 
     reduction: Annotated[int, Field(ge=1, description="hidden size over bottleneck")] = 12
     share: Annotated[
