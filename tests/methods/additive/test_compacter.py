@@ -73,6 +73,18 @@ def test_compacter_has_one_set_of_rules_for_all_layers(backbone_dir: Backbones) 
         assert torch.equal(output, unit.b.expand_as(output))
 
 
+def test_factors_start_glorot_uniform_with_the_authors_gain(backbone_dir: Backbones) -> None:
+    options = {"reduction": 2, "rank": 2}
+    own = dict(tuned_of(backbone_dir("bert"), "compacter", options=options).stored())
+    for end, factor in (("W_left", (8, 2)), ("W_right", (2, 4))):
+        drawn = [t for name, t in own.items() if name.endswith(f"adapter_down.0.{end}")]
+        assert [tuple(t.shape[1:]) for t in drawn] == [factor] * 4
+        numbers = torch.cat([t.flatten() for t in drawn])
+        bound = 2**0.5 * (6 / sum(factor)) ** 0.5
+        assert 0.95 * bound < numbers.abs().max().item() <= bound
+        assert numbers.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("hidden", [32, 128, 256, 312, 384, 768, 1024])
 def test_compacters_bottleneck_is_a_multiple_that_the_library_takes_over(hidden: int) -> None:
     width = compacter.Compacter().width(hidden)

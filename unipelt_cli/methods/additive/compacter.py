@@ -21,6 +21,7 @@ from unipelt_cli.methods.building_blocks import initialise
 
 KNOWN = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
 """Architectures that the library has and that were tested here."""
+GAIN = 2**0.5  # of Glorot's bounds, in the authors' code
 
 
 @dataclass(frozen=True, config=CHECKS)
@@ -79,7 +80,8 @@ class Compacter(OfLibrary):
     """Bottlenecks whose matrices are sums of n Kronecker products A_i (n, n) x s_i t_i^T.
 
     Mahabadi et al. 2021 (arXiv 2106.04647). The A_i are one set for the whole backbone. The norms
-    stay frozen, unlike the paper's.
+    stay frozen, unlike the paper's. s and t start Glorot-uniform (paper) with gain sqrt 2 (release;
+    the library draws normals with gain 1), A_i N(0, 1e-4) as in the release's configs.
     """
 
     after_attention: Annotated[
@@ -120,7 +122,7 @@ class Compacter(OfLibrary):
         for name, parameter in tensors(backbone, "compacter").items():
             if name.endswith(("W_left", "W_right")):
                 for factor in parameter.data:
-                    nn.init.xavier_uniform_(factor, generator=site.generator)
+                    nn.init.xavier_uniform_(factor, GAIN, site.generator)
             elif name.endswith("phm_rule"):
                 nn.init.normal_(parameter, 0.0, self.rule_std, generator=site.generator)
 
