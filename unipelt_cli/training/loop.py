@@ -149,7 +149,10 @@ class Training:
     def _enter(self, stage: int) -> None:
         self.method.enter(self.tuned.classifier.backbone, stage)
         self.progress.stage, self.best = stage, {}
-        self._take_up_parameters()
+        if self.method.stages[stage].continues:
+            self.stepper.averaged = {}  # of tensors that the stage before was still changing
+        else:
+            self._take_up_parameters()
         self.processes.share(self._tensors())
 
     def _tensors(self) -> list[Tensor]:

@@ -1,12 +1,13 @@
 """AdamW with the rates of a method, and the schedule of its learning rate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.methods import Moment
+from unipelt_cli.methods.base import Stage
 from unipelt_cli.models.tuned import Tuned
 
 
@@ -35,8 +36,19 @@ def make_adamw(
     )
 
 
+def schedule(stages: Sequence[Stage], stage_steps: Sequence[int], moment: Moment) -> Moment:
+    """Return where the schedule of the rate stands: over a stage and those that continue it."""
+    first, end = moment.stage, moment.stage + 1
+    while stages[first].continues:
+        first -= 1
+    while end < len(stages) and stages[end].continues:
+        end += 1
+    before = sum(stage_steps[first : moment.stage])
+    return Moment(first, before + moment.step, sum(stage_steps[first:end]))
+
+
 def scheduled_rate(settings: TrainSettings, moment: Moment) -> float:
-    """Return the learning rate of a step: linear warm-up, then linear decay to 0 over its stage."""
+    """Return the learning rate of a step of a schedule: linear warm-up, then linear decay to 0."""
     peak = settings.learning_rate
     assert peak is not None
     warm = round(settings.warmup * moment.steps)

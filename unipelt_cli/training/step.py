@@ -19,7 +19,7 @@ from unipelt_cli.system.row_threads import shared_out
 from unipelt_cli.tasks import Task
 from unipelt_cli.training.events import Batch, Course, Halved, Progress, Taken
 from unipelt_cli.training.gradients import Gradients
-from unipelt_cli.training.optimizer import make_adamw, scheduled_rate
+from unipelt_cli.training.optimizer import make_adamw, schedule, scheduled_rate
 
 PREPARING = 2**32  # seeds from here on belong to passes before training
 
@@ -181,7 +181,8 @@ class Stepper:
 
     def rate(self) -> float:
         """Return this step's learning rate."""
-        return scheduled_rate(self.settings, self._moment())
+        spanned = schedule(self.method.stages, self.stage_steps, self._moment())
+        return scheduled_rate(self.settings, spanned)
 
 
 def loss_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:

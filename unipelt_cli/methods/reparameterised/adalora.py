@@ -4,9 +4,9 @@ Zhang et al. 2023 (arXiv 2303.10512): W + s P diag(l) Q, where P (O, R) and Q (R
 towards orthogonality and the least important entries of l are zeroed, over the whole backbone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -45,12 +45,13 @@ class Triplets(Update):
     def merged(self, weight: Tensor) -> Tensor:
         return weight.float() + self.scale * (self.p * self.values) @ self.q
 
-    def penalty(self) -> Tensor:
-        """Return ||P^T P - I||^2 + ||Q Q^T - I||^2, squared Frobenius norms."""
+    def penalty(self, *, squared: bool) -> Tensor:
+        """Return ||P^T P - I|| + ||Q Q^T - I||, Frobenius norms, or the sum of their squares."""
         identity = torch.eye(len(self.values), device=self.p.device)
         with torch.autocast(self.p.device.type, enabled=False):
             left, right = self.p.T @ self.p - identity, self.q @ self.q.T - identity
-        return left.square().sum() + right.square().sum()
+            norms = torch.stack([torch.linalg.vector_norm(left), torch.linalg.vector_norm(right)])
+        return norms.square().sum() if squared else norms.sum()
 
 
 class Contest(nn.Module):
@@ -92,7 +93,9 @@ class AdaLoRA(Reparameterised):
     """Low-rank updates of all six matrices of a layer, pruned to a budget by importance.
 
     Ranks are given out in a first stage that no epoch can be chosen from; the second trains on
-    with the ranks fixed, so early stopping never meets a budget that is not reached.
+    with the ranks fixed, so early stopping never meets a budget that is not reached. Both share
+    one optimiser and one schedule of the rate, as in paper and release. The penalty is a Frobenius
+    norm, as in the release (and PEFT), with its weight; the paper's formula squares it.
     """
 
     rank: Annotated[int, Field(ge=1, le=1024, description="rank of each matrix at the start")] = 12
@@ -110,6 +113,16 @@ class AdaLoRA(Reparameterised):
     orthogonality: Annotated[
         float, Field(ge=0, description="weight of the penalty, a mean over P and Q of all matrices")
     ] = 0.1
+    penalty: Annotated[
+        Literal["norm", "squared"],
+        Field(
+            description="how far from orthogonal: a Frobenius norm (release), or squared (paper)"
+        ),
+    ] = "norm"
+
+    @property
+    def earlier(self) -> Mapping[str, Any]:
+        return {"penalty": "squared"}
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.target_rank > self.rank:
@@ -120,7 +133,8 @@ class AdaLoRA(Reparameterised):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        return Stage(self.allocation, selects=False), Stage(1 - self.allocation)
+        first = Stage(self.allocation, selects=False)
+        return first, Stage(1 - self.allocation, continues=True)
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         scale = self.alpha / self.rank
@@ -136,7 +150,8 @@ class AdaLoRA(Reparameterised):
         backbone.updates = updates
 
     def loss(self, step: Pass) -> Tensor:
-        penalties = [update.penalty() for update, _ in _pairs(step.backbone)]
+        squared = self.penalty == "squared"
+        penalties = [update.penalty(squared=squared) for update, _ in _pairs(step.backbone)]
         mean = torch.stack(penalties).mean() / 2
         return super().loss(step) + self.orthogonality * mean
 
