@@ -13,7 +13,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from unipelt_cli.backbones.minilm import MINILM
-from unipelt_cli.backbones.pretrained import TOKENIZER_FILES, TOKENIZER_SETTINGS, Pretrained, find
+from unipelt_cli.backbones.pretrained import Pretrained, find
+from unipelt_cli.backbones.tokenizer_files import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.data import preparation
 from unipelt_cli.models import sharing

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.backbones.config_keys import SAVED, theta_problem
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.files.strict import parse_json
 from unipelt_cli.system import imports
+from unipelt_cli.text import shown
 
 JSON_LIMIT = 10_000_000
 HEADER_LIMIT = 100_000_000
@@ -39,21 +41,35 @@ _COMMON: Mapping[str, object] = {
 }
 _TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
+BACKEND = "TokenizersBackend"  # what transformers 5 calls a PreTrainedTokenizerFast
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a backbone's folder; raise BackboneError for anything else."""
-    try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise BackboneError(f"{path}: larger than a config can be", "download it again")
-        value = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise BackboneError(f"{path}: cannot be read ({reason})", AGAIN) from None
+    value = _read(path)
     if not isinstance(value, dict):
         raise BackboneError(f"{path}: not a JSON object", AGAIN)
     return value
+
+
+def read_list(path: Path) -> list[Any]:
+    """Read a JSON list of a backbone's folder; raise BackboneError for anything else."""
+    value = _read(path)
+    if not isinstance(value, list):
+        raise BackboneError(f"{path}: not a JSON list", AGAIN)
+    return value
+
+
+def _read(path: Path) -> object:
+    try:
+        if path.stat().st_size > JSON_LIMIT:
+            raise BackboneError(f"{path}: larger than a config can be", "download it again")
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise BackboneError(f"{path}: cannot be read ({reason})", AGAIN) from None
 
 
 def check_keys(config: Mapping[str, Any], path: Path) -> None:
@@ -75,6 +91,13 @@ def check_tokenizer(config: Mapping[str, Any], path: Path) -> None:
                 f"{path}: holds {key} = {value!r}, and only files of known names are read",
                 "remove the key, and put the file beside the config",
             )
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(key)
+        if isinstance(value, list) and not all(map(_is_token, value)):
+            raise BackboneError(
+                f"{path}: {key} = {shown(value)} is not a list of tokens",
+                "save it again with save_pretrained of a fast tokenizer",
+            )
     name = config.get("tokenizer_class")
     if name is not None and name not in tuple(_tokenizer_classes()):
         raise BackboneError(
@@ -83,9 +106,13 @@ def check_tokenizer(config: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def _is_token(value: object) -> bool:
+    return isinstance(value.get("content") if isinstance(value, dict) else value, str)
+
+
 def _tokenizer_classes() -> set[str]:
     names = {f"{layout.classes}Tokenizer" for layout in BACKBONES.values()}
-    return {*names, *(f"{name}Fast" for name in names), "PreTrainedTokenizerFast"}
+    return {*names, *(f"{name}Fast" for name in names), "PreTrainedTokenizerFast", BACKEND}
 
 
 def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
@@ -114,7 +141,7 @@ def settings(config: Mapping[str, Any], layout: Layout, path: Path) -> dict[str,
             said = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
             raise BackboneError(
                 f"{path}: {key} = {said} is not {problem}",
-                "give a config.json that was saved with the weights",
+                SAVED,
             )
     return found
 
@@ -135,6 +162,8 @@ def _problem(key: str, value: Any, default: object) -> str | None:
         return None if _is_number(value) and 0 < value < 1 else "a small number"
     if isinstance(default, int):
         return _size_problem(key, value, default)
+    if key.endswith("rope_theta"):
+        return theta_problem(value)
     if isinstance(default, float):
         return None if _is_number(value) else "a number"
     if isinstance(default, str):
@@ -229,7 +258,7 @@ def check_sizes(config: Any, shapes: Shapes, path: Path) -> None:
         if claimed > there:
             raise BackboneError(
                 f"{path}: {name} is {claimed}, more than the weights beside it hold",
-                "give a config.json that was saved with the weights",
+                SAVED,
             )
 
 

@@ -6,8 +6,6 @@ class sees it, only safetensors are read, and nothing in it can name code to run
 
 import hashlib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unipelt_cli.backbones import file_checks
+from unipelt_cli.backbones import config_keys, file_checks, sentence_encoder, tokenizer_files
 from unipelt_cli.backbones.architectures import get_layout, refuse_unsound
 from unipelt_cli.backbones.layout import Attention, Layout
 from unipelt_cli.backbones.minilm import MINILM, MINILM_HUB, find_minilm, sha256
+from unipelt_cli.backbones.tokenizer_files import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.system import imports, memory
 from unipelt_cli.system.network import is_path, names_hub
@@ -38,17 +37,10 @@ HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "sentencepiece.bpe.model",
-    "1_Pooling/config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "*_Pooling/config.json",
 ]
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-)
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-TOKENIZER_LIMIT = 100_000_000
 
 
 def public_name(name: str) -> str:
@@ -99,20 +91,13 @@ class Pretrained:
         settings = {**self.config, **self.layout.settings}
         return getattr(imports.transformers(), f"{self.layout.classes}Config")(**settings)
 
-    @property
-    def sentence_pooling(self) -> str | None:
-        """Return the pooling that a sentence encoder's own files name: mean, cls or none."""
-        path = self.directory / "1_Pooling" / "config.json"
-        if not path.is_file():
-            return None
-        said = file_checks.read_json(path)
-        for pooling, key in (
-            ("mean", "pooling_mode_mean_tokens"),
-            ("cls", "pooling_mode_cls_token"),
-        ):
-            if said.get(key) is True:
-                return pooling
-        return None
+    @cached_property
+    def sentence_reading(self) -> sentence_encoder.Reading:
+        """Return how a sentence encoder's own files say that it is read.
+
+        Raises BackboneError where they say what cannot be followed.
+        """
+        return sentence_encoder.read(self.directory)
 
     def attention(self, wanted: str, device: str) -> Attention:
         """Choose the attention implementation; raise BackboneError for one that is not tested.
@@ -131,45 +116,8 @@ class Pretrained:
         )
 
     def load_tokenizer(self) -> Any:
-        """Load the fast tokenizer from the local files."""
-        files = [path for name in TOKENIZER_FILES if (path := self.directory / name).is_file()]
-        if not files:
-            raise BackboneError(
-                f"{self.directory}: no tokenizer there", "save the tokenizer beside the backbone"
-            )
-        for path in files:
-            if path.stat().st_size > TOKENIZER_LIMIT:
-                raise BackboneError(
-                    f"{path}: larger than a tokenizer can be", "download or save it again"
-                )
-        with imports.guarded(self._refuse_tokenizer), _silenced():
-            tokenizer = imports.transformers().AutoTokenizer.from_pretrained(
-                self.directory,
-                config=self.library_config(),
-                use_fast=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-        if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-            raise BackboneError(
-                f"{self.directory}: the tokenizer is not a fast one with a padding token",
-                "save it again with save_pretrained of a fast tokenizer",
-            )
-        if len(tokenizer) > self.config.get("vocab_size", len(tokenizer)):
-            raise BackboneError(
-                f"{self.directory}: the tokenizer has {len(tokenizer)} tokens, the backbone "
-                f"{self.config['vocab_size']}",
-                "give the tokenizer that belongs to the backbone",
-            )
-        tokenizer.padding_side = tokenizer.truncation_side = "right"
-        tokenizer.chat_template = None  # its names would become names of files when saved
-        return tokenizer
-
-    def _refuse_tokenizer(self, reason: str) -> BackboneError:
-        return BackboneError(
-            f"{self.directory}: the tokenizer cannot be read ({reason})",
-            "save it again with save_pretrained of a fast tokenizer",
-        )
+        """Load the fast tokenizer from the local files; raise BackboneError for an unsound one."""
+        return tokenizer_files.load(self.directory, self.library_config())
 
     def load_backbone(
         self, attention: Attention, *, pooler: bool
@@ -180,7 +128,7 @@ class Pretrained:
         """
         has_pooler = self.layout.has_pooler
         arguments = {"add_pooling_layer": pooler} if self._takes_pooler() else {}
-        with imports.guarded(self._refuse_weights), _silenced():
+        with imports.guarded(self._refuse_weights), imports.silenced():
             config = self.library_config()
             config._attn_implementation = attention
             backbone, info = self.library_class.from_pretrained(
@@ -244,7 +192,7 @@ def find(name: str) -> Pretrained:
     Raises BackboneError when it is absent, of an unknown architecture, holds no safetensors, or
     its config would make a library fetch or run something.
     """
-    directory = _directory(name)
+    directory = sentence_encoder.encoder_folder(_directory(name))
     path = directory / "config.json"
     if not path.is_file():
         raise BackboneError(
@@ -262,10 +210,13 @@ def find(name: str) -> Pretrained:
             "save it with save_pretrained(..., safe_serialization=True), in one file",
         )
     layout = get_layout(str(said.get("model_type")))
+    said = config_keys.translate(said, layout, path)
     config = file_checks.settings(said, layout, path)
     refuse_unsound(config)
     found = Pretrained(name, directory, layout, config, file_checks.read_shapes(weights))
-    file_checks.check_sizes(found.library_config(), found.shapes, path)
+    library = found.library_config()
+    config_keys.refuse_unread(said, config, library, layout, path)
+    file_checks.check_sizes(library, found.shapes, path)
     return found
 
 
@@ -311,16 +262,3 @@ def cached(name: str) -> Path | None:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Keep the library's progress and its advice about missing weights off the terminal."""
-    logging = imports.transformers().logging
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -146,6 +146,8 @@ def show_dry_run(
     live_training.summarise(manifests)
     tables.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
     _show_outlook(found, directories)
+    for note in found.tuned.notes:
+        console.say(("note: ", "yellow"), note)
     if found.memory.fits is False:
         console.say(
             ("warning: ", "yellow"),

@@ -11,6 +11,7 @@ from torch import nn
 
 from unipelt_cli.backbones.dropout import Draws, replace_dropout
 from unipelt_cli.backbones.pretrained import Pretrained, find
+from unipelt_cli.backbones.tokenizer_files import case_note
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.config.sections import ModelSettings
 from unipelt_cli.errors import BackboneError
@@ -40,9 +41,8 @@ def choose_pooling(wanted: str, pretrained: Pretrained, missing: frozenset[str])
         )
     if wanted != "auto":
         return wanted
-    said = pretrained.sentence_pooling
-    if said is not None:
-        return said
+    if (named := pretrained.sentence_reading.pooling) is not None:
+        return named
     if layout.native is None:
         return "mean"
     return "cls" if missing else "native"
@@ -101,6 +101,7 @@ def build(
         device,
         read.untrained,
         plain_buffers,
+        tuple(filter(None, (read.note, case_note(tokenizer, pretrained.directory)))),
     )
 
 
@@ -113,6 +114,8 @@ class _ReadBackbone:
     reads_pooler: bool
     untrained: frozenset[str]
     """Tensors of the pooler it reads that the checkpoint did not hold."""
+    note: str | None
+    """What its own files say of reading rows that is not done here."""
 
 
 def _read_backbone(
@@ -120,6 +123,7 @@ def _read_backbone(
 ) -> _ReadBackbone:
     """Read a backbone that fits into memory, with its pooler if that is what will be read."""
     attention = pretrained.attention(settings.attention, device.type)
+    note = pretrained.sentence_reading.note if settings.pooling == "auto" else None
     has_pooler = pretrained.layout.has_pooler
     wants_pooler = has_pooler and settings.pooling in ("auto", "native")
     numbers = sum(map(math.prod, pretrained.shapes.values()))
@@ -131,7 +135,7 @@ def _read_backbone(
         missing = frozenset()
         backbone.register_module("pooler", None)
     _check_length(settings.max_length, pretrained, backbone)
-    return _ReadBackbone(backbone, pooling, reads_pooler, missing)
+    return _ReadBackbone(backbone, pooling, reads_pooler, missing, note)
 
 
 def _initialise_pooler(

@@ -28,6 +28,8 @@ class Tuned:
     """Backbone tensors that the checkpoint did not hold: they count as head, and are stored."""
     plain_buffers: frozenset[str]
     """Buffers that the backbone has by itself; all others are the method's state."""
+    notes: tuple[str, ...] = ()
+    """What its user must know of the backbone before training."""
 
     def stored(self) -> dict[str, Tensor]:
         """Return what a run stores, by name: the folded method and the head.

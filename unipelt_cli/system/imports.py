@@ -104,3 +104,16 @@ def _mute() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Keep the library's progress and its advice about missing weights off the terminal."""
+    logging = transformers().logging
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

@@ -83,6 +83,8 @@ class Ready:
     """Steps that were taken before."""
     doubt: str | None = None
     """What may not fit into memory."""
+    notes: tuple[str, ...] = ()
+    """What its user must know of the backbone."""
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ class Session:
             self.training.progress.epoch - 1,
             self.training.progress.taken,
             doubt(self.training),
+            self.tuned.notes,
         )
 
     def _result(self) -> dict[str, Any] | None:

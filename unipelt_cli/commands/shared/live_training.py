@@ -142,6 +142,8 @@ def _announce(event: Ready) -> None:
         f"are stored, head {counts['head_parameters']:,} ({experiment.model.pooling} pooling), "
         f"{experiment.train.precision}"
     )
+    for note in event.notes:
+        console.say(("note: ", "yellow"), note)
     if event.doubt:
         console.say(("warning: ", "yellow"), event.doubt)
     if event.resumed_epoch:
