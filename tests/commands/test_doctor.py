@@ -33,7 +33,7 @@ def test_doctor_finds_this_machine_fit(
     assert all(check.keys() == {"what", "ok", "found", "remedy"} for check in found["checks"])
     checks = {check["what"]: check for check in found["checks"]}
     assert checks["torch"]["ok"]
-    assert checks["backbone minilm"]["found"] == "whole: 7 files by their sha256"
+    assert checks["backbone minilm"]["found"] == "whole: 9 files by their sha256"
     assert checks["hub"] == {
         "what": "hub", "ok": None, "found": "not asked: offline", "remedy": None
     }  # fmt: skip

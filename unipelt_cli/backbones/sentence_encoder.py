@@ -43,6 +43,9 @@ class Reading:
     left_out: tuple[str, ...] = ()
     """Modules behind the pooling, which are not computed here."""
 
+    lower_cases: bool = False
+    """Whether texts are to be in small letters, whatever the tokenizer does."""
+
     @property
     def note(self) -> str | None:
         """Return what a user must know of the modules that are left out."""
@@ -79,11 +82,12 @@ def read(directory: Path) -> Reading:
     if kinds[:2] != ["Transformer", "Pooling"] or odd:
         listed = ", ".join(kinds) or "no module"
         raise BackboneError(f"{root / MODULES}: a pipeline of {listed} cannot be followed", CHOOSE)
-    _check_output(root / modules[0].folder / SETTINGS)
+    settings = _settings(root / modules[0].folder / SETTINGS)
     file = str(PurePosixPath(modules[1].folder) / "config.json")
     if not (root / file).is_file():
         raise BackboneError(f"{root / MODULES}: names {file}, which is not there", CHOOSE)
-    return Reading(_mode(root / file), file, tuple(behind))
+    lower_cases = settings.get("do_lower_case") is True
+    return Reading(_mode(root / file), file, tuple(behind), lower_cases)
 
 
 def encoder_folder(directory: Path) -> Path:
@@ -119,11 +123,15 @@ def _module(entry: Any, path: Path) -> _Module:
     return _Module(name if kind.startswith("sentence_transformers.") else short(kind), folder)
 
 
-def _check_output(path: Path) -> None:
-    """Raise BackboneError where the pooling reads another output than the last hidden states."""
+def _settings(path: Path) -> dict[str, Any]:
+    """Return an encoder's settings in its pipeline.
+
+    Raises BackboneError where the pooling reads another output than the last hidden states.
+    """
     if not path.is_file():
-        return
-    modality = read_json(path).get("modality_config")
+        return {}
+    settings = read_json(path)
+    modality = settings.get("modality_config")
     text = modality.get("text") if isinstance(modality, dict) else None
     output = text.get("method_output_name") if isinstance(text, dict) else None
     if output not in (None, "last_hidden_state"):
@@ -131,6 +139,7 @@ def _check_output(path: Path) -> None:
             f"{path}: the pooling reads {shown(output)}, and only last_hidden_state is supported",
             CHOOSE,
         )
+    return settings
 
 
 def _mode(path: Path) -> str:

@@ -96,14 +96,20 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def case_note(tokenizer: Any, directory: Path) -> str | None:
-    """Say where a tokenizer turns letters into small ones before a vocabulary that has both.
+def case_note(tokenizer: Any, directory: Path, *, wants_small: bool = False) -> str | None:
+    """Say where a tokenizer deals with capitals otherwise than its backbone was trained to.
 
-    It cannot reach the pieces with capitals then. The library takes small letters for granted where
-    a bare vocabulary says nothing else.
+    The library takes small letters for granted where a bare vocabulary says nothing else; with
+    `wants_small` the backbone's own pipeline asks for small letters.
     """
     normalizer = tokenizer.backend_tokenizer.normalizer
-    if normalizer is None or normalizer.normalize_str("AZ") != "az":
+    makes_small = normalizer is not None and normalizer.normalize_str("AZ") == "az"
+    if wants_small and not makes_small:
+        return (
+            f"{directory}: the backbone's own pipeline makes every letter a small one, which is "
+            "not done here; write the texts in small letters if the backbone is to know them"
+        )
+    if not makes_small:
         return None
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     cased = [word for word in words if word != word.lower() and not word.startswith("[")]

@@ -107,6 +107,7 @@ def _write_tokenizer(job: Job, longest: int, directory: Path) -> None:
     """Write the tokenizer with the run's way to cut and to pad in it, for use without us."""
     tokenizer = job.tuned.pretrained.load_tokenizer()
     backend = tokenizer.backend_tokenizer
+    tokenizer.model_max_length = longest
     tokenizer.save_pretrained(directory)
     backend.enable_truncation(longest)
     backend.enable_padding(

@@ -37,13 +37,12 @@ def plan(job: Job) -> Writer:
 def _write(job: Job, merged: Tuned, directory: Path) -> Written:
     classifier(job.run, merged).save_pretrained(directory, safe_serialization=True)
     length = job.run.experiment.model.max_length
-    tokenizer = job.tuned.tokenizer
+    tokenizer = job.tuned.pretrained.load_tokenizer()
+    tokenizer.model_max_length = length  # where truncation=True cuts
     tokenizer.save_pretrained(directory)
     batches = padded(job.rows.encoded)
     parity = compare_library(job, batches, _load(directory), has_head=True)
-    note = (
-        f"this run cuts rows to {length} tokens: give the tokenizer max_length={length} there too"
-    )
+    note = f"this run cuts rows to {length} tokens, as its tokenizer does with truncation=True"
     return Written(parity, [note], _snippet(job))
 
 

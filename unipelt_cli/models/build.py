@@ -1,7 +1,7 @@
 """From an Experiment to a tuned model: frozen backbone, attached method, pooling and head."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ from torch import nn
 
 from unipelt_cli.backbones.dropout import Draws, replace_dropout
 from unipelt_cli.backbones.pretrained import Pretrained, find
+from unipelt_cli.backbones.sentence_encoder import Reading
 from unipelt_cli.backbones.tokenizer_files import case_note
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.config.sections import ModelSettings
@@ -101,8 +102,14 @@ def build(
         device,
         read.untrained,
         plain_buffers,
-        tuple(filter(None, (read.note, case_note(tokenizer, pretrained.directory)))),
+        tuple(_notes(read.named or Reading(), tokenizer, pretrained)),
     )
+
+
+def _notes(reading: Reading, tokenizer: Any, pretrained: Pretrained) -> Iterator[str]:
+    """Yield what a user must know of a backbone before training."""
+    case = case_note(tokenizer, pretrained.directory, wants_small=reading.lower_cases)
+    yield from filter(None, (reading.note, case))
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,8 @@ class _ReadBackbone:
     reads_pooler: bool
     untrained: frozenset[str]
     """Tensors of the pooler it reads that the checkpoint did not hold."""
-    note: str | None
-    """What its own files say of reading rows that is not done here."""
+    named: Reading | None
+    """What its own files say of how rows are read, where that is followed."""
 
 
 def _read_backbone(
@@ -123,7 +130,7 @@ def _read_backbone(
 ) -> _ReadBackbone:
     """Read a backbone that fits into memory, with its pooler if that is what will be read."""
     attention = pretrained.attention(settings.attention, device.type)
-    note = pretrained.sentence_reading.note if settings.pooling == "auto" else None
+    named = pretrained.sentence_reading if settings.pooling == "auto" else None
     has_pooler = pretrained.layout.has_pooler
     wants_pooler = has_pooler and settings.pooling in ("auto", "native")
     numbers = sum(map(math.prod, pretrained.shapes.values()))
@@ -135,7 +142,7 @@ def _read_backbone(
         missing = frozenset()
         backbone.register_module("pooler", None)
     _check_length(settings.max_length, pretrained, backbone)
-    return _ReadBackbone(backbone, pooling, reads_pooler, missing, note)
+    return _ReadBackbone(backbone, pooling, reads_pooler, missing, named)
 
 
 def _initialise_pooler(

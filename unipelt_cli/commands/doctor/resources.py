@@ -3,10 +3,14 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.system import network
 from unipelt_cli.system.check import Check
+
+if TYPE_CHECKING:
+    from unipelt_cli.backbones.pretrained import Pretrained
 
 LENGTH = 128  # what model.max_length is if nobody says
 
@@ -89,6 +93,7 @@ def check_model(name: str) -> Iterator[Check]:
     yield Check("positions", fits, bound, shorter)
     tokenizer = found.load_tokenizer()
     yield Check("tokenizer", True, f"{len(tokenizer):,} tokens", is_needed=True)
+    yield from _check_reading(found, tokenizer)
     refused = {
         method: reason
         for method, recipe in methods.table().items()
@@ -97,3 +102,21 @@ def check_model(name: str) -> Iterator[Check]:
     runs = f"{len(methods.table()) - len(refused)} of {len(methods.table())} run"
     listed = "".join(f"; not {method}: {reason}" for method, reason in refused.items())
     yield Check("methods", True, f"{runs}{listed}")
+
+
+def _check_reading(found: "Pretrained", tokenizer: Any) -> Iterator[Check]:
+    """Say how its own files want rows read, and whether its tokenizer fits its vocabulary."""
+    from unipelt_cli.backbones.tokenizer_files import case_note
+
+    try:
+        reading = found.sentence_reading
+    except UnipeltError as error:
+        yield Check("pooling", False, error.message, error.hint)
+        return
+    if reading.pooling is not None:
+        left = f"; left out behind it: {', '.join(reading.left_out)}" if reading.left_out else ""
+        yield Check("pooling", True, f"{reading.pooling}, as {reading.file} says{left}")
+    note = case_note(tokenizer, found.directory, wants_small=reading.lower_cases)
+    if note is not None:
+        told, _, remedy = note.removeprefix(f"{found.directory}: ").partition("; ")
+        yield Check("capitals", None, told, remedy)
