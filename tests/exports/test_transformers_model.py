@@ -65,6 +65,9 @@ def test_hf_folder_has_the_tokenizer_and_works_in_a_pipeline(
         label = LABELS[int(tuned.classifier(**row).argmax())]
 
     assert classify(text)[0]["label"] == label
+    length = run.experiment.model.max_length
+    assert classify.tokenizer.model_max_length == length == 32
+    assert len(classify.tokenizer("good " * 500, truncation=True)["input_ids"]) == length
 
 
 def test_hf_folder_holds_a_regression_and_a_trained_pooler(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.backbones import save_backbone
+from support.backbones import save_backbone, save_pipeline
 from support.fuzzing import VALUES, changed, damaged, outcome, tell
 from support.models import experiment, logits_of
 from support.rows import write_rows
@@ -27,7 +27,7 @@ from unipelt_cli.models.batches import encode
 from unipelt_cli.models.build import build
 from unipelt_cli.system import memory
 
-CONFIGS, WEIGHTS, TOKENIZERS, COMMANDS = 1500, 600, 600, 30
+CONFIGS, WEIGHTS, TOKENIZERS, PIPELINES, COMMANDS = 1500, 600, 600, 600, 30
 MEMORY = 400 * 2**20
 TEXTS = [
     "good film",
@@ -78,6 +78,8 @@ RULES: list[tuple[str, dict[str, Any], str]] = [
     ("config.json", {"pad_token_id": -3}, "pad_token_id = -3 is not a token's number"),
     ("config.json", {"hidden_act": "os.system"}, "the weights cannot be read"),
     ("config.json", {"num_attention_heads": 5}, "the weights cannot be read"),
+    ("config.json", {"rope_parameters": {"rope_theta": 1e4}}, "rope_parameters = {'rope_theta': 1"),
+    ("config.json", {"logit_softcap": 30}, "logit_softcap = 30 is not computed here"),
     ("config.json", {"use_kernels": True}, "holds use_kernels, which can make a library fetch"),
     ("config.json", {"x": [{"y": {"auto_map": {"A": "b"}}}]}, "holds auto_map, which can make"),
     (
@@ -193,6 +195,46 @@ def test_configs_with_other_values_load_or_are_refused(bert: Path) -> None:
     tell("values of configs", seen)
     assert all(seen[f"{name} {way}"] > 20 for name in JSON_FILES for way in ("read", "refused"))
     assert used() < 4 * 2**30
+
+
+def test_damaged_pipelines_are_followed_or_refused(bert: Path) -> None:
+    chosen, seen = random.Random(5), Counter[str]()
+    save_pipeline(bert, {"pooling_mode": "mean", "pooling_mode_max_tokens": False}, ("Normalize",))
+    modality = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    settings = {"modality_config": modality, "do_lower_case": False}
+    (bert / "sentence_bert_config.json").write_text(json.dumps(settings))
+    names = ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"]
+    texts = {name: (bert / name).read_text() for name in names}
+    for turn in range(PIPELINES):
+        name = names[turn % 3]
+        if turn % 4 == 0:
+            (bert / name).write_bytes(damaged(texts[name].encode(), chosen))
+        else:
+            (bert / name).write_text(json.dumps(changed(json.loads(texts[name]), chosen)))
+        seen[f"{name} {outcome(lambda: find(str(bert)).sentence_reading)}"] += 1
+        (bert / name).write_text(texts[name])
+    tell("pipelines", seen)
+    assert all(seen[f"{name} {way}"] > 10 for name in names for way in ("read", "refused"))
+
+
+def test_damaged_configs_of_the_newer_library_are_read_or_refused(
+    backbone_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    chosen, seen = random.Random(6), Counter[str]()
+    directory = Path(shutil.copytree(backbone_dir("modernbert"), tmp_path / "modernbert"))
+    path = directory / "config.json"
+    plain = {"rope_theta": 10000.0, "rope_type": "default"}
+    kinds = ["full_attention", "sliding_attention"]
+    newer = {"rope_parameters": dict.fromkeys(kinds, plain), "layer_types": kinds}
+    config = json.loads(path.read_text())
+    for name in ("global_rope_theta", "local_rope_theta", "global_attn_every_n_layers"):
+        del config[name]
+    for _ in range(PIPELINES):
+        value = changed(newer, chosen)
+        path.write_text(json.dumps(config | value if isinstance(value, dict) else value))
+        seen[outcome(lambda: find(str(directory)))] += 1
+    tell("newer configs", seen)
+    assert min(seen["read"], seen["refused"]) > 20
 
 
 def test_damaged_weights_load_or_are_refused(bert: Path) -> None:

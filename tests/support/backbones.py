@@ -1,7 +1,9 @@
 """Tiny real backbones of every architecture, with random weights and a tokenizer of few words."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -143,3 +145,27 @@ def save_backbone(directory: Path, model_type: str, **changes: object) -> Path:
 
 
 HIDDEN, LAYERS = 32, 2
+OLD, NEW = "sentence_transformers.models", "sentence_transformers.sentence_transformer.modules"
+"""Where sentence-transformers keeps its modules, until version 5.3 and from 5.4 on."""
+
+
+def save_pipeline(
+    directory: Path,
+    pooling: dict[str, Any] | None,
+    behind: tuple[str, ...] = (),
+    prefix: str = NEW,
+    encoder: str = "",
+) -> Path:
+    """Make a folder a pipeline: encoder, pooling, and modules behind it."""
+    kinds = ["Transformer", *(["Pooling"] if pooling is not None else []), *behind]
+    modules = []
+    for place, kind in enumerate(kinds):
+        module = kind.lower() if prefix == NEW else ""
+        full = ".".join(filter(None, (prefix, module, kind)))
+        path = encoder if place == 0 else f"{place}_{kind}"
+        modules.append({"idx": place, "name": str(place), "path": path, "type": full})
+    (directory / "modules.json").write_text(json.dumps(modules))
+    if pooling is not None:
+        (directory / "1_Pooling").mkdir()
+        (directory / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    return directory

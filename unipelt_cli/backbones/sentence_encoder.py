@@ -16,6 +16,7 @@ from unipelt_cli.text import short, shown
 
 MODULES, POOLING = "modules.json", "1_Pooling/config.json"
 SETTINGS = "sentence_bert_config.json"
+LONGEST = 100  # letters of a path inside the folder
 CHOOSE = "choose the pooling yourself: --set model.pooling=mean, cls or eos"
 
 _SWITCHES = {
@@ -117,8 +118,9 @@ def _module(entry: Any, path: Path) -> _Module:
     if not isinstance(kind, str) or not isinstance(folder, str):
         raise BackboneError(f"{path}: {shown(entry)} is not a module with a type and a path", AGAIN)
     parts = PurePosixPath(folder)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in folder or "\0" in folder:
-        raise BackboneError(f"{path}: the path {short(folder)} leads out of the folder", AGAIN)
+    is_inside = not parts.is_absolute() and ".." not in parts.parts and "\\" not in folder
+    if not is_inside or not folder.isprintable() or len(folder) > LONGEST:
+        raise BackboneError(f"{path}: the path {short(folder)} is none inside the folder", AGAIN)
     name = kind.rpartition(".")[2]
     return _Module(name if kind.startswith("sentence_transformers.") else short(kind), folder)
 

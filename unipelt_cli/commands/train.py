@@ -172,6 +172,7 @@ def show_dry_run(
                 **described,
                 **_costs(found),
                 "run": str(directories[0]),
+                "notes": list(found.tuned.notes),
                 "problem": problem and problem.message,
                 "experiment": found.experiment.settings(),
             }
