@@ -102,11 +102,11 @@ def translate(config: Mapping[str, Any], layout: Layout, path: Path) -> dict[str
 
     Raises BackboneError for what version 4 cannot compute, and for keys that contradict each other.
     """
-    said = dict(config)
+    translated = dict(config)
     if layout.model_type == "modernbert":
-        _translate_positions(said, path)
-        _translate_layers(said, path)
-    return said
+        _translate_positions(translated, path)
+        _translate_layers(translated, path)
+    return translated
 
 
 def _translate_positions(config: dict[str, Any], path: Path) -> None:

@@ -104,19 +104,19 @@ def check_model(name: str) -> Iterator[Check]:
     yield Check("methods", True, f"{runs}{listed}")
 
 
-def _check_reading(found: "Pretrained", tokenizer: Any) -> Iterator[Check]:
+def _check_reading(pretrained: "Pretrained", tokenizer: Any) -> Iterator[Check]:
     """Say how its own files want rows read, and whether its tokenizer fits its vocabulary."""
     from unipelt_cli.backbones.tokenizer_files import case_note
 
     try:
-        reading = found.sentence_reading
+        reading = pretrained.sentence_reading
     except UnipeltError as error:
         yield Check("pooling", False, error.message, error.hint)
         return
     if reading.pooling is not None:
         left = f"; left out behind it: {', '.join(reading.left_out)}" if reading.left_out else ""
         yield Check("pooling", True, f"{reading.pooling}, as {reading.file} says{left}")
-    note = case_note(tokenizer, found.directory, wants_small=reading.lower_cases)
+    note = case_note(tokenizer, pretrained.directory, wants_small=reading.lower_cases)
     if note is not None:
-        told, _, remedy = note.removeprefix(f"{found.directory}: ").partition("; ")
-        yield Check("capitals", None, told, remedy)
+        message, _, remedy = note.removeprefix(f"{pretrained.directory}: ").partition("; ")
+        yield Check("capitals", None, message, remedy)
