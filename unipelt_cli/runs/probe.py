@@ -1,16 +1,103 @@
 """The probe: logits on seeded random tokens, which tell whether a model is the same."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from unipelt_cli.errors import RunError
+from unipelt_cli.files import sealed
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Logits, compute_logits
 from unipelt_cli.models.tuned import Tuned
 
 PROBE_ROWS = 64
-PROBE_TOLERANCE = 1e-4
-ROUGH_TOLERANCE = 0.1  # in bf16, and on another kind of device
+EXACT = "fp32"
+_LOGITS, _EXACT_LOGITS = "logits", f"logits.{EXACT}"  # tensors of probe.safetensors
+_EXACT_BOUNDS = 1e-4, 1e-5  # at least, and of the largest logit
+# In bf16 the logits of every method and architecture that is tested move by up to 3 % of their
+# range, those of the demo by 1 %.
+_ROUGH_BOUNDS = 0.02, 0.05  # at least, and of the logits' range
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How far a model's logits are from the expected ones, and how far they may be."""
+
+    precision: str
+    difference: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether they are the same, as far as the precision can tell; NaN never is."""
+        return self.difference <= self.allowed
+
+
+@dataclass(frozen=True)
+class StoredProbe:
+    """The logits (rows, outputs of all heads) that a run stored, by precision, its own first.
+
+    Every run has them in fp32 too, where a difference tells more than in bf16; one of an earlier
+    version has its own alone.
+    """
+
+    by_precision: Mapping[str, Tensor]
+    device: str
+
+    def compare(self, tuned: Tuned) -> Likeness:
+        """Compare a model with what was stored in its precision, else with the run's own."""
+        stored = self.by_precision
+        precision = tuned.precision if tuned.precision in stored else next(iter(stored))
+        is_alike = (precision, self.device) == (tuned.precision, tuned.device.type)
+        logits = torch.from_numpy(probe(tuned))
+        return likeness(logits, stored[precision], tuned.precision, is_alike=is_alike)
+
+
+def likeness(logits: Tensor, expected: Tensor, precision: str, *, is_alike: bool) -> Likeness:
+    """Compare logits that were computed in `precision` with expected ones of the same shape.
+
+    `is_alike` says that those were too, and on the same kind of device. In bf16 a rounding may even
+    then fall otherwise, with the number of threads or the rows of a batch; then the logits may
+    differ by a share of their range.
+    """
+    if is_alike and precision == EXACT:
+        (floor, share), size = _EXACT_BOUNDS, expected.abs().max()
+    else:
+        (floor, share), size = _ROUGH_BOUNDS, expected.max() - expected.min()
+    difference = float((logits - expected).abs().max())
+    return Likeness(precision, difference, max(floor, share * float(size)))
+
+
+def write_probe(path: Path, precision: str, logits: Tensor, exact: Tensor | None) -> None:
+    """Store the probe's logits in a run's own precision and, where that is another, in fp32."""
+    tensors = {_LOGITS: logits}
+    if precision != EXACT and exact is not None:
+        tensors[_EXACT_LOGITS] = exact
+    sealed.write_tensors(path, tensors, {"rows": PROBE_ROWS})
+
+
+def read_probe(path: Path, precision: str, device: str, outputs: int) -> StoredProbe:
+    """Read what a run of this precision, kind of device and number of outputs stored.
+
+    Raises RunError for tensors that cannot be its logits.
+    """
+    tensors, _ = sealed.open_tensors(path)
+    names = {precision: _LOGITS} | ({EXACT: _EXACT_LOGITS} if _EXACT_LOGITS in tensors else {})
+    stored = {kind: tensors[name] for kind, name in names.items() if name in tensors}
+    shape = (PROBE_ROWS, outputs)
+    if precision not in stored or not all(_is_whole(own, shape) for own in stored.values()):
+        raise RunError(f"{path}: damaged", sealed.REMEDY)
+    return StoredProbe(stored, device)
+
+
+def _is_whole(logits: Tensor, shape: tuple[int, int]) -> bool:
+    is_right = logits.dtype == torch.float32 and tuple(logits.shape) == shape
+    return is_right and bool(torch.isfinite(logits).all())
 
 
 def probe(tuned: Tuned) -> Logits:

@@ -36,7 +36,7 @@ from unipelt_cli.runs.names import (
     RECORDED,
     RESULT,
 )
-from unipelt_cli.runs.probe import PROBE_TOLERANCE, ROUGH_TOLERANCE, probe
+from unipelt_cli.runs.probe import Likeness, StoredProbe, read_probe
 from unipelt_cli.runs.progress import describe_progress
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task
@@ -100,40 +100,40 @@ class Run:
         Raises RunError when it is another one, or a tensor is missing, extra, reshaped, not finite
         or changed.
         """
+        return self.build_compared(device, backbone, precision)[0]
+
+    def build_compared(
+        self,
+        device: str | None = None,
+        backbone: str | None = None,
+        precision: str | None = None,
+    ) -> tuple[Tuned, Likeness]:
+        """Do what `build` does, and return how far its logits are from the stored ones as well."""
         experiment = self.experiment
         experiment = experiment.replace("train", device=device, precision=precision)
         pretrained = find(backbone or experiment.model.backbone)
         self.check_backbone(pretrained)
         tuned = _load(self.directory, experiment, self.tasks, pretrained)
-        self._compare_probe(tuned)
-        return tuned
+        likeness = self.stored_probe.compare(tuned)
+        if not likeness.holds:
+            raise RunError(
+                f"{self.directory}: computes other logits than when it was saved "
+                f"(in {likeness.precision} they differ by {likeness.difference:.2g}, and may by "
+                f"{likeness.allowed:.2g})",
+                "its settings or a library have changed: restore them, or train it again",
+            )
+        return tuned, likeness
+
+    @cached_property
+    def stored_probe(self) -> StoredProbe:
+        """The logits that tell whether a model computes what this run did; see `StoredProbe`."""
+        outputs = sum(task.outputs for task in self.tasks)
+        precision = str(self.header.get("precision", self.experiment.train.precision))
+        return read_probe(self.directory / PROBE, precision, self.result["device"], outputs)
 
     def check_backbone(self, found: Pretrained) -> None:
         """Raise RunError when a backbone is not the one that the run was trained on."""
         check_backbone(self.directory, self.environment["backbone"], found)
-
-    def _compare_probe(self, tuned: Tuned) -> None:
-        """Raise RunError when the model computes something else than when it was saved."""
-        difference, bound = self.probe_difference(tuned)
-        if not difference <= bound:
-            raise RunError(
-                f"{self.directory}: computes other logits than when it was saved "
-                f"(they differ by {difference:.2g})",
-                "its settings or a library have changed: restore them, or train it again",
-            )
-
-    def probe_difference(self, tuned: Tuned) -> tuple[float, float]:
-        """Return how far a model's probe logits are from the stored ones, and how far they may be.
-
-        Raises RunError for stored logits of another shape.
-        """
-        stored = sealed.open_tensors(self.directory / PROBE)[0].get("logits")
-        logits = torch.from_numpy(probe(tuned))
-        same = (tuned.precision, tuned.device.type) == ("fp32", self.result["device"])
-        bound = PROBE_TOLERANCE if same else ROUGH_TOLERANCE
-        if stored is None or stored.shape != logits.shape:
-            raise RunError(f"{self.directory / PROBE}: damaged", sealed.REMEDY)
-        return float((logits - stored).abs().max()), bound
 
     def predictions(self, place: int = 0) -> tuple[Values, Values] | None:
         """Return a task's predictions and references on test, as label indices or values (rows,).

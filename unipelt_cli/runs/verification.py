@@ -80,8 +80,19 @@ def _backbone(run: Run, backbone: str | None) -> str:
 
 
 def _logits(run: Run, backbone: str | None) -> str:
-    difference, bound = run.probe_difference(run.build(backbone=backbone))
-    return f"{PROBE_ROWS} rows differ by {difference:.1e} at most, {bound:.0e} allowed"
+    """Compare in each precision that logits were stored in: fp32 tells more than bf16."""
+    found = [
+        run.build_compared(backbone=backbone, precision=precision)[1]
+        for precision in run.stored_probe.by_precision
+    ]
+    each = [f"{own.difference:.1e} at most, {own.allowed:.0e} allowed" for own in found]
+    if len(found) > 1:
+        each = [f"in {one.precision} by {own}" for one, own in zip(found, each, strict=True)]
+    else:
+        each = [f"by {own}" for own in each]
+    then, now = run.environment["threads"], torch.get_num_threads()
+    threads = "" if now == then else f", with {now} threads instead of {then}"
+    return f"{PROBE_ROWS} rows differ {', '.join(each)}{threads}"
 
 
 def _rows(run: Run, source: str | None, place: int) -> Iterator[Check]:

@@ -38,7 +38,7 @@ from unipelt_cli.runs.names import (
     RESULT,
     STATE,
 )
-from unipelt_cli.runs.probe import PROBE_ROWS, PROBE_TOLERANCE, probe
+from unipelt_cli.runs.probe import likeness, probe, write_probe
 from unipelt_cli.runs.progress import read_metrics
 from unipelt_cli.tasks import Task
 from unipelt_cli.version import __version__
@@ -186,20 +186,20 @@ class Writer:
         write_tensors(self.directory / MODEL, tuned.stored(), header)
         return torch.from_numpy(probe(tuned))
 
-    def verify(self, reloaded: Tuned, trained: Tensor) -> float:
+    def verify(self, reloaded: Tuned, trained: Tensor, exact: Tensor | None = None) -> None:
         """Compare the reloaded model's probe logits with the trained one's, and store them.
 
-        Raises CheckError when they differ: then what was stored is not what was trained.
+        `exact` are those that it gives in fp32, where it computes in bf16 itself. Raises CheckError
+        when they differ: then what was stored is not what was trained.
         """
-        logits = torch.from_numpy(probe(reloaded))
-        difference = float((logits - trained).abs().max())
-        if not difference <= PROBE_TOLERANCE:
+        logits, precision = torch.from_numpy(probe(reloaded)), reloaded.precision
+        found = likeness(logits, trained, precision, is_alike=True)
+        if not found.holds:
             raise CheckError(
-                f"{self.directory}: the reloaded model's logits differ by {difference:.2g}",
+                f"{self.directory}: the reloaded model's logits differ by {found.difference:.2g}",
                 "this is a bug in unipelt: please report it with the experiment.toml",
             )
-        write_tensors(self.directory / PROBE, {"logits": logits}, {"rows": PROBE_ROWS})
-        return difference
+        write_probe(self.directory / PROBE, precision, logits, exact)
 
     def predictions(self, predicted: Sequence[Values], expected: Sequence[Values]) -> None:
         """Write each task's predictions and references on test: label indices, or values."""

@@ -7,14 +7,24 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.data import preparation
 from unipelt_cli.data.prepared_directory import Prepared
-from unipelt_cli.errors import ConfigError, DataError, RunError, UnipeltError
+from unipelt_cli.errors import (
+    BackboneError,
+    ConfigError,
+    DataError,
+    RunError,
+    UnipeltError,
+)
 from unipelt_cli.models.evaluation import compute_logits, has_collapsed, predictions, references
 from unipelt_cli.models.sharing import share
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, RESULT, STATE
+from unipelt_cli.runs.probe import EXACT, probe
 from unipelt_cli.runs.progress import read_state
 from unipelt_cli.runs.run import check_started, read_experiment, read_run, read_stored
 from unipelt_cli.runs.writer import Writer, command_line
@@ -208,8 +218,9 @@ def _finish(
     """Store the model, read it back, and score test once with what was read back."""
     tasks, tuned, processes = training.tasks, training.tuned, training.processes
     trained = processes.main(lambda: writer.model(tuned, tasks, experiment.method_name))
+    exact = processes.main(lambda: _exact_probe(writer.directory, experiment, tasks, tuned))
     stored = read_stored(writer.directory, experiment, tasks, tuned, processes)
-    processes.main(lambda: writer.verify(stored, trained))
+    processes.main(lambda: writer.verify(stored, trained, exact))
     backbone = stored.classifier.backbone
     stored.method.report(backbone)  # drop what was measured on the probe
     expected = [references(own.splits["test"]) for own in prepared]
@@ -236,6 +247,27 @@ def _finish(
     if measured:
         result["measured"] = measured
     return processes.main(lambda: writer.result(result))
+
+
+def _exact_probe(
+    directory: Path, experiment: Experiment, tasks: Sequence[Task], trained: Tuned
+) -> Tensor | None:
+    """Return the probe logits in fp32 of what a run in bf16 has just stored; None for one in fp32.
+
+    Frozen tensors that were rounded cannot be had back from the trained model: it is built again.
+    Where that copy does not fit into memory there are none: no run is lost for them.
+    """
+    if trained.precision == EXACT:
+        return None
+    experiment = experiment.replace("train", precision=EXACT)
+    try:
+        return torch.from_numpy(probe(read_stored(directory, experiment, tasks, trained)))
+    except BackboneError:
+        return None
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        return None
 
 
 def _describe(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
