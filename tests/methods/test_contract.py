@@ -53,6 +53,25 @@ def test_a_row_alone_padded_or_in_company_gives_the_same_logits(
     assert (logits_of(tuned, SENTENCES[::-1])[2] - alone[0]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        *(("bert", name) for name in NAMES),
+        *(("minilm", n) for n in ("unipelt-apl", "lora", "full")),
+    ],
+)
+def test_in_bf16_it_does_within_the_rounding(
+    backbone_dir: Callable[[str], Path], model: str, method: str
+) -> None:
+    directory = Path(model) if model == "minilm" else backbone_dir(model)
+    tuned = disturbed(build(experiment(directory, method, train={"precision": "bf16"}), 3), 0.05)
+    alone, company = logits_of(tuned, SENTENCES[1:2])[0], logits_of(tuned, SENTENCES)
+    allowed = 0.02 * float(company.max() - company.min())
+    assert (logits_of(tuned, SENTENCES[1:2], 128)[0] - alone).abs().max() < allowed
+    assert (company[1] - alone).abs().max() < allowed
+    assert (logits_of(tuned, SENTENCES[::-1])[2] - alone).abs().max() < allowed
+
+
 def test_a_refused_backbone_is_refused_before_its_weights_are_read(
     backbone_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

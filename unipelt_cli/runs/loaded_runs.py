@@ -1,7 +1,8 @@
 """Finished runs, loaded to label rows: what the command and other people's programs both use.
 
 Several runs on one backbone hold its frozen tensors once, and those of one method send their rows
-through it in one pass. What is said of a row depends on no other row.
+through it in one pass. What is said of a row depends on no other row, save for the rounding of the
+precision: in bf16 the rows of its batch may move a logit by a thousandth of the logits' range.
 """
 
 import os
@@ -159,16 +160,20 @@ def load_run(
     task: str | None = None,
     device: str | None = None,
     model: str | Path | None = None,
+    precision: str | None = None,
     offline: bool = False,
 ) -> LoadedRun:
     """Load a finished run: `task` is one of several, `model` where its backbone is now.
+
+    `precision` is fp32 or bf16, the run's own unless it is given.
 
     The network is used for what is on the hub and not in the local cache, a run (hub:OWNER/NAME) or
     its backbone, and for nothing else; with `offline` not even for that. Raises UnipeltError, in
     two sentences, for what cannot be.
     """
-    own = {"task": task, "device": device, "model": model, "offline": offline}
-    (loaded,) = load_runs([path], **own).values()  # type: ignore[arg-type]
+    (loaded,) = load_runs(
+        [path], task=task, device=device, model=model, precision=precision, offline=offline
+    ).values()
     return loaded
 
 
@@ -178,6 +183,7 @@ def load_runs(
     task: str | None = None,
     device: str | None = None,
     model: str | Path | None = None,
+    precision: str | None = None,
     offline: bool = False,
 ) -> LoadedRuns:
     """Load several runs on one backbone, whose frozen tensors they share; see `load_run`.
@@ -198,7 +204,7 @@ def load_runs(
             network.settle(offline=offline, needed=True)
             network.require_cached(backbone=where, dataset=None)
         where = str(there or where)
-    return load(found, task, device, where)
+    return load(found, task, device, where, precision)
 
 
 def named(paths: Sequence[str | Path]) -> dict[str, str | Path]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,10 @@ def verify(
     found = _try("backbone", lambda: _backbone(run, backbone))
     yield found
     if found.ok:
-        yield _try("tensors and logits", lambda: _logits(run, backbone))
+        logits = _try("tensors and logits", lambda: _logits(run, backbone))
+        yield logits
+        if logits.ok:
+            yield from _finer_logits(run, backbone)
     for place in range(len(run.tasks)):
         yield from _rows(run, source, place)
 
@@ -79,20 +83,21 @@ def _backbone(run: Run, backbone: str | None) -> str:
     return f"{found.name} ({found.fingerprint[:12]})"
 
 
-def _logits(run: Run, backbone: str | None) -> str:
-    """Compare in each precision that logits were stored in: fp32 tells more than bf16."""
-    found = [
-        run.build_compared(backbone=backbone, precision=precision)[1]
-        for precision in run.stored_probe.by_precision
-    ]
-    each = [f"{own.difference:.1e} at most, {own.allowed:.0e} allowed" for own in found]
-    if len(found) > 1:
-        each = [f"in {one.precision} by {own}" for one, own in zip(found, each, strict=True)]
-    else:
-        each = [f"by {own}" for own in each]
+def _logits(run: Run, backbone: str | None, precision: str | None = None) -> str:
+    _, found = run.build_compared(backbone=backbone, precision=precision)
     then, now = run.environment["threads"], torch.get_num_threads()
     threads = "" if now == then else f", with {now} threads instead of {then}"
-    return f"{PROBE_ROWS} rows differ {', '.join(each)}{threads}"
+    return (
+        f"{PROBE_ROWS} rows differ by {found.difference:.1e} at most, "
+        f"{found.allowed:.0e} allowed{threads}"
+    )
+
+
+def _finer_logits(run: Run, backbone: str | None) -> Iterator[Check]:
+    """Check the logits that a run in bf16 stored in fp32: they tell more."""
+    _, *others = run.stored_probe.by_precision
+    for precision in others:
+        yield _try(f"logits in {precision}", partial(_logits, run, backbone, precision))
 
 
 def _rows(run: Run, source: str | None, place: int) -> Iterator[Check]:

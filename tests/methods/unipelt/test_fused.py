@@ -158,6 +158,25 @@ def test_it_does_so_in_bf16(backbone_dir: Callable[[str], Path]) -> None:
     check(disturbed(build(settings, 3)), 0.05)
 
 
+def test_bf16_moves_the_gradients_of_gates_as_little_as_by_the_hooks(
+    backbone_dir: Callable[[str], Path],
+) -> None:
+    directory, inputs = backbone_dir("bert"), batch(24)
+    exact = disturbed(build(experiment(directory, "unipelt-apl"), 3))
+    rough = disturbed(build(experiment(directory, "unipelt-apl", train={"precision": "bf16"}), 3))
+    (_, expected), (_, fused) = gradients(exact, inputs), gradients(rough, inputs)
+    with by_hooks(rough):
+        _, hooked = gradients(rough, inputs)
+
+    def error(found: dict[str, Tensor]) -> float:
+        gates = [name for name in expected if ".gates." in name and name.endswith("weight")]
+        assert len(gates) == 3 * len(rough.classifier.backbone.submodules.layers)
+        far = [far_apart(found[name], expected[name]) for name in gates]
+        return sum(far) / len(far)
+
+    assert 0 < error(fused) < min(0.05, 1.2 * error(hooked))
+
+
 def test_it_does_so_in_the_stored_form(backbone_dir: Callable[[str], Path]) -> None:
     settings = experiment(backbone_dir("bert"), "unipelt-apl")
     check(disturbed(build(settings, 3, folded=True)), 1e-5)

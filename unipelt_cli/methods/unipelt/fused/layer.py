@@ -189,6 +189,8 @@ class FusedLayer:
             grads["early_bias"] = part.by_run(pooled).sum(1)
             reads.append(part.by_run(pooled).to(grad.dtype))
         if own.reads is not None:
+            # Of the gates too in the backbone's kind: products of their own in fp32 would take an
+            # error of 1.48 % of their gradients in bf16 to 1.47 %, for 1 to 2 % of a step's time.
             low = torch.cat(reads, -1)
             grads["reads"] = low.mT @ part.by_run(saved["x"])
             if needs_input:
