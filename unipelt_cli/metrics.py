@@ -33,6 +33,12 @@ def _f1(predictions: Values, references: Values, outputs: int) -> float:
     return float(f1_score(references, predictions, average=average, zero_division=0.0))
 
 
+def _macro_f1(predictions: Values, references: Values, outputs: int) -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, average="macro", zero_division=0.0))
+
+
 def _matthews(predictions: Values, references: Values, outputs: int) -> float:
     from sklearn.metrics import matthews_corrcoef
 
@@ -49,13 +55,14 @@ METRICS: Mapping[str, Callable[[Values, Values, int], float]] = MappingProxyType
     {
         "accuracy": _accuracy,
         "f1": _f1,
+        "macro_f1": _macro_f1,
         "matthews": _matthews,
         "spearman": lambda p, r, _: _correlation(p, r, "spearmanr"),
         "pearson": lambda p, r, _: _correlation(p, r, "pearsonr"),
         "mse": _mean_squared_error,
     }
 )
-CLASSIFICATION_METRICS = ("accuracy", "f1", "matthews")
+CLASSIFICATION_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
 REGRESSION_METRICS = ("spearman", "pearson", "mse")
 
 

@@ -7,6 +7,7 @@ are given.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.metrics import METRICS, Values
@@ -17,6 +18,8 @@ class Task:
     """What one kind of labelled rows looks like and how predictions on them are judged.
 
     `labels` is empty for regression. `metric` selects checkpoints; `also` is reported beside it.
+    `positive` is the label, of two, that F1 is of: the second one where it is None.
+    `decimal_comma` says how a regression's labels are spelled in their files.
     """
 
     name: str
@@ -26,6 +29,15 @@ class Task:
     also: tuple[str, ...] = ()
     dev_size: int = 1000
     source: "Glue | Packaged | None" = None
+    positive: str | None = None
+    decimal_comma: bool = False
+
+    @property
+    def positive_label(self) -> str | None:
+        """The label that F1 is of; None where there are not two."""
+        if len(self.labels) != 2:
+            return None
+        return self.labels[1] if self.positive is None else self.positive
 
     @property
     def is_regression(self) -> bool:
@@ -38,10 +50,14 @@ class Task:
 
     def score(self, predictions: Values, references: Values) -> dict[str, float]:
         """Score label indices (or values, in regression): the task's metric first."""
-        return {
-            name: METRICS[name](predictions, references, self.outputs)
-            for name in (self.metric, *self.also)
-        }
+        answers = self.positive_last(predictions), self.positive_last(references)
+        return {name: METRICS[name](*answers, self.outputs) for name in (self.metric, *self.also)}
+
+    def positive_last(self, values: Values) -> Values:
+        """Return two labels' indices so that 1 is the one that F1 is of; others as they are."""
+        positive = self.positive_label
+        is_first = positive is not None and self.labels.index(positive) == 0
+        return 1 - values if is_first else values
 
 
 @dataclass(frozen=True)
@@ -92,6 +108,14 @@ def joint_scores(tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]) -
     mean = sum(own[task.metric] for task, own in pairs) / len(pairs)
     named = {f"{task.name}.{name}": own[name] for task, own in pairs for name in own}
     return {MEAN: mean, **named}
+
+
+def joint_positive(tasks: Sequence[Task]) -> dict[str, Any]:
+    """Return what is recorded of the labels that F1 is of: {} where no task has two labels."""
+    found = {task.name: task.positive_label for task in tasks if task.positive_label is not None}
+    if not found:
+        return {}
+    return {"positive": found if len(tasks) > 1 else next(iter(found.values()))}
 
 
 _PAIR = ("sentence1", "sentence2")

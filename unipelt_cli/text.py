@@ -1,5 +1,7 @@
 """Text made visible, short, or one line, for messages and pictures."""
 
+from collections.abc import Mapping
+
 
 def plain(text: str) -> str:
     """Make control characters visible, so that data cannot steer the terminal."""
@@ -42,3 +44,10 @@ def reason_with_type(error: BaseException) -> str:
     """Return an error's type and the first line of what it says."""
     name = type(error).__name__
     return f"{name}: {first_line(error)}" if str(error).strip() else name
+
+
+def shown_score(name: str, positive: str | Mapping[str, str] | None) -> str:
+    """Return what a score is called where it is read: F1 of two labels with the label it is of."""
+    task, _, metric = name.rpartition(".")
+    label = positive.get(task) if isinstance(positive, Mapping) else positive
+    return f"{name} of {short(label)}" if metric == "f1" and label is not None else name

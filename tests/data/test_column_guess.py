@@ -27,7 +27,7 @@ GUESSES = [
     ("comment,stars", lambda n: f"{sentence(n)},{n * 7 % 100}",
      {"text": "comment", "label": "stars", "kind": "regression"},
      "guessed text 'comment', label 'stars' (60 different numbers: regression); "
-     "to choose: --text COLUMN --label COLUMN"),
+     "to choose: --text COLUMN --label COLUMN --set data.kind=classification"),
     ("0,1", lambda n: f"{sentence(n)},{n % 2}", {"text": "0", "label": "1"},
      "guessed text '0', label '1' (2 labels); to choose: --text COLUMN --label COLUMN"),
 ]  # fmt: skip

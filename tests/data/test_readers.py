@@ -79,7 +79,7 @@ def test_pairs_keep_the_names_of_their_columns(tmp_path):
         (["10", "9", "x"], ("10", "9", "x")),
         ([True, False], ("False", "True")),
         ([1.0, 2.0], ("1", "2")),
-        (["1.0", "2.0"], ("1.0", "2.0")),
+        (["1.0", "2.0"], ("1", "2")),
         ([f"class {n:03}" for n in range(300)], tuple(f"class {n:03}" for n in range(300))),
     ],
 )
@@ -89,7 +89,8 @@ def test_labels_are_found_and_sorted(tmp_path, values, labels):
     prepared = prepare_own(path)
     assert prepared.task.labels == labels
     assert prepared.task.metric == "accuracy"
-    assert prepared.task.also == ("f1", "matthews")
+    several = ("f1", "matthews")  # over more labels than two, f1 is the macro one already
+    assert prepared.task.also == (("f1", "macro_f1", "matthews") if len(labels) == 2 else several)
     assert sum(prepared.manifest["splits"]["train"]["labels"].values()) == len(
         prepared.splits["train"]
     )
@@ -198,7 +199,7 @@ def test_lines_are_plain_texts_or_json(content, columns, texts):
         (b"q\ta\nq a\n", PAIR, "stdin, line 2: texts between tabs: 1 instead of 2"),
         (b"q\ta\tb\n", PAIR, "stdin, line 1: texts between tabs: 3 instead of 2"),
         (b"q\ta\n\nr\tb\n", PAIR, "stdin, line 2: texts between tabs: 1 instead of 2"),
-        (b"q\ta\nr\t \n", PAIR, "stdin, line 2: 'answer' is empty"),
+        (b"q\ta\n \t \n", PAIR, "stdin, line 2: 'question' and 'answer' are both empty"),
     ],
 )
 def test_lines_that_are_no_texts_are_told(content, columns, message):
@@ -269,8 +270,8 @@ def test_json_lines_are_checked_as_those_of_a_file(tmp_path, content):
         ),
         (
             "a.jsonl",
-            '{"text": "a", "label": [1]}',
-            "{}, line 1: the label is not a name or number but list",
+            '{"text": "a", "label": [1, 2]}',
+            "{}, line 1: 2 labels in one row",
         ),
         ("a.csv", "text,label\na,0.5\nb,inf\n", "{}, line 3: the label 'inf' is not finite"),
         ("a.csv", "text,label\na,0.5\nb,1e300\n", "{}, line 3: the label '1e300' is not finite"),

@@ -99,7 +99,7 @@ def test_the_demo_is_in_the_package():
         (
             {"metric": "spearman"},
             "data.metric = 'spearman': own is classification",
-            "choose one of accuracy, f1, matthews",
+            "choose one of accuracy, f1, macro_f1, matthews",
         ),
         (
             {"kind": "regression"},

@@ -37,6 +37,7 @@ from unipelt_cli.data import cells, decoded_lines, preparation, readers
 from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.data.prepared_directory import Prepared, load_prepared, save_prepared
 from unipelt_cli.data.splits import SPLITS
+from unipelt_cli.data.unusable import windows_of_texts
 from unipelt_cli.errors import UnipeltError
 
 MEGABYTE = 2**20
@@ -307,9 +308,10 @@ def test_lines_of_stdin_give_texts_or_an_error() -> None:
 
     def read(content: bytes, columns: list[str]) -> None:
         windows = readers.read_input(io.BytesIO(content), columns)
-        for found in readers.texts(windows, columns):
-            for texts in found.values():
-                assert all(isinstance(text, str) and text.strip() for text in texts)
+        for found in windows_of_texts(windows, [columns]):
+            for texts in zip(*found.texts.values(), strict=True):
+                assert all(isinstance(text, str) for text in texts)
+                assert any(text.strip() for text in texts)
 
     for content, columns in ((plain, ["text"]), (paired, ["a", "b"]), (objects, ["text"])):
         for _ in range(90):

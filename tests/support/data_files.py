@@ -4,6 +4,7 @@ import io
 
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data import preparation, readers
+from unipelt_cli.data.unusable import windows_of_texts
 from unipelt_cli.tasks import TASKS
 
 OWN = {"text": "text", "label": "label"}
@@ -21,7 +22,7 @@ PAIR = ["question", "answer"]
 
 def texts_of(windows, columns):
     """Return the texts of each column in all windows."""
-    found = list(readers.texts(windows, columns))
+    found = [part.texts for part in windows_of_texts(windows, [columns])]
     return [[text for one in found for text in one[column]] for column in columns]
 
 

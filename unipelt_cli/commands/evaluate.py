@@ -21,6 +21,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="Score other labelled rows instead.")
     ] = None,
     label: options.LabelOption = None,
+    skip_unusable: options.SkipOption = False,
     source: options.SourceOption = None,
     device: options.DeviceOption = None,
     precision: options.RunPrecisionOption = None,
@@ -45,7 +46,8 @@ def evaluate(
     tuned = found.build(device, model, precision)
     from unipelt_cli.data import preparation
     from unipelt_cli.models import evaluation
-    from unipelt_cli.tasks import joint_scores
+    from unipelt_cli.tasks import joint_positive, joint_scores
+    from unipelt_cli.text import shown_score
 
     name = split if file is None else str(file)
     total, scored = 0, []
@@ -55,14 +57,17 @@ def evaluate(
             parts = iter([found.rows(split, settings.absolute(source), place)])
         else:
             column = label or found.experiment.data.label or "label"
-            parts = preparation.labelled_rows(file, one, column)
+            skip = skip_unusable or bool(found.experiment.data.skip_unusable)
+            parts = preparation.labelled_rows(file, one, column, skip_unusable=skip)
         told, true = evaluation.answers(tuned, one, parts, found.experiment.model.max_length, place)
         scored.append(one.score(told, true))
         total += len(true)
-    scores = joint_scores([found.tasks[place] for place in places], scored)
+    chosen = [found.tasks[place] for place in places]
+    scores, positive = joint_scores(chosen, scored), joint_positive(chosen)
+    names = [shown_score(metric, positive.get("positive")) for metric in scores]
     tables.table(
-        ("split", "rows", *scores),
+        ("split", "rows", *names),
         [[name, str(total), *(f"{value:.4f}" for value in scores.values())]],
     )
     if as_json:
-        print_json({"split": name, "rows": total, "scores": scores})
+        print_json({"split": name, "rows": total, "scores": scores, **positive})

@@ -130,7 +130,7 @@ def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
         )
     best: list[dict[str, Any]] = next((own["layers"] for own in epochs if own["is_best"]), [])
     title = f"gates of {run.resolve().name}, mean over layers and dev rows"
-    gates.show_epochs(epochs, found.result["metric"], title)
+    gates.show_epochs(epochs, found.result["metric"], title, found.result.get("positive"))
     if plot is not None:
         plots.plot_epochs(epochs, title, plot)
         console.say("picture: ", (str(plot), "bold"))
@@ -198,12 +198,14 @@ class _View:
     def _ablate(self, study: "Ablation") -> dict[str, Any]:
         from unipelt_cli.gates import ablation
         from unipelt_cli.terminal import gates, progress
+        from unipelt_cli.text import shown_score
 
         if self.split == "test":
             console.say(("warning: ", "yellow"), "these are test rows: choose nothing by them")
         losses = list(progress.tracked(study.losses(), study.passes, "closing submodules"))
         answer = ablation.summary(study, losses)
-        score = f"{study.task.metric} {study.score:.4f}"
+        metric = shown_score(study.task.metric, study.task.positive_label)
+        score = f"{metric} {study.score:.4f}"
         title = f"{self.name}, {len(self.rows)} {self.split} rows, {score}"
         gates.show_ablation(answer, title, len(self.rows))
         return answer

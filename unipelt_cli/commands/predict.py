@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +14,7 @@ from unipelt_cli.commands.shared import options, run_argument
 from unipelt_cli.errors import ConfigError, DataError
 from unipelt_cli.terminal import progress
 
-if TYPE_CHECKING:
-    from unipelt_cli.runs.loaded_runs import Prediction
+SKIP_THEM = "fill it in, or have such rows answered with null by --skip-unusable"
 
 
 def predict(
@@ -45,6 +44,13 @@ def predict(
         Path | None,
         typer.Option(metavar="FILE", help="Write there, all or nothing. (default stdout)"),
     ] = None,
+    skip_unusable: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unusable",
+            help="Answer rows without a text with null. (default as the run was trained)",
+        ),
+    ] = False,
     device: options.DeviceOption = None,
     precision: options.RunPrecisionOption = None,
     model: options.MovedModelOption = None,
@@ -76,7 +82,7 @@ def predict(
         raise ConfigError("predict: there is no FILE|-", "name a file of rows, or - for stdin")
     given, rows = (several, run) if several else ([Path(run)], str(file))
     found = [run_argument.read_run(path, offline, model=model) for path in given]
-    from unipelt_cli.data import readers
+    from unipelt_cli.data import readers, unusable
     from unipelt_cli.runs import loaded_runs
 
     if rows == "-" and sys.stdin is None:
@@ -88,17 +94,23 @@ def predict(
         windows = readers.read_input(sys.stdin.buffer, loaded.columns, kind, loaded.plain)
     else:
         windows = readers.read_file(Path(rows), loaded.columns, kind, loaded.plain)
+    skip = skip_unusable or all(own.experiment.data.skip_unusable for own in found)
     shown = rows != "-" and not (out is None and sys.stdout is not None and sys.stdout.isatty())
     with _output(out) as write, progress.counting("rows", shown=shown) as count:
-        for columns in readers.texts(windows, loaded.columns):
-            answers = list(loaded.predict_columns(columns))
-            write("".join(f"{json.dumps(_shape(said, several))}\n" for said in answers))
-            count(len(answers))
+        parts = unusable.windows_of_texts(windows, loaded.groups, SKIP_THEM, skip=skip)
+        for part in parts:
+            answers = loaded.predict_columns(part.texts)
+            nothing = {name: own.nothing for name, own in loaded.items()}
+            said = [
+                {name: own.as_json() for name, own in next(answers).items()} if usable else nothing
+                for usable in part.usable
+            ]
+            write("".join(f"{json.dumps(_shape(each, several))}\n" for each in said))
+            count(len(said))
 
 
-def _shape(said: "dict[str, Prediction]", several: list[Path] | None) -> dict[str, Any]:
+def _shape(each: dict[str, Any], several: list[Path] | None) -> dict[str, Any]:
     """Return a row's object: one run's answer, or those of all by name."""
-    each = {name: own.as_json() for name, own in said.items()}
     return {"runs": each} if several else next(iter(each.values()))
 
 

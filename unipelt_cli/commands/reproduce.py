@@ -36,7 +36,8 @@ def reproduce(
     target = out or run_argument.default_output(run, "reproduced")
     mode: Mode = "new" if (target / RESULT).is_file() else "resume"
     with verification.as_trained(found):
-        live_training.train(found.experiment.moved(settings.absolute(source), model), target, mode)
+        experiment = found.as_it_was().moved(settings.absolute(source), model)
+        live_training.train(experiment, target, mode)
     again = read_run(target)
     differences, is_equal = (
         verification.differences(found, again),

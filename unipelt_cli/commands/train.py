@@ -145,6 +145,8 @@ def show_dry_run(
     counts = found.tuned.parameter_counts()
     live_training.summarise(manifests)
     tables.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
+    for note in found.notes:
+        console.say(("note: ", "yellow"), note)
     _show_outlook(found, directories)
     for note in found.tuned.notes:
         console.say(("note: ", "yellow"), note)

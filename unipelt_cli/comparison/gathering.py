@@ -5,11 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unipelt_cli.comparison.groups import Group, Member, group_by, identity, make_groups
+from unipelt_cli.comparison.groups import (
+    Group,
+    Member,
+    group_by,
+    identity,
+    make_groups,
+    scored_label,
+)
 from unipelt_cli.errors import RunError
 from unipelt_cli.runs.discovery import runs_below
 from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import joint_name
+from unipelt_cli.text import short
 
 
 @dataclass(frozen=True)
@@ -115,12 +123,18 @@ def _with_told_tasks(members: Sequence[Member]) -> tuple[list[Member], list[str]
             continue
         for number, part in enumerate(parts.values(), 1):
             told += [replace(member, task=f"{name} #{number}") for member in part]
-            notes.append(f"{name} #{number} has rows of its own: {part[0].source}")
+            labels = [label for task in part[0].run.tasks if (label := scored_label(task))]
+            if len({member.rows for member in own}) == 1 and labels:
+                notes.append(f"{name} #{number} is scored by f1 of {', '.join(map(short, labels))}")
+            else:
+                notes.append(f"{name} #{number} has rows of its own: {part[0].source}")
     return told, notes
 
 
 def _kind(member: Member) -> tuple[object, ...]:
-    return tuple((task.text, task.labels, task.metric) for task in member.run.tasks)
+    return tuple(
+        (task.text, task.labels, task.metric, scored_label(task)) for task in member.run.tasks
+    )
 
 
 def _conflicts(members: Sequence[Member]) -> bool:

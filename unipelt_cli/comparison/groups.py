@@ -77,6 +77,11 @@ class Group:
         return str(self.members[0].run.result["metric"])
 
     @property
+    def positive(self) -> str | None:
+        """The label that the metric is F1 of, of one task with two."""
+        return scored_label(self.tasks[0]) if len(self.tasks) == 1 else None
+
+    @property
     def sign(self) -> int:
         """1 where a higher score is better, -1 where a lower one is."""
         return 1 if is_better(self.metric, 1.0, 0.0) else -1
@@ -102,6 +107,11 @@ class Group:
     @cached_property
     def scores(self) -> dict[Seed, float]:
         return {member.seed: member.score for member in self.members}
+
+
+def scored_label(task: Task) -> str | None:
+    """Return the label that a task's own metric is F1 of; None where it is of none or of all."""
+    return task.positive_label if task.metric == "f1" else None
 
 
 def scopes(groups: Sequence[Group]) -> Iterator[tuple[str, int | None, list[Group]]]:

@@ -78,6 +78,7 @@ def _entry(group: Group) -> Answer:
         "settings": group.settings,
         "submodules": list(group.submodules),
         "metric": group.metric,
+        **({} if group.positive is None else {"positive": group.positive}),
         "seeds": [
             {
                 "data_seed": member.seed[0],

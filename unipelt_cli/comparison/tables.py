@@ -94,6 +94,8 @@ def _scores(table: Answer, groups: Sequence[Answer], place: str) -> Sheet:
     note = "± standard deviation over seeds"
     if any(group["collapsed"] for group in groups):
         note += "; 2c: two of the runs collapsed, they predict one answer for every row"
+    named = {group["task"]: group["positive"] for group in groups if "positive" in group}
+    note += "".join(f"; f1 of {task} is that of {label!r}" for task, label in named.items())
     if several and len(table["averaged_tasks"]) < len(table["tasks"]):
         note += "; tasks scored in mse are not averaged"
     return Sheet(

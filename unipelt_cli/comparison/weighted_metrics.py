@@ -23,7 +23,9 @@ _Kind = Callable[[Values, Values, Numbers, int], Numbers]
 def weighted_metric(task: Task) -> WeightedMetric:
     """Return a task's own metric as a function of weighted rows."""
     kind, outputs = METRICS[task.metric], task.outputs
-    return lambda predictions, references, weights: kind(predictions, references, weights, outputs)
+    return lambda predictions, references, weights: kind(
+        task.positive_last(predictions), task.positive_last(references), weights, outputs
+    )
 
 
 def _accuracy(predictions: Values, references: Values, weights: Numbers, outputs: int) -> Numbers:
@@ -45,12 +47,22 @@ def _confusion(predictions: Values, references: Values, weights: Numbers, output
 
 
 def _f1(predictions: Values, references: Values, weights: Numbers, outputs: int) -> Numbers:
+    scores, occurs = _f1_by_label(predictions, references, weights, outputs)
+    return scores[:, 1] if outputs == 2 else _divide(scores.sum(axis=1), occurs.sum(axis=1))
+
+
+def _macro_f1(predictions: Values, references: Values, weights: Numbers, outputs: int) -> Numbers:
+    scores, occurs = _f1_by_label(predictions, references, weights, outputs)
+    return _divide(scores.sum(axis=1), occurs.sum(axis=1))
+
+
+def _f1_by_label(
+    predictions: Values, references: Values, weights: Numbers, outputs: int
+) -> tuple[Numbers, NDArray[np.bool_]]:
+    """Return each label's F1 (draws, outputs), and whether it occurs at all."""
     counts = _confusion(predictions, references, weights, outputs)
     both = counts.sum(axis=1) + counts.sum(axis=2)
-    scores = _divide(2 * np.einsum("dii->di", counts), both)
-    if outputs == 2:
-        return scores[:, 1]
-    return _divide(scores.sum(axis=1), (both > 0).sum(axis=1))  # labels that occur at all
+    return _divide(2 * np.einsum("dii->di", counts), both), both > 0
 
 
 def _matthews(predictions: Values, references: Values, weights: Numbers, outputs: int) -> Numbers:
@@ -101,6 +113,7 @@ METRICS: Mapping[str, _Kind] = MappingProxyType(
     {
         "accuracy": _accuracy,
         "f1": _f1,
+        "macro_f1": _macro_f1,
         "matthews": _matthews,
         "spearman": _spearman,
         "pearson": _pearson,

@@ -68,6 +68,11 @@ def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
             f"data.source = {shown(data.source)}: the rows come from elsewhere",
             "drop --source, or --prepared, --train-file and --dataset",
         )
+    if data.skip_unusable and not own:
+        yield (
+            "data.skip_unusable = true: only own rows can lack a text or label",
+            "drop it, or give --train-file FILE",
+        )
     for key in ("dev_file", "test_file"):
         if getattr(data, key) and not data.train_file:
             yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
@@ -86,7 +91,11 @@ def _joint_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
     for values in (tasks, prepared):
         if not isinstance(values, tuple | list) or not all(isinstance(v, str) for v in values):
             return  # said already by the check of each key
-    named = [key for key in ("task", *_OWN_ROWS) if getattr(data, key) is not None]
+    named = [
+        key
+        for key in ("task", *_OWN_ROWS, "positive", "skip_unusable")
+        if getattr(data, key) is not None
+    ]
     if named:
         yield (
             f"data.{named[0]} = {shown(getattr(data, named[0]))}: "

@@ -10,7 +10,7 @@ Settings = dict[str, dict[str, Any]]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["auto", "native", "cls", "mean", "eos"]
-Metric = Literal["accuracy", "f1", "matthews", "spearman", "pearson", "mse"]
+Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "spearman", "pearson", "mse"]
 
 
 def split_names(value: Any) -> Any:
@@ -55,9 +55,15 @@ class DataSettings(Section):
     text_pair: str | None = Field(None, description="the second text column of a pair")
     label: str | None = Field(None, description="the label column")
     kind: Literal["auto", "classification", "regression"] = Field(
-        "auto", description="what own labels are; auto: fractional numbers are regression"
+        "auto", description="what own labels are; auto: names of classes repeat, values do not"
     )
     metric: Metric | None = Field(None, description="what selects the best epoch of own data")
+    positive: str | None = Field(
+        None, description="the label that F1 is of, of two; own data: the rarer one without it"
+    )
+    skip_unusable: bool | None = Field(
+        None, description="true leaves out own rows without a text or label, and counts them"
+    )
 
     def each(self) -> tuple["DataSettings", ...]:
         """Return every task's settings as if it were alone: its rows are drawn by them."""

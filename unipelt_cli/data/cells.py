@@ -7,13 +7,15 @@ the format. Nothing here knows which rows are wanted or why.
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
 
 from unipelt_cli.data import parquet
+from unipelt_cli.data.label_kind import label_number, one_spelling
 from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import Glue, Task
 from unipelt_cli.text import reason, short
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 # Far inside float32's range, so that squares of labels and their sums stay finite.
 LARGEST_VALUE = 1e15
-FILL_IN = "fill it in, or drop the row"
+FILL_IN = "fill it in, or leave such rows out with --set data.skip_unusable=true"
 GIVE_FINITE = "give a number below 1e15"
 
 
@@ -48,6 +50,8 @@ class Cells:
     lines: Sequence[int] = ()
     published: bool = False
     notes: tuple[str, ...] = ()
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By column what its numbers are called, where the file says so."""
 
     def refuse(self, index: int, what: str, hint: str = FILL_IN) -> NoReturn:
         """Raise for a row: its line (from 1), or its place (from 0) where there are no lines."""
@@ -77,11 +81,25 @@ class Cells:
             return [None if cell is None else float(str(np.float32(cell))) for cell in cells]
         return cells
 
-    def texts(self, column: str) -> list[str]:
+    def rows_of_texts(self, columns: Sequence[str]) -> list[list[str]]:
+        """Return text columns as strings; of the two of a pair one may be empty in a row."""
+        if len(columns) == 1:
+            return [self.texts(columns[0])]
+        found = [self.texts(column, or_empty=not self.published) for column in columns]
+        for index, texts in enumerate(zip(*found, strict=True)):
+            if not self.published and not any(text.strip() for text in texts):
+                named = " and ".join(map(short, columns))
+                self.refuse(index, f"{named} are {'both' if len(columns) == 2 else 'all'} empty")
+        return found
+
+    def texts(self, column: str, *, or_empty: bool = False) -> list[str]:
         """Return a column as strings: numbers are written out, nothing else is."""
         texts = []
         for index, value in enumerate(self.column(column)):
             if value is None or value != value:
+                if or_empty:
+                    texts.append("")
+                    continue
                 self.refuse(index, f"{short(column)} is missing")
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 what = f"{short(column)} is not text but {type(value).__name__}"
@@ -89,27 +107,52 @@ class Cells:
             if isinstance(value, float) and not math.isfinite(value):
                 self.refuse(index, f"{short(column)} is not finite", "give a text or a number")
             text = str(value)
-            if not text.strip() and not self.published:
+            if not text.strip() and not self.published and not or_empty:
                 self.refuse(index, f"{short(column)} is empty")
             texts.append(text)
         return texts
 
     def labels(self, column: str) -> list[str]:
-        """Return labels as strings, so that 1, 1.0 and "1" are one label in every file type."""
-        labels = []
+        """Return labels as strings: names where a file has them, a list of one as what is in it."""
+        labels, names = [], self.names.get(column, ())
         for index, value in enumerate(self.column(column)):
-            if value is not None and not isinstance(value, str | int | float):
-                what = f"the label is not a name or number but {type(value).__name__}"
-                self.refuse(index, what, "give a string or a number")
-            if isinstance(value, float) and math.isinf(value):
-                self.refuse(index, f"the label '{value}' is not finite", GIVE_FINITE)
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
-            label = "" if value is None else str(value).strip()
-            if label.casefold() in ("", "nan"):
+            try:
+                label = label_of(value, names)
+            except LabelError as error:
+                self.refuse(index, error.message, error.hint)
+            if not label:
                 self.refuse(index, "the label is missing")
             labels.append(label)
         return labels
+
+
+class LabelError(DataError):
+    """A cell holds something that is no label."""
+
+
+def label_of(value: Any, names: Sequence[str] = ()) -> str:
+    """Return a cell's label as a string, "" where it is missing; `names` are those of numbers.
+
+    Raises LabelError for what is none, or several.
+    """
+    if isinstance(value, list):
+        if len(value) > 1:
+            hint = "give each row one label: no model is trained on several a row"
+            raise LabelError(f"{len(value)} labels in one row", hint)
+        value = value[0] if value else None
+    if names and type(value) is int:
+        value = names[value] if 0 <= value < len(names) else None
+    if isinstance(value, Decimal):
+        value = f"{value:f}"
+    if value is not None and not isinstance(value, str | int | float):
+        what = f"the label is not a name or number but {type(value).__name__}"
+        raise LabelError(what, "give a string or a number")
+    if isinstance(value, float) and math.isinf(value):
+        raise LabelError(f"the label '{value}' is not finite", GIVE_FINITE)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    label = "" if value is None else str(value).strip()
+    return "" if label.casefold() == "nan" else label
 
 
 def require(origin: str, names: Iterable[str], found: Iterable[str]) -> None:
@@ -131,8 +174,8 @@ def encode(
     cells: Cells, names: Sequence[str], columns: Sequence[str], labels: pa.Array | None = None
 ) -> "Dataset":
     """Build checked rows; `names` are our names of the text columns, `columns` the source's."""
-    pairs = zip(names, columns, strict=True)
-    arrays = {name: pa.array(cells.texts(column), pa.string()) for name, column in pairs}
+    pairs = zip(names, cells.rows_of_texts(columns), strict=True)
+    arrays = {name: pa.array(texts, pa.string()) for name, texts in pairs}
     if labels is not None:
         arrays["label"] = labels
     arrays["row"] = pa.array(cells.rows, pa.int64())
@@ -150,10 +193,14 @@ def _codes(cells: Cells, column: str, task: Task) -> pa.Array:
     """Return label indices (int64), or values (float64) in regression."""
     labels = cells.labels(column)
     if task.is_regression:
-        values = [_value(cells, index, label) for index, label in enumerate(labels)]
+        comma = task.decimal_comma
+        values = [_value(cells, index, label, comma) for index, label in enumerate(labels)]
         return pa.array(values, pa.float64())
     aliases = task.source.values if isinstance(task.source, Glue) else ()
     known = {name: code for names in (aliases, task.labels) for code, name in enumerate(names)}
+    # Runs of earlier versions have classes such as 1.0: 1 is one of them too.
+    known = {one_spelling(name): code for name, code in known.items()} | known
+    labels = [label if label in known else one_spelling(label) for label in labels]
     for index, label in enumerate(labels):
         if label not in known:
             listed = ", ".join(map(short, task.labels[:20]))
@@ -162,19 +209,11 @@ def _codes(cells: Cells, column: str, task: Task) -> pa.Array:
     return pa.array([known[label] for label in labels], pa.int64())
 
 
-def _value(cells: Cells, index: int, label: str) -> float:
-    value = as_number(label)
+def _value(cells: Cells, index: int, label: str, decimal_comma: bool) -> float:
+    value = label_number(label, decimal_comma)
     if value is None:
         hint = "mend the row, or use --set data.kind=classification if labels are names"
         cells.refuse(index, f"the label {short(label)} is not a number", hint)
     if not abs(value) <= LARGEST_VALUE:
         cells.refuse(index, f"the label {short(label)} is not finite", GIVE_FINITE)
     return value
-
-
-def as_number(text: str) -> float | None:
-    """Return what Python reads as a float, infinities and nan too; None if it reads none."""
-    try:
-        return float(text)
-    except ValueError:
-        return None

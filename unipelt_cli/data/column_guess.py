@@ -11,7 +11,15 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from unipelt_cli.data.cells import Cells, as_number
+from unipelt_cli.data.cells import Cells, LabelError, label_of
+from unipelt_cli.data.label_kind import (
+    Kind,
+    LabelKind,
+    decide,
+    has_decimal_comma,
+    label_number,
+    one_spelling,
+)
 from unipelt_cli.data.readers import read_cells
 from unipelt_cli.errors import DataError
 from unipelt_cli.text import short
@@ -19,7 +27,6 @@ from unipelt_cli.text import short
 ROWS = 5000  # that are looked at
 MOST_LABELS = 50
 ROWS_A_LABEL = 3
-FEW_NUMBERS = 20  # more different numbers are values, not names
 TEXT_WORDS = 3
 LONGER = 2  # times as long as the next one, a text needs no name
 PAIRS = (
@@ -77,8 +84,10 @@ class _Column:
     @cached_property
     def numbers(self) -> list[float] | None:
         """The numbers, where they are all numbers."""
-        found = [number for value in self.values if (number := as_number(value)) is not None]
-        return found if len(found) == len(self.values) else None
+        comma = has_decimal_comma(self.values)
+        found = [label_number(value, comma) for value in self.values]
+        numbers = [number for number in found if number is not None]
+        return numbers if len(numbers) == len(self.values) else None
 
     @property
     def is_text(self) -> bool:
@@ -86,8 +95,8 @@ class _Column:
 
     @property
     def is_values(self) -> bool:
-        """Whether the numbers are too many different ones to be names."""
-        return self.numbers is not None and self.distinct > FEW_NUMBERS
+        """Whether the numbers are values, not names."""
+        return self.numbers is not None and decide(self.values).is_regression
 
     @property
     def is_label(self) -> bool:
@@ -107,7 +116,11 @@ class _Column:
 
 
 def columns(
-    path: Path, text: str | None = None, text_pair: str | None = None, label: str | None = None
+    path: Path,
+    text: str | None = None,
+    text_pair: str | None = None,
+    label: str | None = None,
+    kind: Kind = "auto",
 ) -> Guess:
     """Guess what is not given: the text column, or the two of a pair, and the label column.
 
@@ -120,6 +133,7 @@ def columns(
     settings = {key: value for key, value in given.items() if value is not None}
     left = [own for own in found if own.name not in settings.values() and not own.is_id]
     said, named = [], None
+    decided: LabelKind | None = None
     if label is None:
         named = _named(left, LABELS, "label", path)
         left = [own for own in left if own is not named]
@@ -134,12 +148,14 @@ def columns(
     if label is None:
         chosen = named or _only([own for own in left if own.is_label], found, path)
         settings["label"] = chosen.name
-        if chosen.is_values:
-            settings["kind"] = "regression"
-        said.append(f"label {short(chosen.name)} ({_kind(chosen)})")
+        decided = decide(_labels(cells, chosen.name), kind)
+        said.append(f"label {short(chosen.name)} ({decided.words})")
     flags = [
         f"--{key.replace('_', '-')} COLUMN" for key in FLAGS if settings.get(key) != given[key]
     ]
+    if decided is not None and decided.doubtful:
+        settings["kind"] = decided.name
+        flags.append(decided.way_out)
     sentence = f"{path.name}: guessed {', '.join(said)}; to choose: {' '.join(flags)}"
     return Guess(settings, sentence)
 
@@ -157,7 +173,11 @@ def _refuse_others(named: _Column, left: Sequence[_Column], path: Path) -> None:
 def _column(cells: Cells, name: str) -> _Column | None:
     """Return a column's first cells as strings; None where it holds neither text nor numbers."""
     try:
-        values = tuple(str(value) for value in islice(cells.column(name), ROWS))
+        names = dict(enumerate(cells.names.get(name, ())))
+        values = tuple(
+            str(names.get(value, value) if names else value)
+            for value in islice(cells.column(name), ROWS)
+        )
     except DataError:
         return None
     return _Column(name, values) if values else None
@@ -228,10 +248,15 @@ def _only(found: Sequence[_Column], every: Sequence[_Column], path: Path) -> _Co
     return few[0]
 
 
-def _kind(label: _Column) -> str:
-    if label.is_values:
-        return f"{label.distinct} different numbers: regression"
-    return f"{label.distinct} label{'s' if label.distinct > 1 else ''}"
+def _labels(cells: Cells, name: str) -> list[str]:
+    """Return the labels of all rows that have a usable one: what is wrong is said by who reads."""
+    labels, names = [], cells.names.get(name, ())
+    for value in cells.column(name):
+        try:
+            labels.append(one_spelling(label_of(value, names)))
+        except LabelError:
+            continue
+    return [label for label in labels if label]
 
 
 def _name_it(what: str, every: Sequence[_Column]) -> str:

@@ -15,7 +15,7 @@ from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.sources import Found
 from unipelt_cli.data.splits import SPLITS
 from unipelt_cli.metrics import CLASSIFICATION_METRICS, REGRESSION_METRICS
-from unipelt_cli.tasks import Task
+from unipelt_cli.tasks import Task, joint_positive
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
@@ -64,6 +64,8 @@ class _Manifest(_Part):
     labels: list[str]
     metric: str
     also: list[str]
+    positive: str | None = None
+    decimal_comma: bool = False
     source: dict[str, Any]
     k: Size | None
     data_seed: Count
@@ -83,6 +85,10 @@ class _Manifest(_Part):
             raise ValueError("labels: not two or more different ones")
         if not {self.metric, *self.also} <= set(metrics):
             raise ValueError(f"metric, also = {[self.metric, *self.also]}: not all of {metrics}")
+        if self.positive is not None and (
+            len(self.labels) != 2 or self.positive not in self.labels
+        ):
+            raise ValueError(f"positive = {self.positive[:60]!r}: not one of two labels")
         names = set(self.labels) or {"min", "mean", "max"}
         for name, split in self.splits:
             if split.rows != len(split.row_ids):
@@ -135,6 +141,8 @@ def make_manifest(
         "labels": list(task.labels),
         "metric": task.metric,
         "also": list(task.also),
+        **joint_positive([task]),
+        **({"decimal_comma": True} if task.decimal_comma else {}),
         "source": found.source,
         "k": settings.k,
         "data_seed": settings.data_seed,

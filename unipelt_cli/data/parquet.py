@@ -8,10 +8,13 @@ are read one by one and in pieces, and whatever is not text or a number is not r
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from unipelt_cli.files.strict import parse_json
 
 # Text packs to a fifth, where it repeats itself to a thirtieth; a row of it takes a byte at least.
 UNPACKED_BYTES = 16 * 2**20
@@ -46,6 +49,17 @@ class ParquetColumns(Mapping[str, pa.ChunkedArray]):
         self._read: dict[str, pa.ChunkedArray] = {}
         if self.rows > FEW_ROWS + len(content):
             raise ValueError(f"it declares {self.rows} rows in {len(content)} bytes")
+
+    @cached_property
+    def class_names(self) -> dict[str, list[str]]:
+        """What the numbers of a column are called, where `datasets` wrote it into the file."""
+        written = (self._file.schema_arrow.metadata or {}).get(b"huggingface")
+        try:
+            features = parse_json(written or b"{}")["info"]["features"]
+            named = {name: _names_of(feature) for name, feature in features.items()}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return {}
+        return {name: names for name, names in named.items() if names and name in self.names}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -117,13 +131,25 @@ class ParquetColumns(Mapping[str, pa.ChunkedArray]):
 def check_type(kind: pa.DataType) -> None:
     """Raise ValueError for a column that holds neither texts nor numbers, whatever is in it."""
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):  # a label may be a list of one
+        inner = kind.value_type
+        if pa.types.is_string_view(inner) or pa.types.is_binary_view(inner):
+            inner = kind
     readable = (
         *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
         *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
         *(pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null),
+        pa.types.is_decimal,
     )
     if not any(check(inner) for check in readable):
         raise ValueError(f"it holds {str(kind)[:60]}, not texts or numbers")
+
+
+def _names_of(feature: Any) -> list[str]:
+    """Return the names of a ClassLabel, or of a list of them; [] for any other feature."""
+    inner = feature.get("feature", feature)
+    names = inner["names"] if inner.get("_type") == "ClassLabel" else []
+    return names if all(isinstance(name, str) for name in names) else []
 
 
 def _plain(piece: pa.Array) -> pa.Array:

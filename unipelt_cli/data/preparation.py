@@ -19,11 +19,12 @@ from unipelt_cli.data.prepared_directory import (
     task_of,
 )
 from unipelt_cli.data.readers import read_file
-from unipelt_cli.data.sources import find, glue_root, with_metric
+from unipelt_cli.data.sources import find, glue_root, with_metric, with_positive
 from unipelt_cli.data.splits import draw_splits
+from unipelt_cli.data.unusable import without_unusable
 from unipelt_cli.errors import DataError
 from unipelt_cli.metrics import REGRESSION_METRICS
-from unipelt_cli.tasks import Task
+from unipelt_cli.tasks import Task, joint_positive
 
 
 def prepare(settings: DataSettings) -> Prepared:
@@ -38,7 +39,8 @@ def prepare(settings: DataSettings) -> Prepared:
     if directory and (settings.prepared or has_manifest(directory)):
         return _reopen(directory, settings)
     found = find(settings)
-    found = replace(found, task=with_metric(found.task, settings.metric))
+    task = with_positive(with_metric(found.task, settings.metric), settings.positive)
+    found = replace(found, task=task)
     splits, notes = draw_splits(found, settings)
     return Prepared(found.task, splits, make_manifest(found, settings, splits, notes))
 
@@ -93,13 +95,18 @@ def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
     return {"tasks": {own.task.name: own.manifest for own in prepared}}
 
 
-def labelled_rows(path: Path, task: Task, label: str, kind: str | None = None) -> Iterator[Dataset]:
+def labelled_rows(
+    path: Path, task: Task, label: str, kind: str | None = None, *, skip_unusable: bool = False
+) -> Iterator[Dataset]:
     """Read a file of any size as rows of a task, a window at a time.
 
     Columns are those of a split, labels by the task's names. Raises DataError for a file that
-    cannot be read, a missing column, a missing or empty text, and a label that the task lacks.
+    cannot be read, a missing column, a label that the task lacks, and, unless they are to be
+    skipped, a missing or empty text and a missing label.
     """
     for cells in read_file(path, (*task.text, label), kind):
+        if skip_unusable:
+            cells = without_unusable(cells, task.text, label)
         yield encode_labelled(cells, task, task.text, label)
 
 
@@ -123,6 +130,6 @@ def _asked_for(
             was = "all rows" if recorded is None else repr(recorded)
             hint = f"leave out --{key.replace('_', '-')}, or prepare the data again"
             raise DataError(f"data.{key} = {value!r}: {directory} was prepared with {was}", hint)
-    task = with_metric(task, settings.metric)
-    metrics = {"metric": task.metric, "also": list(task.also)}
+    task = with_positive(with_metric(task, settings.metric), settings.positive)
+    metrics = {"metric": task.metric, "also": list(task.also), **joint_positive([task])}
     return task, seal_manifest({**manifest, **metrics})

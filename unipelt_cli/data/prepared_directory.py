@@ -72,10 +72,20 @@ def load_prepared(directory: Path) -> Prepared:
 def task_of(manifest: Mapping[str, Any]) -> Task:
     """Return the task that a manifest describes."""
     name, labels, text = manifest["task"], tuple(manifest["labels"]), tuple(manifest["text"])
-    task = Task(name, text, labels, manifest["metric"], tuple(manifest["also"]))
+    task = Task(
+        name,
+        text,
+        labels,
+        manifest["metric"],
+        tuple(manifest["also"]),
+        positive=manifest.get("positive"),
+        decimal_comma=manifest.get("decimal_comma", False),
+    )
     known = TASKS.get(name)
     if known and (known.text, known.labels) == (text, labels):
-        task = replace(known, metric=task.metric, also=task.also)
+        is_its_own = task.positive_label == known.positive_label
+        positive = known.positive if is_its_own else task.positive
+        task = replace(known, metric=task.metric, also=task.also, positive=positive)
     return task
 
 

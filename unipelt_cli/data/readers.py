@@ -6,12 +6,12 @@ slowly is answered all the same. What was read before an error comes before the 
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from unipelt_cli.data import decoded_lines, parquet, records
-from unipelt_cli.data.cells import Cells, RowError, require
+from unipelt_cli.data.cells import Cells, require
 from unipelt_cli.data.decoded_lines import Lines
 from unipelt_cli.data.records import Fills, Form, Grid, Objects, Plain, check_names
 from unipelt_cli.errors import ConfigError, DataError, nearest
@@ -31,7 +31,7 @@ def read_cells(path: Path, header: bool = True, published: bool = False) -> Cell
     kind = _by_suffix(path)
     if kind == "parquet":
         columns = _parquet(str(path), content)
-        return Cells(str(path), columns, range(columns.rows))
+        return Cells(str(path), columns, range(columns.rows), names=columns.class_names)
     found = decoded_lines.of_bytes(str(path), content)
     [cells] = _windows(found, kind, (), lambda rows: False, header, published)
     return cells
@@ -72,22 +72,6 @@ def read_input(
     found = decoded_lines.of_pipe("stdin", stream)
     known = known or _guess(found.first(), columns)
     yield from _windows(found, known, columns, _Pace(found), plain=plain)
-
-
-def texts(windows: Iterable[Cells], columns: Sequence[str]) -> Iterator[dict[str, list[str]]]:
-    """Yield the checked texts of each window; those before a row that cannot be used come first."""
-    for cells in windows:
-        failure: RowError | None = None
-        while True:
-            try:
-                found = {column: cells.texts(column) for column in columns}
-                break
-            except RowError as error:
-                failure, cells = error, cells.first(error.index, columns)
-        if cells.rows:
-            yield found
-        if failure is not None:
-            raise failure
 
 
 def _by_suffix(path: Path) -> Format:
@@ -231,7 +215,7 @@ def _parquet_windows(origin: str, content: bytes, columns: Sequence[str]) -> Ite
     try:
         for batch in found.batches(columns, LARGEST_WINDOW):
             rows = range(start, start + len(batch[columns[0]]))
-            yield Cells(origin, batch, rows)
+            yield Cells(origin, batch, rows, names=found.class_names)
             start = rows.stop
     except parquet.ERRORS as error:
         named = " and ".join(map(short, columns))

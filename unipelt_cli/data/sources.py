@@ -4,8 +4,8 @@ The packaged demo, GLUE's directory layout, GLUE on the hub, files of the user's
 user's own hub data set all end as one value, `Found`: the draw needs to know no more of them.
 """
 
-import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,10 @@ import pyarrow as pa
 from datasets import Dataset
 
 from unipelt_cli.config.sections import DataSettings
-from unipelt_cli.data.cells import Cells, as_number, encode_labelled, require
+from unipelt_cli.data.cells import Cells, encode_labelled, require
+from unipelt_cli.data.label_kind import LabelKind, alike, are_too_many, decide, one_spelling
 from unipelt_cli.data.readers import read_cells
+from unipelt_cli.data.unusable import refuse_repeated_header, without_unusable
 from unipelt_cli.errors import DataError
 from unipelt_cli.metrics import CLASSIFICATION_METRICS, REGRESSION_METRICS
 from unipelt_cli.tasks import HUB_GLUE, Glue, Packaged, Task, get_task, own_metric
@@ -74,6 +76,20 @@ def with_metric(task: Task, metric: str | None) -> Task:
         raise DataError(f"data.metric = {metric!r}: {task.name} is {kind}", hint)
     also = (name for name in (task.metric, *task.also) if name != metric)
     return replace(task, metric=metric, also=tuple(also))
+
+
+def with_positive(task: Task, positive: str | None) -> Task:
+    """Let F1 be that of another label; raise DataError where the task has not two, or not this."""
+    if positive is None:
+        return task
+    if task.positive_label is None:
+        what = "is regression" if task.is_regression else f"has {task.outputs} labels"
+        hint = "drop it; F1 of more than two labels is the mean over them, as data.metric=macro_f1"
+        raise DataError(f"data.positive = {positive!r}: {task.name} {what}", hint)
+    if positive not in task.labels:
+        hint = f"choose one of {', '.join(map(short, task.labels))}"
+        raise DataError(f"data.positive = {short(positive)}: no label of {task.name}", hint)
+    return replace(task, positive=positive)
 
 
 def _found(
@@ -137,9 +153,8 @@ def _own_files(settings: DataSettings, train_file: str) -> Found:
     paths = {"train": train_file, "dev": settings.dev_file, "test": settings.test_file}
     named = {split: path for split, path in paths.items() if path}
     cells = {split: read_cells(Path(path)) for split, path in named.items()}
-    task = _own_task(settings, Path(train_file).stem, text, cells["train"].labels(label))
     source = {"kind": "files", **named, "text": list(text), "label": label}
-    return replace(_found(task, source, cells, text, label), own=True)
+    return _own(settings, Path(train_file).stem, source, cells)
 
 
 def _own_hub(settings: DataSettings, dataset: str) -> Found:
@@ -155,9 +170,32 @@ def _own_hub(settings: DataSettings, dataset: str) -> Found:
         if "test" not in cells and split in splits and label in splits[split].column_names:
             labelled = _hub_cells(f"{dataset}, {split}", splits[split], text, label)
             cells |= {"test": labelled} if labelled.rows else {}
-    task = _own_task(settings, name.rpartition("/")[2], text, cells["train"].labels(label))
     source = {"kind": "hub", "dataset": dataset, "text": list(text), "label": label}
-    return replace(_found(task, source, cells, text, label), own=True)
+    return _own(settings, name.rpartition("/")[2], source, cells)
+
+
+def _own(
+    settings: DataSettings, name: str, source: dict[str, Any], cells: Mapping[str, Cells]
+) -> Found:
+    """Check the user's own cells, decide what their labels are, and encode them."""
+    text, label = tuple(source["text"]), str(source["label"])
+    for part in cells.values():
+        require(part.origin, (*text, label), part.columns)
+        refuse_repeated_header(part, text, label)
+    if settings.skip_unusable:
+        cells = {split: without_unusable(part, text, label) for split, part in cells.items()}
+    labels = [one_spelling(value) for value in cells["train"].labels(label)]
+    decided = decide(labels, settings.kind)
+    notes = []
+    if decided.doubtful and settings.kind == "auto":
+        notes.append(f"label {short(label)}: {decided.words}; otherwise: {decided.way_out}")
+    if not decided.is_regression:
+        if settings.kind == "auto":
+            _refuse_unrepeated(cells["train"].origin, labels)
+        notes += alike(labels)
+    task = _own_task(settings, name, text, labels, decided)
+    found = _found(task, source, cells, text, label)
+    return replace(found, own=True, notes=(*found.notes, *notes))
 
 
 def _own_columns(settings: DataSettings) -> tuple[tuple[str, ...], str]:
@@ -174,24 +212,36 @@ def _own_columns(settings: DataSettings) -> tuple[tuple[str, ...], str]:
     return text, label
 
 
+def _refuse_unrepeated(origin: str, labels: Sequence[str]) -> None:
+    """Raise DataError for names that are nearly as many as rows: no class can be learnt so."""
+    if are_too_many(labels):
+        what = f"{origin}: {len(set(labels))} different labels in {len(labels)} rows"
+        hint = (
+            "name another column with --label; --set data.kind=classification takes them as "
+            "classes all the same"
+        )
+        raise DataError(what, hint)
+
+
 def _own_task(
-    settings: DataSettings, name: str, text: tuple[str, ...], values: Iterable[str]
+    settings: DataSettings,
+    name: str,
+    text: tuple[str, ...],
+    values: Sequence[str],
+    decided: LabelKind,
 ) -> Task:
     """Build the task of the user's own rows; its labels are those of the train rows."""
-    found = set(values)
-    regression = settings.kind == "regression"
-    regression |= settings.kind == "auto" and _fractional(found)
-    labels = () if regression else _ordered(found)
-    metric = own_metric(labels)
-    possible = REGRESSION_METRICS if regression else CLASSIFICATION_METRICS
-    also = tuple(other for other in possible if other != metric)
-    return Task(settings.task or name, text, labels, metric, also)
-
-
-def _fractional(labels: Iterable[str]) -> bool:
-    """Say whether any label is a fraction: a word beside it is an error, not a class."""
-    numbers = [number for label in labels if (number := as_number(label)) is not None]
-    return any(math.isfinite(number) and not number.is_integer() for number in numbers)
+    labels = () if decided.is_regression else _ordered(set(values))
+    metric, is_binary = own_metric(labels), len(labels) == 2
+    possible = REGRESSION_METRICS if decided.is_regression else CLASSIFICATION_METRICS
+    # Over more labels than two, f1 is the mean over them already.
+    wanted = [other for other in possible if is_binary or other != "macro_f1"]
+    also = tuple(other for other in wanted if other != metric)
+    counts = Counter(values)
+    # Of all rows there are, so that every draw of them is scored on the same label.
+    rarer = min(reversed(labels), key=counts.__getitem__) if is_binary else None
+    task = Task(settings.task or name, text, labels, metric, also, positive=rarer)
+    return replace(task, decimal_comma=decided.decimal_comma)
 
 
 def _ordered(labels: Iterable[str]) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ from unipelt_cli.gates.report import gates_of
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.runs.run import Run
 from unipelt_cli.system import network
+from unipelt_cli.tasks import joint_positive
+from unipelt_cli.text import shown_score
 
 FILE = "README.md"
 MOST_LABELS = 20  # whose counts are listed one by one
@@ -70,7 +72,8 @@ def of_run(run: Run, repository: str) -> str:
         content += _section("Limits", [f"- {limit}" for limit in _limits(run)])
     else:
         scores = run.result["test"].items()
-        rows = [[escaped(name), f"{value:.4f}"] for name, value in scores]
+        positive = joint_positive(run.tasks).get("positive")
+        rows = [[escaped(shown_score(name, positive)), f"{value:.4f}"] for name, value in scores]
         content += _section("Scores", _table(("metric", "test"), rows))
     return "\n".join(content) + "\n"
 
@@ -169,7 +172,8 @@ def _scores(run: Run) -> Iterator[str]:
             sample = significance.Sample(expected, predicted[None], metric)
             low, high = significance.bootstrap_interval([sample], np.random.default_rng(0))
             between = f"{low:.4f} to {high:.4f}"
-        rows.append([name, f"{run.result['dev'][name]:.4f}", f"{value:.4f}", between])
+        shown = escaped(shown_score(name, run.task.positive_label))
+        rows.append([shown, f"{run.result['dev'][name]:.4f}", f"{value:.4f}", between])
     yield from _table(("metric", "dev", "test", "95 % of test rows drawn anew"), rows)
     yield ""
     yield "The interval is that of the test rows; of one run nothing shows what another seed gives."

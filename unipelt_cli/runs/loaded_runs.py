@@ -18,6 +18,7 @@ import numpy as np
 
 from unipelt_cli.backbones import pretrained
 from unipelt_cli.data.cells import Cells
+from unipelt_cli.data.unusable import DROP, windows_of_texts
 from unipelt_cli.errors import ConfigError, DataError, RunError
 from unipelt_cli.models import evaluation, sharing
 from unipelt_cli.models.batches import Encoded
@@ -75,6 +76,12 @@ class LoadedRun:
     def labels(self) -> tuple[str, ...]:
         """The labels in the order of the logits; () in regression."""
         return self.task.labels
+
+    @property
+    def nothing(self) -> dict[str, Any]:
+        """What `unipelt predict` prints for a row that cannot be answered."""
+        keys = ("value",) if self.task.is_regression else ("label", "probabilities")
+        return dict.fromkeys(keys)
 
     def predict(self, rows: Iterable[Row]) -> list[Prediction]:
         """Label rows, in their order: texts, pairs of texts, or mappings with the run's columns.
@@ -139,6 +146,11 @@ class LoadedRuns(Mapping[str, LoadedRun]):
         return list(dict.fromkeys(name for own in self.values() for name in own.task.text))
 
     @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """The text columns that each of the runs reads."""
+        return [own.task.text for own in self.values()]
+
+    @property
     def plain(self) -> list[list[str]]:
         """The columns that each text of a row without names fills; [] where none can say."""
         return _plain([own.task for own in self.values()])
@@ -150,6 +162,8 @@ class LoadedRuns(Mapping[str, LoadedRun]):
 
     def predict_columns(self, columns: Columns) -> Iterator[dict[str, Prediction]]:
         """Label rows that are checked already, given by column; tokens of all are held at once."""
+        if not next(iter(columns.values())):
+            return
         for said in _predictions(list(self.values()), columns):
             yield dict(zip(self, said, strict=True))
 
@@ -327,7 +341,8 @@ def _windows(rows: Iterable[Row], tasks: Sequence[Task]) -> Iterator[dict[str, l
             for name, text in _parts(place, row, names, plain):
                 columns[name].append(text)
         cells = Cells("rows", columns, range(start, start + len(some)))
-        yield {name: cells.texts(name) for name in names}
+        for window in windows_of_texts([cells], [task.text for task in tasks]):
+            yield window.texts
         start += len(some)
 
 
@@ -336,7 +351,9 @@ def _parts(
 ) -> Iterator[tuple[str, object]]:
     """Yield the cells of a row by column."""
     if isinstance(row, Mapping):
-        yield from ((name, row.get(name)) for name in names)
+        if missing := [name for name in names if name not in row]:
+            raise DataError(f"rows, row {place}: {missing[0]!r} is missing", DROP)
+        yield from ((name, row[name]) for name in names)
         return
     texts = [row] if isinstance(row, str) else row
     if not isinstance(texts, list | tuple) or len(texts) != len(plain):

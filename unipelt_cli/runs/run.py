@@ -17,6 +17,7 @@ from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained, find
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.config.presets import read_preset
+from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data import preparation
 from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.data.prepared_directory import Prepared
@@ -62,6 +63,8 @@ class Run:
                 tuple(said["labels"]),
                 said["metric"],
                 tuple(said["also"]),
+                positive=said.get("positive"),
+                decimal_comma=said.get("decimal_comma", False),
             )
             for said in self.header.get("tasks") or [self.header["task"]]
         )
@@ -173,10 +176,33 @@ class Run:
 
     def prepared(self, source: str | None = None, place: int = 0) -> Prepared:
         """Find and draw a task's rows again; whether they are the same is not checked."""
-        settings = self.experiment.data.each()[place]
+        settings = self.data_settings(place)
         if source is not None:
             settings = settings.moved(source)
         return preparation.prepare(settings)
+
+    def data_settings(self, place: int = 0) -> DataSettings:
+        """Return the settings of a task's rows, with what the run took its own labels for.
+
+        Earlier versions decided that otherwise, and did not record it.
+        """
+        settings = self.experiment.data.each()[place]
+        if settings.kind != "auto" or not (settings.train_file or settings.dataset):
+            return settings
+        kind = "regression" if self.tasks[place].is_regression else "classification"
+        return settings.model_copy(update={"kind": kind})
+
+    def as_it_was(self) -> Experiment:
+        """Return the experiment with what an earlier version decided and did not record.
+
+        Then F1 was that of the second label, and the kind of own labels was decided otherwise.
+        """
+        own, changes = self.experiment.data, dict[str, Any]()
+        if len(self.tasks) == 1 and (own.train_file or own.dataset):
+            changes["kind"] = self.data_settings().kind
+            if own.positive is None and "positive" not in self.header["task"]:
+                changes["positive"] = self.task.positive_label
+        return self.experiment.replace("data", **changes)
 
     def digest_of(self, split: str, place: int = 0) -> str:
         """Return the recorded hash of the rows of a task's split."""

@@ -96,6 +96,15 @@ class _Task(BaseModel):
     labels: list[str]
     metric: Metric
     also: list[Metric]
+    positive: str | None = None
+    decimal_comma: bool = False
+
+    @model_validator(mode="after")
+    def _is_scored_on_a_label(self) -> Self:
+        is_one = len(self.labels) == 2 and self.positive in self.labels
+        if self.positive is not None and not is_one:
+            raise ValueError("positive is not one of two labels")
+        return self
 
 
 class State(BaseModel):

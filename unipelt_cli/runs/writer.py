@@ -40,7 +40,7 @@ from unipelt_cli.runs.names import (
 )
 from unipelt_cli.runs.probe import likeness, probe, write_probe
 from unipelt_cli.runs.progress import read_metrics
-from unipelt_cli.tasks import Task
+from unipelt_cli.tasks import Task, joint_positive
 from unipelt_cli.version import __version__
 
 PACKAGES = ("torch", "transformers", "adapters", "datasets", "safetensors", "numpy")
@@ -171,10 +171,7 @@ class Writer:
 
     def model(self, tuned: Tuned, tasks: Sequence[Task], method: str) -> Tensor:
         """Write the stored tensors and return the probe logits of the model that was trained."""
-        said = [
-            {key: value for key, value in asdict(task).items() if key in _TASK_KEYS}
-            for task in tasks
-        ]
+        said = [_described(task) for task in tasks]
         header = {
             "format_version": FORMAT,
             "method": method,
@@ -247,3 +244,10 @@ def _device_name(device: torch.device) -> str:
 def command_line() -> list[str]:
     """Return the command that runs, without the directory the program lies in."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def _described(task: Task) -> dict[str, Any]:
+    """Return what a stored model says of a task."""
+    kept = {key: value for key, value in asdict(task).items() if key in _TASK_KEYS}
+    comma = {"decimal_comma": True} if task.decimal_comma else {}
+    return kept | joint_positive([task]) | comma

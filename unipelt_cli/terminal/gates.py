@@ -8,7 +8,7 @@ from rich.text import Text
 
 from unipelt_cli.gates.report import NEARLY_CLOSED, Layers, gate_names, over_layers
 from unipelt_cli.terminal.console import console, say
-from unipelt_cli.text import plain
+from unipelt_cli.text import plain, shown_score
 
 Answer = Mapping[str, Any]
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -95,11 +95,16 @@ def show_top(top: Sequence[Answer], texts: Mapping[int, str]) -> None:
         console().print(view)
 
 
-def show_epochs(epochs: Sequence[Answer], metric: str, title: str) -> None:
+def show_epochs(
+    epochs: Sequence[Answer],
+    metric: str,
+    title: str,
+    positive: str | Mapping[str, str] | None = None,
+) -> None:
     """Print the gates' means over layers after each epoch; the best one is marked."""
     say(title)
     names = next(gate_names(own["layers"]) for own in epochs if own["layers"])
-    view = _table("epoch", f"dev {metric}", *names)
+    view = _table("epoch", f"dev {shown_score(metric, positive)}", *names)
     for own in epochs:
         means = over_layers(own["layers"])
         score = own["dev"].get(metric)

@@ -62,8 +62,8 @@ def counting(what: str, *, shown: bool) -> Iterator[Callable[[int], None]]:
 class TrainingView:
     """One line of progress on a terminal, one line an epoch where there is none."""
 
-    def __init__(self, metric: str, epochs: int) -> None:
-        self.metric, self.epochs = metric, epochs
+    def __init__(self, metric: str, epochs: int, shown: str = "") -> None:
+        self.metric, self.epochs, self.shown = metric, epochs, shown or metric
         self.console = console()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -103,7 +103,7 @@ class TrainingView:
     def epoch(self, event: Mapping[str, Any], label: str = "") -> None:
         """Print an epoch's line; the best so far is marked."""
         score = event["dev"].get(self.metric)
-        scored = "dev not scored" if score is None else f"dev {self.metric} {score:.4f}"
+        scored = "dev not scored" if score is None else f"dev {self.shown} {score:.4f}"
         star = " *" if event["is_best"] else ""
         seconds = event["train_seconds"] + event["evaluation_seconds"]
         line = (
@@ -175,12 +175,12 @@ class SweepView:
 
 
 @contextmanager
-def live() -> Iterator[Callable[[str, int], TrainingView]]:
+def live() -> Iterator[Callable[..., TrainingView]]:
     """Show a run's progress line until the block ends; the run says its metric and epochs."""
     views: list[TrainingView] = []
 
-    def show(metric: str, epochs: int) -> TrainingView:
-        view = TrainingView(metric, epochs)
+    def show(metric: str, epochs: int, shown: str = "") -> TrainingView:
+        view = TrainingView(metric, epochs, shown)
         view.progress.start()
         views.append(view)
         return view

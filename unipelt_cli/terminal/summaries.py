@@ -11,10 +11,11 @@ from rich.text import Text
 
 from unipelt_cli.terminal.console import console, say
 from unipelt_cli.terminal.tables import table
-from unipelt_cli.text import plain
+from unipelt_cli.text import plain, shown_score
 
 _CHANGE = ("before", "after")
 GAP = 2
+MOST_LABELS = 24
 
 
 def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
@@ -45,14 +46,21 @@ def data_summary(manifest: Mapping[str, Any]) -> None:
     for name, split in manifest["splits"].items():
         words = split["words"]
         rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"])])
-        labels = split["labels"].items()
-        counts.append([f"{plain(label)} {_short(count)}" for label, count in labels])
+        counts.append(_counted(split["labels"]))
     used = sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))
     room = console().width - used
     shown = [[*row, _packed(own, room)] for row, own in zip(rows, counts, strict=True)]
     table((*columns, "labels"), shown)
     for note in (*manifest["notes"], *_repeated(manifest)):
         say(("note: ", "yellow"), note)
+
+
+def _counted(labels: Mapping[str, float]) -> list[str]:
+    """Write labels with their counts, of many only the first ones and how many more there are."""
+    first = list(labels.items())[: MOST_LABELS if len(labels) > MOST_LABELS + 1 else None]
+    words = [f"{plain(label)} {_short(count)}" for label, count in first]
+    left = len(labels) - len(first)
+    return [*words, f"and {left} more labels"] if left else words
 
 
 def _packed(words: Sequence[str], room: int) -> Text:
@@ -84,8 +92,9 @@ def _short(count: float) -> str:
 
 def result_summary(result: Mapping[str, Any], directory: Path) -> None:
     """Print what a finished run reached and what it costs to keep."""
+    positive = result.get("positive")
     rows = [
-        [split, "  ".join(f"{name} {value:.4f}" for name, value in result[split].items())]
+        [split, "  ".join(f"{shown_score(n, positive)} {v:.4f}" for n, v in result[split].items())]
         for split in ("dev", "test")
     ]
     table(("split", "scores"), rows)
@@ -103,7 +112,8 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what several finished runs reached, one line each under its label, and their mean."""
     first = next(iter(results.values()))
     shown = [("dev", first["metric"]), *(("test", name) for name in first["test"])]
-    columns = ("run", *(" ".join(one) for one in shown))
+    positive = first.get("positive")
+    columns = ("run", *(f"{split} {shown_score(name, positive)}" for split, name in shown))
     scores = {
         label: [result[split][name] for split, name in shown] for label, result in results.items()
     }

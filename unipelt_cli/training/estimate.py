@@ -19,6 +19,7 @@ from unipelt_cli.system.memory import held as memory_held
 from unipelt_cli.training.events import Step
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.planning import Shared, longest_batch, loop_of, plan
+from unipelt_cli.training.text_notes import text_notes
 
 STEPS = 4
 ROWS = 64
@@ -73,6 +74,8 @@ class Outlook:
     tuned: Tuned
     cost: Estimate
     memory: Memory
+    notes: tuple[str, ...] = ()
+    """What the tokenizer makes of the train texts, where it is odd."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,9 @@ def outlook(experiment: Experiment) -> Outlook:
     experiment, prepared, tuned = plan(experiment, shared)
     loop = loop_of(experiment, prepared, tuned, shared)
     needed = Memory(held, *_needed(loop), free)
-    return Outlook(
-        experiment, prepared, tuned, _cost(experiment, *_measure(loop, prepared)), needed
-    )
+    notes = text_notes(experiment, prepared, tuned, loop)
+    cost = _cost(experiment, *_measure(loop, prepared))
+    return Outlook(experiment, prepared, tuned, cost, needed, notes)
 
 
 def _needed(loop: Training) -> tuple[int, int, int]:

@@ -84,7 +84,7 @@ class Ready:
     doubt: str | None = None
     """What may not fit into memory."""
     notes: tuple[str, ...] = ()
-    """What its user must know of the backbone."""
+    """What its user must know of the backbone, and of the train texts in its tokenizer's hands."""
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,10 @@ def plan(
     tuned = build(experiment, [own.task.outputs for own in prepared])
     experiment = experiment.replace("model", pooling=tuned.pooling)
     experiment = experiment.replace("train", precision=tuned.precision)
+    if experiment.data.train_file or experiment.data.dataset:
+        is_regression = prepared[0].task.is_regression
+        kind = "regression" if is_regression else "classification"
+        experiment = experiment.replace("data", kind=kind)
     return experiment, prepared, tuned
 
 

@@ -30,10 +30,11 @@ from unipelt_cli.runs.run import check_started, read_experiment, read_run, read_
 from unipelt_cli.runs.writer import Writer, command_line
 from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes
-from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_scores
+from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_positive, joint_scores
 from unipelt_cli.training.events import Epoch, Finished, Halved, Happening, Ready
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.planning import Shared, doubt, loop_of, plan, with_drawn_rows
+from unipelt_cli.training.text_notes import text_notes
 
 STATE_SECONDS = 60.0  # how much of a long epoch a crash may cost
 STATE_SHARE = 0.015  # of the time since the last time, that may go into keeping the state
@@ -97,7 +98,10 @@ class Session:
             self.training.progress.epoch - 1,
             self.training.progress.taken,
             doubt(self.training),
-            self.tuned.notes,
+            (
+                *self.tuned.notes,
+                *text_notes(self.experiment, self.prepared, self.tuned, self.training),
+            ),
         )
 
     def _result(self) -> dict[str, Any] | None:
@@ -112,7 +116,8 @@ class Session:
         if settings.source == "hub" or settings.dataset is not None:
             return found.result
         try:
-            prepared = self.shared.prepare(settings)
+            is_one = len(settings.each()) == 1
+            prepared = self.shared.prepare(found.data_settings() if is_one else settings)
         except UnipeltError:  # no longer there: the result is all that is left of them
             return found.result
         for place, own in enumerate(prepared):
@@ -280,6 +285,7 @@ def _describe(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
         "data_seed": experiment.data.data_seed,
         "seed": experiment.train.seed,
         "metric": joint_metric(tasks),
+        **joint_positive(tasks),
     }
 
 

@@ -7,6 +7,7 @@ from unipelt_cli.sweeps.sweep import Engine, Standing, Sweep, best_so_far
 from unipelt_cli.system.processes import ALONE
 from unipelt_cli.terminal import console, progress
 from unipelt_cli.terminal.interrupts import stop_on_request
+from unipelt_cli.text import shown_score
 
 SPLITS = ("dev", "test")
 
@@ -58,7 +59,8 @@ def _watch_cells(plan: Sweep, moves: Iterator[Standing | None], total: int, done
                 name, result, metric = one.cell.name, one.result, one.result["metric"]
                 scores = "  ".join(f"{split} {result[split][metric]:.4f}" for split in SPLITS)
                 collapsed = ", collapsed" if result["collapsed"] else ""
-                said = f"{metric} {scores}  {result['seconds']:.0f} s{collapsed}"
+                named = shown_score(metric, result.get("positive"))
+                said = f"{named} {scores}  {result['seconds']:.0f} s{collapsed}"
                 view.end(name, said, failed=False)
             elif one is not None and one.status == "failed":
                 view.end(one.cell.name, f"failed: {one.error}", failed=True)

@@ -11,6 +11,7 @@ from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.terminal import console, progress, summaries
 from unipelt_cli.terminal.interrupts import stop_on_request
+from unipelt_cli.text import shown_score
 from unipelt_cli.training import execution
 from unipelt_cli.training.events import Epoch, Failed, Finished, Halved, Ready, Step
 from unipelt_cli.training.session import Mode
@@ -103,7 +104,7 @@ def _watch(
             label = f"{labels[place]}  " if labels[place] else ""
             match event:
                 case Ready() if view is None:
-                    view = show(event.metric, event.epochs)
+                    view = show(event.metric, event.epochs, _shown_metric(event))
                     summarise(event.manifests)
                     _announce(event)
                 case Step() if view is not None:
@@ -124,6 +125,12 @@ def _watch(
                 console.say(("interrupted", "yellow"), f": go on with {hint}")
                 raise KeyboardInterrupt
     return {label: ended[label] for label in labels}
+
+
+def _shown_metric(event: Ready) -> str:
+    """Return what the metric that selects the epochs is called where it is read."""
+    positive = event.manifests[0].get("positive") if len(event.manifests) == 1 else None
+    return shown_score(event.metric, positive)
 
 
 def summarise(manifests: Sequence[Mapping[str, Any]]) -> None:

@@ -117,6 +117,13 @@ PrecisionOption = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+SkipOption = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unusable",
+        help="Pass over rows without a text or label. (default as the run was trained)",
+    ),
+]
 RunPrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="fp32 or bf16. (default the run's own)")
 ]

@@ -100,16 +100,20 @@ def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "
     path = data.get("train_file")
     elsewhere = any(data.get(key) for key in ("dataset", "prepared", "tasks"))
     named = {key: data.get(key) for key in ("text", "text_pair", "label")}
+    kind = data.get("kind", "auto")
     if not isinstance(path, str) or elsewhere or (named["text"] and named["label"]):
         return own
-    if not all(value is None or isinstance(value, str) for value in named.values()):
+    if not all(value is None or isinstance(value, str) for value in (*named.values(), kind)):
         return own  # said by the check of each key
     from unipelt_cli.data import column_guess
 
-    found = column_guess.columns(Path(path), **named)
+    found = column_guess.columns(Path(path), **named, kind=kind)
     if processes.is_first():
         console.say(("note: ", "yellow"), found.said)
-    return merge_settings([{"data": found.settings}, own])
+    guessed = {
+        key: value for key, value in found.settings.items() if key != "kind" or kind == "auto"
+    }
+    return merge_settings([{"data": guessed}, own])
 
 
 def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Experiment":

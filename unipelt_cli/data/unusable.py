@@ -1,0 +1,143 @@
+"""Rows that lack what is asked of them: left out and counted, or answered with nothing."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from unipelt_cli.data.cells import FILL_IN, Cells, LabelError, RowError, label_of, require
+from unipelt_cli.errors import DataError
+
+DROP = "fill it in, or drop the row"
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Window:
+    """The texts of some rows by column; `usable` says which of the rows came they are of."""
+
+    texts: dict[str, list[str]]
+    usable: tuple[bool, ...]
+
+
+def without_unusable(cells: Cells, text: Sequence[str], label: str) -> Cells:
+    """Leave out the rows without a text or without a label, and count them in a note.
+
+    Of a pair one text is enough. Raises DataError where no row is left.
+    """
+    require(cells.origin, (*text, label), cells.columns)
+    labels, names = cells.column(label), cells.names.get(label, ())
+    has_text = _with_text(cells, text)
+    kept = [
+        index
+        for index, value in enumerate(labels)
+        if has_text[index] and not _is_no_label(value, names)
+    ]
+    if len(kept) == len(labels):
+        return cells
+    left_out = sorted(set(range(len(labels))) - set(kept))
+    if not kept:
+        what = f"{cells.origin}: none of {len(labels)} rows has a text and a label"
+        raise DataError(what, "name the right columns with --text and --label")
+    note = f"{cells.origin}: rows without a text or label left out: {_listed(cells, left_out)}"
+    chosen = _chosen(cells, (*text, label), kept)
+    return replace(chosen, notes=(*cells.notes, note))
+
+
+def refuse_repeated_header(cells: Cells, text: Sequence[str], label: str) -> None:
+    """Raise DataError for a row that holds the names of the columns, as in joined files."""
+    for index, value in enumerate(cells.column(label)):
+        if value == label and all(cells.column(name)[index] == name for name in text):
+            cells.refuse(index, "the names of the columns once more", "drop the line")
+
+
+def windows_of_texts(
+    windows: Iterable[Cells],
+    groups: Sequence[Sequence[str]],
+    hint: str = DROP,
+    *,
+    skip: bool = False,
+) -> Iterator[Window]:
+    """Yield the checked texts of each window; those before a row that cannot be used come first.
+
+    `groups` are the text columns of each run that asks. With `skip`, rows without a text for one of
+    them are passed over; without it the first ends all, with `hint`.
+    """
+    for cells in windows:
+        usable = (True,) * len(cells.rows)
+        if skip:
+            each = [_with_text(cells, group) for group in groups]
+            usable = tuple(map(all, zip(*each, strict=True)))
+            kept = [place for place, is_usable in enumerate(usable) if is_usable]
+            cells = _chosen(cells, _columns(groups), kept)
+        failure: RowError | None = None
+        while True:
+            try:
+                found = texts_by_column(cells, groups)
+                break
+            except RowError as error:
+                failure = error
+                usable = _up_to(usable, error.index)
+                cells = cells.first(error.index, _columns(groups))
+        if usable:
+            yield Window(found, usable)
+        if failure is not None:
+            remedy = hint if failure.hint == FILL_IN else failure.hint
+            raise RowError(failure.message, remedy, failure.index)
+
+
+def texts_by_column(cells: Cells, groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+    """Return the checked texts of every column that a group reads; raise for the first bad row."""
+    found: dict[str, list[str]] = {}
+    failure: RowError | None = None
+    for group in groups:
+        try:
+            found |= zip(group, cells.rows_of_texts(group), strict=True)
+        except RowError as error:
+            failure = error if failure is None or error.index < failure.index else failure
+    if failure is not None:
+        raise failure
+    return found
+
+
+def _columns(groups: Sequence[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for name in group))
+
+
+def _up_to(usable: tuple[bool, ...], count: int) -> tuple[bool, ...]:
+    """Cut what is said of rows before the usable one of this number (from 0)."""
+    places = [place for place, is_usable in enumerate(usable) if is_usable]
+    return usable[: places[count]]
+
+
+def _chosen(cells: Cells, names: Iterable[str], places: Sequence[int]) -> Cells:
+    """Return some columns of the rows at some places."""
+    columns = {}
+    for name in names:
+        values = cells.column(name)
+        columns[name] = [values[place] for place in places]
+    lines = [cells.lines[place] for place in places] if cells.lines else ()
+    return replace(cells, columns=columns, rows=[cells.rows[p] for p in places], lines=lines)
+
+
+def _with_text(cells: Cells, columns: Sequence[str]) -> list[bool]:
+    """Say of each row whether any of the columns holds a text."""
+    each = zip(*map(cells.column, columns), strict=True)
+    return [not all(map(_is_missing, values)) for values in each]
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _is_no_label(value: Any, names: Sequence[str]) -> bool:
+    try:
+        return not label_of(value, names)
+    except LabelError:
+        return False  # said by who reads the labels
+
+
+def _listed(cells: Cells, places: Sequence[int]) -> str:
+    numbers = [str((cells.lines or cells.rows)[place]) for place in places[:MOST_NAMED]]
+    more = [*numbers, "..."] if len(places) > MOST_NAMED else numbers
+    what = ("line" if cells.lines else "row") + ("s" if len(places) > 1 else "")
+    return f"{len(places)} ({what} {', '.join(more)})"
