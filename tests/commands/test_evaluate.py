@@ -13,7 +13,7 @@ def test_eval_in_a_new_process_gives_exactly_the_test_scores(run: Path) -> None:
     command = [sys.executable, "-m", "unipelt_cli", "eval", str(run), "--json", "--offline"]
     answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     result = json.loads((run / "result.json").read_text())
-    assert answer == {"split": "test", "rows": 12, "scores": result["test"]}
+    assert answer == {"split": "test", "rows": 12, "scores": result["test"], "positive": "yes"}
 
 
 def test_eval_dev_and_file(run: Path, tmp_path: Path) -> None:

@@ -89,8 +89,7 @@ def test_labels_are_found_and_sorted(tmp_path, values, labels):
     prepared = prepare_own(path)
     assert prepared.task.labels == labels
     assert prepared.task.metric == "accuracy"
-    several = ("f1", "matthews")  # over more labels than two, f1 is the macro one already
-    assert prepared.task.also == (("f1", "macro_f1", "matthews") if len(labels) == 2 else several)
+    assert prepared.task.also == ("f1", "matthews")
     assert sum(prepared.manifest["splits"]["train"]["labels"].values()) == len(
         prepared.splits["train"]
     )

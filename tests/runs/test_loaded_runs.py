@@ -209,7 +209,7 @@ def test_every_line_is_answered_before_the_next_one_is_written(place: Path) -> N
     assert (code, stdout) == (2, "")
     assert stderr.splitlines() == [
         "error: stdin, line 5: 'text' is missing",
-        "hint: fill it in, or drop the row",
+        "hint: fill it in, or have such rows answered with null by --skip-unusable",
     ]
 
 

@@ -232,14 +232,12 @@ def _own_task(
 ) -> Task:
     """Build the task of the user's own rows; its labels are those of the train rows."""
     labels = () if decided.is_regression else _ordered(set(values))
-    metric, is_binary = own_metric(labels), len(labels) == 2
+    metric, counts = own_metric(labels), Counter(values)
     possible = REGRESSION_METRICS if decided.is_regression else CLASSIFICATION_METRICS
-    # Over more labels than two, f1 is the mean over them already.
-    wanted = [other for other in possible if is_binary or other != "macro_f1"]
-    also = tuple(other for other in wanted if other != metric)
-    counts = Counter(values)
+    # Over more labels than two f1 is the mean over them already, and tables are narrow.
+    also = tuple(other for other in possible if other not in (metric, "macro_f1"))
     # Of all rows there are, so that every draw of them is scored on the same label.
-    rarer = min(reversed(labels), key=counts.__getitem__) if is_binary else None
+    rarer = min(reversed(labels), key=counts.__getitem__) if len(labels) == 2 else None
     task = Task(settings.task or name, text, labels, metric, also, positive=rarer)
     return replace(task, decimal_comma=decided.decimal_comma)
 

@@ -73,7 +73,7 @@ def _unknown(encoded: Encoded, tuned: Tuned, backbone: str) -> Iterator[str]:
     share = float(np.mean(pieces == unknown))
     if share > MOST_UNKNOWN:
         yield (
-            f"{share:.0%} of the pieces of the train texts are unknown to the tokenizer of "
+            f"{100 * share:.0f} % of the pieces of the train texts are unknown to the tokenizer of "
             f"{backbone}: a backbone of their language reads them, or a multilingual one, such as "
             f"--model xlm-roberta-base"
         )
