@@ -7,7 +7,7 @@ import typer
 
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.terminal import tables
+from unipelt_cli.terminal import console, tables
 from unipelt_cli.terminal.command_group import print_json
 
 
@@ -58,7 +58,7 @@ def evaluate(
         else:
             column = label or found.experiment.data.label or "label"
             skip = skip_unusable or bool(found.experiment.data.skip_unusable)
-            parts = preparation.labelled_rows(file, one, column, skip_unusable=skip)
+            parts = preparation.labelled_rows(file, one, column, skip_unusable=skip, note=_note)
         told, true = evaluation.answers(tuned, one, parts, found.experiment.model.max_length, place)
         scored.append(one.score(told, true))
         total += len(true)
@@ -71,3 +71,7 @@ def evaluate(
     )
     if as_json:
         print_json({"split": name, "rows": total, "scores": scores, **positive})
+
+
+def _note(sentence: str) -> None:
+    console.say(("note: ", "yellow"), sentence)

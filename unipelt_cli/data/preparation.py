@@ -1,6 +1,6 @@
 """From data settings to drawn rows, one task or several."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import datasets
 from datasets import Dataset
 
 from unipelt_cli.config.sections import DataSettings
-from unipelt_cli.data.cells import encode_labelled
+from unipelt_cli.data.cells import FILL_IN, RowError, encode_labelled
 from unipelt_cli.data.manifest import make_manifest, seal_manifest
 from unipelt_cli.data.prepared_directory import (
     Prepared,
@@ -21,10 +21,12 @@ from unipelt_cli.data.prepared_directory import (
 from unipelt_cli.data.readers import read_file
 from unipelt_cli.data.sources import find, glue_root, with_metric, with_positive
 from unipelt_cli.data.splits import draw_splits
-from unipelt_cli.data.unusable import without_unusable
+from unipelt_cli.data.unusable import LeftOut
 from unipelt_cli.errors import DataError
 from unipelt_cli.metrics import REGRESSION_METRICS
 from unipelt_cli.tasks import Task, joint_positive
+
+PASS_OVER = "fill it in, or pass over such rows with --skip-unusable"
 
 
 def prepare(settings: DataSettings) -> Prepared:
@@ -96,18 +98,32 @@ def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
 
 
 def labelled_rows(
-    path: Path, task: Task, label: str, kind: str | None = None, *, skip_unusable: bool = False
+    path: Path,
+    task: Task,
+    label: str,
+    kind: str | None = None,
+    *,
+    skip_unusable: bool = False,
+    note: Callable[[str], object] = lambda said: None,
 ) -> Iterator[Dataset]:
     """Read a file of any size as rows of a task, a window at a time.
 
     Columns are those of a split, labels by the task's names. Raises DataError for a file that
     cannot be read, a missing column, a label that the task lacks, and, unless they are to be
-    skipped, a missing or empty text and a missing label.
+    skipped, a missing or empty text and a missing label. `note` gets what was skipped, at the end.
     """
+    left_out = LeftOut()
     for cells in read_file(path, (*task.text, label), kind):
-        if skip_unusable:
-            cells = without_unusable(cells, task.text, label)
-        yield encode_labelled(cells, task, task.text, label)
+        usable = left_out.keep(cells, task.text, label) if skip_unusable else cells
+        if not len(usable.rows):
+            continue
+        try:
+            yield encode_labelled(usable, task, task.text, label)
+        except RowError as error:
+            hint = PASS_OVER if error.hint == FILL_IN else error.hint
+            raise RowError(error.message, hint, error.index) from None
+    for sentence in left_out.notes(str(path)) if skip_unusable else ():
+        note(sentence)
 
 
 def _reopen(directory: Path, settings: DataSettings) -> Prepared:

@@ -19,28 +19,45 @@ class Window:
     usable: tuple[bool, ...]
 
 
-def without_unusable(cells: Cells, text: Sequence[str], label: str) -> Cells:
-    """Leave out the rows without a text or without a label, and count them in a note.
+class LeftOut:
+    """The rows of a file without a text or without a label, left out window by window."""
 
-    Of a pair one text is enough. Raises DataError where no row is left.
-    """
-    require(cells.origin, (*text, label), cells.columns)
-    labels, names = cells.column(label), cells.names.get(label, ())
-    has_text = _with_text(cells, text)
-    kept = [
-        index
-        for index, value in enumerate(labels)
-        if has_text[index] and not _is_no_label(value, names)
-    ]
-    if len(kept) == len(labels):
-        return cells
-    left_out = sorted(set(range(len(labels))) - set(kept))
-    if not kept:
-        what = f"{cells.origin}: none of {len(labels)} rows has a text and a label"
-        raise DataError(what, "name the right columns with --text and --label")
-    note = f"{cells.origin}: rows without a text or label left out: {_listed(cells, left_out)}"
-    chosen = _chosen(cells, (*text, label), kept)
-    return replace(chosen, notes=(*cells.notes, note))
+    def __init__(self) -> None:
+        self.kept = self.count = 0
+        self.first: list[str] = []
+
+    def keep(self, cells: Cells, text: Sequence[str], label: str) -> Cells:
+        """Return the rows that have both; of a pair one text is enough."""
+        require(cells.origin, (*text, label), cells.columns)
+        names, has_text = cells.names.get(label, ()), _with_text(cells, text)
+        kept, places = [], cells.lines or cells.rows
+        for index, value in enumerate(cells.column(label)):
+            if has_text[index] and not _is_no_label(value, names):
+                kept.append(index)
+            elif len(self.first) < MOST_NAMED:
+                self.first.append(str(places[index]))
+        self.kept += len(kept)
+        self.count += len(cells.rows) - len(kept)
+        self.what = "line" if cells.lines else "row"
+        return cells if len(kept) == len(cells.rows) else _chosen(cells, (*text, label), kept)
+
+    def notes(self, origin: str) -> tuple[str, ...]:
+        """Count them in a sentence, if there were any; raise DataError where no row was left."""
+        if not self.kept:
+            what = f"{origin}: none of {self.count} rows has a text and a label"
+            raise DataError(what, "name the right columns with --text and --label")
+        if not self.count:
+            return ()
+        named = ", ".join([*self.first, *(["..."] if self.count > len(self.first) else [])])
+        what = self.what + ("s" if self.count > 1 else "")
+        return (f"{origin}: rows without a text or label left out: {self.count} ({what} {named})",)
+
+
+def without_unusable(cells: Cells, text: Sequence[str], label: str) -> Cells:
+    """Leave such rows out of a whole file, and count them in a note of its cells."""
+    left_out = LeftOut()
+    kept = left_out.keep(cells, text, label)
+    return replace(kept, notes=(*cells.notes, *left_out.notes(cells.origin)))
 
 
 def refuse_repeated_header(cells: Cells, text: Sequence[str], label: str) -> None:
@@ -134,10 +151,3 @@ def _is_no_label(value: Any, names: Sequence[str]) -> bool:
         return not label_of(value, names)
     except LabelError:
         return False  # said by who reads the labels
-
-
-def _listed(cells: Cells, places: Sequence[int]) -> str:
-    numbers = [str((cells.lines or cells.rows)[place]) for place in places[:MOST_NAMED]]
-    more = [*numbers, "..."] if len(places) > MOST_NAMED else numbers
-    what = ("line" if cells.lines else "row") + ("s" if len(places) > 1 else "")
-    return f"{len(places)} ({what} {', '.join(more)})"
