@@ -6,13 +6,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unipelt_cli.commands.shared import options, run_argument
 from unipelt_cli.errors import ConfigError, DataError
 from unipelt_cli.terminal import progress
+
+if TYPE_CHECKING:
+    from unipelt_cli.data.unusable import Window
+    from unipelt_cli.runs.loaded_runs import LoadedRuns
 
 SKIP_THEM = "fill it in, or have such rows answered with null by --skip-unusable"
 
@@ -99,14 +103,19 @@ def predict(
     with _output(out) as write, progress.counting("rows", shown=shown) as count:
         parts = unusable.windows_of_texts(windows, loaded.groups, SKIP_THEM, skip=skip)
         for part in parts:
-            answers = loaded.predict_columns(part.texts)
-            nothing = {name: own.nothing for name, own in loaded.items()}
-            said = [
-                {name: own.as_json() for name, own in next(answers).items()} if usable else nothing
-                for usable in part.usable
-            ]
+            said = _answers(loaded, part)
             write("".join(f"{json.dumps(_shape(each, several))}\n" for each in said))
             count(len(said))
+
+
+def _answers(loaded: "LoadedRuns", part: "Window") -> list[dict[str, Any]]:
+    """Return every run's answer to each row, by name; those to a row without a text are null."""
+    answers = loaded.predict_columns(part.texts)
+    nothing = {name: own.nothing for name, own in loaded.items()}
+    return [
+        {name: own.as_json() for name, own in next(answers).items()} if usable else nothing
+        for usable in part.usable
+    ]
 
 
 def _shape(each: dict[str, Any], several: list[Path] | None) -> dict[str, Any]:

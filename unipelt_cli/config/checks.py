@@ -68,14 +68,19 @@ def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
             f"data.source = {shown(data.source)}: the rows come from elsewhere",
             "drop --source, or --prepared, --train-file and --dataset",
         )
-    if data.skip_unusable and not own:
+    for key in ("dev_file", "test_file"):
+        if getattr(data, key) and not data.train_file:
+            yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
+    yield from _label_problems(data, is_own=bool(own))
+
+
+def _label_problems(data: DataSettings, *, is_own: bool) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with how one task's labels are read and scored."""
+    if data.skip_unusable and not is_own:
         yield (
             "data.skip_unusable = true: only own rows can lack a text or label",
             "drop it, or give --train-file FILE",
         )
-    for key in ("dev_file", "test_file"):
-        if getattr(data, key) and not data.train_file:
-            yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
     metrics = {"classification": CLASSIFICATION_METRICS, "regression": REGRESSION_METRICS}
     if data.metric and str(data.kind) in metrics and data.metric not in metrics[data.kind]:
         yield (
