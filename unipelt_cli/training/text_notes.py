@@ -12,8 +12,8 @@ from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.training.loop import Training
 
 SAMPLE_ROWS = 512  # whose pieces are counted
-FULL_ROWS = 64  # of those as long as may be that are looked at whole
-LONGEST_PIECE = 32  # characters: no more of a text is needed to see that it is cut
+FULL_ROWS = 32  # of those as long as may be that are looked at whole
+LONGEST_PIECE = 16  # characters: no more of a text is needed to see that it is cut
 MOST_UNKNOWN = 0.2
 
 
