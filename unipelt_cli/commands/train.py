@@ -145,10 +145,9 @@ def show_dry_run(
     counts = found.tuned.parameter_counts()
     live_training.summarise(manifests)
     tables.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
-    for note in found.notes:
-        console.say(("note: ", "yellow"), note)
     _show_outlook(found, directories)
-    for note in found.tuned.notes:
+    notes = [*found.tuned.notes, *found.notes]
+    for note in notes:
         console.say(("note: ", "yellow"), note)
     if found.memory.fits is False:
         console.say(
@@ -174,7 +173,7 @@ def show_dry_run(
                 **described,
                 **_costs(found),
                 "run": str(directories[0]),
-                "notes": list(found.tuned.notes),
+                "notes": notes,
                 "problem": problem and problem.message,
                 "experiment": found.experiment.settings(),
             }
