@@ -33,10 +33,11 @@ from unipelt_cli.config.experiment import resolve as experiment_resolve
 from unipelt_cli.config.presets import read_preset
 from unipelt_cli.config.sections import SECTIONS, DataSettings
 from unipelt_cli.config.toml import dump, parse_assignment
-from unipelt_cli.data import cells, decoded_lines, preparation, readers
+from unipelt_cli.data import cells, preparation, readers
 from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.data.prepared_directory import Prepared, load_prepared, save_prepared
 from unipelt_cli.data.splits import SPLITS
+from unipelt_cli.data.text_files import decoded_lines
 from unipelt_cli.data.unusable import windows_of_texts
 from unipelt_cli.errors import UnipeltError
 

@@ -21,7 +21,8 @@ from support.backbones import WORDS
 from support.command import FAST, error_of, invoke, rows_options
 
 import unipelt_cli
-from unipelt_cli.data import decoded_lines, readers
+from unipelt_cli.data import readers
+from unipelt_cli.data.text_files import decoded_lines
 from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.models import sharing
 from unipelt_cli.models.evaluation import compute_logits, encode_rows

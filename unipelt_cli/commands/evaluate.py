@@ -22,6 +22,7 @@ def evaluate(
     ] = None,
     label: options.LabelOption = None,
     skip_unusable: options.SkipOption = False,
+    encoding: options.EncodingOption = None,
     source: options.SourceOption = None,
     device: options.DeviceOption = None,
     precision: options.RunPrecisionOption = None,
@@ -39,6 +40,8 @@ def evaluate(
     )
     if label is not None and file is None:
         raise ConfigError(f"--label {label!r}: the run knows its own", "drop it, or give --file")
+    if encoding is not None and file is None:
+        raise ConfigError(f"--encoding {encoding!r}: the run knows its own", "drop it, or --file")
     split = split or "test"
     found = run_argument.read_run(run, offline, source, model)
     each = task is None and file is None
@@ -58,7 +61,9 @@ def evaluate(
         else:
             column = label or found.experiment.data.label or "label"
             skip = skip_unusable or bool(found.experiment.data.skip_unusable)
-            parts = preparation.labelled_rows(file, one, column, skip_unusable=skip, note=_note)
+            parts = preparation.labelled_rows(
+                file, one, column, encoding=encoding, skip_unusable=skip, say=console.note
+            )
         told, true = evaluation.answers(tuned, one, parts, found.experiment.model.max_length, place)
         scored.append(one.score(told, true))
         total += len(true)
@@ -71,7 +76,3 @@ def evaluate(
     )
     if as_json:
         print_json({"split": name, "rows": total, "scores": scores, **positive})
-
-
-def _note(sentence: str) -> None:
-    console.say(("note: ", "yellow"), sentence)

@@ -12,7 +12,7 @@ import typer
 
 from unipelt_cli.commands.shared import options, run_argument
 from unipelt_cli.errors import ConfigError, DataError
-from unipelt_cli.terminal import progress
+from unipelt_cli.terminal import console, progress
 
 if TYPE_CHECKING:
     from unipelt_cli.data.unusable import Window
@@ -40,7 +40,15 @@ def predict(
         typer.Option(
             "--format",
             metavar="lines|jsonl|csv|tsv|parquet",
-            help="What FILE or stdin holds. (default: its suffix, or its first line, says)",
+            help="What FILE or stdin holds. (default: its suffix, or its beginning, says)",
+            show_default=False,
+        ),
+    ] = None,
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of FILE or stdin. (default: its byte-order mark says it, else UTF-8)",
             show_default=False,
         ),
     ] = None,
@@ -65,8 +73,9 @@ def predict(
 ) -> None:
     """Label new rows as they come: one JSON object a line, in the order of the input.
 
-    A file of any size holds the run's text columns. On stdin: JSON lines, CSV or TSV with these
-    columns and others, or plain lines of text. What is there is answered before more is waited for.
+    A file of any size holds the run's text columns. On stdin: JSON, or CSV or TSV with these
+    columns and others; what looks like none of them is plain lines of text, and that is said.
+    What is there is answered before more is waited for.
 
     Example: echo "my parcel never came" | unipelt predict RUN -
 
@@ -95,9 +104,11 @@ def predict(
     each = dict(zip(names, found, strict=True))
     loaded = loaded_runs.load(each, task, device, model, precision)
     if rows == "-":
-        windows = readers.read_input(sys.stdin.buffer, loaded.columns, kind, loaded.plain)
+        stdin = sys.stdin.buffer
+        windows = readers.read_input(stdin, loaded.columns, kind, loaded.plain, encoding)
     else:
-        windows = readers.read_file(Path(rows), loaded.columns, kind, loaded.plain)
+        windows = readers.read_file(Path(rows), loaded.columns, kind, loaded.plain, encoding)
+    windows = readers.noted(windows, console.note)
     skip = skip_unusable or all(own.experiment.data.skip_unusable for own in found)
     shown = rows != "-" and not (out is None and sys.stdout is not None and sys.stdout.isatty())
     with _output(out) as write, progress.counting("rows", shown=shown) as count:

@@ -77,6 +77,7 @@ def sweep(
     train_file: options.TrainFileOption = None,
     dev_file: options.DevFileOption = None,
     test_file: options.TestFileOption = None,
+    encoding: options.EncodingOption = None,
     text: options.TextOption = None,
     text_pair: options.TextPairOption = None,
     label: options.LabelOption = None,

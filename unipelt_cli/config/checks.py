@@ -16,7 +16,10 @@ from unipelt_cli.tasks import TASKS, Glue, get_task
 from unipelt_cli.text import cut, shown
 
 MOST_PROBLEMS = 20
-_OWN_ROWS = ("dataset", "train_file", "dev_file", "test_file", "text", "text_pair", "label")
+_OWN_ROWS = (
+    *("dataset", "train_file", "dev_file", "test_file", "encoding"),
+    *("text", "text_pair", "label"),
+)
 
 
 def table_tasks(data: DataSettings) -> tuple[str, ...]:
@@ -68,7 +71,7 @@ def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
             f"data.source = {shown(data.source)}: the rows come from elsewhere",
             "drop --source, or --prepared, --train-file and --dataset",
         )
-    for key in ("dev_file", "test_file"):
+    for key in ("dev_file", "test_file", "encoding"):
         if getattr(data, key) and not data.train_file:
             yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
     yield from _label_problems(data, is_own=bool(own))

@@ -48,9 +48,14 @@ class DataSettings(Section):
         None, description="a directory that `prepare` wrote, or one for each of several tasks"
     )
     dataset: str | None = Field(None, description="a hub data set, NAME or NAME:CONFIG")
-    train_file: str | None = Field(None, description="own rows: .csv, .tsv, .jsonl or .parquet")
+    train_file: str | None = Field(
+        None, description="own rows: .csv, .tsv, .jsonl, .json or .parquet"
+    )
     dev_file: str | None = Field(None, description="own dev rows")
     test_file: str | None = Field(None, description="own test rows")
+    encoding: str | None = Field(
+        None, description="of own text files; their byte-order mark says it, else it is UTF-8"
+    )
     text: str | None = Field(None, description="the text column")
     text_pair: str | None = Field(None, description="the second text column of a pair")
     label: str | None = Field(None, description="the label column")

@@ -52,6 +52,8 @@ class Cells:
     notes: tuple[str, ...] = ()
     names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By column what its numbers are called, where the file says so."""
+    shared: Mapping[str, int] = field(default_factory=dict)
+    """Names that several columns have, and how many: none of them can be asked for."""
 
     def refuse(self, index: int, what: str, hint: str = FILL_IN) -> NoReturn:
         """Raise for a row: its line (from 1), or its place (from 0) where there are no lines."""
@@ -63,9 +65,18 @@ class Cells:
         columns = {name: self.column(name)[:count] for name in names}
         return replace(self, columns=columns, rows=self.rows[:count], lines=self.lines[:count])
 
+    def require(self, names: Iterable[str]) -> None:
+        """Raise DataError for the first of `names` that is no column, or several."""
+        wanted = list(names)
+        for name in wanted:
+            if name in self.shared:
+                what = f"{self.shared[name]} columns are called {short(name)}"
+                raise DataError(f"{self.origin}: {what}", "give each column its own name")
+        require(self.origin, wanted, self.columns)
+
     def column(self, name: str) -> Sequence[Any]:
         """Return a column's cells; raise DataError if it is missing or of no usable type."""
-        require(self.origin, [name], self.columns)
+        self.require([name])
         try:
             values = self.columns[name]
             if not isinstance(values, pa.ChunkedArray):
@@ -166,7 +177,7 @@ def require(origin: str, names: Iterable[str], found: Iterable[str]) -> None:
 
 def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -> "Dataset":
     """Build the checked rows of a task from the columns that hold its texts and label."""
-    require(cells.origin, (*text, label), cells.columns)
+    cells.require((*text, label))
     return encode(cells, task.text, text, _codes(cells, label, task))
 
 

@@ -121,12 +121,14 @@ def columns(
     text_pair: str | None = None,
     label: str | None = None,
     kind: Kind = "auto",
+    encoding: str | None = None,
 ) -> Guess:
     """Guess what is not given: the text column, or the two of a pair, and the label column.
 
     Raises DataError where nothing looks like one, where several do, and for a file without names.
     """
-    cells = read_cells(path)
+    cells = read_cells(path, encoding=encoding)
+    cells.require(name for name in cells.shared if name.casefold() in (*TEXTS, *LABELS))
     found = [own for name in cells.columns if (own := _column(cells, name)) is not None]
     _check_header(path, list(cells.columns), found)
     given = {"text": text, "text_pair": text_pair, "label": label}

@@ -18,7 +18,7 @@ from unipelt_cli.data.prepared_directory import (
     read_manifest,
     task_of,
 )
-from unipelt_cli.data.readers import read_file
+from unipelt_cli.data.readers import noted, read_file
 from unipelt_cli.data.sources import find, glue_root, with_metric, with_positive
 from unipelt_cli.data.splits import draw_splits
 from unipelt_cli.data.unusable import LeftOut
@@ -103,17 +103,19 @@ def labelled_rows(
     label: str,
     kind: str | None = None,
     *,
+    encoding: str | None = None,
     skip_unusable: bool = False,
-    note: Callable[[str], object] = lambda said: None,
+    say: Callable[[str], object] = lambda note: None,
 ) -> Iterator[Dataset]:
     """Read a file of any size as rows of a task, a window at a time.
 
-    Columns are those of a split, labels by the task's names. Raises DataError for a file that
-    cannot be read, a missing column, a label that the task lacks, and, unless they are to be
-    skipped, a missing or empty text and a missing label. `note` gets what was skipped, at the end.
+    Columns are those of a split, labels by the task's names; `say` is given what was decided about
+    the file and, at the end, what was skipped. Raises DataError for a file that cannot be read, a
+    missing column, a label that the task lacks, and, unless they are to be skipped, a missing or
+    empty text and a missing label.
     """
     left_out = LeftOut()
-    for cells in read_file(path, (*task.text, label), kind):
+    for cells in noted(read_file(path, (*task.text, label), kind, encoding=encoding), say):
         usable = left_out.keep(cells, task.text, label) if skip_unusable else cells
         if not len(usable.rows):
             continue
@@ -123,7 +125,7 @@ def labelled_rows(
             hint = PASS_OVER if error.hint == FILL_IN else error.hint
             raise RowError(error.message, hint, error.index) from None
     for sentence in left_out.notes(str(path)) if skip_unusable else ():
-        note(sentence)
+        say(sentence)
 
 
 def _reopen(directory: Path, settings: DataSettings) -> Prepared:

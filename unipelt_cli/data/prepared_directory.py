@@ -12,7 +12,6 @@ from datasets import Dataset
 
 from unipelt_cli.data import parquet
 from unipelt_cli.data.cells import LARGEST_VALUE, as_dataset
-from unipelt_cli.data.decoded_lines import read_bytes
 from unipelt_cli.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -22,6 +21,7 @@ from unipelt_cli.data.manifest import (
     seal_manifest,
 )
 from unipelt_cli.data.splits import SPLITS
+from unipelt_cli.data.text_files.decoded_lines import read_bytes
 from unipelt_cli.errors import DataError
 from unipelt_cli.files import atomic
 from unipelt_cli.files.strict import parse_json

@@ -6,14 +6,28 @@ slowly is answered all the same. What was read before an error comes before the 
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
-from unipelt_cli.data import decoded_lines, parquet, records
-from unipelt_cli.data.cells import Cells, require
-from unipelt_cli.data.decoded_lines import Lines
-from unipelt_cli.data.records import Fills, Form, Grid, Objects, Plain, check_names
+from unipelt_cli.data import parquet
+from unipelt_cli.data.cells import Cells
+from unipelt_cli.data.text_files import byte_sources, decoded_lines, json_values, recognition
+from unipelt_cli.data.text_files.decoded_lines import Lines
+from unipelt_cli.data.text_files.recognition import Layout, Quoting
+from unipelt_cli.data.text_files.records import (
+    GIVE_ROWS,
+    Fills,
+    Form,
+    Grid,
+    Objects,
+    Plain,
+    check_names,
+)
 from unipelt_cli.errors import ConfigError, DataError, nearest
 from unipelt_cli.text import reason, short
 
@@ -23,22 +37,47 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 FIRST_WINDOW, LARGEST_WINDOW, GROWTH = 256, 4096, 4  # rows: the first answer comes soon
 WINDOW_CHARACTERS = 2**23
 Record = tuple[int, Any]  # a line's number, and what it holds
+QUOTED = Quoting(True)
 
 
-def read_cells(path: Path, header: bool = True, published: bool = False) -> Cells:
-    """Read a whole file by its suffix; TSV is read with quoting off."""
+def read_cells(
+    path: Path,
+    header: bool = True,
+    published: bool = False,
+    encoding: str | None = None,
+    quotes: bool = True,
+) -> Cells:
+    """Read a whole file by its suffix; of a published one, or without `quotes`, a TSV keeps them.
+
+    Raises ConfigError for an unknown encoding, and DataError for a file that cannot be read.
+    """
     content = decoded_lines.read_bytes(path, SUFFIXES)
     kind = _by_suffix(path)
     if kind == "parquet":
-        columns = _parquet(str(path), content)
-        return Cells(str(path), columns, range(columns.rows), names=columns.class_names)
-    found = decoded_lines.of_bytes(str(path), content)
-    [cells] = _windows(found, kind, (), lambda rows: False, header, published)
+        columns, shared = _parquet(str(path), content)
+        names = columns.class_names
+        return Cells(str(path), columns, range(columns.rows), shared=shared, names=names)
+
+    def text() -> Lines:
+        return decoded_lines.of_bytes(str(path), content, encoding)
+
+    def again() -> Iterator[str]:
+        yield from (line for _, line in text())
+
+    found = text()
+    reading = _Reading(found, recognition.of_kind(found, kind), (), header, published)
+    [cells] = reading.windows(
+        lambda rows: False, _Look(str(path), again, is_off=published or not quotes)
+    )
     return cells
 
 
 def read_file(
-    path: Path, columns: Sequence[str], kind: str | None = None, plain: Fills | None = None
+    path: Path,
+    columns: Sequence[str],
+    kind: str | None = None,
+    plain: Fills | None = None,
+    encoding: str | None = None,
 ) -> Iterator[Cells]:
     """Read a file of any size a window at a time; its suffix says what it is, if nobody does.
 
@@ -46,13 +85,21 @@ def read_file(
     Raises DataError for a file that cannot be read, and ConfigError for an unknown format.
     """
     known = _by_suffix(path) if kind is None else _format(kind)
+    if encoding is not None:
+        byte_sources.check_encoding(encoding)
     if known == "parquet":
         yield from _parquet_windows(
             str(path), decoded_lines.read_bytes(path, (path.suffix,)), columns
         )
         return
-    with decoded_lines.of_file(path) as found:
-        yield from _windows(found, known, columns, _Pace(found), plain=plain)
+
+    def again() -> Iterator[str]:
+        with decoded_lines.of_file(path, encoding) as whole:
+            yield from (line for _, line in whole)
+
+    with decoded_lines.of_file(path, encoding) as found:
+        reading = _Reading(found, recognition.of_kind(found, known), columns, plain=plain)
+        yield from reading.windows(_Pace(found), _Look(str(path), again))
 
 
 def read_input(
@@ -60,23 +107,40 @@ def read_input(
     columns: Sequence[str],
     kind: str | None = None,
     plain: Fills | None = None,
+    encoding: str | None = None,
 ) -> Iterator[Cells]:
     """Read standard input, each row as soon as it is there.
 
-    Its first line says what it is, if nobody does: JSON lines begin with a brace, CSV and TSV with
-    the names of the columns and more; all else is lines, of the texts of `columns` with tabs.
+    What it is, its beginning says, if nobody does: JSON, or a table with the names of the columns.
+    What looks like neither is lines, of the texts of `columns` with tabs; a note says so.
     """
     known = None if kind is None else _format(kind)
     if known == "parquet":
         raise ConfigError("--format 'parquet': not for stdin", "name the FILE")
-    found = decoded_lines.of_pipe("stdin", stream)
-    known = known or _guess(found.first(), columns)
-    yield from _windows(found, known, columns, _Pace(found), plain=plain)
+    found = decoded_lines.of_pipe("stdin", stream, encoding)
+    if known is None:
+        layout = recognition.of_pipe(found, columns, len(columns if plain is None else plain))
+    else:
+        layout = recognition.of_kind(found, known)
+    reading = _Reading(found, layout, columns, plain=plain)
+    yield from reading.windows(_Pace(found), _Look(found.origin))
+
+
+def noted(windows: Iterable[Cells], say: Callable[[str], object]) -> Iterator[Cells]:
+    """Hand windows on; what they say of how they were read is said once, as it comes."""
+    heard: set[str] = set()
+    for cells in windows:
+        for note in cells.notes:
+            if note not in heard:
+                heard.add(note)
+                say(note)
+        yield cells
 
 
 def _by_suffix(path: Path) -> Format:
     decoded_lines.check_suffix(path, SUFFIXES)
-    suffix = path.suffix.lower()
+    suffix = decoded_lines.suffix_of(path)
+    suffix = ".jsonl" if suffix in decoded_lines.JSON_SUFFIXES else suffix
     return next((known for known in FORMATS if suffix == f".{known}"), "lines")
 
 
@@ -85,17 +149,6 @@ def _format(name: str) -> Format:
         if name == known:
             return known
     raise ConfigError(f"--format {name!r}: no such format", nearest(name, FORMATS))
-
-
-def _guess(first: str, columns: Sequence[str]) -> Format:
-    if first.lstrip().startswith("{"):
-        return "jsonl"
-    kinds: tuple[tuple[Format, str], ...] = (("csv", ","), ("tsv", "\t"))
-    for kind, mark in kinds:
-        names = first.rstrip("\r\n").split(mark)
-        if len(names) > 1 and {*columns} <= {name.strip('"') for name in names}:
-            return kind
-    return "lines"
 
 
 class _Pace:
@@ -111,111 +164,170 @@ class _Pace:
         return True
 
 
-def _windows(
-    found: Lines,
-    kind: Format,
-    columns: Sequence[str],
-    is_full: Callable[[int], bool],
-    header: bool = True,
-    published: bool = False,
-    plain: Fills | None = None,
-) -> Iterator[Cells]:
-    """Group the rows of a text into windows; `columns` are those that will be asked for."""
-    form: Form
-    if kind == "lines" and plain is not None and not plain:
-        listed = ", ".join(map(short, columns))
-        what = f"{found.origin}: lines without names, and the runs read different columns"
-        raise DataError(what, f"give JSON lines, or CSV or TSV, with the columns {listed}")
-    if kind == "lines":
-        form = Plain(found.origin, [[name] for name in columns] if plain is None else plain)
-    elif kind == "jsonl":
-        form = Objects(found.origin, columns)
-    else:
-        form = Grid(found.origin, header, published, _marked(found, kind))
-    if not found.first():
-        next(found, None)  # it may have a reason
-        form.refuse_empty()
-    failure: DataError | None = None
-    try:
-        for line, record in _records(found, kind):
-            form.add(line, record)
-            if len(form) and is_full(len(form)):
-                yield form.take()
-        form.finish()
-    except DataError as error:
-        failure = error
-    if len(form):
-        yield form.take()
-    if failure is not None:
-        raise failure
+@dataclass(frozen=True)
+class _Look:
+    """Decides about the quotes of a TSV: by all of its lines, or by those of a pipe at hand."""
+
+    origin: str
+    again: Callable[[], Iterator[str]] | None = None
+    is_off: bool = False
+
+    def __call__(self, line: str, found: Lines) -> Quoting:
+        """Decide where the first quote has come, in `line`."""
+        if self.is_off:
+            return Quoting(False)
+        if self.again is None:
+            there = [line, *found.ahead(0)]
+            return recognition.quoting(self.origin, lambda: there, is_part=True)
+        again = self.again
+
+        def readable() -> Iterator[str]:
+            with suppress(DataError):  # told when it is its turn
+                yield from again()
+
+        return recognition.quoting(self.origin, readable)
 
 
-def _records(found: Lines, kind: Format) -> Iterator[Record]:
-    if kind == "csv":
-        return _csv_records(found)
-    bare = ((number, line.removesuffix("\n").removesuffix("\r")) for number, line in found)
-    if kind == "tsv":
-        return ((number, line.split("\t")) for number, line in bare)
-    return bare
+class _Reading:
+    """A text that is read: where its lines are, how they are laid out, and what they become."""
+
+    def __init__(
+        self,
+        found: Lines,
+        layout: Layout,
+        columns: Sequence[str],
+        header: bool = True,
+        published: bool = False,
+        plain: Fills | None = None,
+    ) -> None:
+        self.found, self.layout = found, layout
+        self.form: Form
+        if layout.kind == "lines" and plain is not None and not plain:
+            listed = ", ".join(map(short, columns))
+            what = f"{found.origin}: lines without names, and the runs read different columns"
+            raise DataError(what, f"give JSON lines, or CSV or TSV, with the columns {listed}")
+        if layout.kind == "lines":
+            fills = [[name] for name in columns] if plain is None else plain
+            self.form = Plain(found.origin, fills)
+        elif layout.kind == "jsonl":
+            self.form = Objects(found.origin, columns)
+        else:
+            self.form = Grid(found.origin, header, published, columns, layout.names)
+        self.form.notes += layout.notes
+
+    def windows(self, is_full: Callable[[int], bool], look: _Look) -> Iterator[Cells]:
+        """Group the rows into windows, each as soon as it is full."""
+        form, failure = self.form, None
+        if not self.found.first():
+            next(self.found, None)  # it may have a reason
+            form.refuse_empty()
+        try:
+            for line, record in self._records(look):
+                form.add(line, record)
+                if len(form) and is_full(len(form)):
+                    yield form.take()
+            form.finish()
+        except DataError as error:
+            failure = error
+        if len(form):
+            yield form.take()
+        if failure is not None:
+            raise failure
+
+    def _records(self, look: _Look) -> Iterator[Record]:
+        found, layout = self.found, self.layout
+        if layout.skips:
+            next(line for _, line in found if line.strip())
+        if layout.kind == "csv":
+            return _csv_records(found, layout.mark)
+        if layout.kind == "tsv":
+            return self._tab_records(look)
+        if layout.spans:
+            found.cut_at(b"}")
+            return json_values.objects(found.origin, found)
+        return ((number, _bare(line)) for number, line in found)
+
+    def _tab_records(self, look: _Look) -> Iterator[Record]:
+        """Part lines at their tabs, unless quotes show that there is more to it."""
+        is_open = True
+        for number, line in self.found:
+            if is_open and '"' in line:
+                is_open, quoting = False, look(line, self.found)
+                self.form.notes += quoting.notes
+                if quoting.is_on:
+                    yield from _csv_records(self.found, "\t", [(number, line)], quoting)
+                    return
+            bare = _bare(line)
+            yield number, bare.split("\t") if bare else []
 
 
-def _marked(found: Lines, kind: Format) -> tuple[str, ...]:
-    """Say where a CSV is read with another mark than commas."""
-    mark = _delimiter(found) if kind == "csv" else ","
-    named = Path(found.origin).name
-    return () if mark == "," else (f"{named}: read with {mark!r} between its fields",)
+def _bare(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
 
 
-def _delimiter(found: Lines) -> str:
-    """Return what parts the fields: a comma, unless the first line has none, and another does."""
-    return next((mark for mark in ",;\t" if mark in found.first()), ",")
+def _csv_records(
+    found: Lines, mark: str, taken: Sequence[tuple[int, str]] = (), quoting: Quoting = QUOTED
+) -> Iterator[Record]:
+    """Yield each record with the line on which it starts; quoted fields may hold line ends.
 
-
-def _csv_records(found: Lines) -> Iterator[Record]:
-    """Yield each record with the line on which it starts; quoted fields may hold line ends."""
+    `taken` are lines before those of `found`.
+    """
     csv.field_size_limit(decoded_lines.LONGEST_LINE)
-    begun = 0
+    begun, offset = 0, -1
 
     def pieces() -> Iterator[str]:
-        for _, text in found:
+        nonlocal offset
+        for number, text in chain(taken, found):
+            offset = number - 1 if offset < 0 else offset
             if found.taken - begun > decoded_lines.LONGEST_LINE:
                 raise csv.Error(f"a row of more than {decoded_lines.LONGEST_LINE} characters")
+            text = recognition.doubled_quotes(text) if quoting.is_escaped else text
             if "\r" in text.rstrip("\r\n"):  # as lines of old files end
                 yield from io.StringIO(text, newline="")
             else:
                 yield text
 
-    reader = csv.reader(pieces(), delimiter=_delimiter(found), strict=True)
-    line = 1
+    reader, before = csv.reader(pieces(), delimiter=mark, strict=True), 0
     try:
         for record in reader:
-            yield line, record
-            line, begun = reader.line_num + 1, found.taken
+            yield offset + before + 1, record
+            before, begun = reader.line_num, found.taken
     except csv.Error as error:
         hint = "close the quotes; a quote inside a quoted field is written twice"
-        raise DataError(f"{found.origin}, line {line}: malformed CSV ({error})", hint) from error
+        what = f"{found.origin}, line {max(0, offset) + before + 1}: malformed CSV ({error})"
+        raise DataError(what, hint) from error
 
 
-def _parquet(origin: str, content: bytes) -> parquet.ParquetColumns:
+def _parquet(origin: str, content: bytes) -> tuple[parquet.ParquetColumns, dict[str, int]]:
+    """Read what a Parquet file declares; return apart which names several columns have."""
     try:
         columns = parquet.ParquetColumns(content)
     except parquet.ERRORS as error:
         what = f"not a Parquet file ({reason(error)})" if content else "empty file"
         raise DataError(f"{origin}: {what}", "write it again, or give .csv or .jsonl") from error
-    check_names(origin, columns.names)
+    counts = Counter(columns.names)
     if columns.rows < 1:
-        raise DataError(f"{origin}: a header but no rows", records.GIVE_ROWS)
-    return columns
+        raise DataError(f"{origin}: a header but no rows", GIVE_ROWS)
+    columns.names = [name for name in columns.names if counts[name] == 1]
+    return columns, {name: count for name, count in counts.items() if count > 1}
 
 
 def _parquet_windows(origin: str, content: bytes, columns: Sequence[str]) -> Iterator[Cells]:
     """Unpack a file's columns a window at a time; the packed file itself is held whole."""
-    found, start = _parquet(origin, content), 0
-    require(origin, columns, found.names)
+    found, shared = _parquet(origin, content)
+    check_names(origin, shared, columns)
+    other, notes = recognition.matched(origin, columns, found.names)
+    names, start = {name: other.get(name, name) for name in columns}, 0
     try:
-        for batch in found.batches(columns, LARGEST_WINDOW):
-            rows = range(start, start + len(batch[columns[0]]))
-            yield Cells(origin, batch, rows, names=found.class_names)
+        class_names = {
+            name: found.class_names[other]
+            for name, other in names.items()
+            if other in found.class_names
+        }
+        for batch in found.batches(list(names.values()), LARGEST_WINDOW):
+            rows = range(start, start + len(batch[names[columns[0]]]))
+            window = {name: batch[own] for name, own in names.items()}
+            yield Cells(origin, window, rows, notes=notes, names=class_names)
             start = rows.stop
     except parquet.ERRORS as error:
         named = " and ".join(map(short, columns))

@@ -104,7 +104,9 @@ def _found(
 def _packaged(task: Task) -> Found:
     assert isinstance(task.source, Packaged)
     folder = Path(__file__).parent / task.source.folder
-    cells = {split: read_cells(folder / f"{split}.tsv") for split in ("train", "test")}
+    cells = {
+        split: read_cells(folder / f"{split}.tsv", quotes=False) for split in ("train", "test")
+    }
     source = {"kind": "packaged", "name": task.source.folder}
     return _found(task, source, cells, task.text, "label")
 
@@ -152,7 +154,9 @@ def _own_files(settings: DataSettings, train_file: str) -> Found:
     text, label = _own_columns(settings)
     paths = {"train": train_file, "dev": settings.dev_file, "test": settings.test_file}
     named = {split: path for split, path in paths.items() if path}
-    cells = {split: read_cells(Path(path)) for split, path in named.items()}
+    cells = {
+        split: read_cells(Path(path), encoding=settings.encoding) for split, path in named.items()
+    }
     source = {"kind": "files", **named, "text": list(text), "label": label}
     return _own(settings, Path(train_file).stem, source, cells)
 
@@ -180,7 +184,7 @@ def _own(
     """Check the user's own cells, decide what their labels are, and encode them."""
     text, label = tuple(source["text"]), str(source["label"])
     for part in cells.values():
-        require(part.origin, (*text, label), part.columns)
+        part.require((*text, label))
         refuse_repeated_header(part, text, label)
     if settings.skip_unusable:
         cells = {split: without_unusable(part, text, label) for split, part in cells.items()}

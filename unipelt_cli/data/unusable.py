@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unipelt_cli.data.cells import FILL_IN, Cells, LabelError, RowError, label_of, require
+from unipelt_cli.data.cells import FILL_IN, Cells, LabelError, RowError, label_of
 from unipelt_cli.errors import DataError
 
 DROP = "fill it in, or drop the row"
@@ -28,7 +28,7 @@ class LeftOut:
 
     def keep(self, cells: Cells, text: Sequence[str], label: str) -> Cells:
         """Return the rows that have both; of a pair one text is enough."""
-        require(cells.origin, (*text, label), cells.columns)
+        cells.require((*text, label))
         names, has_text = cells.names.get(label, ()), _with_text(cells, text)
         kept, places = [], cells.lines or cells.rows
         for index, value in enumerate(cells.column(label)):

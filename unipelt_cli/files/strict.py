@@ -8,6 +8,7 @@ import json
 import math
 import re
 import tomllib
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from unipelt_cli.text import short
@@ -29,12 +30,13 @@ _DOTTED = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{DEEPEST}}}")
 _BRACKET = re.compile(r"[\[\]{}]")
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, takes_constants: bool = False) -> Any:
     """Parse one JSON value; raise ValueError, with the reason in plain words, for what is not one.
 
     Bytes are UTF-8. Refused besides malformed text: a key twice in one object, NaN and infinities,
     numbers no float can hold, more than 64 levels, more than 256 MB. Escaped halves of surrogate
-    pairs are let through: a path that is not UTF-8 is recorded with them.
+    pairs are let through: a path that is not UTF-8 is recorded with them. With `takes_constants`
+    NaN and infinities become floats, for whoever looks only at some of an object's values.
     """
     if len(text) > LARGEST_TEXT:
         raise ValueError(f"larger than {LARGEST_TEXT // 2**20} MB")
@@ -44,7 +46,7 @@ def parse_json(text: str | bytes) -> Any:
         _check_depth(_JSON_PART, text)
     if text.startswith("\ufeff"):
         raise ValueError("it starts with a byte order mark")
-    return _DECODER.decode(text)
+    return (_ROW_DECODER if takes_constants else _DECODER).decode(text)
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -126,9 +128,13 @@ def _float(digits: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object,
-    parse_constant=_refuse_constant,
-    parse_int=_integer,
-    parse_float=_float,
-)
+def _decoder(parse_constant: Callable[[str], Any]) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=_object,
+        parse_constant=parse_constant,
+        parse_int=_integer,
+        parse_float=_float,
+    )
+
+
+_DECODER, _ROW_DECODER = _decoder(_refuse_constant), _decoder(float)

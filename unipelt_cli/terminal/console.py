@@ -121,6 +121,11 @@ def error(message: str, hint: str) -> None:
     out.print(Text.assemble(("hint: ", "bold cyan"), plain(hint)), soft_wrap=True)
 
 
+def note(sentence: str) -> None:
+    """Say what was decided in the user's place."""
+    say(("note: ", "yellow"), sentence)
+
+
 def say(*parts: str | tuple[str, str]) -> None:
     """Print one line of talk; what comes from data or names is never read as markup.
 

@@ -54,10 +54,19 @@ DatasetOption = Annotated[
     str | None, _data("--dataset", "Any hub data set.", metavar="NAME[:CONFIG]")
 ]
 TrainFileOption = Annotated[
-    str | None, _data("--train-file", "Your rows: .csv, .tsv, .jsonl, .parquet.", metavar="FILE")
+    str | None,
+    _data("--train-file", "Your rows: .csv, .tsv, .jsonl, .json, .parquet.", metavar="FILE"),
 ]
 DevFileOption = Annotated[str | None, _data("--dev-file", "Your dev rows.", metavar="FILE")]
 TestFileOption = Annotated[str | None, _data("--test-file", "Your test rows.", metavar="FILE")]
+EncodingOption = Annotated[
+    str | None,
+    _data(
+        "--encoding",
+        "Of your text files. (default: their byte-order mark says it, else UTF-8)",
+        metavar="NAME",
+    ),
+]
 TextOption = Annotated[str | None, _data("--text", "The text column.", metavar="COLUMN")]
 TextPairOption = Annotated[
     str | None, _data("--text-pair", "The second text column, for pairs.", metavar="COLUMN")

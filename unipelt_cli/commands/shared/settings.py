@@ -19,7 +19,7 @@ def data_flags(values: dict[str, Any]) -> "Settings":
     """Take a command's data options out of its arguments."""
     keys = (
         *("task", "k", "data_seed", "dev_size", "source", "dataset"),
-        *("train_file", "dev_file", "test_file", "text", "text_pair", "label"),
+        *("train_file", "dev_file", "test_file", "encoding", "text", "text_pair", "label"),
     )
     return {"data": {key: values[key] for key in keys}}
 
@@ -103,6 +103,7 @@ def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "
     kind = data.get("kind", "auto")
     if not isinstance(path, str) or elsewhere or (named["text"] and named["label"]):
         return own
+    named["encoding"] = data.get("encoding")
     if not all(value is None or isinstance(value, str) for value in (*named.values(), kind)):
         return own  # said by the check of each key
     from unipelt_cli.data import column_guess
