@@ -283,8 +283,6 @@ def test_any_bytes_give_rows_or_an_error(kind: str, content: bytes, tmp_path: Pa
     ("line", "reason"),
     [
         ('{"text": "a", "label": 1, "label": 2}', "key 'label' is there twice"),
-        ('{"text": NaN, "label": 1}', "NaN is not a number of JSON"),
-        ('{"text": "a", "label": -Infinity}', "-Infinity is not a number of JSON"),
         ('{"text": "a", "label": 1e400}', "the number 1e400 is too large"),
         ('{"text": "a", "label": ' + "9" * 5000 + "}", "a number of 5000 digits"),
         ('{"text": "a", "label": 1, "x": ' + "[" * 100 + "]" * 100 + "}", "nested more than 64"),
@@ -471,12 +469,16 @@ def test_refusing_costs_little_memory(bombs: dict[str, Path]) -> None:
         assert kilobytes * 1024 < allowed, (name, kilobytes)
 
 
+POOLS: list[pa.MemoryPool] = []  # what is freed later is given back to the one that it came from
+
+
 @contextmanager
 def measured() -> Iterator[list[int]]:
     """Give, at the block's end, the most bytes that Python and Arrow held inside of it."""
     peaks: list[int] = []
     before = pa.default_memory_pool()
     pool = pa.proxy_memory_pool(before)
+    POOLS.append(pool)
     pa.set_memory_pool(pool)
     tracemalloc.start()
     try:

@@ -140,14 +140,13 @@ def test_windows_change_neither_answers_nor_their_order(
 def test_stdin_says_what_it_holds_or_is_told(place: Path, kind: str | None, content: str) -> None:
     options = ["--format", kind] if kind else []
     code, stdout, stderr = invoke("predict", place / "lora", "-", *options, stdin=content)
-    assert (code, stderr) == (0, "")
+    note = "note: stdin: nothing looks like a table, so each line is a text; --format lines says so"
+    expected = [note] if content.startswith("good") else []
+    assert (code, " ".join(stderr.split()).splitlines()) == (0, expected)
     assert_close(probabilities(stdout), as_before(place / "lora", ["good film", "awful"]))
 
 
 def test_a_first_line_that_only_looks_like_a_header_is_text_if_that_is_said(place: Path) -> None:
-    content = "text\nid,text\n"
-    code, stdout, _ = invoke("predict", place / "lora", "-", stdin=content)
-    assert (code, len(stdout.splitlines())) == (0, 2)
     options = ("--format", "lines")
     code, stdout, _ = invoke("predict", place / "lora", "-", *options, stdin="id,text\nfine\n")
     assert (code, len(stdout.splitlines())) == (0, 2)

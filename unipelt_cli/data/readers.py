@@ -218,7 +218,7 @@ class _Reading:
     def windows(self, is_full: Callable[[int], bool], look: _Look) -> Iterator[Cells]:
         """Group the rows into windows, each as soon as it is full."""
         form, failure = self.form, None
-        if not self.found.first():
+        if not self.layout.spans and not self.found.first():
             next(self.found, None)  # it may have a reason
             form.refuse_empty()
         try:

@@ -158,6 +158,7 @@ def _own_files(settings: DataSettings, train_file: str) -> Found:
         split: read_cells(Path(path), encoding=settings.encoding) for split, path in named.items()
     }
     source = {"kind": "files", **named, "text": list(text), "label": label}
+    source |= {"encoding": settings.encoding} if settings.encoding else {}
     return _own(settings, Path(train_file).stem, source, cells)
 
 

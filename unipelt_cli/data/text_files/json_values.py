@@ -71,9 +71,11 @@ class _Gaps:
         if bare == expected:
             return
         where = f"{self.origin}, line {line}"
-        try:
-            other = parse_json(bare.lstrip("[,").rstrip("],") or "?")
-        except ValueError:
-            what = "the array does not end" if is_end and not bare else f"{short(bare)} between"
-            raise DataError(f"{where}: malformed JSON ({what})", GIVE_OBJECTS) from None
-        raise DataError(f"{where}: not an object but {type(other).__name__}", GIVE_OBJECTS)
+        for value in (bare, bare.lstrip("[,").rstrip("],")):
+            try:
+                kind = type(parse_json(value)).__name__
+            except ValueError:
+                continue
+            raise DataError(f"{where}: not an object but {kind}", GIVE_OBJECTS)
+        what = "the array does not end" if is_end and not bare else f"{short(bare)} between"
+        raise DataError(f"{where}: malformed JSON ({what})", GIVE_OBJECTS)

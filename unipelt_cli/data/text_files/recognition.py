@@ -71,8 +71,14 @@ def of_pipe(text: Lines, columns: Sequence[str], parts: int) -> Layout:
         if len(names) > 1 and wanted <= set(map(folded, names)):
             return _marked(text, "tsv" if mark == "\t" else "csv", mark)
     if len(wanted) == 1 and {folded(name) for name in fields(first, ",")} == wanted:
+        lines = text.ahead(2)[1:LOOKED_AT]
         said = f"{text.origin}: its first line is taken for the name of the column"
-        return Layout("csv", notes=(f"{said}; --format lines if it is a text",))
+        if lines:
+            is_csv = all(len(fields(line, ",")) == 1 for line in lines)
+            notes = (f"{said}; --format lines if it is a text",)
+            return (
+                Layout("csv", notes=notes) if is_csv else Layout("lines", skips=True, notes=notes)
+            )
     for mark in MARKS["csv"]:
         if not (mark == "\t" and parts > 1) and _is_table(text, mark):
             shown = ", ".join(map(short, fields(first, mark)[:20]))

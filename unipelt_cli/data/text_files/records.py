@@ -120,19 +120,23 @@ class Grid:
         return len(self.rows)
 
     def add(self, line: int, found: Sequence[str]) -> None:
-        if not self.published and _is_blank(found, self.width):
-            return
+        if len(found) == self.width and (self.published or any(map(str.strip, found))):
+            if self.empty:
+                self._flush()
+            self._append(line, found)
+        elif self.published or not _is_blank(found, self.width):
+            self._add_other(line, found)
+
+    def _add_other(self, line: int, found: Sequence[str]) -> None:
+        """Take up a record that is not simply a row: the header, a wrong or an empty one."""
         if self.width is None:
             self._name(found if self.has_header else [str(n) for n in range(len(found))])
-            if self.has_header:
-                return
-        if len(found) != self.width:
+            if not self.has_header:
+                self._append(line, found)
+        elif len(found) != self.width:
             self._flush()
-            self._refuse(line, len(found), self.width or 0)
+            self._refuse(line, len(found), self.width)
             self.row += 1
-        elif self.published or any(map(str.strip, found)):
-            self._flush()
-            self._append(line, found)
         elif len(self.empty) < decoded_lines.MOST_EMPTY_LINES:
             self.empty.append(line)
         else:
@@ -165,8 +169,7 @@ class Grid:
         """Take up empty rows after which others come."""
         for line in self.empty:
             self._append(line, [""] * (self.width or 0))
-        if self.empty:
-            self.empty = array("q")
+        self.empty = array("q")
 
     def _refuse(self, line: int, fields: int, expected: int) -> None:
         hint = "mend the line; a field that holds a line end or what parts fields needs quotes"
@@ -178,7 +181,11 @@ class Grid:
 
     def take(self) -> Cells:
         names = self.names or ()
-        bad = (f"{self.origin}: garbled rows left out: {self.bad}",) if self.bad else ()
+        bad = (
+            (f"{self.origin}: garbled rows left out: {self.bad}",)
+            if self.published and self.bad
+            else ()
+        )
         notes = (*self.notes, *bad)
         columns = dict(zip(names, self.columns, strict=True))
         cells = Cells(
