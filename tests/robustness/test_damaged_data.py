@@ -4,6 +4,7 @@ Every case ends as "accepted" or "refused" in a tally by kind of file, which the
 and holds to least numbers of both: a test that only ever does one of them shows nothing.
 """
 
+import gzip
 import hashlib
 import io
 import itertools
@@ -202,6 +203,11 @@ def table(rows: list[tuple[str, str]] = ROWS) -> pa.Table:
 
 
 DELTA = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+QUOTED = ROWS[:-1] + [('a "quoted"\n\ttext', "bad")]
+QUOTED_TSV = "text\tlabel\n" + "".join(
+    '"{}"\t"{}"\n'.format(text.replace('"', '""'), label) for text, label in QUOTED
+)
+OBJECTS = [{"text": text, "label": label, "n": [1.5]} for text, label in ROWS]
 VALID: dict[str, list[bytes]] = {
     "csv": [
         ("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in ROWS)).encode(),
@@ -211,6 +217,12 @@ VALID: dict[str, list[bytes]] = {
     "jsonl": [
         "".join(json.dumps({"text": a, "label": b, "n": [1.5]}) + "\n" for a, b in ROWS).encode()
     ],
+    "json": [json.dumps(OBJECTS).encode(), json.dumps(OBJECTS, indent=1).encode()],
+    "quoted.tsv": [QUOTED_TSV.encode(), QUOTED_TSV.replace('""', '\\"').encode("utf-16")],
+    "csv.gz": [
+        gzip.compress(QUOTED_TSV.encode()),
+        gzip.compress(b"sep=;\ntext;label\n" + b"a;b\nc;d\n" * 9),
+    ],
     "parquet": [
         parquet(table()),
         parquet(table(), compression="zstd", data_page_version="2.0"),
@@ -219,6 +231,7 @@ VALID: dict[str, list[bytes]] = {
     ],
 }
 MUTATIONS = {"csv": 330, "tsv": 220, "jsonl": 330, "parquet": 520}
+MUTATIONS |= {"json": 160, "quoted.tsv": 160, "csv.gz": 120}
 
 
 @pytest.mark.parametrize("kind", MUTATIONS)
@@ -312,7 +325,11 @@ def test_lines_of_stdin_give_texts_or_an_error() -> None:
                 assert all(isinstance(text, str) for text in texts)
                 assert any(text.strip() for text in texts)
 
-    for content, columns in ((plain, ["text"]), (paired, ["a", "b"]), (objects, ["text"])):
+    tables = [
+        content for kind in ("csv", "json", "quoted.tsv", "csv.gz") for content in VALID[kind]
+    ]
+    kinds = [(plain, ["text"]), (paired, ["a", "b"]), (objects, ["text"])]
+    for content, columns in [*kinds, *((content, ["text"]) for content in tables)]:
         for _ in range(90):
             damaged = mutate(content, chance)
             attempt("stdin", lambda: read(damaged, columns))  # noqa: B023
@@ -1079,6 +1096,9 @@ LEAST = {
     "csv": (50, 200),
     "tsv": (50, 150),
     "jsonl": (30, 300),
+    "json": (5, 100),
+    "quoted.tsv": (20, 60),
+    "csv.gz": (0, 80),
     "parquet": (70, 350),
     "stdin": (60, 60),
     "no file": (0, 50),
