@@ -203,7 +203,7 @@ def table(rows: list[tuple[str, str]] = ROWS) -> pa.Table:
 
 
 DELTA = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
-QUOTED = ROWS[:-1] + [('a "quoted"\n\ttext', "bad")]
+QUOTED = [*ROWS[:-1], ('a "quoted" piece\n\ttext', "bad")]
 QUOTED_TSV = "text\tlabel\n" + "".join(
     '"{}"\t"{}"\n'.format(text.replace('"', '""'), label) for text, label in QUOTED
 )
