@@ -14,6 +14,7 @@ from support.command import error_of, invoke
 from unipelt_cli.data import readers
 from unipelt_cli.data.cells import Cells
 from unipelt_cli.data.text_files import byte_sources, decoded_lines
+from unipelt_cli.data.unusable import windows_of_texts
 from unipelt_cli.errors import ConfigError, DataError
 
 WORDS = ("kettle", "lamp, with shade", 'so called "expert"', "naïve ☃", "two\nlines", "tab\there")
@@ -49,7 +50,8 @@ def piped(
     raw = content if isinstance(content, bytes) else content.encode()
     notes: list[str] = []
     windows = readers.noted(readers.read_input(io.BytesIO(raw), columns), notes.append)
-    return [text for found in readers.texts(windows, columns) for text in found[columns[0]]], notes
+    parts = windows_of_texts(windows, [columns])
+    return [text for part in parts for text in part.texts[columns[0]]], notes
 
 
 BLANKS_OF_ROWS = "\n" + table().replace("\n", "\n\n \n", 3)
