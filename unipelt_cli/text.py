@@ -51,3 +51,15 @@ def shown_score(name: str, positive: str | Mapping[str, str] | None) -> str:
     task, _, metric = name.rpartition(".")
     label = positive.get(task) if isinstance(positive, Mapping) else positive
     return f"{name} of {short(label)}" if metric == "f1" and label is not None else name
+
+
+def rate(value: float) -> str:
+    """Write a learning rate as papers do: 5e-4, 0.3."""
+    digits, _, power = f"{value:e}".partition("e")
+    return f"{value:g}" if value >= 0.1 else f"{float(digits):g}e{int(power)}"
+
+
+def rates(ours: float, paper: float | None, optimizer: str | None) -> str:
+    """Write our learning rate, and behind it the paper's, or with what else the paper trains."""
+    theirs = optimizer if paper is None else rate(paper)
+    return f"{rate(ours)} ({theirs})" if theirs else rate(ours)

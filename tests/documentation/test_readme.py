@@ -26,19 +26,23 @@ BETWEEN = re.compile(r"(?<=<!-- methods: ).*(?=<!-- end of methods -->)", re.DOT
 def methods_markdown() -> str:
     """Return the README's table of methods: what is in the table of the code, counted."""
     from unipelt_cli.commands import listing
+    from unipelt_cli.terminal.summaries import RATES
+    from unipelt_cli.text import rates
 
     lines = [
-        "| `--method` | what trains, beside the head | paper | trainable | stored | merges |",
-        "|---|---|---|--:|--:|---|",
+        "| `--method` | what trains, beside the head | paper | rate: ours (the paper's) "
+        "| trainable | stored | merges |",
+        "|---|---|---|---|--:|--:|---|",
     ]
     category = None
     for entry in listing.entries("methods", Path()):
         if entry["category"] != category:
             category = entry["category"]
-            lines.append(f"| **{category}** | | | | | |")
+            lines.append(f"| **{category}** | | | | | | |")
         merges = "yes" if entry["mergeable"] else ""
         lines.append(
             f"| `{entry['name']}` | {entry['what']} | {entry['paper']} "
+            f"| {rates(*(entry[key] for key in RATES))} "
             f"| {entry['trainable']:,} | {entry['stored']:,} | {merges} |"
         )
     return "\n".join(lines) + "\n"

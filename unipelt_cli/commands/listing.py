@@ -111,6 +111,8 @@ def _methods(model: str | None = None) -> list[Entry]:
                 "mergeable": method.unmergeable is None,
                 "paper": recipe.source,
                 "learning_rate": recipe.learning_rate,
+                "paper_rate": recipe.paper_rate,
+                "paper_optimizer": recipe.published and recipe.published.optimizer,
                 "what": recipe.summary,
                 "refusal": refusal and refusal[0],
             }
@@ -119,15 +121,21 @@ def _methods(model: str | None = None) -> list[Entry]:
 
 
 def _presets(_: Path) -> list[Entry]:
-    """Return the shipped files, and every method without one: its name is a preset as well."""
+    """Return the shipped files, every method, and every paper's own numbers, all by name."""
     with importing():
         from unipelt_cli import methods
-        from unipelt_cli.config.presets import presets
+        from unipelt_cli.config.presets import PUBLISHED, presets, published_presets
 
     said = {name: recipe.summary for name, recipe in methods.table().items()}
     for name, path in presets().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         said[name] = first.removeprefix(f"{name}: ")
+    for name, published in published_presets().items():
+        method = name.removeprefix(PUBLISHED)
+        values = {**published["train"], **published["method"]}
+        del values["name"]
+        listed = ", ".join(f"{key} {value}" for key, value in values.items())
+        said[name] = f"{method} as {methods.get(method).source} trained it: {listed}"
     return [{"name": name, "what": what} for name, what in sorted(said.items())]
 
 

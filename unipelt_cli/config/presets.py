@@ -10,6 +10,8 @@ from unipelt_cli.files.strict import parse_toml
 from unipelt_cli.text import cut, shown
 
 LARGEST_FILE = 1_000_000
+PUBLISHED = "published/"
+"""What stands before a method's name in the preset of its paper's own numbers."""
 
 
 def preset_folder() -> Path:
@@ -29,15 +31,46 @@ def sweep_presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((preset_folder() / "sweeps").glob("*.toml"))}
 
 
+def published_presets() -> dict[str, Settings]:
+    """Return the presets of the papers' own numbers by name, as the methods' table holds them."""
+    return {
+        f"{PUBLISHED}{name}": {
+            "method": {"name": name, **published.method},
+            "train": {"learning_rate": published.learning_rate, **published.train},
+        }
+        for name, recipe in methods.table().items()
+        if (published := recipe.published) is not None and recipe.paper_rate is not None
+    }
+
+
 def read_preset(name: str) -> Settings:
     """Read a preset by path or by name; raise ConfigError when it is absent or not TOML.
 
-    A method's name is a preset too: its defaults, where no file says more.
+    A method's name is a preset too: its defaults, where no file says more. So is its name behind
+    `published/`: what its paper trains with.
     """
-    if not Path(name).is_file() and name not in presets() and name in methods.table():
-        rate = methods.get(name).learning_rate
-        return {"method": {"name": name}, "train": {"learning_rate": rate}}
-    return read_settings(name, presets(), "unipelt list presets", [*presets(), *methods.table()])
+    if not Path(name).is_file() and name not in presets():
+        if name in methods.table():
+            rate = methods.get(name).learning_rate
+            return {"method": {"name": name}, "train": {"learning_rate": rate}}
+        if name.removeprefix(PUBLISHED) in methods.table():
+            return _published(name)
+    known = [*presets(), *methods.table(), *published_presets()]
+    return read_settings(name, presets(), "unipelt list presets", known)
+
+
+def _published(name: str) -> Settings:
+    """Return what a method's paper trains with; raise ConfigError where that cannot be run."""
+    if (settings := published_presets().get(name)) is not None:
+        return settings
+    method = name.removeprefix(PUBLISHED)
+    recipe = methods.get(method)
+    why = "gives no learning rate for an encoder"
+    if recipe.published is not None:
+        why = f"trains with {recipe.published.optimizer}, and every run here with AdamW"
+    raise ConfigError(
+        f"preset {shown(name)}: {recipe.source} {why}", f"give --preset {method}: our own setting"
+    )
 
 
 def read_settings(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -291,6 +291,22 @@ class CannotMerge(Exception):
 
 
 @dataclass(frozen=True)
+class Published:
+    """What a method's paper, or its authors' code, trains with on an encoder, where it is known.
+
+    The backbone, its length and the rows stay the user's.
+    """
+
+    learning_rate: float
+    train: Mapping[str, float] = field(default_factory=dict)
+    """Other settings of the section `train`: epochs, batch_size, warmup, weight_decay."""
+    method: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the method in which the paper's is another than our default."""
+    optimizer: str = "AdamW"
+    """Another than AdamW has rates of its own, which mean nothing here."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One entry of the table of methods."""
 
@@ -301,3 +317,11 @@ class Recipe:
     source: str
     is_suggested: bool = False
     """Whether `recommend` tries it if nobody says what to try."""
+    published: Published | None = None
+
+    @property
+    def paper_rate(self) -> float | None:
+        """The paper's learning rate; None where it has none for AdamW on an encoder."""
+        published = self.published
+        is_known = published is not None and published.optimizer == "AdamW"
+        return published.learning_rate if published is not None and is_known else None

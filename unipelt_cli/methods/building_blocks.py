@@ -1,6 +1,6 @@
 """What several methods are made of: linear units, adapters, low-rank pairs, prefixes."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -24,6 +24,7 @@ class Prefix(nn.Module):
         generator: Generator,
         folded: bool,
         std: float = STD,
+        start: Literal["normal", "uniform"] = "normal",
     ) -> None:
         super().__init__()
         layers, length, hidden = self.shape = shape
@@ -34,6 +35,8 @@ class Prefix(nn.Module):
             self.table = nn.Parameter(_normal((length, hidden), generator, std))
             self.down = new_linear(hidden, width, generator)
             self.up = new_linear(width, layers * 2 * hidden, generator)
+            for linear in (self.down, self.up) if start == "uniform" else ():
+                initialise_as_torch(linear, generator)
 
     def forward(self) -> Tensor:  # (N, 2, P, D)
         if self.folded:
@@ -94,12 +97,22 @@ class NearIdentityAdapter(Adapter):
 
 
 class ParallelAdapter(Adapter):
-    """He et al. 2022: down kaiming-uniform like a LoRA's A, up zero, so it starts as nothing."""
+    """He et al. 2022: down kaiming-uniform like a LoRA's A, up zero, so it starts as nothing.
 
-    def __init__(self, hidden: int, bottleneck: int, generator: Generator) -> None:
+    `dropout` acts between ReLU and up, as in their code.
+    """
+
+    def __init__(
+        self, hidden: int, bottleneck: int, generator: Generator, dropout: float = 0.0
+    ) -> None:
         super().__init__(hidden, bottleneck, generator)
         nn.init.kaiming_uniform_(self.down.weight, a=5**0.5, generator=generator)
         nn.init.zeros_(self.up.weight)
+        self.dropout = nn.Dropout(dropout)
+
+    def activate(self, low: Tensor) -> Tensor:
+        dropped: Tensor = self.dropout(super().activate(low))
+        return dropped
 
 
 def _normal(shape: tuple[int, ...], generator: Generator, std: float) -> Tensor:
@@ -131,6 +144,13 @@ def initialise(linear: nn.Linear, generator: Generator, std: float = STD) -> Non
     """Draw a linear unit N(0, std) with zero bias, never from the global generator."""
     nn.init.normal_(linear.weight, 0.0, std, generator=generator)
     nn.init.zeros_(linear.bias)
+
+
+def initialise_as_torch(linear: nn.Linear, generator: Generator) -> None:
+    """Draw weight and bias uniformly in +-1 / sqrt(inputs), as torch does by itself."""
+    bound = linear.in_features**-0.5
+    for parameter in (linear.weight, linear.bias):
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
 def new_linear(inputs: int, outputs: int, generator: Generator, std: float = STD) -> nn.Linear:

@@ -30,6 +30,8 @@ class Method:
     about: str
     made_by: ast.Call
     path: Path
+    is_published: bool
+    """Whether the table holds what its paper trains with, so that `published/NAME` is a preset."""
 
 
 @cache
@@ -44,7 +46,9 @@ def methods() -> Mapping[str, Method]:
     """Return the methods by name."""
     found = {}
     for path in sorted((PACKAGE / "methods").rglob("*.py")):
-        _, start, table = path.read_text(encoding="utf-8").partition("\nMETHODS")
+        text = path.read_text(encoding="utf-8")
+        _, start, table = text.partition("\nMETHODS")
+        aliases = _assigned(_parsed(path)) if start else {}
         for node in ast.walk(ast.parse(start + table)) if start else ():
             if not isinstance(node, ast.Dict):
                 continue
@@ -53,8 +57,18 @@ def methods() -> Mapping[str, Method]:
                     method, _, _, about = recipe.args[:4]
                     assert isinstance(method, ast.Call)
                     name = str(_literal(key))
-                    found[name] = Method(str(_literal(about)), method, path)
+                    paper = _published(recipe, aliases)
+                    found[name] = Method(str(_literal(about)), method, path, paper)
     return dict(sorted(found.items()))
+
+
+def _published(recipe: ast.Call, aliases: Mapping[str, ast.expr]) -> bool:
+    """Say whether a recipe has its paper's numbers, and these are for AdamW."""
+    given = next((own.value for own in recipe.keywords if own.arg == "published"), None)
+    call = aliases.get(given.id) if isinstance(given, ast.Name) else given
+    if not isinstance(call, ast.Call):
+        return False
+    return not any(own.arg == "optimizer" for own in call.keywords)
 
 
 @cache
@@ -63,6 +77,12 @@ def presets() -> tuple[str, ...]:
     folders = (PACKAGE / "presets", PACKAGE.parent / "presets")
     folder = next((folder for folder in folders if folder.is_dir()), folders[0])
     return tuple(sorted(path.stem for path in folder.glob("*.toml")))
+
+
+@cache
+def published_presets() -> tuple[str, ...]:
+    """Return the names of the presets that are papers' own numbers."""
+    return tuple(f"published/{name}" for name, method in methods().items() if method.is_published)
 
 
 @cache
@@ -87,9 +107,7 @@ def method_settings(name: str) -> Mapping[str, Setting]:
 def _fields(path: Path, class_name: str) -> dict[str, Setting]:
     """Return the annotated fields of a class, and of its bases wherever they are imported from."""
     tree = _parsed(path)
-    aliases = {
-        _name(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)
-    }
+    aliases = _assigned(tree)
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             found: dict[str, Setting] = {}
@@ -101,6 +119,13 @@ def _fields(path: Path, class_name: str) -> dict[str, Setting]:
             source = PACKAGE.joinpath(*str(node.module).split(".")[1:]).with_suffix(".py")
             return _fields(source, class_name) if source.is_file() else {}
     return {}
+
+
+def _assigned(tree: ast.Module) -> dict[str, ast.expr]:
+    """Return what a file gives names to at its top."""
+    return {
+        _name(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)
+    }
 
 
 def _setting(field: ast.AnnAssign, aliases: Mapping[str, ast.expr]) -> Setting:

@@ -19,6 +19,7 @@ from unipelt_cli.terminal.choices import (
     method_settings,
     methods,
     presets,
+    published_presets,
     settings,
     tasks,
 )
@@ -71,6 +72,7 @@ def _methods(_: typer.Context, __: str) -> Found:
 def _presets(_: typer.Context, incomplete: str) -> Found:
     yield from _methods(_, incomplete)
     yield from ((name, "") for name in presets() if name not in methods())
+    yield from ((name, "the paper's own numbers") for name in published_presets())
     yield from _paths(incomplete, lambda path: path.suffix == ".toml")
 
 

@@ -11,11 +11,12 @@ from rich.text import Text
 
 from unipelt_cli.terminal.console import console, say
 from unipelt_cli.terminal.tables import table
-from unipelt_cli.text import plain, shown_score
+from unipelt_cli.text import plain, rates, shown_score
 
 _CHANGE = ("before", "after")
 GAP = 2
 MOST_LABELS = 24
+RATES = ("learning_rate", "paper_rate", "paper_optimizer")
 
 
 def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
@@ -25,6 +26,7 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
     view.add_column("trainable", justify="right", no_wrap=True)
     view.add_column("stored", justify="right", no_wrap=True)
     view.add_column("merges")
+    view.add_column("rate (the paper's)")
     view.add_column("paper")
     category = None
     for entry in entries:
@@ -35,7 +37,8 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
             "-" if entry[key] is None else f"{entry[key]:,}" for key in ("trainable", "stored")
         ]
         merges = "yes" if entry["mergeable"] else "no"
-        view.add_row(Text(f"  {entry['name']}"), *numbers, merges, Text(entry["paper"]))
+        rate = rates(*(entry[key] for key in RATES))
+        view.add_row(Text(f"  {entry['name']}"), *numbers, merges, rate, Text(entry["paper"]))
     console().print(view)
     say(f"counted on {backbone}, the head apart; - where it cannot carry the method")
 

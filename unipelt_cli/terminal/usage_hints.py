@@ -112,7 +112,8 @@ def argument(word: str, given: Sequence[str], there: Sequence[str]) -> str | Non
         "--tasks": all(own in choices.tasks() for own in word.split(",")),
         "--method": word in choices.methods(),
         "--train-file": Path(word).suffix in (".csv", ".tsv", ".jsonl", ".parquet"),
-        "--preset": word in choices.presets() or word.endswith(".toml"),
+        "--preset": word.endswith(".toml")
+        or word in (*choices.presets(), *choices.published_presets()),
     }
     if "." in before and before.partition(".")[0] in (*choices.SECTIONS, "method"):
         return f"write --set {before.rstrip('=')}={word}"

@@ -15,7 +15,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Pass, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Method,
+    Pass,
+    Published,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import STD, linear_at, new_linear
 
 
@@ -134,6 +142,7 @@ METHODS = MappingProxyType(
             "unified",
             "adapters drawn at random, averaged into one",
             "Wang et al. 2022",
+            published=Published(4e-4, {"epochs": 40, "batch_size": 64, "weight_decay": 0.1}),
         ),
     }
 )

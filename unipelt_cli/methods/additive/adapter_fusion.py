@@ -23,6 +23,7 @@ from unipelt_cli.methods.base import (
     CHECKS,
     Method,
     Pass,
+    Published,
     Recipe,
     Site,
     Stage,
@@ -230,6 +231,7 @@ METHODS = MappingProxyType(
             "additive",
             "the adapters of finished runs and the task's own, mixed by attention",
             "Pfeiffer et al. 2021",
+            published=Published(1e-4, method={"fusion_rate": 0.5}),
         ),
     }
 )

@@ -16,7 +16,13 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, nn
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Method,
+    Published,
+    Recipe,
+    Site,
+)
 from unipelt_cli.methods.building_blocks import initialise
 
 KNOWN = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
@@ -139,6 +145,7 @@ METHODS = MappingProxyType(
             "additive",
             "bottlenecks made of Kronecker products, two a layer",
             _SOURCE,
+            published=Published(3e-3, {"epochs": 20, "batch_size": 100}),
         ),
         "compacter-plus-plus": Recipe(
             Compacter(after_attention=False),
@@ -146,6 +153,7 @@ METHODS = MappingProxyType(
             "additive",
             "bottlenecks made of Kronecker products, one a layer",
             _SOURCE,
+            published=Published(3e-3, {"epochs": 20, "batch_size": 100}),
         ),
     }
 )

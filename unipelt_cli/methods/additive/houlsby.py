@@ -9,7 +9,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Method,
+    Published,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import NearIdentityAdapter, train_norms
 
 
@@ -66,6 +73,7 @@ METHODS = MappingProxyType(
             "additive",
             "two near-identity bottlenecks a layer, and every layer norm",
             "Houlsby et al. 2019",
+            published=Published(3e-4, {"batch_size": 32, "warmup": 0.1, "weight_decay": 0.01}),
         ),
     }
 )

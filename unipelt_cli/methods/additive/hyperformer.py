@@ -17,7 +17,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Method,
+    Published,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import STD, new_linear, train_norms
 
 GENERATED_STD = 0.01  # of the hypernetwork's matrices
@@ -244,6 +251,7 @@ METHODS = MappingProxyType(
             "additive",
             "a network that makes the adapters of every task and layer; every layer norm",
             "Karimi Mahabadi et al. 2021",
+            published=Published(3e-4, {"batch_size": 128}),
         ),
     }
 )

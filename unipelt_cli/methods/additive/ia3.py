@@ -16,6 +16,7 @@ from unipelt_cli.methods.base import (
     CHECKS,
     Gates,
     Method,
+    Published,
     Recipe,
     Rescalings,
     Site,
@@ -132,6 +133,7 @@ METHODS = MappingProxyType(
             "additive",
             "vectors that rescale keys, values and inner activations",
             "Liu et al. 2022",
+            published=Published(3e-3, optimizer="Adafactor"),
         ),
     }
 )

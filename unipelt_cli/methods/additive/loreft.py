@@ -16,7 +16,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Method,
+    Published,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import new_linear
 
 
@@ -129,6 +136,7 @@ METHODS = MappingProxyType(
             "additive",
             "edits of every layer's states within a subspace",
             "Wu et al. 2024",
+            published=Published(6e-4, {"batch_size": 32, "warmup": 0.09}),
         ),
     }
 )

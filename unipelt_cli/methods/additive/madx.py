@@ -16,7 +16,14 @@ from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.additive import compacter
-from unipelt_cli.methods.base import CHECKS, Pass, Recipe, Site, Stage
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Pass,
+    Published,
+    Recipe,
+    Site,
+    Stage,
+)
 
 LANGUAGE, TASK = "language", "task"
 
@@ -139,6 +146,7 @@ METHODS = MappingProxyType(
             "additive",
             "a task adapter stacked on a part that learned the rows' language",
             "Pfeiffer et al. 2020",
+            published=Published(1e-4, method={"language_reduction": 2, "language_rate": 1.0}),
         ),
     }
 )

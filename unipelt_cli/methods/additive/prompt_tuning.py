@@ -20,6 +20,7 @@ from unipelt_cli.methods.base import (
     Gates,
     Method,
     NoKnownForm,
+    Published,
     Recipe,
     Site,
     refuse_unusual_layers,
@@ -127,6 +128,7 @@ METHODS = MappingProxyType(
             "additive",
             "soft tokens after the first one",
             "Lester et al. 2021",
+            published=Published(0.3, optimizer="Adafactor"),
         ),
     }
 )

@@ -14,7 +14,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Method,
+    Published,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import Adapter
 
 PARTS = ("down", "up")
@@ -169,6 +176,9 @@ METHODS = MappingProxyType(
             "unified",
             "one adapter for all layers, masked by each",
             "Zeng et al. 2023",
+            published=Published(
+                1e-4, {"epochs": 20, "batch_size": 128, "warmup": 0.1, "weight_decay": 0.1}
+            ),
         ),
     }
 )

@@ -15,7 +15,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Method,
+    Published,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import apply_linear, new_linear
 
 TEMPERATURE = 0.1  # of the ladder's gates
@@ -266,6 +273,11 @@ METHODS: Mapping[str, Recipe] = MappingProxyType(
             "additive",
             "a narrow side network that reads every layer; no gradient in the backbone",
             "Sung et al. 2022",
+            published=Published(
+                3e-3,
+                {"epochs": 20, "batch_size": 100},
+                {"initial": "fisher", "initial_down": "random"},
+            ),
         ),
         "side-tuning": Recipe(
             SideTuning(),

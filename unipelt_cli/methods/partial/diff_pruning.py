@@ -12,7 +12,14 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.methods.base import CHECKS, Pass, Recipe, Site, Stage
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Pass,
+    Published,
+    Recipe,
+    Site,
+    Stage,
+)
 from unipelt_cli.methods.partial.overlay import Deltas, Overlay, frozen, top
 from unipelt_cli.methods.partial.sparse_updates import Sparse, sparse
 
@@ -207,6 +214,11 @@ METHODS = MappingProxyType(
             "partial",
             "differences that learn which of them to keep",
             "Guo et al. 2021",
+            published=Published(
+                5e-5,
+                {"epochs": 6, "batch_size": 8, "warmup": 0.0},
+                {"penalty": 1.25e-7, "weight_rate": 0.2, "gate_rate": 2000.0},
+            ),
         ),
     }
 )

@@ -10,7 +10,14 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Method,
+    Published,
+    Recipe,
+    Site,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import train_norms
 
 
@@ -104,22 +111,52 @@ class BitFit(Selective):
             yield backbone.get_submodule(layout.pooler)
 
 
+_MAO = Published(2e-5, {"epochs": 50, "patience": 10, "batch_size": 16, "warmup": 0.0})
+_ZAKEN = Published(1e-3, {"epochs": 16, "batch_size": 8, "warmup": 0.0})
 METHODS = MappingProxyType(
     {
         "full": Recipe(
-            Full(), 2e-5, "full", "every tensor of the backbone", "Mao et al. 2022", True
+            Full(),
+            2e-5,
+            "full",
+            "every tensor of the backbone",
+            "Mao et al. 2022",
+            True,
+            published=_MAO,
         ),
         "head": Recipe(
-            Head(), 1e-3, "partial", "nothing but the head", "Ben Zaken et al. 2022", True
+            Head(),
+            1e-3,
+            "partial",
+            "nothing but the head",
+            "Ben Zaken et al. 2022",
+            True,
+            published=_ZAKEN,
         ),
         "bitfit": Recipe(
-            BitFit(), 1e-3, "partial", "the backbone's biases", "Ben Zaken et al. 2022", True
+            BitFit(),
+            1e-3,
+            "partial",
+            "the backbone's biases",
+            "Ben Zaken et al. 2022",
+            True,
+            published=_ZAKEN,
         ),
         "top-layers": Recipe(
-            TopLayers(), 3e-4, "partial", "the last layers and the pooler", "Lee et al. 2019"
+            TopLayers(),
+            3e-4,
+            "partial",
+            "the last layers and the pooler",
+            "Lee et al. 2019",
+            published=Published(2e-5),
         ),
         "layernorm": Recipe(
-            LayerNorms(), 1e-3, "partial", "the backbone's LayerNorms", "Liu et al. 2022"
+            LayerNorms(),
+            1e-3,
+            "partial",
+            "the backbone's LayerNorms",
+            "Liu et al. 2022",
+            published=Published(3e-4, optimizer="Adafactor"),
         ),
     }
 )

@@ -11,7 +11,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from unipelt_cli.backbones.architectures import BACKBONES
-from unipelt_cli.methods.base import CHECKS, Losses, Method, Moment, Recipe, Site
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Losses,
+    Method,
+    Moment,
+    Published,
+    Recipe,
+    Site,
+)
 from unipelt_cli.methods.partial.overlay import Deltas, Entries, frozen, squared_gradients, top
 from unipelt_cli.methods.partial.selective import Selective
 
@@ -200,6 +208,7 @@ def _is_in_layers(name: str) -> bool:
     return any(fnmatchcase(name, f"{layout.layers}.*") for layout in BACKBONES.values())
 
 
+_CHILD = Published(4e-5, {"epochs": 3, "batch_size": 16, "warmup": 0.1, "weight_decay": 0.01})
 METHODS = MappingProxyType(
     {
         "fish-mask": Recipe(
@@ -208,6 +217,7 @@ METHODS = MappingProxyType(
             "partial",
             "the entries with the largest Fisher information",
             "Sung et al. 2021",
+            published=Published(5e-5, {"epochs": 7}),
         ),
         "child-tuning-f": Recipe(
             ChildTuningF(),
@@ -215,6 +225,7 @@ METHODS = MappingProxyType(
             "partial",
             "every tensor, a random part of the gradient at a time",
             "Xu et al. 2021",
+            published=_CHILD,
         ),
         "child-tuning-d": Recipe(
             ChildTuningD(),
@@ -222,6 +233,7 @@ METHODS = MappingProxyType(
             "partial",
             "embeddings and the layers' entries that matter most",
             "Xu et al. 2021",
+            published=_CHILD,
         ),
     }
 )

@@ -14,7 +14,15 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.methods.base import CHECKS, Moment, Pass, Recipe, Site, Stage
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Moment,
+    Pass,
+    Published,
+    Recipe,
+    Site,
+    Stage,
+)
 from unipelt_cli.methods.building_blocks import STD
 from unipelt_cli.methods.reparameterised.dora_and_vera import (
     Reparameterised,
@@ -203,6 +211,7 @@ METHODS = MappingProxyType(
             "reparameterised",
             "low-rank updates of all six matrices, ranks given out by importance",
             "Zhang et al. 2023",
+            published=Published(8e-4, {"epochs": 24, "batch_size": 32, "weight_decay": 0.01}),
         ),
     }
 )

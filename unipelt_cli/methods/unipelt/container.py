@@ -59,7 +59,12 @@ class Container(nn.Module):
             hidden = projection_width(self.sites[0][1], layout, "key")
             shape = (len(self.sites) - len(without), method.prefix_length, hidden)
             self.prefix = Prefix(
-                shape, method.prefix_width, generator, site.folded, method.prefix_std
+                shape,
+                method.prefix_width,
+                generator,
+                site.folded,
+                method.prefix_std,
+                method.prefix_start,
             )
             if not self.lengthens:
                 for (row, layer), own in zip(self.sites, self.layers, strict=True):

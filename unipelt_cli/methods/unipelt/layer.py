@@ -67,7 +67,8 @@ class LayerSubmodules(nn.Module):
             bottleneck = max(1, hidden // method.reduction)
             self.adapter = Adapter(hidden, bottleneck, generator, method.adapter_std)
         if "parallel" in parts:
-            self.parallel = ParallelAdapter(hidden, method.parallel_bottleneck, generator)
+            width, dropout = method.parallel_bottleneck, method.parallel_dropout
+            self.parallel = ParallelAdapter(hidden, width, generator, dropout)
         if "lora" in parts:
             for place in ("query", "value"):
                 self.lora[place] = LowRank(

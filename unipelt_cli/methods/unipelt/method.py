@@ -11,7 +11,15 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.methods.base import CHECKS, Gates, LowRankUpdates, NoKnownForm, Recipe, Site
+from unipelt_cli.methods.base import (
+    CHECKS,
+    Gates,
+    LowRankUpdates,
+    NoKnownForm,
+    Published,
+    Recipe,
+    Site,
+)
 from unipelt_cli.methods.building_blocks import LowRank
 from unipelt_cli.methods.unipelt.container import Container, FusedLayers
 from unipelt_cli.methods.unipelt.fused.stack import PARTS, Stack
@@ -111,13 +119,28 @@ class Submodules(UnionSettings):
 
 _NAMES = {"parallel": "parallel adapter"}
 _MAO = "Mao et al. 2022"
+_UNIPELT = Published(5e-4, {"epochs": 50, "patience": 10, "batch_size": 16, "warmup": 0.0})
+_HE = {"epochs": 10, "batch_size": 32, "warmup": 0.06, "weight_decay": 0.1}
+_HES_PREFIX = {"prefix_width": 800, "prefix_std": 1.0, "prefix_start": "uniform"}
 METHODS = MappingProxyType(
     {
         "unipelt-ap": Recipe(
-            Submodules(("adapter", "prefix")), 5e-4, "hybrid", "adapter + prefix, gated", _MAO, True
+            Submodules(("adapter", "prefix")),
+            5e-4,
+            "hybrid",
+            "adapter + prefix, gated",
+            _MAO,
+            True,
+            published=_UNIPELT,
         ),
         "unipelt-apl": Recipe(
-            Submodules(), 5e-4, "hybrid", "adapter + prefix + LoRA, gated", _MAO, True
+            Submodules(),
+            5e-4,
+            "hybrid",
+            "adapter + prefix + LoRA, gated",
+            _MAO,
+            True,
+            published=_UNIPELT,
         ),
         "unipelt-aplb": Recipe(
             Submodules(("adapter", "prefix", "lora", "bias")),
@@ -132,9 +155,15 @@ METHODS = MappingProxyType(
             "hybrid",
             "the control of unipelt-ap",
             _MAO,
+            published=_UNIPELT,
         ),
         "apl-ungated": Recipe(
-            Submodules(gated=False), 5e-4, "hybrid", "the control of unipelt-apl", _MAO
+            Submodules(gated=False),
+            5e-4,
+            "hybrid",
+            "the control of unipelt-apl",
+            _MAO,
+            published=_UNIPELT,
         ),
         "adapter": Recipe(
             Submodules(("adapter",), gated=False),
@@ -143,6 +172,7 @@ METHODS = MappingProxyType(
             "one bottleneck a layer, after the feed-forward block",
             "Pfeiffer et al. 2021",
             True,
+            published=Published(1e-4),
         ),
         "prefix": Recipe(
             Submodules(("prefix",), gated=False),
@@ -150,6 +180,7 @@ METHODS = MappingProxyType(
             "additive",
             "learned keys and values in every layer",
             "Li and Liang 2021",
+            published=Published(5e-5, method={"prefix_std": 1.0, "prefix_start": "uniform"}),
         ),
         "lora": Recipe(
             Submodules(("lora",), gated=False),
@@ -158,6 +189,7 @@ METHODS = MappingProxyType(
             "low-rank updates of query and value",
             "Hu et al. 2022",
             True,
+            published=Published(4e-4, {"epochs": 30, "warmup": 0.06, "weight_decay": 0.1}),
         ),
         "parallel-adapter": Recipe(
             Submodules(("parallel",), gated=False),
@@ -165,6 +197,7 @@ METHODS = MappingProxyType(
             "additive",
             "one scaled bottleneck a layer, beside the feed-forward block",
             "He et al. 2022",
+            published=Published(1e-4, _HE, {"parallel_dropout": 0.1}),
         ),
         "mam": Recipe(
             Submodules(("prefix", "parallel"), gated=False, prefix_length=16),
@@ -172,6 +205,7 @@ METHODS = MappingProxyType(
             "hybrid",
             "prefix + scaled parallel adapter",
             "He et al. 2022",
+            published=Published(1e-4, _HE, {**_HES_PREFIX, "parallel_dropout": 0.1}),
         ),
         "union": Recipe(
             Submodules(),

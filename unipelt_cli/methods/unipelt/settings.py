@@ -38,12 +38,19 @@ class UnionSettings(Method):
     reduction: Annotated[int, Field(ge=1, description="adapter: hidden size over bottleneck")] = 16
     prefix_length: Annotated[int, Field(ge=1, le=256, description="prefix rows a layer")] = 10
     prefix_width: Annotated[int, Field(ge=1, description="prefix: width of its MLP")] = 512
+    prefix_start: Annotated[
+        Literal["normal", "uniform"],
+        Field(description="prefix: its MLP starts N(0, 0.02), biases 0 (UniPELT), or as torch's"),
+    ] = "normal"
     parallel_bottleneck: Annotated[
         int, Field(ge=1, description="parallel adapter: width of its bottleneck")
     ] = 16
     parallel_scale: Annotated[
         float, Field(gt=0, description="parallel adapter: factor on what it adds")
     ] = 2.0
+    parallel_dropout: Annotated[
+        float, Field(ge=0, le=0.9, description="parallel adapter: dropout in its bottleneck")
+    ] = 0.0
     rank: Annotated[int, Field(ge=1, le=1024, description="LoRA: rank")] = 8
     lora_scale: Annotated[
         float | None,
