@@ -6,12 +6,14 @@ class sees it, only safetensors are read, and nothing in it can name code to run
 
 import hashlib
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from unipelt_cli.backbones import config_keys, file_checks, sentence_encoder, tokenizer_files
 from unipelt_cli.backbones.architectures import get_layout, refuse_unsound
@@ -142,13 +144,7 @@ class Pretrained:
                 **arguments,
             )
         for own, parameter in backbone.named_parameters():
-            if not bool(torch.isfinite(parameter.detach().sum())) and not bool(
-                torch.isfinite(parameter.detach()).all()
-            ):
-                raise BackboneError(
-                    f"{self.directory}: tensor {own} holds numbers that are not finite",
-                    "download or save the backbone again",
-                )
+            self._refuse_endless(own, parameter.detach())
         missing = frozenset(info["missing_keys"])
         lost = sorted(name for name in missing if not (has_pooler and name.startswith("pooler.")))
         if lost or info["mismatched_keys"]:
@@ -159,6 +155,30 @@ class Pretrained:
             )
         assert backbone.config._attn_implementation == attention
         return backbone, missing
+
+    def read_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors of the checkpoint by name, in float32, as far as it holds them.
+
+        For what the backbone's own class leaves out, such as a language model's head.
+        """
+        from safetensors import safe_open
+
+        with (
+            imports.guarded(self._refuse_weights),
+            safe_open(self.directory / "model.safetensors", "pt") as file,
+        ):
+            held = {name: file.get_tensor(name).float() for name in names if name in self.shapes}
+        for name, tensor in held.items():
+            self._refuse_endless(name, tensor)
+        return held
+
+    def _refuse_endless(self, name: str, tensor: Tensor) -> None:
+        """Raise BackboneError for a tensor with numbers that are not finite."""
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+            raise BackboneError(
+                f"{self.directory}: tensor {name} holds numbers that are not finite",
+                "download or save the backbone again",
+            )
 
     def _refuse_weights(self, reason: str) -> BackboneError:
         if memory.says_exhausted(reason):

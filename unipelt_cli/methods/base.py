@@ -1,6 +1,6 @@
 """What a method is: hyperparameters, attach, and optional operations with defaults."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -15,6 +15,11 @@ from unipelt_cli.backbones.layout import Layout
 CHECKS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Category = Literal["full", "partial", "additive", "reparameterised", "hybrid", "unified"]
+
+
+def _reads_nothing(names: Iterable[str]) -> dict[str, Tensor]:
+    """Stand in for a checkpoint where there is none."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Site:
     fingerprint: str = ""
     """The backbone's, as a run's file has it."""
     tasks: int = 1
+    read: Callable[[Iterable[str]], Mapping[str, Tensor]] = _reads_nothing
+    """Read tensors by the names they have in the checkpoint, in float32: those that it holds."""
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,12 @@ def apply_linear(linear: Any, x: Tensor) -> Tensor:
     return functional.linear(x, weight.to(x.dtype), linear.bias.to(x.dtype))
 
 
+def apply_norm(unit: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Apply a float32 norm in the precision of what it gets."""
+    weight, bias = unit.weight.to(x.dtype), unit.bias.to(x.dtype)
+    return functional.layer_norm(x, unit.normalized_shape, weight, bias, unit.eps)
+
+
 def initialise(linear: nn.Linear, generator: Generator, std: float = STD) -> None:
     """Draw a linear unit N(0, std) with zero bias, never from the global generator."""
     nn.init.normal_(linear.weight, 0.0, std, generator=generator)

@@ -186,6 +186,7 @@ def _site(
         frozenset(tokenizer.all_special_ids),
         pretrained.fingerprint,
         tasks=tasks,
+        read=pretrained.read_tensors,
     )
 
 

@@ -1,19 +1,35 @@
 """MAD-X learns a language first, and a task on top of it."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.backbones import Backbones
-from support.models import disturbed, experiment, logits_of, seen_by, train_on_sixteen, tuned_of
+import transformers
+from safetensors.torch import load_file, save_file
+from support.backbones import Backbones, save_backbone
+from support.models import (
+    as_pass,
+    batch_of,
+    disturbed,
+    experiment,
+    logits_of,
+    seen_by,
+    train_on_sixteen,
+    tuned_of,
+)
 from support.rows import SENTENCES
 from torch import Tensor, nn
+from torch.nn import functional
 
-from unipelt_cli.backbones.architectures import get_layout
+from unipelt_cli.backbones.architectures import BACKBONES, get_layout
+from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.additive import compacter
 from unipelt_cli.methods.additive.madx import Corruption
 from unipelt_cli.methods.base import Site
 from unipelt_cli.models.build import build
+from unipelt_cli.models.tuned import Tuned
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
@@ -118,3 +134,116 @@ def test_madx_corrupts_text_alone_and_each_row_at_least_once(mask_id: int | None
         assert len(corrupted[chosen].unique()) > 40
     else:
         assert 0.75 < (corrupted[chosen] == 4).float().mean() < 0.85
+
+
+def masked_model(directory: Path, model_type: str) -> Any:
+    """Save a tiny masked language model as the library does, with a tokenizer; return it."""
+    save_backbone(directory, model_type)
+    classes = BACKBONES[model_type].classes
+    config = getattr(transformers, f"{classes}Config").from_pretrained(directory)
+    model = getattr(transformers, f"{classes}ForMaskedLM")(config).eval()
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.3, generator=generator)
+    model.save_pretrained(directory)
+    return model
+
+
+def restoring(tuned: Tuned) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Return the language part's loss on a batch, the corrupted ids, the places, and the batch."""
+    batch = batch_of(tuned)
+    backbone: Any = tuned.classifier.eval().backbone
+    step = dataclasses.replace(as_pass(tuned, iter(())), inputs=batch)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(5)
+        corrupted, chosen = backbone.corruption(batch["input_ids"], batch["attention_mask"])
+        torch.manual_seed(5)
+        return tuned.method.loss(step), corrupted, chosen, batch
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
+def test_madx_restores_tokens_through_the_checkpoints_own_head(
+    tmp_path: Path, model_type: str
+) -> None:
+    """With an idle language part it is the loss of the library's own masked language model."""
+    model = masked_model(tmp_path, model_type)
+    tuned = tuned_of(tmp_path, "madx")
+    kept = compacter.tensors(tuned.classifier.backbone, "language")
+    with torch.no_grad():
+        for name, parameter in kept.items():
+            if any(last in name for last in ("adapter_up", "F.2", "G.2")):
+                parameter.zero_()
+    loss, corrupted, chosen, batch = restoring(tuned)
+    with torch.no_grad():
+        logits = model(corrupted, attention_mask=batch["attention_mask"]).logits[chosen]
+    expected = functional.cross_entropy(logits, batch["input_ids"][chosen])
+    assert torch.allclose(loss, expected, rtol=1e-5)
+    before = {name: tensor.clone() for name, tensor in tuned.classifier.state_dict().items()}
+    train_on_sixteen(tuned, epochs=1, learning_rate=1e-2)
+    head = [name for name in before if ".language_head." in name]
+    assert len(head) == 5
+    assert all(torch.equal(before[name], tuned.classifier.state_dict()[name]) for name in head)
+    assert not any("language_head" in name for name in tuned.stored())
+
+
+def test_the_inverse_stands_between_that_head_and_the_embedding_matrix(tmp_path: Path) -> None:
+    model = masked_model(tmp_path, "bert")
+    tuned = disturbed(tuned_of(tmp_path, "madx"), 0.3)
+    backbone: Any = tuned.classifier.backbone
+    loss, corrupted, chosen, batch = restoring(tuned)
+    with torch.no_grad():
+        states = backbone(**{**batch, "input_ids": corrupted}).last_hidden_state[chosen]
+        left, right = model.cls.predictions.transform(states).chunk(2, dim=1)
+        invertible = backbone.invertible_adapters["language"]
+        second = right - invertible.G(left)
+        first = left - invertible.F(second)
+        logits = model.cls.predictions.decoder(torch.cat([first, second], 1))
+    expected = functional.cross_entropy(logits, batch["input_ids"][chosen])
+    assert torch.allclose(loss, expected, rtol=1e-5)
+
+
+def test_a_norm_may_have_the_names_that_old_checkpoints_give_it(tmp_path: Path) -> None:
+    masked_model(tmp_path, "bert")
+    loss = restoring(tuned_of(tmp_path, "madx"))[0]
+    file = tmp_path / "model.safetensors"
+    norm = "cls.predictions.transform.LayerNorm"
+    tensors = load_file(file)
+    for new, old in (("weight", "gamma"), ("bias", "beta")):
+        tensors[f"{norm}.{old}"] = tensors.pop(f"{norm}.{new}")
+    save_file(tensors, file, {"format": "pt"})
+    assert torch.equal(restoring(tuned_of(tmp_path, "madx"))[0], loss)
+    assert tuned_of(tmp_path, "madx").classifier.backbone.language_head is not None
+
+
+def test_a_checkpoint_with_half_such_a_head_is_refused(
+    tmp_path: Path, backbone_dir: Backbones
+) -> None:
+    assert tuned_of(backbone_dir("bert"), "madx").classifier.backbone.language_head is None
+    masked_model(tmp_path, "bert")
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    dense = "cls.predictions.transform.dense.weight"
+    for changed in (None, tensors[dense][:, :5].contiguous()):
+        others = {name: tensor for name, tensor in tensors.items() if name != dense}
+        save_file(others if changed is None else {**others, dense: changed}, file, {"format": "pt"})
+        with pytest.raises(BackboneError) as caught:
+            tuned_of(tmp_path, "madx")
+        assert caught.value.message == (
+            f"the checkpoint's head for masked tokens lacks or misshapes {dense}"
+        )
+        assert tuned_of(tmp_path, "adapter").classifier is not None
+
+
+def test_the_language_part_may_be_wider_than_the_tasks(backbone_dir: Backbones) -> None:
+    options = {"reduction": 16, "language_reduction": 2}
+    tuned = tuned_of(backbone_dir("bert"), "madx", options=options)
+    widths = {
+        part: {
+            tensor.shape[0]
+            for name, tensor in compacter.tensors(tuned.classifier.backbone, part).items()
+            if "adapter_down" in name
+        }
+        for part in ("language", "task")
+    }
+    assert widths == {"language": {16}, "task": {2}}

@@ -15,10 +15,12 @@ from support.models import (
     experiment,
     largest_difference,
     last_state,
+    loop_on_sixteen,
     plain_states,
     saved_by,
 )
 from torch import Tensor
+from torch.nn import functional
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 
@@ -220,3 +222,54 @@ def test_the_copied_layers_train_slower_than_the_share_and_the_head(
     slow = {name for name in names if tuned.method.rate(name) == 0.25}
     assert names - slow == {"side.a"}
     assert tuned.method.rate("side.a") == 1.0
+
+
+@pytest.mark.parametrize("initial_down", ["selected", "random"])
+def test_a_ladder_by_fisher_keeps_the_units_of_the_largest_squared_gradients(
+    backbone_dir: Callable[[str], Path], initial_down: str
+) -> None:
+    """Counted apart: one row at a time through a backbone without a ladder, same head."""
+    directory = backbone_dir("bert")
+    options = {"initial": "fisher", "initial_down": initial_down, "samples": 5}
+    tuned = build(experiment(directory, "lst", options=options), 2)
+    plain = build(experiment(directory, "head"), 2)
+    plain.classifier.head.load_state_dict(tuned.classifier.head.state_dict())
+    layers: Any = plain.classifier.backbone.encoder.layer.requires_grad_(True)
+    loop = loop_on_sixteen(tuned)
+    start = {name: tensor.clone() for name, tensor in tuned.classifier.state_dict().items()}
+    encoded, labels = loop.courses[0].train
+    fisher: dict[str, Tensor] = {}
+    for row in range(5):
+        plain.classifier.zero_grad()
+        logits = plain.classifier.eval()(**encoded.batch([row], tuned.device))
+        functional.cross_entropy(logits, torch.tensor([int(labels[row])])).backward()
+        for name, parameter in layers.named_parameters():
+            fisher[name] = fisher.get(name, 0) + parameter.grad**2
+    mass = torch.zeros(32)
+    for index in range(2):
+        for reader in ("attention.self.query", "attention.self.key", "attention.self.value"):
+            mass += fisher[f"{index}.{reader}.weight"].sum(0)
+        mass += fisher[f"{index}.intermediate.dense.weight"].sum(0)
+        for writer in ("attention.output.dense", "output.dense"):
+            mass += fisher[f"{index}.{writer}.weight"].sum(1)
+    heaviest = sorted(sorted(range(32), key=lambda unit: -float(mass[unit]))[:8])
+
+    loop._prepare()
+    ladder: Any = tuned.classifier.backbone.ladder
+    for index, layer in enumerate(ladder.layers):
+        inner = fisher[f"{index}.intermediate.dense.weight"].sum(1)
+        inner = inner + fisher[f"{index}.output.dense.weight"].sum(0)
+        kept = sorted(sorted(range(64), key=lambda unit: -float(inner[unit]))[:8])
+        there = layers[index].intermediate.dense.weight[kept][:, heaviest]
+        assert torch.equal(layer.intermediate.weight, there)
+    if initial_down == "selected":
+        assert ladder.embedded.weight.argmax(1).tolist() == heaviest
+        assert int(ladder.down[1].weight.count_nonzero()) == 8
+    else:
+        own = tuned.classifier.state_dict()
+        downs = [name for name in own if ".down." in name or ".embedded." in name]
+        assert len(downs) == 6
+        assert all(torch.equal(own[name], start[name]) for name in downs)
+    frozen = [p for n, p in tuned.classifier.backbone.named_parameters() if "ladder." not in n]
+    assert not any(parameter.requires_grad for parameter in frozen)
+    assert not torch.allclose(last_state(tuned), plain_states(directory)[-1], atol=1e-2)

@@ -2,11 +2,17 @@
 
 Pfeiffer et al. 2020 (arXiv 2005.00052). The language part, an adapter a layer and an invertible
 adapter behind the embeddings, first learns to restore masked tokens; then it is frozen.
+
+Unlike the paper it learns from the task's own rows, and for a few epochs. Where the checkpoint
+holds its masked language model's head, that stands between the last states and the inverse of the
+invertible adapter, as there; where it holds none (most sentence encoders), the inverse alone leads
+to the embedding matrix, so that the loss is another one, and larger.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import field
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.additive import compacter
 from unipelt_cli.methods.base import (
     CHECKS,
@@ -26,6 +33,94 @@ from unipelt_cli.methods.base import (
 )
 
 LANGUAGE, TASK = "language", "task"
+
+
+class HeadNames(NamedTuple):
+    """What a checkpoint calls its masked language model's head, and the activation in it."""
+
+    dense: str
+    norm: str
+    biases: tuple[str, ...]
+    """The tokens' biases: one tensor, under either name."""
+    activation: str | None = None
+    """None where it is the layers' own."""
+
+
+_BERT = HeadNames(
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    ("cls.predictions.bias", "cls.predictions.decoder.bias"),
+)
+_ROBERTA = HeadNames(
+    "lm_head.dense", "lm_head.layer_norm", ("lm_head.bias", "lm_head.decoder.bias"), "gelu"
+)
+_ELECTRA = HeadNames(
+    "generator_predictions.dense",
+    "generator_predictions.LayerNorm",
+    ("generator_lm_head.bias", "generator_lm_head.decoder.bias"),
+    "gelu",
+)
+_DISTILBERT = HeadNames("vocab_transform", "vocab_layer_norm", ("vocab_projector.bias",))
+HEADS = MappingProxyType(
+    {
+        "bert": _BERT,
+        "roberta": _ROBERTA,
+        "xlm-roberta": _ROBERTA,
+        "electra": _ELECTRA,
+        "distilbert": _DISTILBERT,
+    }
+)
+
+
+class LanguageHead(nn.Module):
+    """A checkpoint's own way from states to tokens: a dense layer, a norm, the tokens' biases.
+
+    Frozen, and not stored: only the loss of the language part goes through it.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], activation: str, eps: float) -> None:
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        self.dense_weight, self.dense_bias, self.norm_weight, self.norm_bias, self.bias = (
+            nn.Parameter(tensor, requires_grad=False) for tensor in tensors
+        )
+        self.activation, self.eps = ACT2FN[activation], eps
+
+    def forward(self, states: Tensor) -> Tensor:  # (M, D) -> (M, D)
+        inner = self.activation(functional.linear(states, self.dense_weight, self.dense_bias))
+        shape = self.norm_weight.shape
+        return functional.layer_norm(inner, shape, self.norm_weight, self.norm_bias, self.eps)
+
+
+def read_head(backbone: Any, site: Site) -> LanguageHead | None:
+    """Return the checkpoint's head for restoring tokens, or None where it holds none.
+
+    Raises BackboneError where parts of it are missing or of other shapes than the backbone's.
+    """
+    names, config = HEADS[site.layout.model_type], backbone.config
+    vocabulary, hidden = backbone.get_input_embeddings().weight.shape
+    wanted = (  # bert-base's norms still have the names that TensorFlow gave them
+        ((hidden, hidden), (f"{names.dense}.weight",)),
+        ((hidden,), (f"{names.dense}.bias",)),
+        ((hidden,), (f"{names.norm}.weight", f"{names.norm}.gamma")),
+        ((hidden,), (f"{names.norm}.bias", f"{names.norm}.beta")),
+        ((vocabulary,), names.biases),
+    )
+    held = site.read([name for _, either in wanted for name in either])
+    if not held:
+        return None
+    tensors = []
+    for shape, either in wanted:
+        tensor = next((held[name] for name in either if name in held), None)
+        if tensor is None or tensor.shape != shape:
+            raise BackboneError(
+                f"the checkpoint's head for masked tokens lacks or misshapes {either[0]}",
+                "give a whole checkpoint, or one without that head",
+            )
+        tensors.append(tensor)
+    activation = names.activation or getattr(config, site.layout.activation)
+    return LanguageHead(tensors, activation, getattr(config, "layer_norm_eps", 1e-12))
 
 
 class Corruption:
@@ -60,6 +155,9 @@ class MadX(compacter.OfLibrary):
     """
 
     reduction: Annotated[int, Field(ge=1, description="hidden size over bottleneck")] = 16
+    language_reduction: Annotated[
+        int | None, Field(ge=1, description="the language part's own (the paper's: 2)")
+    ] = field(default=None)
     language_share: Annotated[
         float, Field(gt=0, le=10, description="epochs for the language part, over the task's")
     ] = 0.2
@@ -85,11 +183,15 @@ class MadX(compacter.OfLibrary):
     def attach(self, backbone: Any, site: Site) -> None:
         configs = {
             LANGUAGE: compacter.bottleneck(
-                self.reduction, inv_adapter="nice", inv_adapter_reduction_factor=2
+                self.language_reduction or self.reduction,
+                inv_adapter="nice",
+                inv_adapter_reduction_factor=2,
             ),
             TASK: compacter.bottleneck(self.reduction),
         }
         compacter.add(backbone, configs, site.generator)
+        is_counted = backbone.get_input_embeddings().weight.is_meta  # a skeleton has no weights
+        backbone.language_head = None if site.folded or is_counted else read_head(backbone, site)
         backbone.corruption = Corruption(site, backbone.config.vocab_size, self.masked)
         self.enter(backbone, 1 if site.folded else 0)
 
@@ -123,17 +225,18 @@ class MadX(compacter.OfLibrary):
 def _restoring(backbone: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return the loss of restoring masked tokens.
 
-    States go back through the inverse of the invertible adapter to the embeddings' own space, and
-    the embedding matrix gives the tokens' logits.
+    States go through the checkpoint's own head, if it has one, and back through the inverse of the
+    invertible adapter to the embeddings' space, where the embedding matrix gives tokens' logits.
     """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     corrupted, chosen = backbone.corruption(ids, mask)
-    matrix = backbone.get_input_embeddings().weight
+    matrix, head = backbone.get_input_embeddings().weight, backbone.language_head
     rough = matrix.dtype == torch.bfloat16
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=rough):
-        states = backbone(**{**inputs, "input_ids": corrupted}).last_hidden_state
-        inverse = backbone.invertible_adapters[LANGUAGE](states[chosen][:, None], rev=True)
-        logits = functional.linear(inverse[:, 0], matrix)
+        states = backbone(**{**inputs, "input_ids": corrupted}).last_hidden_state[chosen]
+        states = states if head is None else head(states)
+        inverse = backbone.invertible_adapters[LANGUAGE](states[:, None], rev=True)
+        logits = functional.linear(inverse[:, 0], matrix, None if head is None else head.bias)
     summed = functional.cross_entropy(logits.float(), ids[chosen], reduction="sum")
     return summed / max(1, int(chosen.sum()))
 

@@ -4,7 +4,7 @@ Shapes: batch B, tokens T, hidden D, side width W.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, cast
 
@@ -17,18 +17,21 @@ from torch.nn import functional
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import (
     CHECKS,
+    Losses,
     Method,
     Published,
     Recipe,
     Site,
     refuse_unusual_layers,
 )
-from unipelt_cli.methods.building_blocks import apply_linear, new_linear
+from unipelt_cli.methods.building_blocks import apply_linear, apply_norm, new_linear
+from unipelt_cli.methods.partial.overlay import squared_gradients
 
 TEMPERATURE = 0.1  # of the ladder's gates
 NARROWEST = 8
 _READERS = ("query", "key", "value", "intermediate")  # their columns are hidden units
 _WRITERS = ("attention_output", "output")  # their rows are
+Scores = Callable[[Tensor], Tensor]  # from a weight to what each of its entries counts
 
 
 class SideLayer(nn.Module):
@@ -57,23 +60,23 @@ class SideLayer(nn.Module):
         )
         context = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         mixed = apply_linear(self.attention_output, context.transpose(1, 2).flatten(2))
-        x = _norm(self.attention_norm, x + self.dropout(mixed))
+        x = apply_norm(self.attention_norm, x + self.dropout(mixed))
         inner = functional.gelu(apply_linear(self.intermediate, x))
-        return _norm(self.output_norm, x + self.dropout(apply_linear(self.output, inner)))
+        return apply_norm(self.output_norm, x + self.dropout(apply_linear(self.output, inner)))
 
-    def take_over(self, layer: nn.Module, layout: Layout, stream: Tensor) -> None:
+    def take_over(self, layer: nn.Module, layout: Layout, stream: Tensor, scores: Scores) -> None:
         """Copy the heaviest units of a backbone's layer; `stream` are the hidden units kept (W,).
 
         Every head keeps its own heaviest dimensions, so the side layer has the same heads.
         """
-        weight = {name: _weight(layer, layout, name) for name in _READERS + _WRITERS}
-        matched = weight["query"].abs().sum(1) + weight["key"].abs().sum(1)
-        carried = weight["value"].abs().sum(1) + weight["attention_output"].abs().sum(0)
+        score = {name: scores(_weight(layer, layout, name)) for name in _READERS + _WRITERS}
+        matched = score["query"].sum(1) + score["key"].sum(1)
+        carried = score["value"].sum(1) + score["attention_output"].sum(0)
         across = stream.numel() // self.heads
         matching, carrying = (
             _heaviest_of_each_head(mass, self.heads, across) for mass in (matched, carried)
         )
-        mass = weight["intermediate"].abs().sum(1) + weight["output"].abs().sum(0)
+        mass = score["intermediate"].sum(1) + score["output"].sum(0)
         inner = _heaviest(mass, self.intermediate.out_features)
         places = {
             "query": (matching, stream),
@@ -102,36 +105,55 @@ class Ladder(nn.Module):
         hidden, heads = config.hidden_size, config.num_attention_heads
         inner = layers[0].get_submodule(layout.intermediate).out_features
         assert isinstance(inner, int)
-        # The side has the backbone's heads, so its width is a multiple of them.
         wanted = max(NARROWEST, hidden // method.reduction)
-        width = min(hidden, heads * -(-wanted // heads))
+        width = min(hidden, heads * -(-wanted // heads))  # a multiple of the backbone's heads
         side_inner = min(inner, max(NARROWEST, inner // method.reduction))
+        found = getattr(config, "hidden_dropout_prob", None)  # DistilBERT calls it otherwise
+        dropout = float(config.dropout if found is None else found)
         self.read = [index for index in range(len(layers)) if index not in method.drop]
         self.embedded = new_linear(hidden, width, generator)
         self.down = nn.ModuleList(new_linear(hidden, width, generator) for _ in self.read)
         self.layers = nn.ModuleList(
-            SideLayer(width, side_inner, heads, _dropout(config), generator) for _ in self.read
+            SideLayer(width, side_inner, heads, dropout, generator) for _ in self.read
         )
         self.alpha = nn.Parameter(torch.zeros(len(self.read)))
         self.norm = nn.LayerNorm(width)
         self.up = new_linear(width, hidden, generator)
         self.side: Tensor | None = None  # (B, T, W) of this pass
         self.mask: Tensor | None = None  # (B, 1, 1, T), true for tokens
+        self.rests = False  # whether the backbone answers for itself
+        self.layout, self.selects = layout, method.initial_down == "selected"
         is_counted = _weight(layers[0], layout, "query").is_meta  # a skeleton has no weights
         if method.initial == "pruned" and not (site.folded or is_counted):
-            self._take_over([layers[index] for index in self.read], layout, width)
+            self._take_over([layers[index] for index in self.read], torch.abs)
         backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
         layers[0].register_forward_pre_hook(self._embed)
         for place, index in enumerate(self.read):
             layers[index].register_forward_hook(_Rung(self, place))
         backbone.register_forward_hook(self._finish)
 
+    def take_over_by_fisher(self, backbone: nn.Module, losses: Iterator[Tensor]) -> None:
+        """Keep the units whose weights have the largest squared gradients, in the backbone alone.
+
+        Its answer goes through the head as that starts.
+        """
+        layers, names = self.layout.layer_list(backbone), _READERS + _WRITERS
+        read = [layers[index] for index in self.read]
+        weights = [_weight(layer, self.layout, name) for layer in read for name in names]
+        self.rests = True
+        squares = squared_gradients(weights, losses)
+        self.rests = False
+        parts = torch.split(squares, [weight.numel() for weight in weights])
+        fisher = {id(own): part.view_as(own) for own, part in zip(weights, parts, strict=True)}
+        self._take_over(read, lambda weight: fisher[id(weight)])
+
     @torch.no_grad()
-    def _take_over(self, layers: list[nn.Module], layout: Layout, width: int) -> None:
+    def _take_over(self, layers: list[nn.Module], scores: Scores) -> None:
         """Start as the backbone without its lighter units: what is read is what was kept."""
+        width = self.embedded.out_features
         mass = torch.stack(
             [
-                _weight(layer, layout, name).abs().sum(axis)
+                scores(_weight(layer, self.layout, name)).sum(axis)
                 for layer in layers
                 for names, axis in ((_READERS, 0), (_WRITERS, 1))
                 for name in names
@@ -140,11 +162,11 @@ class Ladder(nn.Module):
         stream = _heaviest(mass.sum(0), width)
         for own, layer in zip(self.layers, layers, strict=True):
             assert isinstance(own, SideLayer)
-            own.take_over(layer, layout, stream)
-        for down in (self.embedded, *self.down):
+            own.take_over(layer, self.layout, stream, scores)
+        for down in (self.embedded, *self.down) if self.selects else ():
             assert isinstance(down, nn.Linear)
             nn.init.zeros_(down.weight)
-            down.weight[torch.arange(width), stream] = 1.0
+            down.weight[torch.arange(width, device=stream.device), stream] = 1.0
 
     def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.mask = kwargs["attention_mask"].bool()[:, None, None]
@@ -154,6 +176,8 @@ class Ladder(nn.Module):
 
     def climb(self, place: int, hidden: Tensor) -> None:
         """Take one rung: mix what the backbone's layer says into the side, and go on from there."""
+        if self.rests:
+            return
         assert self.side is not None
         gate = (self.alpha[place] / TEMPERATURE).sigmoid().to(hidden.dtype)
         read = apply_linear(self.down[place], hidden.detach())
@@ -161,8 +185,10 @@ class Ladder(nn.Module):
         self.side = self.layers[place](gate * self.side + (1 - gate) * read, self.mask)
 
     def _finish(self, backbone: nn.Module, args: Any, output: Any) -> Any:
+        if self.rests:
+            return output
         assert self.side is not None
-        own = apply_linear(self.up, _norm(self.norm, self.side))
+        own = apply_linear(self.up, apply_norm(self.norm, self.side))
         self.side = self.mask = None
         return _replaced(backbone, output, own)
 
@@ -179,13 +205,25 @@ class _Rung:
 
 @dataclass(frozen=True, config=CHECKS)
 class LadderSideTuning(Method):
-    """LST: a narrow transformer that reads every layer of the backbone (arXiv 2206.06522)."""
+    """LST: a narrow transformer that reads every layer of the backbone (arXiv 2206.06522).
+
+    Unlike the authors' code it starts from the heaviest weights, not those of the largest Fisher
+    (`initial`), which a random head says little of, and with Down matrices that select what was
+    kept (`initial_down`). Neither attention weights nor the last norm's output are dropped out.
+    """
 
     reduction: Annotated[int, Field(ge=1, description="backbone's width over the side's")] = 8
     initial: Annotated[
-        Literal["pruned", "random"],
-        Field(description="start from the backbone's heaviest units, or from random numbers"),
+        Literal["pruned", "fisher", "random"],
+        Field(description="start from the heaviest units, the largest Fisher, or random numbers"),
     ] = "pruned"
+    initial_down: Annotated[
+        Literal["selected", "random"],
+        Field(description="Down starts as what selects the units kept, or from random numbers"),
+    ] = "selected"
+    samples: Annotated[
+        int, Field(ge=1, description="rows that the Fisher information is taken over, one by one")
+    ] = 1024
     drop: Annotated[
         tuple[int, ...],
         BeforeValidator(
@@ -208,6 +246,11 @@ class LadderSideTuning(Method):
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         backbone.ladder = Ladder(backbone, self, site)
+
+    def prepare(self, backbone: nn.Module, losses: Losses) -> None:
+        if self.initial == "fisher":
+            assert isinstance(backbone.ladder, Ladder)
+            backbone.ladder.take_over_by_fisher(backbone, losses(1, self.samples))
 
 
 class Side(nn.Module):
@@ -290,9 +333,9 @@ METHODS: Mapping[str, Recipe] = MappingProxyType(
 )
 
 
-def _weight(layer: nn.Module, layout: Layout, name: str) -> Tensor:
+def _weight(layer: nn.Module, layout: Layout, name: str) -> nn.Parameter:
     weight = layer.get_submodule(getattr(layout, name)).weight
-    assert isinstance(weight, Tensor)
+    assert isinstance(weight, nn.Parameter)
     return weight
 
 
@@ -305,18 +348,8 @@ def _heaviest_of_each_head(mass: Tensor, heads: int, across: int) -> Tensor:
     """Return the places of each head's `across` largest values."""
     by_head = mass.view(heads, -1)
     kept = by_head.topk(across, dim=1).indices.sort(dim=1).values
-    return (kept + torch.arange(heads)[:, None] * by_head.shape[1]).flatten()
-
-
-def _dropout(config: Any) -> float:
-    """Return the backbone's own dropout; DistilBERT calls it by another name."""
-    found = getattr(config, "hidden_dropout_prob", None)
-    return float(config.dropout if found is None else found)
-
-
-def _norm(unit: nn.LayerNorm, x: Tensor) -> Tensor:
-    weight, bias = unit.weight.to(x.dtype), unit.bias.to(x.dtype)
-    return functional.layer_norm(x, unit.normalized_shape, weight, bias, unit.eps)
+    starts = torch.arange(heads, device=mass.device) * by_head.shape[1]
+    return (kept + starts[:, None]).flatten()
 
 
 def _replaced(backbone: Any, output: Any, hidden: Tensor) -> Any:
