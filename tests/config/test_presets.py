@@ -7,7 +7,7 @@ from support.models import resolved
 
 from unipelt_cli import methods
 from unipelt_cli.config.experiment import resolve
-from unipelt_cli.config.presets import presets, read_preset
+from unipelt_cli.config.presets import presets, published_presets, read_preset
 from unipelt_cli.errors import ConfigError
 
 
@@ -42,6 +42,84 @@ def test_the_papers_preset_is_the_papers_setting() -> None:
         "device": "auto",
         "precision": "auto",
     }
+
+
+PUBLISHED = {  # rates as the papers or their code have them, with AdamW
+    "adapter": 1e-4,
+    "bitfit": 1e-3,
+    "child-tuning-d": 4e-5,
+    "child-tuning-f": 4e-5,
+    "compacter": 3e-3,
+    "diff-pruning": 5e-5,
+    "fish-mask": 5e-5,
+    "full": 2e-5,
+    "houlsby": 3e-4,
+    "hyperformer": 3e-4,
+    "adamix": 4e-4,
+    "lora": 4e-4,
+    "loreft": 6e-4,
+    "lst": 3e-3,
+    "mam": 1e-4,
+    "parallel-adapter": 1e-4,
+    "prefix": 5e-5,
+    "propetl": 1e-4,
+    "top-layers": 2e-5,
+    "unipelt-apl": 5e-4,
+}
+
+
+@pytest.mark.parametrize("name", published_presets())
+def test_every_published_preset_is_an_experiment(name: str) -> None:
+    resolve([("", read_preset(name)), ("", {"data": {"task": "mrpc"}})])
+
+
+def test_published_presets_have_the_papers_numbers() -> None:
+    found = {
+        name: resolve([("", read_preset(f"published/{name}")), ("", {"data": {"task": "mrpc"}})])
+        for name in PUBLISHED
+    }
+    assert {name: run.train.learning_rate for name, run in found.items()} == PUBLISHED
+    assert all(methods.get(name).paper_rate == rate for name, rate in PUBLISHED.items())
+    mam, pruned = found["mam"], found["diff-pruning"]
+    train = mam.train
+    assert (train.epochs, train.batch_size, train.warmup, train.weight_decay) == (10, 32, 0.06, 0.1)
+    settings = mam.settings()["method"]
+    expected = {
+        "prefix_width": 800,
+        "prefix_std": 1.0,
+        "prefix_start": "uniform",
+        "parallel_dropout": 0.1,
+        "prefix_length": 16,
+        "parallel_bottleneck": 16,
+        "parallel_scale": 2.0,
+    }
+    assert expected.items() <= settings.items()
+    settings = pruned.settings()["method"]
+    assert settings["penalty"] == 1.25e-7
+    rates = [5e-5 * settings[key] for key in ("weight_rate", "gate_rate")]
+    assert rates == pytest.approx([1e-5, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("prompt", "Lester et al. 2021 trains with Adafactor, and every run here with AdamW"),
+        ("ia3", "Liu et al. 2022 trains with Adafactor, and every run here with AdamW"),
+        ("coda", "Lei et al. 2023 gives no learning rate for an encoder"),
+    ],
+)
+def test_what_a_paper_does_not_say_is_no_preset(name: str, message: str) -> None:
+    assert methods.get(name).paper_rate is None
+    with pytest.raises(ConfigError) as caught:
+        read_preset(f"published/{name}")
+    assert caught.value.message == f"preset 'published/{name}': {message}"
+    assert caught.value.hint == f"give --preset {name}: our own setting"
+
+
+def test_a_published_preset_that_is_none_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="preset 'published/lor': no such file") as caught:
+        read_preset("published/lor")
+    assert caught.value.hint.startswith("did you mean published/lora?")
 
 
 def test_a_preset_of_another_method_is_refused() -> None:

@@ -14,7 +14,7 @@ from unipelt_cli import methods
 from unipelt_cli.cli import app
 from unipelt_cli.commands import inspect_gates, listing
 from unipelt_cli.commands.shared.track_option import TRACKERS
-from unipelt_cli.config.presets import presets
+from unipelt_cli.config.presets import presets, published_presets
 from unipelt_cli.config.sections import SECTIONS, Device, Metric, Pooling
 from unipelt_cli.data import readers
 from unipelt_cli.exports import formats
@@ -43,6 +43,7 @@ def test_the_outline_is_that_of_the_real_tables() -> None:
     assert tables.tasks() == tuple(TASKS)
     assert tables.methods().keys() == methods.table().keys()
     assert set(tables.presets()) == presets().keys()
+    assert set(tables.published_presets()) == published_presets().keys()
     for name, recipe in methods.table().items():
         assert tables.methods()[name].about == recipe.summary
         own = dataclasses.asdict(recipe.method)
@@ -92,6 +93,7 @@ def test_words_are_those_that_the_commands_take(name: str, choices: set[str]) ->
         ("unipelt sweep --methods lora,bitf", ["lora,bitfit"]),
         ("unipelt recommend --methods do", ["dora"]),
         ("unipelt train --preset pap", ["paper"]),
+        ("unipelt train --preset published/mad", ["published/madx"]),
         ("unipelt train --model mini", ["minilm"]),
         ("unipelt train --device c", ["cpu", "cuda"]),
         ("unipelt train --precision ", ["auto", "fp32", "bf16"]),

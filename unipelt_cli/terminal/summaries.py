@@ -26,7 +26,7 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
     view.add_column("trainable", justify="right", no_wrap=True)
     view.add_column("stored", justify="right", no_wrap=True)
     view.add_column("merges")
-    view.add_column("rate (the paper's)")
+    view.add_column("rate (paper)", no_wrap=True)
     view.add_column("paper")
     category = None
     for entry in entries:

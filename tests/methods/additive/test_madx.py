@@ -233,6 +233,9 @@ def test_a_checkpoint_with_half_such_a_head_is_refused(
             f"the checkpoint's head for masked tokens lacks or misshapes {dense}"
         )
         assert tuned_of(tmp_path, "adapter").classifier is not None
+    save_file({**tensors, dense: tensors[dense] / 0}, file, {"format": "pt"})
+    with pytest.raises(BackboneError, match=f"tensor {dense} holds numbers that are not finite"):
+        tuned_of(tmp_path, "madx")
 
 
 def test_the_language_part_may_be_wider_than_the_tasks(backbone_dir: Backbones) -> None:

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from support.backbones import Backbones
 from support.by_hand import PLAIN, bottleneck, by_hand, hidden_of, tensors_below
-from support.models import disturbed, experiment, logits_of, loop_on_sixteen
+from support.models import disturbed, experiment, logits_of, loop_on_sixteen, seen_by
 from support.rows import SENTENCES
-from torch import Tensor
+from torch import Tensor, nn
 
 from unipelt_cli import methods
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.methods.building_blocks import Prefix
 from unipelt_cli.methods.unipelt.inspection import record_gates
 from unipelt_cli.methods.unipelt.method import Submodules
 from unipelt_cli.models.build import build
@@ -97,3 +99,50 @@ def test_mam_is_the_glue_recipe() -> None:
     assert (recipe.prefix_length, recipe.parallel_bottleneck, recipe.parallel_scale) == (16, 16, 2)
     assert recipe.parts == ("prefix", "parallel")
     assert not recipe.gated
+
+
+@pytest.mark.parametrize(
+    ("start", "width", "std", "expected"),
+    [("normal", 512, 0.02, 0.0051), ("uniform", 800, 1.0, 0.263)],
+)
+def test_a_prefix_starts_as_wide_as_its_authors_code_makes_it(
+    start: Literal["normal", "uniform"], width: int, std: float, expected: float
+) -> None:
+    """Measured in the releases: UniPELT's 0.0051, He et al.'s 0.263."""
+    generator = torch.Generator().manual_seed(3)
+    prefix = Prefix((12, 16, 768), width, generator, False, std, start).requires_grad_(False)
+    assert float(prefix().std()) == pytest.approx(expected, rel=0.1)
+    for linear in (prefix.down, prefix.up):
+        bound = linear.in_features**-0.5
+        own = nn.Linear(linear.in_features, linear.out_features).requires_grad_(False)
+        if start == "uniform":
+            assert float(linear.weight.std()) == pytest.approx(float(own.weight.std()), rel=0.02)
+            assert 0.95 * bound < float(linear.bias.abs().max()) <= bound
+        else:
+            assert float(linear.weight.std()) == pytest.approx(0.02, rel=0.02)
+            assert not linear.bias.any()
+
+
+def test_the_parallel_adapter_drops_out_between_its_matrices_in_training_alone(
+    backbone_dir: Backbones,
+) -> None:
+    options = {"parallel_dropout": 0.25, "parallel_bottleneck": 400}
+    settings = experiment(backbone_dir("bert"), "mam", options=options)
+    tuned = disturbed(build(settings, 2))
+    assert not tuned.classifier.shares_rows  # the fused layers do not compute it
+    parallel: Any = tuned.classifier.backbone.submodules.layers[0].parallel
+    x = torch.randn(8, 16, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        inner = (x @ parallel.down.weight.T + parallel.down.bias).relu()
+        (dropped,), _ = seen_by(parallel.dropout, lambda: parallel.eval()(x))
+        assert torch.allclose(dropped, inner, atol=1e-6)
+        assert torch.allclose(
+            parallel(x), inner @ parallel.up.weight.T + parallel.up.bias, atol=1e-5
+        )
+        outputs: list[Tensor] = []
+        _, dropped = seen_by(parallel.dropout, lambda: outputs.append(parallel.train()(x)))
+        kept = dropped != 0
+        assert torch.allclose(dropped[kept], inner[kept] / 0.75, rtol=1e-4)
+        assert float(kept[inner > 0].float().mean()) == pytest.approx(0.75, abs=0.01)
+        expected = dropped @ parallel.up.weight.T + parallel.up.bias
+    assert torch.allclose(outputs[0], expected, atol=1e-5)
