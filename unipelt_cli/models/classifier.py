@@ -16,7 +16,11 @@ ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, 
 
 
 class Head(nn.Module):
-    """Dropout and a linear unit; `native` adds the dense layer the library's classifier has."""
+    """Dropout and a linear unit; `native` adds the dense layer the library's classifier has.
+
+    Dropout stands before the dense layer as well, on every backbone; DistilBERT's and DeBERTa's
+    own classifiers have none there, and DistilBERT's own share is 0.2.
+    """
 
     def __init__(
         self,

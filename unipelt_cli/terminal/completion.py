@@ -113,7 +113,8 @@ def _runs(_: typer.Context, incomplete: str) -> Found:
 def _paths(incomplete: str, is_wanted: Callable[[Path], bool]) -> Iterator[tuple[str, str]]:
     """Yield what is wanted beside the word typed so far, and directories to go on in."""
     before, slash, last = incomplete.rpartition("/")
-    for entry in sorted(os.scandir(Path(before + slash).expanduser()), key=lambda own: own.name):
+    folder = Path(before + slash).expanduser()
+    for entry in sorted(os.scandir(folder) if folder.is_dir() else (), key=lambda own: own.name):
         if not entry.name.startswith(last) or entry.name.startswith(".") > last.startswith("."):
             continue
         if is_wanted(Path(entry.path)):

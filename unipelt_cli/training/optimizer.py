@@ -48,7 +48,10 @@ def schedule(stages: Sequence[Stage], stage_steps: Sequence[int], moment: Moment
 
 
 def scheduled_rate(settings: TrainSettings, moment: Moment) -> float:
-    """Return the learning rate of a step of a schedule: linear warm-up, then linear decay to 0."""
+    """Return the learning rate of a step of a schedule: linear warm-up, then linear decay to 0.
+
+    The first step of a warm-up has a rate already, which transformers' own schedule starts at 0.
+    """
     peak = settings.learning_rate
     assert peak is not None
     warm = round(settings.warmup * moment.steps)

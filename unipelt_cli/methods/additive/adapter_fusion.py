@@ -78,7 +78,8 @@ class AdapterFusion(Method):
     """The adapters of finished runs and the task's own, mixed by attention.
 
     The task's adapter trains first, alone; then all adapters are frozen and the attention trains.
-    The run keeps every adapter, so that it needs the other runs only while it trains.
+    The run keeps every adapter, so that it needs the other runs only while it trains. Unlike the
+    library's, the attention's weights are not dropped out, and have no temperature.
     """
 
     adapters: Annotated[

@@ -89,7 +89,8 @@ class LoReFT(Method):
     """Move every layer's states, within a subspace, to where a linear unit says they should be.
 
     The paper edits the first tokens; a head that averages over tokens would hardly see that, so
-    the default edits all of them. Padding is never touched.
+    the default edits all of them. Padding is never touched. W starts N(0, 0.02) and b at 0,
+    as linear units do here; the authors' code leaves both to torch, and drops out 0.05 of a state.
     """
 
     rank: Annotated[int, Field(ge=1, le=256, description="dimensions of the subspace")] = 1
@@ -136,7 +137,7 @@ METHODS = MappingProxyType(
             "additive",
             "edits of every layer's states within a subspace",
             "Wu et al. 2024",
-            published=Published(6e-4, {"batch_size": 32, "warmup": 0.09}),
+            published=Published(6e-4, {"batch_size": 32, "warmup": 0.09}, {"first_tokens": 1}),
         ),
     }
 )

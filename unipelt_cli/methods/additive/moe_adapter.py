@@ -150,7 +150,8 @@ class RoutedLayers(nn.ModuleList):
 class MoEAdapter(Method):
     """A sparsely gated mixture of small adapters (Shazeer et al. 2017, arXiv 1701.06538).
 
-    All experts of a layer together have the bottleneck of one plain adapter.
+    All experts of a layer together have the bottleneck of one plain adapter. The variance in the
+    loss divides by their number n, as in tensor2tensor; other implementations by n - 1.
     """
 
     experts: Annotated[int, Field(ge=1, le=64, description="adapters a layer")] = 4

@@ -79,7 +79,11 @@ class Prompt(nn.Module):
 
 @dataclass(frozen=True, config=CHECKS)
 class PromptTuning(Method):
-    """Train a few soft tokens: rows of the embedding output, without positions."""
+    """Train a few soft tokens: rows of the embedding output, without positions.
+
+    Unlike the paper they start as words from the whole vocabulary, unused ones too (no tokenizer
+    says which 5,000 are the commonest), are 10, not 100, and train with AdamW, not Adafactor.
+    """
 
     length: Annotated[int, Field(ge=1, le=256, description="soft tokens")] = 10
     start: Annotated[

@@ -133,6 +133,7 @@ class DiffPruning(Sparse):
     The penalty is an entry's, so that it weighs against that entry's own gradient alike in a small
     and a large backbone (divided by their number it would sink below AdamW's epsilon in a large
     one). The default is four times the paper's, for a training of a hundred rows has few steps.
+    One norm clips all gradients; the authors' code clips differences and gates apart.
     """
 
     penalty: Annotated[float, Field(ge=0, description="what each entry that differs costs")] = 5e-7

@@ -87,6 +87,7 @@ class ChildTuningF(Selective):
 
     Xu et al. 2021 (arXiv 2109.05687). The optimiser's running mean also moves entries that were
     not drawn. The paper masks the head too; here it trains plainly, since it is not the backbone's.
+    The authors' code clips the gradient before it masks it, a constant factor that Adam cancels.
     """
 
     kept: Annotated[
@@ -108,8 +109,8 @@ class ChildTuningD(Selective):
     """Fine-tune a fixed part of the layers' entries: those with the largest squared gradient.
 
     Xu et al. 2021 (arXiv 2109.05687): the mean over batches, with dropout, each tensor's gradient
-    clipped to length 1. Embeddings and pooler train in full. The layers do not decay, so that what
-    is masked stays as it was.
+    clipped to length 1. Embeddings and pooler train in full. Unlike in the authors' code the layers
+    do not decay, so that what is masked stays as it was, and masking comes before clipping.
     """
 
     share: Annotated[
