@@ -98,6 +98,7 @@ def test_mam_is_the_glue_recipe() -> None:
     assert isinstance(recipe, Submodules)
     assert (recipe.prefix_length, recipe.parallel_bottleneck, recipe.parallel_scale) == (16, 16, 2)
     assert recipe.parts == ("prefix", "parallel")
+    assert recipe.parallel_dropout == 0.1
     assert not recipe.gated
 
 
