@@ -1,6 +1,6 @@
 """What describes a union of submodules: its hyperparameters, and what follows from them alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal, cast
 
@@ -119,6 +119,10 @@ class UnionSettings(Method):
     @property
     def submodules(self) -> tuple[str, ...]:
         return self.parts
+
+    @property
+    def earlier(self) -> Mapping[str, Any]:
+        return {"parallel_dropout": 0.0}
 
     @property
     def pads_to_max_length(self) -> bool:
