@@ -51,6 +51,20 @@ def _mean_squared_error(predictions: Values, references: Values, outputs: int) -
     return float(np.mean((predictions - references) ** 2))
 
 
+def compare_with_mean(predictions: Values, references: Values, mean: float) -> dict[str, float]:
+    """Return the mean squared error of predictions, and of always saying the train labels' mean."""
+    constant = np.full(len(references), mean)
+    return {
+        "mse": _mean_squared_error(predictions, references, 1),
+        "mse_of_mean": _mean_squared_error(constant, references, 1),
+    }
+
+
+def loses_to_mean(compared: Mapping[str, float]) -> bool:
+    """Say of what `compare_with_mean` returned whether the mean would have done as well."""
+    return compared["mse"] > 0 and compared["mse"] >= compared["mse_of_mean"]
+
+
 METRICS: Mapping[str, Callable[[Values, Values, int], float]] = MappingProxyType(
     {
         "accuracy": _accuracy,

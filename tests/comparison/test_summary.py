@@ -89,6 +89,19 @@ def test_other_settings_never_share_a_mean_and_are_named(tmp_path: Path) -> None
     assert len(found["adapter"]["seeds"]) == 4
 
 
+def test_the_scale_of_labels_tells_regressions_apart_alone(tmp_path: Path) -> None:
+    for seed, scale in ((111, "raw"), (222, "standardised")):
+        train = {"label_scale": scale}
+        forge(tmp_path / f"sst2-{seed}", "lora", 0.8, seed=seed, train=train)
+        forge(tmp_path / scale, "lora", 0.8, "stsb", train=train, stores_predictions=False)
+    groups = answer_of(tmp_path)["groups"]
+    assert [(own["task"], own["label"], len(own["seeds"])) for own in groups] == [
+        ("sst2", "lora", 2),
+        ("stsb", "lora label_scale=raw", 1),
+        ("stsb", "lora label_scale=standardised", 1),
+    ]
+
+
 def test_one_experiment_counts_once_and_unusable_runs_are_said(tmp_path: Path) -> None:
     forge(tmp_path / "a", "lora", 0.8)
     forge(tmp_path / "copy", "lora", 0.8, stores_predictions=False)

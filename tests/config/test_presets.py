@@ -34,6 +34,7 @@ def test_the_papers_preset_is_the_papers_setting() -> None:
         "patience_steps": 0,
         "head_rate": 1.0,
         "averaging": 0.0,
+        "label_scale": "raw",
         "batch_size": 16,
         "warmup": 0.0,
         "weight_decay": 0.0,

@@ -1,5 +1,7 @@
 """Rows are drawn by the protocol."""
 
+import re
+
 import numpy as np
 import pytest
 from support.data_files import glue, own_file, prepare_glue, prepare_own, write
@@ -33,6 +35,23 @@ def test_without_k_dev_is_first_and_train_is_the_rest(tmp_path):
     assert prepared.manifest["notes"] == [
         "dev: the first 20 of the shuffled rows; train: the rest",
     ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (("7", "7.0"), "train: every row has the label 7, so there is nothing to learn"),
+        (
+            ("1000000000.5", "1000000003.5"),
+            "train: the labels, up to 1e+09, differ by 1.5, which float32 does not hold: subtract "
+            "a constant from all of them",
+        ),
+    ],
+)
+def test_values_that_teach_nothing_are_said(tmp_path, labels, note):
+    prepared = prepare_own(own_file(tmp_path, labels=labels), k=20, kind="regression")
+    said = prepared.manifest["notes"][-1]
+    assert re.sub(r"by 1\.[45]\d*", "by 1.5", said) == note
 
 
 def test_labels_that_training_never_shows_are_said(tmp_path):

@@ -56,3 +56,15 @@ def save_rows(path: Path, content: str | bytes) -> Path:
 
 def task_sentence(row: int, word: str) -> str:
     return f"the film {row} was {word} {' '.join(WORDS[: row % 5])}"
+
+
+def write_values(path: Path, low: float, high: float, count: int = 60) -> Path:
+    """Write made-up reviews with a number each, which two words tell within a tenth, as CSV."""
+    lines = ["text,label"]
+    for row in range(count):
+        word, share = (("good", 0.9), ("awful", 0.1))[row % 2]
+        value = low + (high - low) * (share + 0.1 * (row % 5 - 2) / 2)
+        filler = " ".join(WORDS[6 : 6 + row // 2 % 4])
+        lines.append(f"the film {row} was {word} {filler},{value:.3f}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

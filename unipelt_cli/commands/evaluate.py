@@ -1,13 +1,13 @@
 """The command `eval`: score a finished run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.terminal import console, tables
+from unipelt_cli.terminal import console, summaries, tables
 from unipelt_cli.terminal.command_group import print_json
 
 
@@ -48,12 +48,12 @@ def evaluate(
     places = list(range(len(found.tasks))) if each else [found.place(task)]
     tuned = found.build(device, model, precision)
     from unipelt_cli.data import preparation
+    from unipelt_cli.metrics import compare_with_mean
     from unipelt_cli.models import evaluation
     from unipelt_cli.tasks import joint_positive, joint_scores
-    from unipelt_cli.text import shown_score
 
     name = split if file is None else str(file)
-    total, scored = 0, []
+    total, scored, against_mean = 0, [], {}
     for place in places:
         one = found.tasks[place]
         if file is None:
@@ -66,13 +66,23 @@ def evaluate(
             )
         told, true = evaluation.answers(tuned, one, parts, found.experiment.model.max_length, place)
         scored.append(one.score(told, true))
+        if (mean := found.train_mean(place)) is not None:
+            against_mean[one.name] = compare_with_mean(told, true, mean)
         total += len(true)
     chosen = [found.tasks[place] for place in places]
-    scores, positive = joint_scores(chosen, scored), joint_positive(chosen)
-    names = [shown_score(metric, positive.get("positive")) for metric in scores]
-    tables.table(
-        ("split", "rows", *names),
-        [[name, str(total), *(f"{value:.4f}" for value in scores.values())]],
-    )
+    answer = {"split": name, "rows": total, "scores": joint_scores(chosen, scored)}
+    answer |= joint_positive(chosen) | ({"against_mean": against_mean} if against_mean else {})
+    _show(answer)
     if as_json:
-        print_json({"split": name, "rows": total, "scores": scores, **positive})
+        print_json(answer)
+
+
+def _show(answer: dict[str, Any]) -> None:
+    """Print the scores, and what must be known of them."""
+    from unipelt_cli.text import shown_score
+
+    scores = answer["scores"]
+    names = [shown_score(metric, answer.get("positive")) for metric in scores]
+    values = [f"{value:.4f}" for value in scores.values()]
+    tables.table(("split", "rows", *names), [[answer["split"], str(answer["rows"]), *values]])
+    summaries.warn_of_mean(answer["split"], answer.get("against_mean", {}))

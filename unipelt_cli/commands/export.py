@@ -56,7 +56,8 @@ def export(
         float | None,
         typer.Option(
             metavar="NUMBER",
-            help="How far logits may differ. (default 1e-4, with --fp16 0.05)",
+            help="How far logits may differ. (default 1e-4, with --fp16 0.05; of a regression "
+            "times the deviation of its labels)",
             show_default=False,
         ),
     ] = None,

@@ -54,7 +54,12 @@ class Member:
             if not _is_path(value)
         }
         kept = {key: value for key, value in flat.items() if key not in NO_SETTINGS}
-        return kept | {"data.dev_size": sections["data"]["dev_size"]}
+        kept["data.dev_size"] = sections["data"]["dev_size"]
+        # Like the rows' settings it differs from task to task, and says nothing of most.
+        scale = kept.pop("train.label_scale", None)
+        if any(task.is_regression for task in self.run.tasks):
+            kept["data.label_scale"] = scale
+        return kept
 
 
 @dataclass(frozen=True)

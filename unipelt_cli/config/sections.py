@@ -10,6 +10,7 @@ Settings = dict[str, dict[str, Any]]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["auto", "native", "cls", "mean", "eos"]
+Scale = Literal["auto", "standardised", "raw"]
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "spearman", "pearson", "mse"]
 
 
@@ -121,6 +122,11 @@ class TrainSettings(Section):
     head_rate: float = Field(1.0, gt=0, le=1000, description="head: factor on the rate")
     averaging: float = Field(
         0.0, ge=0, lt=1, description="dev scores and keeps a running mean of the tensors; its decay"
+    )
+    label_scale: Scale = Field(
+        "auto",
+        description="regression: learn labels as they are (raw), or less the train rows' mean and "
+        "over their deviation; auto: raw within 0 to 5, or nearly",
     )
     warmup: float = Field(0.06, ge=0, lt=1, description="share of all steps that warm up")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's, on matrices only")

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 from datasets import Dataset
 
 from unipelt_cli.config.sections import DataSettings
@@ -50,8 +51,8 @@ def draw_splits(found: Found, settings: DataSettings) -> tuple[dict[str, Dataset
         for split in SPLITS
     }
     _check_classes(found.task, splits["train"], k)
-    unseen = _unseen_labels(found.task, splits)
-    return splits, [*found.notes, *_notes(settings, test, dev), *unseen]
+    odd = (*_unseen_labels(found.task, splits), *_flat_values(found.task, splits["train"]))
+    return splits, [*found.notes, *_notes(settings, test, dev), *odd]
 
 
 def _part(rows: Dataset, places: range) -> Dataset:
@@ -81,6 +82,21 @@ def _unseen_labels(task: Task, splits: Mapping[str, Dataset]) -> Iterator[str]:
             rows = f"{count} rows have" if count > 1 else "1 row has"
             labels = "labels" if len(names) > 1 else "a label"
             yield f"{split}: {rows} {labels} that no train row has: {listed}"
+
+
+def _flat_values(task: Task, train: Dataset) -> Iterator[str]:
+    """Say where a regression's train labels are one, or too near to each other for float32."""
+    if not task.is_regression:
+        return
+    values = np.asarray(train[:]["label"])
+    largest = np.abs(values).max()
+    if values.min() == values.max():
+        yield f"train: every row has the label {values[0]:.10g}, so there is nothing to learn"
+    elif np.spacing(np.float32(largest)) > values.std() / 10:
+        yield (
+            f"train: the labels, up to {largest:.3g}, differ by {values.std():.3g}, which float32 "
+            "does not hold: subtract a constant from all of them"
+        )
 
 
 def _check_classes(task: Task, train: Dataset, k: int | None) -> None:

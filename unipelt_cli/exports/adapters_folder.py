@@ -126,7 +126,7 @@ def _write(job: Job, directory: Path) -> Written:
     # Gates there average over padding.
     batches = unpadded(job.rows.encoded)
     parity = compare_library(job, batches, model, has_head=has_head(job.tuned))
-    return Written(parity, list(_notes(job)), _snippet(job))
+    return Written(parity, list(_notes(job)), _snippet(job), compares_logits=has_head(job.tuned))
 
 
 def _notes(job: Job) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from unipelt_cli.errors import RunError
 from unipelt_cli.exports import formats, model_card, parity
-from unipelt_cli.exports.job import Job, find_rows
+from unipelt_cli.exports.job import Job, Written, find_rows
 from unipelt_cli.files import atomic
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run, copied
@@ -59,7 +59,7 @@ def export_run(
                 written = write(temporary)
                 report |= {
                     "parity": {**written.parity, "test_rows": job.rows.from_test},
-                    "tolerance": tolerance or written.tolerance,
+                    "tolerance": tolerance or _tolerance(run, written),
                     "notes": [*written.notes, *_notes(job, tuned)],
                 }
                 if not holds(report):
@@ -74,6 +74,12 @@ def export_run(
 def holds(report: dict[str, Any]) -> bool:
     """Say whether the written model computes the same, as far as was asked for."""
     return bool(report["parity"]["max_abs_logit_diff"] <= report["tolerance"])
+
+
+def _tolerance(run: Run, written: Written) -> float:
+    """Return how far a format's numbers may be off: values are as large as their labels."""
+    (scale,) = run.scales
+    return written.tolerance * (scale.unit if written.compares_logits else 1.0)
 
 
 def _notes(job: Job, tuned: Tuned) -> Iterator[str]:

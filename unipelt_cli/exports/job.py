@@ -53,6 +53,9 @@ class Written:
     notes: Sequence[str]
     snippet: str
     tolerance: float = TOLERANCE
+    """Of logits in the unit of the run's label scale."""
+    compares_logits: bool = True
+    """Or hidden states, where the library has no head for the model."""
 
 
 Writer = Callable[[Path], Written]

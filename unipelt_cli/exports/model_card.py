@@ -22,6 +22,7 @@ from unipelt_cli.exports import formats
 from unipelt_cli.exports.job import Job
 from unipelt_cli.files import atomic
 from unipelt_cli.gates.report import gates_of
+from unipelt_cli.metrics import loses_to_mean
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.runs.run import Run
 from unipelt_cli.system import network
@@ -280,6 +281,9 @@ def _limits(run: Run) -> Iterator[str]:
     splits = _splits(run)
     if run.result["collapsed"]:
         yield "**Collapsed**: it gives all test rows one answer. Do not use it."
+    for found in run.result.get("against_mean", {}).values():
+        if loses_to_mean(found):
+            yield "Its squared error on test is not below that of always saying the train mean."
     if splits["train"]["rows"] < FEW_ROWS:
         yield f"It saw {_rows(run, 'train')} labelled rows; expect rows unlike these to go wrong."
     unseen = [label for label in run.task.labels if not splits["train"]["labels"][label]]

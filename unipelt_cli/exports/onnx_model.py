@@ -96,11 +96,23 @@ def _trace(job: Job, inputs: dict[str, Tensor], path: Path) -> None:
 
 
 def _halve(path: Path) -> None:
-    """Write a graph's numbers as float16; what goes in and comes out keeps its kind."""
+    """Write a graph's numbers as float16; what goes in and comes out keeps its kind.
+
+    The head stays as it is: of a regression it holds numbers as large as the labels.
+    """
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+    model = onnx.load(path)
+    head = [node.name for node in model.graph.node if "logits" in node.output]
+    halved = convert_float_to_float16(model, keep_io_types=True, node_block_list=head)
+    # It casts what the head says to float16 and back, which ends at 65,504.
+    producers = {name: node for node in halved.graph.node for name in node.output}
+    back = producers["logits"]
+    narrowed = producers[back.input[0]]
+    back.input[0] = narrowed.input[0]
+    halved.graph.node.remove(narrowed)
+    onnx.save(halved, path)
 
 
 def _write_tokenizer(job: Job, longest: int, directory: Path) -> None:

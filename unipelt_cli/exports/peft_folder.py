@@ -89,7 +89,7 @@ def _write(job: Job, form: Form, is_held: bool, directory: Path) -> Written:
         has_head=_has_head(tuned),
     )
     notes = list(_notes(job, is_held))
-    return Written(parity, notes, _snippet(job))
+    return Written(parity, notes, _snippet(job), compares_logits=_has_head(tuned))
 
 
 def _translate(form: Form, tuned: Tuned, inside: str) -> tuple[Any, dict[str, Tensor]]:

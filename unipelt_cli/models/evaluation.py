@@ -165,6 +165,6 @@ def references(rows: Any) -> Values:
     return np.asarray(rows["label"])
 
 
-def has_collapsed(predicted: Values) -> bool:
-    """Say whether a model predicts the same for every row (values: to six digits)."""
-    return len(predicted) > 1 and bool(np.ptp(predicted) <= 1e-6 * max(1.0, abs(predicted[0])))
+def has_collapsed(predicted: Values, unit: float = 1.0) -> bool:
+    """Say whether a model predicts the same for every row (values: to six digits of a unit)."""
+    return len(predicted) > 1 and bool(np.ptp(predicted) <= 1e-6 * max(unit, abs(predicted[0])))

@@ -1,6 +1,6 @@
 """The probe: logits on seeded random tokens, which tell whether a model is the same."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from unipelt_cli.errors import RunError
 from unipelt_cli.files import sealed
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Logits, compute_logits
+from unipelt_cli.models.label_scale import LabelScale
 from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.tasks import Task
 
 PROBE_ROWS = 64
 EXACT = "fp32"
@@ -48,6 +50,7 @@ class StoredProbe:
 
     by_precision: Mapping[str, Tensor]
     device: str
+    units: Tensor
 
     def compare(self, tuned: Tuned) -> Likeness:
         """Compare a model with what was stored in its precision, else with the run's own."""
@@ -55,7 +58,8 @@ class StoredProbe:
         precision = tuned.precision if tuned.precision in stored else next(iter(stored))
         is_alike = (precision, self.device) == (tuned.precision, tuned.device.type)
         logits = torch.from_numpy(probe(tuned))
-        return likeness(logits, stored[precision], tuned.precision, is_alike=is_alike)
+        expected = stored[precision] / self.units
+        return likeness(logits / self.units, expected, tuned.precision, is_alike=is_alike)
 
 
 def likeness(logits: Tensor, expected: Tensor, precision: str, *, is_alike: bool) -> Likeness:
@@ -81,18 +85,18 @@ def write_probe(path: Path, precision: str, logits: Tensor, exact: Tensor | None
     sealed.write_tensors(path, tensors, {"rows": PROBE_ROWS})
 
 
-def read_probe(path: Path, precision: str, device: str, outputs: int) -> StoredProbe:
-    """Read what a run of this precision, kind of device and number of outputs stored.
+def read_probe(path: Path, precision: str, device: str, units: Tensor) -> StoredProbe:
+    """Read what a run of this precision, kind of device and units (outputs,) stored.
 
     Raises RunError for tensors that cannot be its logits.
     """
     tensors, _ = sealed.open_tensors(path)
     names = {precision: _LOGITS} | ({EXACT: _EXACT_LOGITS} if _EXACT_LOGITS in tensors else {})
     stored = {kind: tensors[name] for kind, name in names.items() if name in tensors}
-    shape = (PROBE_ROWS, outputs)
+    shape = (PROBE_ROWS, len(units))
     if precision not in stored or not all(_is_whole(own, shape) for own in stored.values()):
         raise RunError(f"{path}: damaged", sealed.REMEDY)
-    return StoredProbe(stored, device)
+    return StoredProbe(stored, device, units)
 
 
 def _is_whole(logits: Tensor, shape: tuple[int, int]) -> bool:
@@ -104,6 +108,15 @@ def probe(tuned: Tuned) -> Logits:
     """Return all heads' logits of the probe rows: a fingerprint without user text."""
     rows, tasks = probe_rows(tuned), range(len(tuned.classifier.heads))
     return np.concatenate([compute_logits(tuned, rows, task) for task in tasks], axis=1)
+
+
+def units_of(tasks: Sequence[Task], scales: Sequence[LabelScale]) -> Tensor:
+    """Return the unit in which each output of all heads is compared: that of its label scale.
+
+    Values of prices are as large as prices, and must not hide what became of another head.
+    """
+    pairs = zip(tasks, scales, strict=True)
+    return torch.cat([torch.full((task.outputs,), scale.unit) for task, scale in pairs])
 
 
 def probe_rows(tuned: Tuned, count: int = PROBE_ROWS, longest: int | None = None) -> Encoded:

@@ -25,6 +25,7 @@ from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
 from unipelt_cli.files import atomic, sealed
 from unipelt_cli.metrics import Values
 from unipelt_cli.models.build import build
+from unipelt_cli.models.label_scale import RAW, LabelScale
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
 from unipelt_cli.runs.names import (
@@ -37,7 +38,7 @@ from unipelt_cli.runs.names import (
     RECORDED,
     RESULT,
 )
-from unipelt_cli.runs.probe import Likeness, StoredProbe, read_probe
+from unipelt_cli.runs.probe import Likeness, StoredProbe, read_probe, units_of
 from unipelt_cli.runs.progress import describe_progress
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task
@@ -68,6 +69,13 @@ class Run:
             )
             for said in self.header.get("tasks") or [self.header["task"]]
         )
+
+    @property
+    def scales(self) -> tuple[LabelScale, ...]:
+        """The scale on which each task's labels were learned; the stored head gives labels."""
+        described = self.header.get("tasks") or [self.header["task"]]
+        told = [said.get("label_scale") for said in described]
+        return tuple(LabelScale(own["mean"], own["deviation"]) if own else RAW for own in told)
 
     @property
     def task(self) -> Task:
@@ -130,9 +138,9 @@ class Run:
     @cached_property
     def stored_probe(self) -> StoredProbe:
         """The logits that tell whether a model computes what this run did; see `StoredProbe`."""
-        outputs = sum(task.outputs for task in self.tasks)
+        units = units_of(self.tasks, self.scales)
         precision = str(self.header.get("precision", self.experiment.train.precision))
-        return read_probe(self.directory / PROBE, precision, self.result["device"], outputs)
+        return read_probe(self.directory / PROBE, precision, self.result["device"], units)
 
     def check_backbone(self, found: Pretrained) -> None:
         """Raise RunError when a backbone is not the one that the run was trained on."""
@@ -207,6 +215,11 @@ class Run:
     def digest_of(self, split: str, place: int = 0) -> str:
         """Return the recorded hash of the rows of a task's split."""
         return str(self._manifests[place]["splits"][split]["digest"])
+
+    def train_mean(self, place: int = 0) -> float | None:
+        """Return the recorded mean of a task's train labels; None where no such thing was."""
+        mean = self._manifests[place]["splits"]["train"].get("labels", {}).get("mean")
+        return mean if self.tasks[place].is_regression else None
 
     def count_of(self, split: str, place: int = 0) -> int:
         """Return how many rows a task's split had, as it was recorded."""
@@ -341,7 +354,7 @@ def read_experiment(directory: Path) -> Experiment:
     if isinstance(section, dict) and section.get("name") in [*methods.table()]:
         earlier = methods.get(section["name"]).method.earlier
         settings = {**settings, "method": {**earlier, **section}}
-    return resolve([("", settings)])
+    return resolve([("", {"train": {"label_scale": "raw"}}), ("", settings)])
 
 
 def _where_runs_are(directory: Path) -> str:

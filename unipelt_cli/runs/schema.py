@@ -90,6 +90,11 @@ class Result(BaseModel):
         return self
 
 
+class _LabelScale(BaseModel):
+    mean: float = Field(allow_inf_nan=False)
+    deviation: float = Field(ge=0, allow_inf_nan=False)
+
+
 class _Task(BaseModel):
     name: str
     text: list[str] = Field(min_length=1, max_length=2)
@@ -98,6 +103,7 @@ class _Task(BaseModel):
     also: list[Metric]
     positive: str | None = None
     decimal_comma: bool = False
+    label_scale: _LabelScale | None = None
 
     @model_validator(mode="after")
     def _is_scored_on_a_label(self) -> Self:

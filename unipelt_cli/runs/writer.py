@@ -26,6 +26,7 @@ from unipelt_cli.files import atomic
 from unipelt_cli.files.lock import LOCK, Claim
 from unipelt_cli.files.sealed import FORMAT, file_digest, with_seal, write_tensors
 from unipelt_cli.metrics import Values
+from unipelt_cli.models.label_scale import RAW, LabelScale
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.names import (
     ENVIRONMENT,
@@ -169,9 +170,14 @@ class Writer:
         header = {"counters": counters, "seconds": seconds}
         write_tensors(self.directory / STATE, tensors, header)
 
-    def model(self, tuned: Tuned, tasks: Sequence[Task], method: str) -> Tensor:
-        """Write the stored tensors and return the probe logits of the model that was trained."""
-        said = [_described(task) for task in tasks]
+    def model(
+        self, tuned: Tuned, tasks: Sequence[Task], scales: Sequence[LabelScale], method: str
+    ) -> Tensor:
+        """Write the stored tensors and return the probe logits of the model that was trained.
+
+        They give values on the labels' scale; the scale is written for what compares them.
+        """
+        said = [_described(task, scale) for task, scale in zip(tasks, scales, strict=True)]
         header = {
             "format_version": FORMAT,
             "method": method,
@@ -183,14 +189,16 @@ class Writer:
         write_tensors(self.directory / MODEL, tuned.stored(), header)
         return torch.from_numpy(probe(tuned))
 
-    def verify(self, reloaded: Tuned, trained: Tensor, exact: Tensor | None = None) -> None:
+    def verify(
+        self, reloaded: Tuned, trained: Tensor, units: Tensor, exact: Tensor | None = None
+    ) -> None:
         """Compare the reloaded model's probe logits with the trained one's, and store them.
 
         `exact` are those that it gives in fp32, where it computes in bf16 itself. Raises CheckError
         when they differ: then what was stored is not what was trained.
         """
         logits, precision = torch.from_numpy(probe(reloaded)), reloaded.precision
-        found = likeness(logits, trained, precision, is_alike=True)
+        found = likeness(logits / units, trained / units, precision, is_alike=True)
         if not found.holds:
             raise CheckError(
                 f"{self.directory}: the reloaded model's logits differ by {found.difference:.2g}",
@@ -246,8 +254,9 @@ def command_line() -> list[str]:
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
-def _described(task: Task) -> dict[str, Any]:
+def _described(task: Task, scale: LabelScale) -> dict[str, Any]:
     """Return what a stored model says of a task."""
     kept = {key: value for key, value in asdict(task).items() if key in _TASK_KEYS}
     comma = {"decimal_comma": True} if task.decimal_comma else {}
-    return kept | joint_positive([task]) | comma
+    standardised = {} if scale == RAW else {"label_scale": asdict(scale)}
+    return kept | joint_positive([task]) | comma | standardised

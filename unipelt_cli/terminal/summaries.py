@@ -108,7 +108,21 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
     )
     if result["collapsed"]:
         say(("warning: ", "yellow"), "the run predicts the same for every test row: it collapsed")
+    warn_of_mean("test", result.get("against_mean", {}))
     say("run: ", (str(directory), "bold"))
+
+
+def warn_of_mean(rows: str, against_mean: Mapping[str, Mapping[str, float]]) -> None:
+    """Warn of regressions whose error is no lower than that of saying the train rows' mean."""
+    from unipelt_cli.metrics import loses_to_mean  # which imports numpy: help does not wait for it
+
+    for task, found in against_mean.items():
+        if loses_to_mean(found):
+            say(
+                ("warning: ", "yellow"),
+                f"{task}: the squared error on {rows}, {found['mse']:.4g}, is not below that of "
+                f"always saying the train rows' mean, {found['mse_of_mean']:.4g}",
+            )
 
 
 def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -130,6 +144,8 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     for label, result in results.items():
         if result["collapsed"]:
             say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
+        told = result.get("against_mean", {})
+        warn_of_mean("test", {f"{label}, {task}": own for task, own in told.items()})
 
 
 def static_summary(report: Mapping[str, Any]) -> None:

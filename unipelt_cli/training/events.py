@@ -1,7 +1,7 @@
 """What the loop yields and keeps: batches, steps, epochs, and the ends of a run."""
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +11,10 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked
 
 from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.label_scale import RAW, LabelScale
 from unipelt_cli.tasks import Task
 
 Labelled = tuple[Encoded, NDArray[Any]]
@@ -60,7 +62,7 @@ class Epoch:
     """One epoch was trained, and scored on dev unless its stage selects nothing."""
 
     epoch: int
-    train_loss: float
+    train_loss: float  # of a regression in squared deviations of the train labels
     dev: Mapping[str, float]  # empty where nothing was scored
     train_seconds: float
     evaluation_seconds: float
@@ -114,6 +116,14 @@ class Course:
     task: Task
     train: Labelled
     dev: Labelled
+    scale: LabelScale = RAW
+
+    def scaled(self, settings: TrainSettings) -> "Course":
+        """Return the course with the scale on which its labels are learned."""
+        if not self.task.is_regression or settings.label_scale == "raw":
+            return self
+        choose = LabelScale.chosen if settings.label_scale == "auto" else LabelScale.of
+        return replace(self, scale=choose(self.train[1]))
 
 
 Count = Annotated[int, Field(ge=0)]

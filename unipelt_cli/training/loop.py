@@ -56,7 +56,8 @@ class Training:
         self.tuned, self.task, self.settings = tuned, task, settings
         self.processes = processes
         self.train, self.dev = train, dev
-        self.courses = (Course(task, train, dev), *more)
+        courses = (Course(task, train, dev), *more)
+        self.courses = tuple(course.scaled(settings) for course in courses)
         self.tasks = [course.task for course in self.courses]
         self.method = tuned.method
         sizes = [len(course.train[0]) for course in self.courses]
@@ -92,7 +93,8 @@ class Training:
     def events(self) -> Iterator[Happening]:
         """Train every stage until patience or epochs end, then put its best epoch back.
 
-        Raises CheckError when the loss is no longer a number.
+        At the end a regression's values are on the scale of its labels. Raises CheckError when the
+        loss is no longer a number.
         """
         yield from self.drive(self.turns())
 
@@ -119,6 +121,7 @@ class Training:
                 yield self.score_epoch()
             self._copy(self.best)
             if self.progress.stage + 1 == len(self.lengths):
+                self._fold_scales()
                 return
             self._enter(self.progress.stage + 1)
             progress = self.progress
@@ -174,11 +177,10 @@ class Training:
             count = min(share or len(encoded), len(encoded))
             for start in range(0, count, batch_size):
                 chosen = np.arange(start, min(start + batch_size, count))
-                target = torch.as_tensor(labels[chosen], device=device)
                 classifier.select(place)
                 with seeded(derive_seed(self.settings.seed, PREPARING + before + start), device):
                     logits = classifier(**encoded.batch(chosen.tolist(), device))
-                    yield loss_of(course.task, logits, target)
+                    yield loss_of(course, logits, labels[chosen])
             before += count
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -282,7 +284,10 @@ class Training:
     def _score(self, place: int) -> tuple[dict[str, float], Gates]:
         task, (rows, labels) = self.tasks[place], self.courses[place].dev
         logits, gates = compute_with_gates(self.tuned, rows, place, self.processes)
-        return task.score(predictions(task, logits), labels), gates
+        predicted = predictions(task, logits)
+        if task.is_regression:
+            predicted = self.courses[place].scale.restore(predicted)
+        return task.score(predicted, labels), gates
 
     def _select(self, scores: dict[str, float]) -> bool:
         """Keep this epoch's tensors if it is the stage's best so far."""
@@ -295,6 +300,11 @@ class Training:
         current = {**self.parameters, **self.tuned.buffers()}
         self.best = {name: tensor.detach().clone() for name, tensor in current.items()}
         return True
+
+    def _fold_scales(self) -> None:
+        """Let every head give labels: what is stored and exported knows of no other scale."""
+        for course, head in zip(self.courses, self.tuned.classifier.heads, strict=True):
+            course.scale.fold_into(head.out)
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
         own = {**self.carried, **self.tuned.buffers()}

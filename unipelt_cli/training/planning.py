@@ -10,6 +10,7 @@ from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows, references
+from unipelt_cli.models.label_scale import RAW, LabelScale
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes
@@ -82,7 +83,17 @@ def plan(
         is_regression = prepared[0].task.is_regression
         kind = "regression" if is_regression else "classification"
         experiment = experiment.replace("data", kind=kind)
+    if experiment.train.label_scale == "auto":
+        experiment = experiment.replace("train", label_scale=_label_scale(prepared))
     return experiment, prepared, tuned
+
+
+def _label_scale(prepared: Sequence[Prepared]) -> str:
+    """Return what `auto` becomes; it stays where several regressions need different ones."""
+    regressions = [own for own in prepared if own.task.is_regression]
+    scales = [LabelScale.chosen(references(own.splits["train"])) for own in regressions]
+    names = {"raw" if scale == RAW else "standardised" for scale in scales}
+    return "auto" if len(names) > 1 else next(iter(names), "raw")
 
 
 def loop_of(

@@ -20,11 +20,12 @@ from unipelt_cli.errors import (
     RunError,
     UnipeltError,
 )
+from unipelt_cli.metrics import Values, compare_with_mean
 from unipelt_cli.models.evaluation import compute_logits, has_collapsed, predictions, references
 from unipelt_cli.models.sharing import share
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, RESULT, STATE
-from unipelt_cli.runs.probe import EXACT, probe
+from unipelt_cli.runs.probe import EXACT, probe, units_of
 from unipelt_cli.runs.progress import read_state
 from unipelt_cli.runs.run import check_started, read_experiment, read_run, read_stored
 from unipelt_cli.runs.writer import Writer, command_line
@@ -222,17 +223,20 @@ def _finish(
 ) -> dict[str, Any]:
     """Store the model, read it back, and score test once with what was read back."""
     tasks, tuned, processes = training.tasks, training.tuned, training.processes
-    trained = processes.main(lambda: writer.model(tuned, tasks, experiment.method_name))
+    scales = [course.scale for course in training.courses]
+    trained = processes.main(lambda: writer.model(tuned, tasks, scales, experiment.method_name))
     exact = processes.main(lambda: _exact_probe(writer.directory, experiment, tasks, tuned))
     stored = read_stored(writer.directory, experiment, tasks, tuned, processes)
-    processes.main(lambda: writer.verify(stored, trained, exact))
+    units = units_of(tasks, scales)
+    processes.main(lambda: writer.verify(stored, trained, units, exact))
     backbone = stored.classifier.backbone
     stored.method.report(backbone)  # drop what was measured on the probe
     expected = [references(own.splits["test"]) for own in prepared]
-    predicted = []
-    for place, own in enumerate(prepared):
-        rows = shared.encode(stored, own, "test", experiment)
-        predicted.append(predictions(own.task, compute_logits(stored, rows, place, processes)))
+    encoded = [shared.encode(stored, own, "test", experiment) for own in prepared]
+    predicted = [
+        predictions(own.task, compute_logits(stored, rows, place, processes))
+        for place, (own, rows) in enumerate(zip(prepared, encoded, strict=True))
+    ]
     scores = [
         own.task.score(*answers)
         for own, *answers in zip(prepared, predicted, expected, strict=True)
@@ -247,7 +251,10 @@ def _finish(
         "together": together,
         "processes": processes.count,
         "micro_batch_size": training.progress.micro_batch_size or experiment.train.batch_size,
-        "collapsed": any(map(has_collapsed, predicted)),
+        "collapsed": any(
+            has_collapsed(own, scale.unit) for own, scale in zip(predicted, scales, strict=True)
+        ),
+        **_against_mean(prepared, predicted, expected),
     }
     if measured:
         result["measured"] = measured
@@ -273,6 +280,22 @@ def _exact_probe(
         if not memory.is_exhausted(error):
             raise
         return None
+
+
+def _against_mean(
+    prepared: Sequence[Prepared], predicted: Sequence[Values], expected: Sequence[Values]
+) -> dict[str, Any]:
+    """Return by task how a regression's error on test compares with that of the train mean."""
+    found = {
+        own.task.name: compare_with_mean(told, true, _train_mean(own.manifest))
+        for own, told, true in zip(prepared, predicted, expected, strict=True)
+        if own.task.is_regression
+    }
+    return {"against_mean": found} if found else {}
+
+
+def _train_mean(manifest: Mapping[str, Any]) -> float:
+    return float(manifest["splits"]["train"]["labels"]["mean"])
 
 
 def _describe(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:

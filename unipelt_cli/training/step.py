@@ -12,11 +12,11 @@ from torch.nn import functional
 from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.errors import CheckError
 from unipelt_cli.methods import Moment, Pass
+from unipelt_cli.metrics import Values
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
-from unipelt_cli.tasks import Task
 from unipelt_cli.training.events import Batch, Course, Halved, Progress, Taken
 from unipelt_cli.training.gradients import Gradients
 from unipelt_cli.training.optimizer import make_adamw, schedule, scheduled_rate
@@ -127,20 +127,19 @@ class Stepper:
         """Begin a step: the rate is set, the rows are tensors, `forward` turns them into logits."""
         self._set_rate()
         course = self.courses[batch.place]
-        task, (rows, labels) = course.task, course.train
+        rows, labels = course.train
         classifier, device = self.tuned.classifier, self.tuned.device
         if not classifier.training:  # it goes through all modules
             classifier.train()
         classifier.select(batch.place)
         inputs = rows.batch(batch.rows.tolist(), device)
-        target = torch.as_tensor(labels[batch.rows], device=device)
         return Pass(
             classifier.backbone,
             inputs,
             self._moment(),
-            task.is_regression,
+            course.task.is_regression,
             lambda: forward(inputs),
-            lambda logits: loss_of(task, logits, target),
+            lambda logits: loss_of(course, logits, labels[batch.rows]),
         )
 
     def _set_rate(self) -> None:
@@ -185,11 +184,12 @@ class Stepper:
         return scheduled_rate(self.settings, spanned)
 
 
-def loss_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean loss over rows: squared error in regression, else cross-entropy."""
-    if task.is_regression:
-        return functional.mse_loss(logits[:, 0], labels.float())
-    return functional.cross_entropy(logits, labels)
+def loss_of(course: Course, logits: Tensor, labels: Values) -> Tensor:
+    """Return the mean loss over rows: squared error on the course's scale, else cross-entropy."""
+    if course.task.is_regression:
+        target = torch.as_tensor(course.scale.standardise(labels), device=logits.device)
+        return functional.mse_loss(logits[:, 0], target)
+    return functional.cross_entropy(logits, torch.as_tensor(labels, device=logits.device))
 
 
 def derive_seed(seed: int, step: int) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from unipelt_cli.metrics import loses_to_mean
 from unipelt_cli.sweeps.sweep import Engine, Standing, Sweep, best_so_far
 from unipelt_cli.system.processes import ALONE
 from unipelt_cli.terminal import console, progress
@@ -60,7 +61,9 @@ def _watch_cells(plan: Sweep, moves: Iterator[Standing | None], total: int, done
                 scores = "  ".join(f"{split} {result[split][metric]:.4f}" for split in SPLITS)
                 collapsed = ", collapsed" if result["collapsed"] else ""
                 named = shown_score(metric, result.get("positive"))
-                said = f"{named} {scores}  {result['seconds']:.0f} s{collapsed}"
+                loses = any(map(loses_to_mean, result.get("against_mean", {}).values()))
+                mean = ", no better than the train mean" if loses else ""
+                said = f"{named} {scores}  {result['seconds']:.0f} s{collapsed}{mean}"
                 view.end(name, said, failed=False)
             elif one is not None and one.status == "failed":
                 view.end(one.cell.name, f"failed: {one.error}", failed=True)
