@@ -26,7 +26,7 @@ from unipelt_cli.data.text_files import decoded_lines
 from unipelt_cli.errors import DataError, RunError, UnipeltError
 from unipelt_cli.models import sharing
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
-from unipelt_cli.runs import loaded_runs
+from unipelt_cli.runs import loaded_runs, row_windows
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.system import network
 from unipelt_cli.tasks import get_task
@@ -480,15 +480,15 @@ def test_rows_that_are_none_are_told_in_two_sentences(
 def test_rows_are_counted_over_windows(
     loaded: loaded_runs.LoadedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaded_runs, "WINDOW", 4)
+    monkeypatch.setattr(row_windows, "WINDOW", 4)
     texts = sentences(10)
     found = loaded.predict(texts)
-    monkeypatch.setattr(loaded_runs, "WINDOW", 4096)
+    monkeypatch.setattr(row_windows, "WINDOW", 4096)
     assert_close(
         [one.probabilities for one in found],  # type: ignore[arg-type]
         [one.probabilities for one in loaded.predict(texts)],  # type: ignore[arg-type]
     )
-    monkeypatch.setattr(loaded_runs, "WINDOW", 4)
+    monkeypatch.setattr(row_windows, "WINDOW", 4)
     with pytest.raises(DataError, match="rows, row 9: 'text' is empty"):
         loaded.predict([*texts[:9], ""])
 

@@ -41,8 +41,9 @@ def push(
     directory = run_argument.locate(run, offline=False)
     with importing():
         from unipelt_cli.exports import model_card
+        from unipelt_cli.runs.checks import check_file
         from unipelt_cli.runs.names import METRICS
-        from unipelt_cli.runs.run import check_file, read_run
+        from unipelt_cli.runs.run import read_run
     found = read_run(directory)
     check_file(directory / METRICS, found.result["files"][METRICS])
     upload = hub.prepare(found, repository, private=private, overwrite=overwrite)

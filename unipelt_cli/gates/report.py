@@ -13,9 +13,10 @@ from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Gates, compute_with_gates, encode_rows
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
+from unipelt_cli.runs.checks import check_file
 from unipelt_cli.runs.names import METRICS
 from unipelt_cli.runs.progress import read_metrics
-from unipelt_cli.runs.run import Run, check_file, without_gates
+from unipelt_cli.runs.run import Run, without_gates
 
 NEARLY_CLOSED = 0.1  # a gate whose mean is below adds next to nothing of its submodule
 BINS = 50  # of [0, 1], for the entropy of a gate's values

@@ -134,10 +134,10 @@ class Upload:
     @property
     def files(self) -> dict[str, Path]:
         """The run's own files, to be pushed as they are: their hashes are in the result."""
+        from unipelt_cli.runs.checks import recorded_files
         from unipelt_cli.runs.names import RESULT
-        from unipelt_cli.runs.run import recorded
 
-        names = (*recorded(self.run.result), RESULT)
+        names = (*recorded_files(self.run.result), RESULT)
         return {name: self.run.directory / name for name in names}
 
     def local_paths(self) -> list[str]:

@@ -10,29 +10,24 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unipelt_cli.backbones import pretrained
-from unipelt_cli.data.cells import Cells
-from unipelt_cli.data.unusable import DROP, windows_of_texts
-from unipelt_cli.errors import ConfigError, DataError, RunError
+from unipelt_cli.errors import ConfigError, RunError
 from unipelt_cli.models import evaluation, sharing
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Gates, Logits
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import hub
+from unipelt_cli.runs.row_windows import Row, columns_without_names, windows_of_rows
 from unipelt_cli.runs.run import Run, read_run, without_gates
 from unipelt_cli.system import memory, network
 from unipelt_cli.tasks import Task
 
-Row = str | Sequence[str] | Mapping[str, Any]
-"""A text, the texts of a pair, or a run's text columns by name, beside whatever else."""
 Columns = Mapping[str, Sequence[str]]
-WINDOW = 4096  # rows whose tokens are held at the same time
 _TURN = threading.Lock()  # the number of torch's threads, which a pass sets, is the process's
 
 
@@ -88,12 +83,12 @@ class LoadedRun:
 
         Raises DataError, which names the row by its place, for one that is none of these.
         """
-        windows = _windows(rows, [self.task])
+        windows = windows_of_rows(rows, [self.task])
         return [said for columns in windows for [said] in _predictions([self], columns)]
 
     def logits(self, rows: Iterable[Row]) -> Logits:
         """Return the float32 logits (rows, labels), in regression (rows, 1); see `predict`."""
-        found = [_logits([self], columns)[0] for columns in _windows(rows, [self.task])]
+        found = [_logits([self], columns)[0] for columns in windows_of_rows(rows, [self.task])]
         return np.concatenate([np.zeros((0, self.task.outputs), np.float32), *found])
 
     def gates(self, rows: Iterable[Row]) -> Gates:
@@ -102,7 +97,7 @@ class LoadedRun:
         Raises RunError for a method without gates; see `predict`.
         """
         texts: list[list[str]] = [[] for _ in self.task.text]
-        for columns in _windows(rows, [self.task]):
+        for columns in windows_of_rows(rows, [self.task]):
             for own, column in zip(texts, self.task.text, strict=True):
                 own += columns[column]
         if not texts[0]:
@@ -153,11 +148,11 @@ class LoadedRuns(Mapping[str, LoadedRun]):
     @property
     def plain(self) -> list[list[str]]:
         """The columns that each text of a row without names fills; [] where none can say."""
-        return _plain([own.task for own in self.values()])
+        return columns_without_names([own.task for own in self.values()])
 
     def predict(self, rows: Iterable[Row]) -> list[dict[str, Prediction]]:
         """Label rows by every run, which takes its own columns of them; see `LoadedRun.predict`."""
-        windows = _windows(rows, [own.task for own in self.values()])
+        windows = windows_of_rows(rows, [own.task for own in self.values()])
         return [said for columns in windows for said in self.predict_columns(columns)]
 
     def predict_columns(self, columns: Columns) -> Iterator[dict[str, Prediction]]:
@@ -320,52 +315,3 @@ def _groups(loaded: Sequence[LoadedRun]) -> list[list[int]]:
         else:
             groups.append([place])
     return groups
-
-
-def _plain(tasks: Sequence[Task]) -> list[list[str]]:
-    if all(len(task.text) == 1 for task in tasks):
-        return [list(dict.fromkeys(task.text[0] for task in tasks))]
-    return [[name] for name in tasks[0].text] if len({task.text for task in tasks}) == 1 else []
-
-
-def _windows(rows: Iterable[Row], tasks: Sequence[Task]) -> Iterator[dict[str, list[str]]]:
-    """Yield the checked texts of the tasks' columns, some rows at a time."""
-    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        what = f"the rows are {_kind(rows)}, not a list of them"
-        raise DataError(what, "put what is to be labelled into a list")
-    names = list(dict.fromkeys(name for task in tasks for name in task.text))
-    plain, start, rest = _plain(tasks), 0, iter(rows)
-    while some := list(islice(rest, WINDOW)):
-        columns: dict[str, list[object]] = {name: [] for name in names}
-        for place, row in enumerate(some, start):
-            for name, text in _parts(place, row, names, plain):
-                columns[name].append(text)
-        cells = Cells("rows", columns, range(start, start + len(some)))
-        for window in windows_of_texts([cells], [task.text for task in tasks]):
-            yield window.texts
-        start += len(some)
-
-
-def _parts(
-    place: int, row: object, names: Sequence[str], plain: Sequence[Sequence[str]]
-) -> Iterator[tuple[str, object]]:
-    """Yield the cells of a row by column."""
-    if isinstance(row, Mapping):
-        if missing := [name for name in names if name not in row]:
-            raise DataError(f"rows, row {place}: {missing[0]!r} is missing", DROP)
-        yield from ((name, row[name]) for name in names)
-        return
-    texts = [row] if isinstance(row, str) else row
-    if not isinstance(texts, list | tuple) or len(texts) != len(plain):
-        wanted = " and ".join(map(repr, names))
-        expected = "a text" if len(plain) == 1 else "a pair of texts"
-        hint = f"give a mapping with {wanted}" + (f", or {expected}" if plain else "")
-        raise DataError(f"rows, row {place}: {_kind(row)}", hint)
-    for each, text in zip(plain, texts, strict=True):
-        yield from ((name, text) for name in each)
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return f"{len(value)} texts"
-    return "one text" if isinstance(value, str) else f"of type {type(value).__name__}"

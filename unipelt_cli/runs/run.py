@@ -1,7 +1,7 @@
 """A finished run on disk: read, checked, and built again."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -22,12 +22,13 @@ from unipelt_cli.data import preparation
 from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.errors import ConfigError, DataError, RunError, nearest
-from unipelt_cli.files import atomic, sealed
+from unipelt_cli.files import sealed
 from unipelt_cli.metrics import Values
 from unipelt_cli.models.build import build
 from unipelt_cli.models.label_scale import RAW, LabelScale
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
+from unipelt_cli.runs.checks import check_backbone, check_file, check_seal, recorded_files
 from unipelt_cli.runs.names import (
     ENVIRONMENT,
     EXPERIMENT,
@@ -35,7 +36,6 @@ from unipelt_cli.runs.names import (
     MODEL,
     PREDICTIONS,
     PROBE,
-    RECORDED,
     RESULT,
 )
 from unipelt_cli.runs.probe import Likeness, StoredProbe, read_probe, units_of
@@ -254,7 +254,7 @@ def read_run(directory: Path) -> Run:
     result = sealed.read_object(directory / RESULT)
     schema.shaped(directory / RESULT, result, schema.Result)
     check_seal(directory / RESULT, result)
-    for name in recorded(result):
+    for name in recorded_files(result):
         if name != METRICS:
             check_file(directory / name, result["files"][name])
     header = sealed.read_header(directory / MODEL)
@@ -264,27 +264,6 @@ def read_run(directory: Path) -> Run:
     expected = schema.JointEnvironment if joint else schema.Environment
     schema.shaped(directory / ENVIRONMENT, environment, expected)
     return Run(directory, read_experiment(directory), environment, header, result)
-
-
-def recorded(result: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the files that a result vouches for."""
-    return tuple(name for name in RECORDED if name in result["files"])
-
-
-def check_seal(path: Path, value: Mapping[str, Any]) -> None:
-    """Raise RunError when the object that was read from `path` is not what was sealed there."""
-    if atomic.dumps(sealed.with_seal(value)) != sealed.read_text(path):
-        raise RunError(f"{path}: changed since it was written", sealed.REMEDY)
-
-
-def check_file(path: Path, sha256: str) -> None:
-    """Raise RunError when a file of a finished run is not what was written."""
-    if sealed.file_digest(path) != sha256:
-        raise RunError(
-            f"{path}: changed since it was written",
-            "restore it, or train the run again; for a backbone or data that moved "
-            "there are --model and --source",
-        )
 
 
 def read_stored(
@@ -312,36 +291,6 @@ def _load(
     tuned = processes.each(lambda: build(experiment, outputs, pretrained, folded=True))
     tuned.load(processes.main(lambda: sealed.read_tensors(directory / MODEL, tuned.stored())))
     return tuned
-
-
-def check_started(directory: Path, tuned: Tuned, manifest: Mapping[str, Any]) -> None:
-    """Raise RunError or DataError when backbone or rows are not those that a run started with."""
-    environment = sealed.read_object(directory / ENVIRONMENT)
-    if environment.get("data") != manifest:
-        raise DataError(
-            f"{directory}: the rows have changed since the run started",
-            "restore them, or start again with --overwrite",
-        )
-    started = schema.shaped(directory / ENVIRONMENT, environment, schema.Started)["backbone"]
-    check_backbone(directory, started, tuned.pretrained)
-
-
-def check_backbone(directory: Path, expected: Mapping[str, Any], found: Pretrained) -> None:
-    """Raise RunError, with both names and the files that differ, for another backbone."""
-    if found.fingerprint == expected["fingerprint"]:
-        return
-    own, there = found.digests, expected["files"]
-    differ = ", ".join(n for n in sorted(own.keys() | there.keys()) if own.get(n) != there.get(n))
-    raise RunError(
-        f"{directory}: trained on backbone {expected['name']}{_revision(expected['revision'])} "
-        f"({expected['fingerprint'][:12]}), but {found.name}{_revision(found.revision)} is "
-        f"({found.fingerprint[:12]}): other {differ}",
-        "give the backbone that the run was trained on with --model",
-    )
-
-
-def _revision(name: str | None) -> str:
-    return f" at revision {name[:12]}" if name else ""
 
 
 def read_experiment(directory: Path) -> Experiment:

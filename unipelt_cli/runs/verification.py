@@ -14,9 +14,10 @@ from unipelt_cli.data.splits import SPLITS
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.files import sealed
 from unipelt_cli.runs import schema
+from unipelt_cli.runs.checks import check_file, check_seal, recorded_files
 from unipelt_cli.runs.names import MODEL, RESULT
 from unipelt_cli.runs.probe import PROBE_ROWS
-from unipelt_cli.runs.run import Run, check_file, check_seal, read_run, recorded
+from unipelt_cli.runs.run import Run, read_run
 from unipelt_cli.system.check import Check
 
 MACHINE = ("unipelt", "python", "platform", "processor", "threads", "device")
@@ -68,7 +69,7 @@ def _files(directory: Path) -> Iterator[Check]:
     first = _try(RESULT, own)
     yield first
     if first.ok:
-        for name in recorded(result):
+        for name in recorded_files(result):
             yield _try(name, lambda name=name: _file(directory / name, result["files"][name]))  # type: ignore[misc]
 
 

@@ -13,21 +13,16 @@ from torch import Tensor
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.data import preparation
 from unipelt_cli.data.prepared_directory import Prepared
-from unipelt_cli.errors import (
-    BackboneError,
-    ConfigError,
-    DataError,
-    RunError,
-    UnipeltError,
-)
+from unipelt_cli.errors import BackboneError, ConfigError, DataError, RunError, UnipeltError
 from unipelt_cli.metrics import Values, compare_with_mean
 from unipelt_cli.models.evaluation import compute_logits, has_collapsed, predictions, references
 from unipelt_cli.models.sharing import share
 from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.checks import check_started
 from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, RESULT, STATE
 from unipelt_cli.runs.probe import EXACT, probe, units_of
 from unipelt_cli.runs.progress import read_state
-from unipelt_cli.runs.run import check_started, read_experiment, read_run, read_stored
+from unipelt_cli.runs.run import read_experiment, read_run, read_stored
 from unipelt_cli.runs.writer import Writer, command_line
 from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes

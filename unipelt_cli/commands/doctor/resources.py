@@ -17,10 +17,10 @@ LENGTH = 128  # what model.max_length is if nobody says
 
 def check_minilm() -> Iterator[Check]:
     """Check the packaged backbone, every file by its sha256."""
-    from unipelt_cli.backbones import pretrained
     from unipelt_cli.backbones.minilm import MINILM, MINILM_SHA256
+    from unipelt_cli.backbones.pretrained import find
 
-    pretrained.find(MINILM)
+    find(MINILM)
     found = f"whole: {len(MINILM_SHA256)} files by their sha256"
     yield Check("backbone minilm", True, found, is_needed=True)
 
@@ -75,9 +75,9 @@ def check_model(name: str) -> Iterator[Check]:
         yield Check(f"backbone {name}", None, "not in the local cache", remedy)
         return
     from unipelt_cli import methods
-    from unipelt_cli.backbones import pretrained
+    from unipelt_cli.backbones.pretrained import find
 
-    found = pretrained.find(name)
+    found = find(name)
     layout, config = found.layout, found.library_config()
     size = (found.directory / "model.safetensors").stat().st_size
     yield Check(f"backbone {name}", True, f"safetensors, {size / 1e6:.0f} MB", is_needed=True)

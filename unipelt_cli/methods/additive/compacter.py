@@ -16,13 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, nn
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import (
-    CHECKS,
-    Method,
-    Published,
-    Recipe,
-    Site,
-)
+from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site
 from unipelt_cli.methods.building_blocks import initialise
 
 KNOWN = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})

@@ -17,14 +17,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import (
-    CHECKS,
-    Method,
-    Published,
-    Recipe,
-    Site,
-    refuse_unusual_layers,
-)
+from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site, refuse_unusual_layers
 from unipelt_cli.methods.building_blocks import STD, new_linear, train_norms
 
 GENERATED_STD = 0.01  # of the hypernetwork's matrices

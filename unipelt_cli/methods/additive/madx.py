@@ -23,14 +23,7 @@ from torch.nn import functional
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.additive import compacter
-from unipelt_cli.methods.base import (
-    CHECKS,
-    Pass,
-    Published,
-    Recipe,
-    Site,
-    Stage,
-)
+from unipelt_cli.methods.base import CHECKS, Pass, Published, Recipe, Site, Stage
 
 LANGUAGE, TASK = "language", "task"
 

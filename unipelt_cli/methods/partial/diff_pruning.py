@@ -12,14 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.methods.base import (
-    CHECKS,
-    Pass,
-    Published,
-    Recipe,
-    Site,
-    Stage,
-)
+from unipelt_cli.methods.base import CHECKS, Pass, Published, Recipe, Site, Stage
 from unipelt_cli.methods.partial.overlay import Deltas, Overlay, frozen, top
 from unipelt_cli.methods.partial.sparse_updates import Sparse, sparse
 

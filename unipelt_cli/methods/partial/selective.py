@@ -10,14 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import (
-    CHECKS,
-    Method,
-    Published,
-    Recipe,
-    Site,
-    refuse_unusual_layers,
-)
+from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site, refuse_unusual_layers
 from unipelt_cli.methods.building_blocks import train_norms
 
 

@@ -11,15 +11,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from unipelt_cli.backbones.architectures import BACKBONES
-from unipelt_cli.methods.base import (
-    CHECKS,
-    Losses,
-    Method,
-    Moment,
-    Published,
-    Recipe,
-    Site,
-)
+from unipelt_cli.methods.base import CHECKS, Losses, Method, Moment, Published, Recipe, Site
 from unipelt_cli.methods.partial.overlay import Deltas, Entries, frozen, squared_gradients, top
 from unipelt_cli.methods.partial.selective import Selective
 

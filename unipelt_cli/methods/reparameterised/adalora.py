@@ -14,15 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.methods.base import (
-    CHECKS,
-    Moment,
-    Pass,
-    Published,
-    Recipe,
-    Site,
-    Stage,
-)
+from unipelt_cli.methods.base import CHECKS, Moment, Pass, Published, Recipe, Site, Stage
 from unipelt_cli.methods.building_blocks import STD
 from unipelt_cli.methods.reparameterised.dora_and_vera import (
     Reparameterised,

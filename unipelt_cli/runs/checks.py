@@ -1,0 +1,63 @@
+"""Whether a run's files are those that its result vouches for, and its backbone the one it had."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unipelt_cli.backbones.pretrained import Pretrained
+from unipelt_cli.errors import DataError, RunError
+from unipelt_cli.files import atomic, sealed
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs import schema
+from unipelt_cli.runs.names import ENVIRONMENT, RECORDED
+
+
+def recorded_files(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the files that a result vouches for."""
+    return tuple(name for name in RECORDED if name in result["files"])
+
+
+def check_seal(path: Path, value: Mapping[str, Any]) -> None:
+    """Raise RunError when the object that was read from `path` is not what was sealed there."""
+    if atomic.dumps(sealed.with_seal(value)) != sealed.read_text(path):
+        raise RunError(f"{path}: changed since it was written", sealed.REMEDY)
+
+
+def check_file(path: Path, sha256: str) -> None:
+    """Raise RunError when a file of a finished run is not what was written."""
+    if sealed.file_digest(path) != sha256:
+        raise RunError(
+            f"{path}: changed since it was written",
+            "restore it, or train the run again; for a backbone or data that moved "
+            "there are --model and --source",
+        )
+
+
+def check_started(directory: Path, tuned: Tuned, manifest: Mapping[str, Any]) -> None:
+    """Raise RunError or DataError when backbone or rows are not those that a run started with."""
+    environment = sealed.read_object(directory / ENVIRONMENT)
+    if environment.get("data") != manifest:
+        raise DataError(
+            f"{directory}: the rows have changed since the run started",
+            "restore them, or start again with --overwrite",
+        )
+    started = schema.shaped(directory / ENVIRONMENT, environment, schema.Started)["backbone"]
+    check_backbone(directory, started, tuned.pretrained)
+
+
+def check_backbone(directory: Path, expected: Mapping[str, Any], found: Pretrained) -> None:
+    """Raise RunError, with both names and the files that differ, for another backbone."""
+    if found.fingerprint == expected["fingerprint"]:
+        return
+    own, there = found.digests, expected["files"]
+    differ = ", ".join(n for n in sorted(own.keys() | there.keys()) if own.get(n) != there.get(n))
+    raise RunError(
+        f"{directory}: trained on backbone {expected['name']}{_revision(expected['revision'])} "
+        f"({expected['fingerprint'][:12]}), but {found.name}{_revision(found.revision)} is "
+        f"({found.fingerprint[:12]}): other {differ}",
+        "give the backbone that the run was trained on with --model",
+    )
+
+
+def _revision(name: str | None) -> str:
+    return f" at revision {name[:12]}" if name else ""
