@@ -1,7 +1,8 @@
 """The command `eval`: score a finished run."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +10,12 @@ from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.terminal import console, summaries, tables
 from unipelt_cli.terminal.command_group import print_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from unipelt_cli.runs.run import Run
+    from unipelt_cli.tasks import Task
 
 
 def evaluate(
@@ -20,6 +27,8 @@ def evaluate(
     file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Score other labelled rows instead.")
     ] = None,
+    text: options.FileTextOption = None,
+    text_pair: options.FileTextPairOption = None,
     label: options.LabelOption = None,
     skip_unusable: options.SkipOption = False,
     encoding: options.EncodingOption = None,
@@ -38,16 +47,15 @@ def evaluate(
         (settings.flag_text("--split", split), settings.flag_text("--file", file)),
         (settings.flag_text("--source", source), settings.flag_text("--file", file)),
     )
-    if label is not None and file is None:
-        raise ConfigError(f"--label {label!r}: the run knows its own", "drop it, or give --file")
-    if encoding is not None and file is None:
-        raise ConfigError(f"--encoding {encoding!r}: the run knows its own", "drop it, or --file")
+    for_files = {"--text": text, "--text-pair": text_pair, "--label": label, "--encoding": encoding}
+    for flag, value in for_files.items():
+        if value is not None and file is None:
+            raise ConfigError(f"{flag} {value!r}: the run knows its own", "drop it, or give --file")
     split = split or "test"
     found = run_argument.read_run(run, offline, source, model)
     each = task is None and file is None
     places = list(range(len(found.tasks))) if each else [found.place(task)]
     tuned = found.build(device, model, precision)
-    from unipelt_cli.data import preparation
     from unipelt_cli.metrics import compare_with_mean
     from unipelt_cli.models import evaluation
     from unipelt_cli.tasks import joint_positive, joint_scores
@@ -59,11 +67,8 @@ def evaluate(
         if file is None:
             parts = iter([found.rows(split, settings.absolute(source), place)])
         else:
-            column = label or found.experiment.data.label or "label"
-            skip = skip_unusable or bool(found.experiment.data.skip_unusable)
-            parts = preparation.labelled_rows(
-                file, one, column, encoding=encoding, skip_unusable=skip, say=console.note
-            )
+            named = list(run_argument.file_columns(one.text, text, text_pair).values())
+            parts = _rows_of_file(found, one, file, named, label, encoding, skip_unusable)
         told, true = evaluation.answers(tuned, one, parts, found.experiment.model.max_length, place)
         scored.append(one.score(told, true))
         if (mean := found.train_mean(place)) is not None:
@@ -75,6 +80,30 @@ def evaluate(
     _show(answer)
     if as_json:
         print_json(answer)
+
+
+def _rows_of_file(
+    run: "Run",
+    task: "Task",
+    file: Path,
+    text: Sequence[str],
+    label: str | None,
+    encoding: str | None,
+    skip: bool,
+) -> "Iterator[Dataset]":
+    """Read labelled rows as the run's own were, save for what the command line says of them."""
+    from unipelt_cli.data.preparation import labelled_rows
+
+    data = run.experiment.data
+    return labelled_rows(
+        file,
+        task,
+        label or data.label or "label",
+        encoding=encoding,
+        text=text,
+        skip_unusable=skip or bool(data.skip_unusable),
+        say=console.note,
+    )
 
 
 def _show(answer: dict[str, Any]) -> None:

@@ -44,6 +44,8 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    text: options.FileTextOption = None,
+    text_pair: options.FileTextPairOption = None,
     encoding: Annotated[
         str | None,
         typer.Option(
@@ -100,15 +102,16 @@ def predict(
 
     if rows == "-" and sys.stdin is None:
         raise DataError("stdin is closed", "give rows on it, or name a FILE")
-    names = loaded_runs.named(given)
-    each = dict(zip(names, found, strict=True))
+    each = dict(zip(loaded_runs.named(given), found, strict=True))
     loaded = loaded_runs.load(each, task, device, model, precision)
+    names = run_argument.file_columns(loaded.columns, text, text_pair)
+    plain = [[names[column] for column in each] for each in loaded.plain]
+    wanted = (list(names.values()), kind, plain, encoding)
     if rows == "-":
-        stdin = sys.stdin.buffer
-        windows = readers.read_input(stdin, loaded.columns, kind, loaded.plain, encoding)
+        read = readers.read_input(sys.stdin.buffer, *wanted)
     else:
-        windows = readers.read_file(Path(rows), loaded.columns, kind, loaded.plain, encoding)
-    windows = readers.noted(windows, console.note)
+        read = readers.read_file(Path(rows), *wanted)
+    windows = (cells.renamed(names) for cells in readers.noted(read, console.note))
     skip = skip_unusable or all(own.experiment.data.skip_unusable for own in found)
     shown = rows != "-" and not (out is None and sys.stdout is not None and sys.stdout.isatty())
     with _output(out) as write, progress.counting("rows", shown=shown) as count:

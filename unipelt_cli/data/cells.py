@@ -65,6 +65,16 @@ class Cells:
         columns = {name: self.column(name)[:count] for name in names}
         return replace(self, columns=columns, rows=self.rows[:count], lines=self.lines[:count])
 
+    def renamed(self, names: Mapping[str, str]) -> "Cells":
+        """Return the same rows with columns under the names that a task has for them.
+
+        `names` are those in the file, by the task's. Raises DataError for one that is missing.
+        """
+        self.require(names.values())
+        columns = {task: self.columns[name] for task, name in names.items()}
+        labels = {task: self.names[name] for task, name in names.items() if name in self.names}
+        return replace(self, columns=columns, names=labels, shared={})
+
     def require(self, names: Iterable[str]) -> None:
         """Raise DataError for the first of `names` that is no column, or several."""
         wanted = list(names)

@@ -104,18 +104,23 @@ def labelled_rows(
     kind: str | None = None,
     *,
     encoding: str | None = None,
+    text: Sequence[str] = (),
     skip_unusable: bool = False,
     say: Callable[[str], object] = lambda note: None,
 ) -> Iterator[Dataset]:
     """Read a file of any size as rows of a task, a window at a time.
 
-    Columns are those of a split, labels by the task's names; `say` is given what was decided about
-    the file and, at the end, what was skipped. Raises DataError for a file that cannot be read, a
+    Columns are those of a split, labels by the task's names; `text` is what the file calls the
+    task's text columns, if not the same. `say` is given what was decided about the file and, at
+    the end, what was skipped. Raises DataError for a file that cannot be read, a
     missing column, a label that the task lacks, and, unless they are to be skipped, a missing or
     empty text and a missing label.
     """
     left_out = LeftOut()
-    for cells in noted(read_file(path, (*task.text, label), kind, encoding=encoding), say):
+    names = dict(zip((*task.text, label), (*(text or task.text), label), strict=True))
+    windows = noted(read_file(path, list(names.values()), kind, encoding=encoding), say)
+    for window in windows:
+        cells = window.renamed(names)
         usable = left_out.keep(cells, task.text, label) if skip_unusable else cells
         if not len(usable.rows):
             continue

@@ -71,6 +71,13 @@ TextOption = Annotated[str | None, _data("--text", "The text column.", metavar="
 TextPairOption = Annotated[
     str | None, _data("--text-pair", "The second text column, for pairs.", metavar="COLUMN")
 ]
+FileTextOption = Annotated[
+    str | None, typer.Option("--text", metavar="COLUMN", help="What FILE calls the text column.")
+]
+FileTextPairOption = Annotated[
+    str | None,
+    typer.Option("--text-pair", metavar="COLUMN", help="What FILE calls the second text column."),
+]
 LabelOption = Annotated[str | None, _data("--label", "The label column.", metavar="COLUMN")]
 
 

@@ -1,9 +1,11 @@
 """Where a run is that a command was given: a directory, or on the hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unipelt_cli.commands.shared.settings import settle
+from unipelt_cli.commands.shared.settings import flag_text, settle
+from unipelt_cli.errors import ConfigError
 from unipelt_cli.runs import hub
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import console
@@ -29,6 +31,27 @@ def locate(run: Path, offline: bool) -> Path:
     if hub.is_remote(run):
         console.say(f"{run}: commit {directory.name[:12]}")
     return directory
+
+
+def file_columns(columns: Sequence[str], text: str | None, text_pair: str | None) -> dict[str, str]:
+    """Return what a file calls each text column of a run: its own name, or what was given.
+
+    Raises ConfigError where `--text` and `--text-pair` are more or fewer than the run reads.
+    """
+    given = [name for name in (text, text_pair) if name is not None]
+    if not given:
+        return {column: column for column in columns}
+    if text is None or len(given) != len(columns):
+        flags = flag_text("--text", text), flag_text("--text-pair", text_pair)
+        reads = " and ".join(map(repr, columns))
+        needed = ("--text COLUMN", "--text COLUMN --text-pair COLUMN")[min(len(columns), 2) - 1]
+        raise ConfigError(
+            f"{' '.join(filter(None, flags))}: the run reads {reads}",
+            f"give {needed}"
+            if len(columns) < 3
+            else "name the columns in the file as the run does",
+        )
+    return dict(zip(columns, given, strict=True))
 
 
 def default_output(run: Path, what: str) -> Path:
