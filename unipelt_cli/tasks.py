@@ -111,11 +111,15 @@ def joint_scores(tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]) -
 
 
 def joint_positive(tasks: Sequence[Task]) -> dict[str, Any]:
-    """Return what is recorded of the labels that F1 is of: {} where no task has two labels."""
-    found = {task.name: task.positive_label for task in tasks if task.positive_label is not None}
-    if not found:
+    """Return what is recorded of the labels that F1 is of: {} where no task is scored by it so."""
+    labels = {
+        task.name: task.positive_label
+        for task in tasks
+        if task.positive_label is not None and "f1" in (task.metric, *task.also)
+    }
+    if not labels:
         return {}
-    return {"positive": found if len(tasks) > 1 else next(iter(found.values()))}
+    return {"positive": labels if len(tasks) > 1 else next(iter(labels.values()))}
 
 
 _PAIR = ("sentence1", "sentence2")
