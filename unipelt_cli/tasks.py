@@ -111,11 +111,12 @@ def joint_scores(tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]) -
 
 
 def joint_positive(tasks: Sequence[Task]) -> dict[str, Any]:
-    """Return what is recorded of the labels that F1 is of: {} where no task is scored by it so."""
+    """Return what is recorded of the labels that F1 is of, where it is scored or was chosen."""
     labels = {
         task.name: task.positive_label
         for task in tasks
-        if task.positive_label is not None and "f1" in (task.metric, *task.also)
+        if task.positive_label is not None
+        and (task.positive is not None or "f1" in (task.metric, *task.also))
     }
     if not labels:
         return {}

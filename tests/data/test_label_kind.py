@@ -10,6 +10,8 @@ from support.rows import sentence, write_table
 
 from unipelt_cli.config.presets import read_preset
 from unipelt_cli.data.label_kind import alike, decide, label_number, one_spelling
+from unipelt_cli.data.preparation import labelled_rows
+from unipelt_cli.errors import DataError
 
 CODES = ["1.1", "1.10", "2.1"]
 THIRDS = ["1", "1.33", "1.67", "2", "2.33", "2.67", "3"]
@@ -170,3 +172,20 @@ def test_many_labels_are_cut_in_the_table_with_a_count(tmp_path: Path) -> None:
     assert stderr.count("and 53 more labels") == 3
     assert "c24" not in stderr
     assert len(json.loads(stdout)["splits"]["train"]["labels"]) == 77
+
+
+def test_numbers_of_a_file_are_never_read_by_the_decimal_comma_of_others(tmp_path: Path) -> None:
+    commas = [f"message {n};{n // 7},{n % 7}25" for n in range(60)]
+    train = write(tmp_path / "train.csv", "\n".join(["text;label", *commas]))
+    rows = [json.dumps({"text": f"message {n}", "label": 12.345 + n}) for n in range(9)]
+    test = write(tmp_path / "test.jsonl", "\n".join(rows))
+    prepared = prepare_own(train, test_file=str(test), k=20, dev_size=10)
+    assert prepared.task.decimal_comma
+    assert prepared.splits["test"]["label"][:] == pytest.approx([12.345 + n for n in range(9)])
+    points = write(tmp_path / "points.csv", "text;label\na;12.345\nb;56.125\n")
+    with pytest.raises(DataError) as caught:
+        list(labelled_rows(points, prepared.task, "label"))
+    assert (caught.value.message, caught.value.hint) == (
+        f"{points}, line 2: the label '12.345' can be read in two ways",
+        "spell labels as the run's train rows do: a decimal comma, no thousands marks",
+    )

@@ -104,7 +104,7 @@ def test_the_demo_is_in_the_package():
         (
             {"kind": "regression"},
             "own.csv, line 2: the label 'bad' is not a number",
-            "mend the row, or use --set data.kind=classification if labels are names",
+            "mend the row, or train with --set data.kind=classification if labels are names",
         ),
         (
             {"text_pair": "text"},

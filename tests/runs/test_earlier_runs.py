@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from support.command import FAST, error_of, invoke, rows_options
+from support.command import FAST, invoke, rows_options
 from support.runs import reseal
 
-from unipelt_cli.runs.names import EXPERIMENT
+from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, RESULT
 from unipelt_cli.runs.run import read_experiment, read_run
 
 EARLIER = {
@@ -51,9 +51,32 @@ def test_a_run_of_an_earlier_version_is_read_as_what_it_was(
     assert code == 0, stderr
     assert json.loads(stdout)["scores"] == trained["test"]
     assert invoke("train", "--resume", *command[1:], *settings)[0] == 0
-    key, value = next(iter(EARLIER[method].items()))
-    today = getattr(read_experiment(out).method.__class__(), key)
-    assert error_of(*command, "--resume") == (
-        f"{out}: holds another experiment, method.{key} = {value!r} there, {today!r} here",
-        "give another --out, or replace it with --overwrite",
-    )
+    assert invoke(*command, "--resume")[0] == 0  # what the command did not say is what it was
+    code, _, stderr = invoke(*command, "--resume", "--set", "train.epochs=9")
+    assert code == 2
+    assert "holds another experiment, train.epochs" in stderr
+
+
+def test_an_interrupted_run_of_an_earlier_version_goes_on_with_the_label_it_scored(
+    bert: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    lines = [f"the film was {'awful' if n % 4 == 0 else 'good'} {n}" for n in range(60)]
+    labelled = [f"{line},{'no' if 'awful' in line else 'yes'}" for line in lines]
+    rows.write_text("\n".join(["text,label", *labelled]) + "\n")
+    out = tmp_path / "run"
+    command = ["train", *rows_options(rows), "--k", "24", "--model", bert, *FAST, "--out", out]
+    code, stdout, stderr = invoke(*command, "--json")
+    assert (code, json.loads(stdout)["positive"]) == (0, "no"), stderr
+
+    environment = json.loads((out / ENVIRONMENT).read_text())
+    del environment["data"]["positive"]
+    environment["data"]["notes"] = ["what was said then"]
+    (out / ENVIRONMENT).write_text(json.dumps(environment))
+    text = (out / EXPERIMENT).read_text()
+    kept = [line for line in text.splitlines() if not line.startswith(("kind = ", "label_scale"))]
+    (out / EXPERIMENT).write_text("\n".join(kept) + "\n")
+    (out / RESULT).unlink()
+
+    code, stdout, stderr = invoke(*command, "--resume", "--json")
+    assert (code, json.loads(stdout)["positive"]) == (0, "yes"), stderr

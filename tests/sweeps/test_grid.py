@@ -98,3 +98,17 @@ def test_a_grid_file_with_an_unknown_axis_is_refused(tmp_path: Path) -> None:
     path.write_text("[axes]\nk = 100\n")
     with pytest.raises(ConfigError, match=r"axes\.k = 100: not a list of values"):
         grid.read_grid(str(path))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("head", "demo-k20-head-minilm-d111-s42-813ff3f3"),
+        ("unipelt-apl", "demo-k20-unipelt-apl-minilm-d111-s42-7ec3a5cd"),
+        ("lst", "demo-k20-lst-minilm-d111-s42-6a3789c1"),
+    ],
+)
+def test_cells_keep_the_names_that_earlier_versions_gave_them(method: str, name: str) -> None:
+    """A sweep finds its finished cells by them."""
+    settings = {"data": {"task": "demo", "k": 20}, "method": {"name": method}}
+    assert grid.cell_name(resolve([("", settings)])) == name

@@ -35,9 +35,14 @@ def parse_assignment(text: str) -> Settings:
 
 def dump(experiment: Experiment) -> str:
     """Write the experiment as TOML that `read_preset` and `resolve` give back unchanged."""
+    return dump_settings(experiment.settings())
+
+
+def dump_settings(settings: Settings) -> str:
+    """Write sections of settings as TOML, in their order."""
     blocks = [
         "\n".join([f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items())])
-        for section, values in experiment.settings().items()
+        for section, values in settings.items()
     ]
     return "\n\n".join(blocks) + "\n"
 

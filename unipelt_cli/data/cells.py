@@ -6,7 +6,7 @@ the format. Nothing here knows which rows are wanted or why.
 
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from unipelt_cli.data import parquet
-from unipelt_cli.data.label_kind import label_number, one_spelling
+from unipelt_cli.data.label_kind import as_number, label_number, one_spelling
 from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import Glue, Task
 from unipelt_cli.text import reason, short
@@ -214,9 +214,7 @@ def _codes(cells: Cells, column: str, task: Task) -> pa.Array:
     """Return label indices (int64), or values (float64) in regression."""
     labels = cells.labels(column)
     if task.is_regression:
-        comma = task.decimal_comma
-        values = [_value(cells, index, label, comma) for index, label in enumerate(labels)]
-        return pa.array(values, pa.float64())
+        return pa.array(_values(cells, column, labels, task.decimal_comma), pa.float64())
     aliases = task.source.values if isinstance(task.source, Glue) else ()
     known = {name: code for names in (aliases, task.labels) for code, name in enumerate(names)}
     # Runs of earlier versions have classes such as 1.0: 1 is one of them too.
@@ -230,10 +228,24 @@ def _codes(cells: Cells, column: str, task: Task) -> pa.Array:
     return pa.array([known[label] for label in labels], pa.int64())
 
 
+def _values(
+    cells: Cells, column: str, labels: Sequence[str], decimal_comma: bool
+) -> Iterator[float]:
+    """Yield the values of a regression's labels; only texts can be spelled with a decimal comma."""
+    is_spelled_so = any("," in label for label in labels)
+    for index, (cell, label) in enumerate(zip(cells.column(column), labels, strict=True)):
+        is_text = isinstance(cell[0] if isinstance(cell, list) else cell, str)
+        by_comma = decimal_comma and is_text
+        if by_comma and not is_spelled_so and label_number(label, True) != as_number(label):
+            hint = "spell labels as the run's train rows do: a decimal comma, no thousands marks"
+            cells.refuse(index, f"the label {short(label)} can be read in two ways", hint)
+        yield _value(cells, index, label, by_comma)
+
+
 def _value(cells: Cells, index: int, label: str, decimal_comma: bool) -> float:
     value = label_number(label, decimal_comma)
     if value is None:
-        hint = "mend the row, or use --set data.kind=classification if labels are names"
+        hint = "mend the row, or train with --set data.kind=classification if labels are names"
         cells.refuse(index, f"the label {short(label)} is not a number", hint)
     if not abs(value) <= LARGEST_VALUE:
         cells.refuse(index, f"the label {short(label)} is not finite", GIVE_FINITE)

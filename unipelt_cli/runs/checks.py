@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from unipelt_cli.backbones.pretrained import Pretrained
+from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import DataError, RunError
 from unipelt_cli.files import atomic, sealed
 from unipelt_cli.models.tuned import Tuned
@@ -36,13 +37,44 @@ def check_file(path: Path, sha256: str) -> None:
 def check_started(directory: Path, tuned: Tuned, manifest: Mapping[str, Any]) -> None:
     """Raise RunError or DataError when backbone or rows are not those that a run started with."""
     environment = sealed.read_object(directory / ENVIRONMENT)
-    if environment.get("data") != manifest:
+    if _rows_in(environment.get("data")) != _rows_in(manifest):
         raise DataError(
             f"{directory}: the rows have changed since the run started",
             "restore them, or start again with --overwrite",
         )
     started = schema.shaped(directory / ENVIRONMENT, environment, schema.Started)["backbone"]
     check_backbone(directory, started, tuned.pretrained)
+
+
+def as_started(experiment: Experiment, directory: Path) -> Experiment:
+    """Return a begun run's experiment with what an earlier version decided and did not record.
+
+    Then F1 was that of the second label, and the kind of own labels was decided otherwise.
+    """
+    data, path = experiment.data, directory / ENVIRONMENT
+    if not (data.train_file or data.dataset) or not path.is_file():
+        return experiment
+    manifest = sealed.read_object(path).get("data")
+    if not isinstance(manifest, Mapping) or not isinstance(manifest.get("labels"), list):
+        return experiment
+    labels = manifest["labels"]
+    changes: dict[str, Any] = {}
+    if data.kind == "auto":
+        changes["kind"] = "classification" if labels else "regression"
+    if data.positive is None and len(labels) == 2 and "positive" not in manifest:
+        changes["positive"] = labels[1]
+    return experiment.replace("data", **changes)
+
+
+def _rows_in(manifest: Any) -> Any:
+    """Return what a manifest says of the rows themselves: notes are words, and may change."""
+    if not isinstance(manifest, Mapping):
+        return manifest
+    if isinstance(tasks := manifest.get("tasks"), Mapping):
+        return {name: _rows_in(each) for name, each in tasks.items()}
+    splits = manifest.get("splits")
+    digests = splits and {name: dict(split).get("digest") for name, split in splits.items()}
+    return {"splits": digests, **{key: manifest.get(key) for key in ("task", "labels", "text")}}
 
 
 def check_backbone(directory: Path, expected: Mapping[str, Any], found: Pretrained) -> None:

@@ -10,7 +10,7 @@ from unipelt_cli import methods
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.config.presets import read_preset, read_settings, sweep_presets
 from unipelt_cli.config.sections import Settings
-from unipelt_cli.config.toml import dump, parse_assignment
+from unipelt_cli.config.toml import dump, dump_settings, parse_assignment
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.runs.names import run_name
 from unipelt_cli.text import cut, shown
@@ -166,8 +166,22 @@ def _method(name: str) -> list[Settings]:
 
 
 def cell_name(experiment: Experiment) -> str:
-    """Return what a cell's directory is called: readable, and with its settings' hash."""
-    digest = hashlib.sha256(dump(experiment).encode()).hexdigest()
+    """Return what a cell's directory is called: readable, and with its settings' hash.
+
+    A setting that came later is left out where it says what earlier versions did: their cells
+    keep their names.
+    """
+    settings = experiment.settings()
+    earlier = {"method": experiment.method.earlier, "train": {"label_scale": "auto"}}
+    kept = {
+        section: {
+            key: value
+            for key, value in values.items()
+            if key not in earlier.get(section, {}) or value != earlier[section][key]
+        }
+        for section, values in settings.items()
+    }
+    digest = hashlib.sha256(dump_settings(kept).encode()).hexdigest()
     return f"{run_name(experiment)[:200]}-{digest[:8]}"
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from unipelt_cli import methods
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.data import preparation
 from unipelt_cli.data.prepared_directory import Prepared
@@ -18,7 +19,7 @@ from unipelt_cli.metrics import Values, compare_with_mean
 from unipelt_cli.models.evaluation import compute_logits, has_collapsed, predictions, references
 from unipelt_cli.models.sharing import share
 from unipelt_cli.models.tuned import Tuned
-from unipelt_cli.runs.checks import check_started
+from unipelt_cli.runs.checks import as_started, check_started
 from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, RESULT, STATE
 from unipelt_cli.runs.probe import EXACT, probe, units_of
 from unipelt_cli.runs.progress import read_state
@@ -68,7 +69,7 @@ class Session:
         self.writer.sweep()
         recorded = read_experiment(directory)
         _same(recorded, self.experiment, directory)
-        return True, recorded
+        return True, as_started(recorded, directory)
 
     def open(self, other: Tuned | None = None) -> Ready | Finished:
         """After `check`, make data, model and loop ready; the backbone may be another run's."""
@@ -331,11 +332,22 @@ def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _same(there: Experiment, asked: Experiment, directory: Path) -> None:
-    """Raise RunError when a directory holds another experiment; `auto` matches what it became."""
+    """Raise RunError when a directory holds another experiment; `auto` matches what it became.
+
+    So does a method's default where the run was begun before there was such a setting.
+    """
     found, wanted = there.settings(), asked.settings()
+    defaults = asdict(methods.get(asked.method_name).method)
+    later = {
+        key
+        for key, value in there.method.earlier.items()
+        if found["method"].get(key) == value and wanted["method"].get(key) == defaults[key]
+    }
     for section, values in wanted.items():
         for key in sorted(values.keys() | found[section].keys()):
             old, new = found[section].get(key), values.get(key)
+            if section == "method" and key in later:
+                continue
             if old != new and new != "auto":
                 raise RunError(
                     f"{directory}: holds another experiment, {section}.{key} = {old!r} there, "

@@ -122,7 +122,7 @@ class UnionSettings(Method):
 
     @property
     def earlier(self) -> Mapping[str, Any]:
-        return {"parallel_dropout": 0.0}
+        return {"parallel_dropout": 0.0, "prefix_start": "normal"}
 
     @property
     def pads_to_max_length(self) -> bool:
