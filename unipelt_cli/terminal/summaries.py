@@ -16,17 +16,22 @@ from unipelt_cli.text import plain, rates, shown_score
 _CHANGE = ("before", "after")
 GAP = 2
 MOST_LABELS = 24
+WIDE = 100  # columns, from which on a table of methods shows rates
 RATES = ("learning_rate", "paper_rate", "paper_optimizer")
 
 
 def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
-    """Print the methods by category, with what they train and store on a backbone."""
-    view = Table(box=None, pad_edge=False)
+    """Print the methods by category, with what they train and store on a backbone.
+
+    Rates stand in terminals that have room for them, and in the JSON.
+    """
+    view, has_rates = Table(box=None, pad_edge=False), console().width >= WIDE
     view.add_column("method", no_wrap=True)
     view.add_column("trainable", justify="right", no_wrap=True)
     view.add_column("stored", justify="right", no_wrap=True)
     view.add_column("merges")
-    view.add_column("rate (paper)", no_wrap=True)
+    if has_rates:
+        view.add_column("rate (paper)", no_wrap=True)
     view.add_column("paper")
     category = None
     for entry in entries:
@@ -37,8 +42,8 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
             "-" if entry[key] is None else f"{entry[key]:,}" for key in ("trainable", "stored")
         ]
         merges = "yes" if entry["mergeable"] else "no"
-        rate = rates(*(entry[key] for key in RATES))
-        view.add_row(Text(f"  {entry['name']}"), *numbers, merges, rate, Text(entry["paper"]))
+        rate = [rates(*(entry[key] for key in RATES))] if has_rates else []
+        view.add_row(Text(f"  {entry['name']}"), *numbers, merges, *rate, Text(entry["paper"]))
     console().print(view)
     say(f"counted on {backbone}, the head apart; - where it cannot carry the method")
 
