@@ -20,7 +20,7 @@ def test_lists(what: str) -> None:
     assert max(map(len, stderr.splitlines())) <= 80
 
 
-def test_methods_are_listed_with_the_papers_rates() -> None:
+def test_methods_are_listed_with_the_papers_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     _, stdout, stderr = invoke("list", "methods", "--json")
     rates = {
         entry["name"]: [entry[key] for key in ("learning_rate", "paper_rate", "paper_optimizer")]
@@ -29,6 +29,10 @@ def test_methods_are_listed_with_the_papers_rates() -> None:
     assert rates["mam"] == [1e-3, 1e-4, "AdamW"]
     assert rates["prompt"] == [1e-2, None, "Adafactor"]
     assert rates["union"] == [5e-4, None, None]
+    narrow = invoke("list", "methods")[2].splitlines()
+    assert max(map(len, narrow)) <= 80
+    assert not any("1e-3" in line or "…" in line for line in narrow)
+    monkeypatch.setenv("COLUMNS", "120")
     _, _, stderr = invoke("list", "methods")
     lines = [" ".join(line.split()) for line in stderr.splitlines()]
     assert any(line.startswith("mam ") and " 1e-3 (1e-4) " in line for line in lines)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command import invoke
+from support.command import error_of, invoke
 
 
 def test_predict_gives_one_object_a_row_in_the_order_of_the_input(
@@ -39,3 +39,38 @@ def test_a_reader_that_closes_the_pipe_ends_the_command_quietly(run: Path, tmp_p
     first, status = result.stdout.splitlines()
     assert json.loads(first)["label"] in ("yes", "no")
     assert (status, result.stderr) == ("0", "")
+
+
+def test_columns_that_are_kept_stand_beside_their_rows_answers(run: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("id,text,when\n7,good film,monday\n8,,tuesday\n9,awful plot,\n")
+    kept = ("--keep", "id", "--keep", "when", "--skip-unusable")
+    code, lines, stderr = invoke("predict", run, rows, *kept)
+    assert code == 0, stderr
+    answers = [json.loads(line) for line in lines.splitlines()]
+    assert [(a["id"], a["when"], a["label"] is None) for a in answers] == [
+        ("7", "monday", False),
+        ("8", "tuesday", True),
+        ("9", "", False),
+    ]
+    _, plain, _ = invoke("predict", run, rows, "--skip-unusable")
+    bare = [{k: v for k, v in a.items() if k not in ("id", "when")} for a in answers]
+    assert bare == [json.loads(line) for line in plain.splitlines()]
+    objects = '{"id": 7, "text": "good film", "x": 1}\n{"id": null, "text": "fine"}\n'
+    _, lines, _ = invoke("predict", run, "-", "--keep", "id", stdin=objects)
+    assert [json.loads(line)["id"] for line in lines.splitlines()] == [7, None]
+
+
+@pytest.mark.parametrize(
+    ("column", "message", "hint"),
+    [
+        ("ids", "FILE: no column 'ids'", "columns found: 'text', 'label'"),
+        ("label", "--keep label: answers have this name themselves", "rename it"),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_said(
+    run: Path, rows_file: Path, column: str, message: str, hint: str
+) -> None:
+    found = error_of("predict", run, rows_file, "--keep", column)
+    assert found[0] == message.replace("FILE", str(rows_file))
+    assert found[1].startswith(hint)

@@ -1,9 +1,11 @@
 """The command `predict`: label rows with finished runs."""
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,9 +17,11 @@ from unipelt_cli.errors import ConfigError, DataError
 from unipelt_cli.terminal import console, progress
 
 if TYPE_CHECKING:
+    from unipelt_cli.data.cells import Cells
     from unipelt_cli.data.unusable import Window
     from unipelt_cli.runs.loaded_runs import LoadedRuns
 
+ANSWERED = frozenset({"label", "probabilities", "value", "runs"})
 SKIP_THEM = "fill it in, or have such rows answered with null by --skip-unusable"
 
 
@@ -46,6 +50,12 @@ def predict(
     ] = None,
     text: options.FileTextOption = None,
     text_pair: options.FileTextPairOption = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN", help="Write this column too, such as an id; may be repeated."
+        ),
+    ] = None,
     encoding: Annotated[
         str | None,
         typer.Option(
@@ -105,21 +115,53 @@ def predict(
     each = dict(zip(loaded_runs.named(given), found, strict=True))
     loaded = loaded_runs.load(each, task, device, model, precision)
     names = run_argument.file_columns(loaded.columns, text, text_pair)
+    kept = _Kept(keep or ())
     plain = [[names[column] for column in each] for each in loaded.plain]
-    wanted = (list(names.values()), kind, plain, encoding)
+    wanted = ([*dict.fromkeys([*names.values(), *kept.columns])], kind, plain, encoding)
     if rows == "-":
         read = readers.read_input(sys.stdin.buffer, *wanted)
     else:
         read = readers.read_file(Path(rows), *wanted)
-    windows = (cells.renamed(names) for cells in readers.noted(read, console.note))
+    windows = (kept.remember(cells).renamed(names) for cells in readers.noted(read, console.note))
     skip = skip_unusable or all(own.experiment.data.skip_unusable for own in found)
     shown = rows != "-" and not (out is None and sys.stdout is not None and sys.stdout.isatty())
     with _output(out) as write, progress.counting("rows", shown=shown) as count:
         parts = unusable.windows_of_texts(windows, loaded.groups, SKIP_THEM, skip=skip)
         for part in parts:
-            said = _answers(loaded, part)
-            write("".join(f"{json.dumps(_shape(each, several))}\n" for each in said))
+            said = [{**kept.next(), **_shape(row, several)} for row in _answers(loaded, part)]
+            write("".join(f"{json.dumps(row)}\n" for row in said))
             count(len(said))
+
+
+class _Kept:
+    """Columns that are written beside the answers: their values wait for those of their rows."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns, self._rows = list(dict.fromkeys(columns)), deque[dict[str, Any]]()
+        if taken := ANSWERED.intersection(columns):
+            name = min(taken)
+            raise ConfigError(f"--keep {name}: answers have this name themselves", "rename it")
+
+    def remember(self, cells: "Cells") -> "Cells":
+        """Keep the columns' values of some rows, and return the rows."""
+        values = [map(_writable, cells.column(column)) for column in self.columns]
+        self._rows.extend(
+            dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True)
+        )
+        return cells
+
+    def next(self) -> dict[str, Any]:
+        """Return what is kept of the next row."""
+        return self._rows.popleft() if self.columns else {}
+
+
+def _writable(value: Any) -> Any:
+    """Return a cell as JSON can hold it: dates and the like as text, what is missing as null."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float) else str(value)
 
 
 def _answers(loaded: "LoadedRuns", part: "Window") -> list[dict[str, Any]]:
