@@ -233,7 +233,8 @@ def _values(
 ) -> Iterator[float]:
     """Yield the values of a regression's labels; only texts can be spelled with a decimal comma."""
     is_spelled_so = any("," in label for label in labels)
-    for index, (cell, label) in enumerate(zip(cells.column(column), labels, strict=True)):
+    read = cells.column(column) if decimal_comma else labels
+    for index, (cell, label) in enumerate(zip(read, labels, strict=True)):
         is_text = isinstance(cell[0] if isinstance(cell, list) else cell, str)
         by_comma = decimal_comma and is_text
         if by_comma and not is_spelled_so and label_number(label, True) != as_number(label):
