@@ -76,6 +76,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     """
     problems: list[tuple[str, str]] = []
     merged = _merged(layers, problems)
+    _add_recipe(merged)
     sections = {
         name: validate_section(schema, merged[name], name, problems)
         for name, schema in SECTIONS.items()
@@ -91,14 +92,24 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     data, train = sections["data"], sections["train"]
     assert isinstance(train, TrainSettings)
     assert method is not None
-    if train.learning_rate is None:
-        train = train.model_copy(update={"learning_rate": methods.get(name).learning_rate})
     assert isinstance(data, DataSettings)
     if "dev_size" not in merged["data"] and (names := table_tasks(data)):
         data = data.model_copy(update={"dev_size": get_task(names[0]).dev_size})
     model = sections["model"]
     assert isinstance(model, ModelSettings)
     return Experiment(data, model, name, method, train)
+
+
+def _add_recipe(merged: Settings) -> None:
+    """Put the method's own defaults under what the layers say."""
+    name = merged["method"].get("name", methods.DEFAULT)
+    if name not in [*methods.table()]:
+        return  # said by the check of the method
+    recipe = methods.get(name)
+    defaults = {"train": {"learning_rate": recipe.learning_rate}}
+    for layer in (defaults, recipe.settings):
+        for section, values in layer.items():
+            merged[section] = {**values, **merged[section]}
 
 
 def _merged(

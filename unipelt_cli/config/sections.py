@@ -104,6 +104,9 @@ class ModelSettings(Section):
 
     backbone: str = Field("minilm", min_length=1, description="a directory, a hub name, or minilm")
     pooling: Pooling = Field("auto", description="what the head reads")
+    normalise: bool = Field(
+        False, description="whether the head reads features of length 1, as cosines are made of"
+    )
     head_dropout: float = Field(0.1, ge=0, le=0.9, description="dropout before the head")
     max_length: int = Field(128, ge=8, le=512, description="tokens a row is cut to")
     attention: Literal["auto", "eager", "sdpa"] = Field("auto", description="implementation")

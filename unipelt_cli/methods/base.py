@@ -325,6 +325,8 @@ class Recipe:
     is_suggested: bool = False
     """Whether `recommend` tries it if nobody says what to try."""
     published: Published | None = None
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Defaults of the sections `model` and `train` in which this method's are others."""
 
     @property
     def paper_rate(self) -> float | None:

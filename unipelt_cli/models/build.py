@@ -83,8 +83,9 @@ def build(
     size = sum(Head.size(hidden, own, has_dense=activation is not None) for own in outputs)
     site = _site(pretrained, tokenizer, generator, size, folded=folded, tasks=len(outputs))
     _attach(method, backbone, site, device)
-    dropout = experiment.model.head_dropout
-    heads = [Head(hidden, own, dropout, activation, generator) for own in outputs]
+    settings = experiment.model
+    given = (settings.head_dropout, activation, generator)
+    heads = [Head(hidden, own, *given, normalise=settings.normalise) for own in outputs]
     pooled = _pooled_token(pretrained, read.pooling)
     classifier = Classifier(backbone, heads, method, pooled, read.reads_pooler, draws)
     if precision == "bf16":

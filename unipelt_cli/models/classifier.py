@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from unipelt_cli.backbones.dropout import Draws
 from unipelt_cli.methods.base import Method
@@ -18,6 +19,8 @@ ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, 
 class Head(nn.Module):
     """Dropout and a linear unit; `native` adds the dense layer the library's classifier has.
 
+    With `normalise` the linear unit reads features of length 1.
+
     Dropout stands before the dense layer as well, on every backbone; DistilBERT's and DeBERTa's
     own classifiers have none there, and DistilBERT's own share is 0.2.
     """
@@ -29,8 +32,11 @@ class Head(nn.Module):
         dropout: float,
         activation: str | None,
         generator: torch.Generator,
+        *,
+        normalise: bool = False,
     ) -> None:
         super().__init__()
+        self.normalise = normalise
         self.dropout = nn.Dropout(dropout)
         self.dense = new_linear(hidden, hidden, generator) if activation else None
         self.activation = ACTIVATIONS[activation]() if activation else None
@@ -44,6 +50,8 @@ class Head(nn.Module):
     def forward(self, features: Tensor) -> Tensor:  # (batch, hidden) -> (batch, outputs)
         if self.dense is not None and self.activation is not None:
             features = self.activation(self.dense(self.dropout(features)))
+        if self.normalise:
+            features = functional.normalize(features, dim=-1)
         logits: Tensor = self.out(self.dropout(features))
         return logits
 

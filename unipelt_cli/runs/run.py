@@ -17,7 +17,7 @@ from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained, find
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.config.presets import read_preset
-from unipelt_cli.config.sections import DataSettings
+from unipelt_cli.config.sections import DataSettings, Settings
 from unipelt_cli.data import preparation
 from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.data.prepared_directory import Prepared
@@ -303,7 +303,8 @@ def read_experiment(directory: Path) -> Experiment:
     if isinstance(section, dict) and section.get("name") in [*methods.table()]:
         earlier = methods.get(section["name"]).method.earlier
         settings = {**settings, "method": {**earlier, **section}}
-    return resolve([("", {"train": {"label_scale": "raw"}}), ("", settings)])
+    defaults: Settings = {"train": {"label_scale": "raw"}, "model": {"normalise": False}}
+    return resolve([("", defaults), ("", settings)])
 
 
 def _where_runs_are(directory: Path) -> str:
