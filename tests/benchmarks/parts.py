@@ -34,8 +34,8 @@ from tests.benchmarks.peers import (
     forward,
     peer_epoch,
     peer_model,
-    quieten,
 )
+from tests.benchmarks.quiet import quieten
 from unipelt_cli.models.batches import Encoded, by_length
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.names import STATE

@@ -3,10 +3,7 @@
 AdapterTrainer needs accelerate: pip install accelerate
 """
 
-import logging
-import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,14 +21,6 @@ from unipelt_cli.training.events import Labelled
 
 PEERS = {"adapters, dynamic": False, "adapters, to 128": True}  # padding: always to 128?
 Batches = Sequence[dict[str, Tensor]]
-
-
-def quieten() -> None:
-    """Keep the libraries' talk out of the tables."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers.logging.set_verbosity_error()
 
 
 def peer_model(work: Work) -> Any:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from tests.benchmarks.contenders import Work, save_backbone
 from tests.benchmarks.parts import epoch, floor, inference, memory, runs, saving, startup
-from tests.benchmarks.peers import quieten
+from tests.benchmarks.quiet import quieten
 from unipelt_cli.backbones.minilm import MINILM
 
 Result = dict[str, Any]
