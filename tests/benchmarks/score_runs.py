@@ -108,10 +108,11 @@ def score_all(
     }
 
 
-def find_kept(contender: Contender, rows: Rows, folder: Path) -> Outcome | None:
+def find_kept(contender: Contender, rows: Rows, split: str, folder: Path) -> Outcome | None:
     """Return what was kept of a run; None where there is none.
 
-    Raises RunError for a damaged one, and for one of other rows or another recipe.
+    Raises RunError for a damaged one, and for one that read other rows, scored others on this
+    split, or had another recipe. Dev rows that were neither read nor are scored may be others.
     """
     path = _path(contender, rows, folder)
     if not path.is_file():
@@ -120,9 +121,11 @@ def find_kept(contender: Contender, rows: Rows, folder: Path) -> Outcome | None:
         outcome = Outcome.model_validate_json(path.read_bytes())
     except ValidationError:
         raise RunError(f"{path}: damaged", "remove it: it is run again") from None
-    if (outcome.recipe, outcome.digests) != (contender.recipe(rows), rows.digests):
-        what = "rows" if outcome.digests != rows.digests else "settings"
-        raise RunError(f"{path}: was run with other {what}", "give another --out")
+    matters = ("train", split, *(("dev",) if outcome.selected_on_dev else ()))
+    if outcome.recipe != contender.recipe(rows):
+        raise RunError(f"{path}: was run with other settings", "give another --out")
+    if any(outcome.digests[name] != rows.digests[name] for name in matters):
+        raise RunError(f"{path}: was run with other rows", "give another --out")
     return outcome
 
 

@@ -9,6 +9,8 @@ from unipelt_cli.comparison import significance
 from unipelt_cli.comparison.tables import ABSENT, Sheet
 
 MARK = "*"
+FLIPS = "p: sign flips of the pairs; Holm: for all rows together."
+ONE_SEED = "One seed a task shows no spread: no interval, no p."
 SeedScores = dict[int, float]
 
 
@@ -118,7 +120,7 @@ class Table:
                 f"Ahead of {self.against}, pair by pair over tasks and data seeds",
                 ("", "tasks", "pairs", "difference", "95 % interval", "p", "p (Holm)"),
                 tuple(map(_distance_row, distances)),
-                note="p: sign flips of the pairs; Holm: for all rows together.",
+                note=FLIPS if any(own.p is not None for own in distances) else ONE_SEED,
             )
 
     def _row(self, standing: Standing) -> tuple[str, ...]:

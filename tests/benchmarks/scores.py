@@ -149,7 +149,7 @@ def _stand(
     if refusal is not None:
         return f"{contender.name}: no {rows.task_name}, {refusal}"
     caveat = contender.caveat(rows.task)
-    kept = find_kept(contender, rows, chosen.out)
+    kept = find_kept(contender, rows, chosen.split, chosen.out)
     if kept is None and (absence := contender.absence()) is not None:
         return f"{contender.name}: left out, {absence}"
     outcome = kept or run_and_keep(contender, rows, chosen.out)
@@ -216,6 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UnipeltError as error:
         console.error(error.message, error.hint)
         return error.exit_code
+    except KeyboardInterrupt:
+        console.say("interrupted: the same command goes on from here")
+        return 130
     for sheet in table.sheets():
         comparison.show(sheet)
     for note in table.notes:

@@ -10,7 +10,9 @@ from support.data_files import glue
 from support.rows import write_rows
 
 from tests.benchmarks import scores
+from tests.benchmarks.score_runs import Outcome
 from tests.benchmarks.score_table import Standing, Table
+from tests.benchmarks.setfit_contender import SetFit
 from unipelt_cli.files import sealed
 from unipelt_cli.runs.run import read_run
 
@@ -144,6 +146,48 @@ def test_who_cannot_take_part_is_named_and_ranks_nobody(table, tmp_path, monkeyp
     ]
     assert [entry["mean"] is None for entry in answer["contenders"]] == [True, False, True]
     assert (answer["averaged"], answer["against"]) == (["reviews"], "head")
+
+
+def test_runs_of_setfit_that_were_kept_stand_where_it_is_missing(
+    table, bert, rows_file, tmp_path, monkeypatch
+) -> None:
+    no_setfit(monkeypatch)
+    chosen = scores.options([*SMALL, "--csv", f"reviews={rows_file}"])
+    for seed in chosen.data_seeds:
+        rows = scores.draw("reviews", scores.tasks_of(chosen)["reviews"], chosen, seed)
+        labels = {split: rows.prepared.splits[split]["label"] for split in ("dev", "test")}
+        kept = Outcome(
+            recipe=SetFit(str(bert)).recipe(rows),
+            packages={"setfit": "1.2.0"},
+            digests=rows.digests,
+            scores={split: {"accuracy": 1.0} for split in labels},
+            predictions={split: list(own) for split, own in labels.items()},
+            seconds=7.0,
+            inference_seconds=1.0,
+            labels_read=24,
+            selected_on_dev=False,
+        )
+        path = tmp_path / "out" / "setfit" / f"reviews-d{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(kept.model_dump_json())
+    # It read no dev row: another number of them for the others makes no other run of it.
+    code, stdout, stderr = table("--contenders", "setfit", "--dev-size", "9", "--json")
+    assert code == 0, stderr
+    (entry,) = json.loads(stdout)["contenders"]
+    assert (entry["mean"], entry["seconds"], entry["labels_read"]) == (1.0, [7.0] * 2, [24] * 2)
+    code, _, stderr = table("--contenders", "setfit", "--dev-size", "9", "--split", "dev")
+    path = tmp_path / "out" / "setfit" / "reviews-d111.json"
+    told = f"error: {path}: was run with other rows\nhint: give another --out\n"
+    assert (code, stderr) == (2, told)
+
+
+def test_an_interrupted_table_says_how_to_go_on(table, monkeypatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scores, "run_and_keep", stop)
+    told = "interrupted: the same command goes on from here\n"
+    assert table("--contenders", "head") == (130, "", told)
 
 
 def test_setfit_is_offered_no_values(bert, tmp_path, monkeypatch, capsys) -> None:
