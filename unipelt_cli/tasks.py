@@ -44,6 +44,11 @@ class Task:
         return not self.labels
 
     @property
+    def is_pair(self) -> bool:
+        """Whether a row has two texts."""
+        return len(self.text) == 2
+
+    @property
     def outputs(self) -> int:
         """How many numbers the head gives for one row."""
         return len(self.labels) or 1

@@ -15,7 +15,8 @@ from unipelt_cli.errors import BackboneError
 from unipelt_cli.text import short, shown
 
 MODULES, POOLING = "modules.json", "1_Pooling/config.json"
-SETTINGS = "sentence_bert_config.json"
+SETTINGS, KIND = "sentence_bert_config.json", "config_sentence_transformers.json"
+COMPARED = "SentenceTransformer"  # what KIND calls it; there are CrossEncoder and SparseEncoder too
 LONGEST = 100  # letters of a path inside the folder
 CHOOSE = "choose the pooling yourself: --set model.pooling=mean, cls or eos"
 
@@ -46,6 +47,8 @@ class Reading:
 
     lower_cases: bool = False
     """Whether texts are to be in small letters, whatever the tokenizer does."""
+    compares: bool = False
+    """Whether it makes one vector of a text, to be compared with those of others."""
 
     @property
     def note(self) -> str | None:
@@ -73,7 +76,9 @@ def read(directory: Path) -> Reading:
     root = _root(directory)
     if not (root / MODULES).is_file():
         path = root / POOLING
-        return Reading(_mode(path), POOLING) if path.is_file() else Reading()
+        if not path.is_file():
+            return Reading()
+        return Reading(_mode(path), POOLING, compares=_compares(root))
     modules = _modules(root / MODULES)
     kinds = [module.kind for module in modules]
     if kinds == ["Transformer"]:
@@ -88,7 +93,14 @@ def read(directory: Path) -> Reading:
     if not (root / file).is_file():
         raise BackboneError(f"{root / MODULES}: names {file}, which is not there", CHOOSE)
     lower_cases = settings.get("do_lower_case") is True
-    return Reading(_mode(root / file), file, tuple(behind), lower_cases)
+    return Reading(_mode(root / file), file, tuple(behind), lower_cases, _compares(root))
+
+
+def _compares(root: Path) -> bool:
+    """Say whether a pipeline that pools is one for comparing vectors: older ones do not say."""
+    path = root / KIND
+    kind = read_json(path).get("model_type") if path.is_file() else None
+    return kind in (None, COMPARED)
 
 
 def encoder_folder(directory: Path) -> Path:

@@ -10,6 +10,7 @@ Settings = dict[str, dict[str, Any]]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["auto", "native", "cls", "mean", "eos"]
+Pairs = Literal["auto", "joint", "apart"]
 Scale = Literal["auto", "standardised", "raw"]
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "spearman", "pearson", "mse"]
 
@@ -106,6 +107,11 @@ class ModelSettings(Section):
     pooling: Pooling = Field("auto", description="what the head reads")
     normalise: bool = Field(
         False, description="whether the head reads features of length 1, as cosines are made of"
+    )
+    pairs: Pairs = Field(
+        "auto",
+        description="two texts in one row (joint), or each by itself and compared (apart); auto: "
+        "apart where the backbone's own folder says that it is a sentence encoder",
     )
     head_dropout: float = Field(0.1, ge=0, le=0.9, description="dropout before the head")
     max_length: int = Field(128, ge=8, le=512, description="tokens a row is cut to")

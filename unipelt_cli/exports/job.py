@@ -1,7 +1,7 @@
 """What an export is given, what it returns, and how a library's model is compared."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,15 @@ def find_rows(run: Run, tuned: Tuned, source: str | None = None) -> Rows:
     longest, pad_to = run.experiment.model.max_length, None
     if tuned.method.pads_to_max_length:
         pad_to = longest
+    texts = 1 + tuned.classifier.apart[0]
     try:
         found = run.rows("test", source)
         chosen = found.select(range(min(ROWS, len(found))))
         test = encode_rows(tuned, [chosen[column] for column in run.task.text], longest)
     except UnipeltError:  # the source is not there, or not the same
-        test = Encoded([], [], tuned.tokenizer.pad_token_id)
-    drawn = probe_rows(tuned, ROWS - len(test), longest)
-    types = None
-    if test.types is not None and drawn.types is not None:
-        types = [*test.types, *drawn.types]
-    both = Encoded([*test.ids, *drawn.ids], types, drawn.pad_id, pad_to)
+        test = Encoded([], [], tuned.tokenizer.pad_token_id, texts=texts)
+    drawn = probe_rows(tuned, ROWS - len(test), longest, texts)
+    both = replace(test.with_rows(drawn), pad_id=drawn.pad_id, pad_to=pad_to)
     return Rows(both, len(test))
 
 

@@ -23,7 +23,6 @@ from unipelt_cli.exports.job import Job
 from unipelt_cli.files import atomic
 from unipelt_cli.gates.report import gates_of
 from unipelt_cli.metrics import loses_to_mean
-from unipelt_cli.models.batches import Encoded
 from unipelt_cli.runs.run import Run
 from unipelt_cli.system import network
 from unipelt_cli.tasks import joint_positive
@@ -236,7 +235,14 @@ def _protocol(run: Run) -> Iterator[str]:
     fingerprint = run.environment["backbone"]["fingerprint"][:12]
     yield f"- backbone {escaped(_backbone(run))}, fingerprint {fingerprint}"
     yield f"- k = {k} train rows, drawn by data seed {result['data_seed']}; seed {result['seed']}"
-    yield f"- rows cut to {model.max_length} tokens, {result['pooling']} pooling"
+    if run.task.is_pair and model.pairs == "apart":
+        yield (
+            f"- each text of a pair cut to {model.max_length} tokens and read by itself, "
+            f"{result['pooling']} pooling; the head reads what their unit vectors u and v differ "
+            "by, what they multiply to, and their cosine: |u - v|, u * v, cos"
+        )
+    else:
+        yield f"- rows cut to {model.max_length} tokens, {result['pooling']} pooling"
     yield (
         f"- the best of {result['epochs']} epochs by {result['metric']} on dev "
         f"(epoch {result['best_epoch']}); test was scored once, after training"
@@ -248,8 +254,7 @@ def _gates(job: Job) -> Iterator[str]:
     """Yield how far each gate opens, the mean over the rows compared; nothing without gates."""
     count, encoded = job.rows.from_test, job.rows.encoded
     if count:  # made-up rows open them otherwise
-        types = encoded.types and encoded.types[:count]
-        encoded = Encoded(encoded.ids[:count], types, encoded.pad_id, encoded.pad_to)
+        encoded = encoded.select(range(count))
     layers = gates_of(job.tuned, encoded)
     if not layers:
         return

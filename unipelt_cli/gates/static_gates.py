@@ -189,7 +189,8 @@ def _with_method(run: Run, method: Method) -> Run:
 def _rebuilt(run: Run, tuned: Tuned, method: Method, stored: Mapping[str, Tensor]) -> Tuned:
     """Build a model of the run's head and backbone with another method's tensors."""
     experiment = _with_method(run, method).experiment
-    rebuilt = build.build(experiment, run.task.outputs, tuned.pretrained, folded=True)
+    pairs = [run.task.is_pair]
+    rebuilt = build.build(experiment, run.task.outputs, tuned.pretrained, folded=True, pairs=pairs)
     own = {f"backbone.{name}" for name in tuned.method.fold(tuned.classifier.backbone)}
     others = {name: tensor for name, tensor in tuned.stored().items() if name not in own}
     rebuilt.load(others | {f"backbone.{name}": tensor for name, tensor in stored.items()})

@@ -4,7 +4,7 @@ Submodules pool over real tokens only, so rows of any length may share a batch.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -22,22 +22,73 @@ WINDOW = 4  # batches whose rows are sorted by length together in training
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows as token ids; `types` tells the sentences of a pair apart where a backbone wants it."""
+    """Rows as token ids; `types` tells the sentences of a pair apart where a backbone wants it.
+
+    A row may have several `texts`, each read by itself: the first of all rows, then the second.
+    """
 
     ids: Sequence[Sequence[int]]
     types: Sequence[Sequence[int]] | None
     pad_id: int
     pad_to: int | None = None
+    texts: int = 1
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.ids) // self.texts
+
+    @property
+    def text_lengths(self) -> NDArray[np.int64]:
+        """The tokens of each text, (texts, rows)."""
+        counts = np.fromiter(map(len, self.ids), dtype=np.int64, count=len(self.ids))
+        return counts.reshape(self.texts, -1)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        return np.fromiter(map(len, self.ids), dtype=np.int64, count=len(self.ids))
+        """The tokens of each row, those of all its texts."""
+        lengths: NDArray[np.int64] = self.text_lengths.sum(0)
+        return lengths
+
+    @property
+    def widths(self) -> NDArray[np.int64]:
+        """What each row takes of a batch by itself: all its texts are as long as the longest."""
+        widths: NDArray[np.int64] = self.texts * self.text_lengths.max(0)
+        return widths
+
+    @property
+    def width_to(self) -> int | None:
+        """What each row takes of a batch where all are padded alike."""
+        return self.pad_to and self.texts * self.pad_to
+
+    @property
+    def each_text(self) -> "Encoded":
+        """The texts as rows of their own, all first ones first."""
+        return replace(self, texts=1)
+
+    def select(self, rows: Sequence[int]) -> "Encoded":
+        """Return some rows."""
+        chosen = self._texts_of(rows)
+        types = None if self.types is None else [self.types[text] for text in chosen]
+        return replace(self, ids=[self.ids[text] for text in chosen], types=types)
+
+    def with_rows(self, other: "Encoded") -> "Encoded":
+        """Return these rows and others with as many texts after them."""
+        both, kept = (self, other), self.types is not None and other.types is not None
+        ids = [ids for text in range(self.texts) for rows in both for ids in rows._text(text)[0]]
+        types = [own for text in range(self.texts) for rows in both for own in rows._text(text)[1]]
+        return replace(self, ids=ids, types=types if kept else None)
+
+    def _text(self, text: int) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
+        """Return the ids and the types of the rows' first texts, or of their second ones."""
+        part = slice(text * len(self), (text + 1) * len(self))
+        return self.ids[part], self.types[part] if self.types is not None else ()
+
+    def _texts_of(self, rows: Sequence[int]) -> list[int]:
+        """Return the places of some rows' texts, all first ones first."""
+        return [text * len(self) + row for text in range(self.texts) for row in rows]
 
     def batch(self, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """Pad some rows to the longest of them: tensors (batch, length) by input name."""
+        """Pad some rows to the longest of them: tensors (texts * batch, length) by input name."""
+        rows = self._texts_of(rows) if self.texts > 1 else rows
         counts = np.fromiter((len(self.ids[row]) for row in rows), np.int64, len(rows))
         length = self.pad_to or int(counts.max())
         mask = np.arange(length) < counts[:, None]
@@ -62,11 +113,17 @@ def encode(
     *,
     max_length: int,
     pad_to_max: bool = False,
+    apart: bool = False,
 ) -> Encoded:
     """Tokenize one or two text columns, cut to `max_length` tokens, for a backbone's config.
 
+    Two columns are one row of tokens; with `apart` each of their texts is one, cut by itself.
+
     Raises BackboneError for a tokenizer that fails, gives a row no token, or one too many.
     """
+    texts = len(columns) if apart else 1
+    if texts > 1:
+        columns = [[text for column in columns for text in column]]
     with imports.guarded(_refuse):
         tokens = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
     for ids in tokens["input_ids"]:
@@ -80,6 +137,7 @@ def encode(
         tokens["token_type_ids"] if wants_types and "token_type_ids" in tokens else None,
         pad_id,
         max_length if pad_to_max else None,
+        texts,
     )
 
 
@@ -123,11 +181,11 @@ def shuffled(
     return [batches[place] for place in random.permutation(len(batches))]
 
 
-def by_length(lengths: NDArray[np.int64], pad_to: int | None = None) -> Iterator[list[int]]:
-    """Yield batches of row numbers for evaluation: longest rows first, within a token budget."""
+def by_length(widths: NDArray[np.int64], width_to: int | None = None) -> Iterator[list[int]]:
+    """Yield batches of row numbers for evaluation: widest rows first, within a token budget."""
     batch: list[int] = []
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        width = pad_to or (int(lengths[batch[0]]) if batch else int(lengths[row]))
+    for row in np.argsort(-widths, kind="stable").tolist():
+        width = width_to or (int(widths[batch[0]]) if batch else int(widths[row]))
         if batch and (len(batch) + 1) * width > TOKEN_BUDGET:
             yield batch
             batch = []

@@ -19,6 +19,7 @@ from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Method, Site, count_stored
 from unipelt_cli.methods.building_blocks import initialise
 from unipelt_cli.models.classifier import Classifier, Head
+from unipelt_cli.models.pairs import choose_pairs, width_of_pairs
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system import memory
 from unipelt_cli.system.devices import choose_device, choose_precision
@@ -56,9 +57,11 @@ def build(
     *,
     folded: bool = False,
     hasten: bool = True,
+    pairs: Sequence[bool] = (),
 ) -> Tuned:
     """Build the model that an experiment describes, with `outputs` logits a row (of each task).
 
+    `pairs` says of which tasks a row has two texts: of none unless given.
     With `folded` it has the stored form, ready to load. Draws from `train.seed` alone. Without
     `hasten` every pass goes through the library's layers, where a tracer can follow it.
     Raises BackboneError or ConfigError for a backbone, device or length that cannot be.
@@ -79,15 +82,24 @@ def build(
     if read.untrained:
         _initialise_pooler(backbone, pretrained, generator)
     tokenizer = pretrained.load_tokenizer()
+    kind = choose_pairs(experiment.model.pairs, pretrained, read.pooling, has_pairs=any(pairs))
+    apart = [kind == "apart" and is_pair for is_pair in pairs or (False,) * len(outputs)]
     hidden, activation = backbone.config.hidden_size, _head_activation(pretrained, read.pooling)
-    size = sum(Head.size(hidden, own, has_dense=activation is not None) for own in outputs)
+    shapes = [_head_shape(hidden, activation, is_apart) for is_apart in apart]
+    size = sum(
+        Head.size(width, own, has_dense=inner is not None)
+        for (width, inner), own in zip(shapes, outputs, strict=True)
+    )
     site = _site(pretrained, tokenizer, generator, size, folded=folded, tasks=len(outputs))
     _attach(method, backbone, site, device)
     settings = experiment.model
-    given = (settings.head_dropout, activation, generator)
-    heads = [Head(hidden, own, *given, normalise=settings.normalise) for own in outputs]
+    dropout, normalise = settings.head_dropout, settings.normalise
+    heads = [
+        Head(width, own, dropout, inner, generator, normalise=normalise)
+        for (width, inner), own in zip(shapes, outputs, strict=True)
+    ]
     pooled = _pooled_token(pretrained, read.pooling)
-    classifier = Classifier(backbone, heads, method, pooled, read.reads_pooler, draws)
+    classifier = Classifier(backbone, heads, method, pooled, read.reads_pooler, draws, apart)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
     replace_dropout(classifier, draws)
@@ -103,6 +115,7 @@ def build(
         device,
         read.untrained,
         plain_buffers,
+        kind,
         tuple(_notes(read.named or Reading(), tokenizer, pretrained)),
     )
 
@@ -159,6 +172,14 @@ def _head_activation(pretrained: Pretrained, pooling: str) -> str | None:
     """Return the activation of the dense layer that the library's own classifier has, if any."""
     native = pretrained.layout.native
     return native.activation if native and pooling == "native" and native.dense else None
+
+
+def _head_shape(hidden: int, activation: str | None, is_apart: bool) -> tuple[int, str | None]:
+    """Return a head's inputs and its inner activation: over two texts apart there is no layer.
+
+    It would be of the square of the inputs, and no library's.
+    """
+    return (width_of_pairs(hidden), None) if is_apart else (hidden, activation)
 
 
 def _pooled_token(pretrained: Pretrained, pooling: str) -> str:

@@ -10,6 +10,7 @@ from torch.nn import functional
 from unipelt_cli.backbones.dropout import Draws
 from unipelt_cli.methods.base import Method
 from unipelt_cli.methods.building_blocks import new_linear
+from unipelt_cli.models.pairs import features_of_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ class Head(nn.Module):
         """Count the parameters of a head before there is one."""
         return (hidden + 1) * outputs + (hidden + 1) * hidden * has_dense
 
-    def forward(self, features: Tensor) -> Tensor:  # (batch, hidden) -> (batch, outputs)
+    def forward(self, features: Tensor) -> Tensor:  # (batch, inputs) -> (batch, outputs)
         if self.dense is not None and self.activation is not None:
             features = self.activation(self.dense(self.dropout(features)))
         if self.normalise:
@@ -57,7 +58,10 @@ class Head(nn.Module):
 
 
 class Classifier(nn.Module):
-    """A backbone, one way to read a row's features from it, and a head for each task."""
+    """A backbone, one way to read a text's features from it, and a head for each task.
+
+    Of tasks that are `apart` a row is two texts, each of which goes through the backbone.
+    """
 
     def __init__(
         self,
@@ -67,9 +71,11 @@ class Classifier(nn.Module):
         pooling: str,
         reads_pooler: bool,
         draws: Draws,
+        apart: Sequence[bool] = (),
     ) -> None:
         super().__init__()
         self.draws = draws
+        self.apart = tuple(apart) or (False,) * len(heads)
         self.backbone, self.head = backbone, heads[0]
         self.other_heads = nn.ModuleList(heads[1:])
         self.method = method
@@ -93,12 +99,20 @@ class Classifier(nn.Module):
         return self.read(self.features(attention_mask, **inputs))
 
     def read(self, features: Tensor) -> Tensor:
-        """Return the logits of the task's head for features (batch, hidden)."""
+        """Return the logits of the task's head for features (batch, head's inputs)."""
         logits: Tensor = self.heads[self.task](features)
         return logits
 
     def features(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Return what a head reads of each row, float32 (batch, hidden)."""
+        """Return what the task's head reads of each row, float32 (batch, head's inputs)."""
+        return self.combine(self.pooled(attention_mask, **inputs))
+
+    def combine(self, pooled: Tensor) -> Tensor:
+        """Return what the task's head reads of each row, from what was pooled of its texts."""
+        return features_of_pairs(pooled) if self.apart[self.task] else pooled
+
+    def pooled(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the vector of each text, float32 (texts, hidden)."""
         with torch.autocast(
             attention_mask.device.type, self.autocast, enabled=self.autocast is not None
         ):

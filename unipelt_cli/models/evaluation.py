@@ -23,13 +23,14 @@ Gates = list[dict[str, NDArray[np.float32]]]
 
 
 def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int) -> Encoded:
-    """Tokenize text columns for a model, padded as its method needs them."""
+    """Tokenize text columns for a model, padded as its method and apart as its head needs them."""
     return encode(
         columns,
         tuned.tokenizer,
         tuned.classifier.backbone.config,
         max_length=max_length,
         pad_to_max=tuned.method.pads_to_max_length,
+        apart=tuned.pairs == "apart",
     )
 
 
@@ -70,8 +71,9 @@ def compute_with_gates(
         if not found:
             found.extend((layer, name) for layer, own in enumerate(recorded) for name in own)
             values.extend(np.zeros((len(found), len(rows)), dtype=np.float32))
-        if found:  # one copy from the device
+        if found:  # one copy from the device; a row's gate is the mean over its texts
             opened = torch.stack([value for own in recorded for value in own.values()]).cpu()
+            opened = opened.view(len(found), rows.texts, len(batch)).mean(1)
             for own, value in zip(values, opened.numpy(), strict=True):
                 own[batch] = value
 
@@ -111,7 +113,7 @@ def fill(
     `seen` is called after each batch with its rows.
     """
     with torch.inference_mode(), shared_out(tuned.classifier.shares_rows):
-        batches = by_length(rows.lengths[chosen], rows.pad_to)
+        batches = by_length(rows.widths[chosen], rows.width_to)
         waiting = [chosen[batch].tolist() for batch in batches][::-1]
         while waiting:
             batch = waiting.pop()

@@ -34,8 +34,8 @@ def can_join(first: Tuned, other: Tuned) -> bool:
     return (
         can_share(first)
         and can_share(other)
-        and (first.method, first.pooling, first.precision, first.device)
-        == (other.method, other.pooling, other.precision, other.device)
+        and (first.method, first.pooling, first.pairs, first.precision, first.device)
+        == (other.method, other.pooling, other.pairs, other.precision, other.device)
     )
 
 
@@ -74,6 +74,7 @@ def answer(tuned: Sequence[Tuned], inputs: Mapping[str, Tensor]) -> list[Tensor]
     rows = [len(inputs["attention_mask"])] * len(tuned)
     joined = {name: own.repeat(len(tuned), 1) for name, own in inputs.items()}
     with joints[0].together(joints, rows):
-        features = tuned[0].classifier.features(**joined)
-    split = torch.split(features, rows)
-    return [one.classifier.read(own) for one, own in zip(tuned, split, strict=True)]
+        pooled = tuned[0].classifier.pooled(**joined)
+    classifiers = [own.classifier for own in tuned]
+    split = zip(classifiers, torch.split(pooled, rows), strict=True)
+    return [classifier.read(classifier.combine(texts)) for classifier, texts in split]

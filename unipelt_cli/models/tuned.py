@@ -28,6 +28,8 @@ class Tuned:
     """Backbone tensors that the checkpoint did not hold: they count as head, and are stored."""
     plain_buffers: frozenset[str]
     """Buffers that the backbone has by itself; all others are the method's state."""
+    pairs: str = "joint"
+    """Whether two texts of a row are read as one (joint) or each by itself (apart)."""
     notes: tuple[str, ...] = ()
     """What its user must know of the backbone before training."""
 

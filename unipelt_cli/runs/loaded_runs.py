@@ -113,7 +113,7 @@ class LoadedRun:
     def _reading(self) -> tuple[object, ...]:
         """What decides, beside the rows and the backbone, which tokens are read."""
         length = self.run.experiment.model.max_length
-        return self.task.text, length, self.tuned.method.pads_to_max_length
+        return self.task.text, length, self.tuned.method.pads_to_max_length, self.tuned.pairs
 
     def _encode(self, columns: Columns) -> Encoded:
         texts = [columns[column] for column in self.task.text]

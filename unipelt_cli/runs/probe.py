@@ -106,8 +106,10 @@ def _is_whole(logits: Tensor, shape: tuple[int, int]) -> bool:
 
 def probe(tuned: Tuned) -> Logits:
     """Return all heads' logits of the probe rows: a fingerprint without user text."""
-    rows, tasks = probe_rows(tuned), range(len(tuned.classifier.heads))
-    return np.concatenate([compute_logits(tuned, rows, task) for task in tasks], axis=1)
+    apart = tuned.classifier.apart
+    rows = {texts: probe_rows(tuned, texts=texts) for texts in {1 + own for own in apart}}
+    each = [compute_logits(tuned, rows[1 + own], task) for task, own in enumerate(apart)]
+    return np.concatenate(each, axis=1)
 
 
 def units_of(tasks: Sequence[Task], scales: Sequence[LabelScale]) -> Tensor:
@@ -119,15 +121,20 @@ def units_of(tasks: Sequence[Task], scales: Sequence[LabelScale]) -> Tensor:
     return torch.cat([torch.full((task.outputs,), scale.unit) for task, scale in pairs])
 
 
-def probe_rows(tuned: Tuned, count: int = PROBE_ROWS, longest: int | None = None) -> Encoded:
-    """Draw rows of seeded random tokens that a model's backbone can read, `longest` of length."""
+def probe_rows(
+    tuned: Tuned, count: int = PROBE_ROWS, longest: int | None = None, texts: int = 1
+) -> Encoded:
+    """Draw rows of seeded random tokens that a model's backbone can read, `longest` of length.
+
+    Each row has so many texts, which are read apart.
+    """
     config: Any = tuned.classifier.backbone.config
     random = np.random.default_rng(0)
     pad_id = config.pad_token_id or 0
     ids = [
         [int(token) for token in random.integers(0, config.vocab_size, length) if token != pad_id]
         or [(pad_id + 1) % config.vocab_size]
-        for length in random.integers(4, 33, count)
+        for length in random.integers(4, 33, texts * count)
     ]
     limits = (tuned.pretrained.layout.positions(config), longest)
     limit = min((limit for limit in limits if limit is not None), default=None)
@@ -142,4 +149,5 @@ def probe_rows(tuned: Tuned, count: int = PROBE_ROWS, longest: int | None = None
         ids,
         [[0] * len(row) for row in ids] if has_types else None,
         pad_id,
+        texts=texts,
     )

@@ -287,8 +287,8 @@ def _load(
     pretrained: Pretrained,
     processes: Processes = ALONE,
 ) -> Tuned:
-    outputs = [task.outputs for task in tasks]
-    tuned = processes.each(lambda: build(experiment, outputs, pretrained, folded=True))
+    outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
+    tuned = processes.each(lambda: build(experiment, outputs, pretrained, folded=True, pairs=pairs))
     tuned.load(processes.main(lambda: sealed.read_tensors(directory / MODEL, tuned.stored())))
     return tuned
 
@@ -303,7 +303,8 @@ def read_experiment(directory: Path) -> Experiment:
     if isinstance(section, dict) and section.get("name") in [*methods.table()]:
         earlier = methods.get(section["name"]).method.earlier
         settings = {**settings, "method": {**earlier, **section}}
-    defaults: Settings = {"train": {"label_scale": "raw"}, "model": {"normalise": False}}
+    model = {"normalise": False, "pairs": "joint"}
+    defaults: Settings = {"train": {"label_scale": "raw"}, "model": model}
     return resolve([("", defaults), ("", settings)])
 
 
@@ -323,7 +324,14 @@ def copied(run: Run, tuned: Tuned, *, hasten: bool = True) -> Tuned:
     experiment = run.experiment.replace("train", device="cpu", precision="fp32")
     if not hasten:
         experiment = experiment.replace("model", attention="auto")  # plain, on a CPU
-    copy = build(experiment, run.task.outputs, tuned.pretrained, folded=True, hasten=hasten)
+    copy = build(
+        experiment,
+        run.task.outputs,
+        tuned.pretrained,
+        folded=True,
+        hasten=hasten,
+        pairs=[run.task.is_pair],
+    )
     copy.load(tuned.stored())
     return copy
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from unipelt_cli.config.experiment import Experiment
@@ -158,7 +158,7 @@ def _measure(
             if len(rates) == STEPS:
                 break
     dev = loop.dev[0]
-    few = replace(dev, ids=dev.ids[:ROWS], types=dev.types and dev.types[:ROWS])
+    few = dev.select(range(min(ROWS, len(dev))))
     compute_logits(tuned, few)
     start = time.perf_counter()
     compute_logits(tuned, few)

@@ -42,7 +42,7 @@ class Shared:
         """Tokenize the text columns of a split, or take what was made of them before."""
         task, limit = own.task, experiment.model.max_length
         digest = own.manifest["splits"][split]["digest"]
-        key = (tuned.pretrained.fingerprint, digest, limit, *task.text)
+        key = (tuned.pretrained.fingerprint, digest, limit, tuned.pairs, *task.text)
         if key not in self._encoded:
             columns = [own.splits[split][column] for column in task.text]
             self._encoded[key] = encode_rows(tuned, columns, limit)
@@ -76,8 +76,10 @@ def plan(
 ) -> tuple[Experiment, tuple[Prepared, ...], Tuned]:
     """Prepare each task's data, build the model, and write what was chosen into the experiment."""
     prepared = (shared or Shared()).prepare(experiment.data)
-    tuned = build(experiment, [own.task.outputs for own in prepared])
-    experiment = experiment.replace("model", pooling=tuned.pooling)
+    tasks = [own.task for own in prepared]
+    outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
+    tuned = build(experiment, outputs, pairs=pairs)
+    experiment = experiment.replace("model", pooling=tuned.pooling, pairs=tuned.pairs)
     experiment = experiment.replace("train", precision=tuned.precision)
     if experiment.data.train_file or experiment.data.dataset:
         is_regression = prepared[0].task.is_regression
@@ -124,6 +126,7 @@ def doubt(training: Training) -> str | None:
 
 
 def longest_batch(training: Training) -> tuple[int, int]:
-    """Return the rows and the tokens a row of the longest batch that there can be."""
-    lengths = max((course.train[0].lengths for course in training.courses), key=max)
-    return min(training.settings.batch_size, len(lengths)), int(max(lengths))
+    """Return the texts and the tokens a text of the longest batch that there can be."""
+    rows = max((course.train[0] for course in training.courses), key=lambda own: max(own.widths))
+    count = rows.texts * min(training.settings.batch_size, len(rows))
+    return count, int(rows.text_lengths.max())

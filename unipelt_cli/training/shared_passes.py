@@ -158,9 +158,10 @@ def _features(
     assert joints[0] is not None
     classifier = tuned[0].classifier
     with classifier.draws.of(generators, rows), joints[0].together(joints, rows):
-        features = classifier.features(**joined)
-    split = torch.split(features, rows)
-    return [own[:count] for own, count in zip(split, counts, strict=True)]
+        pooled = classifier.pooled(**joined)
+    split = zip(tuned, torch.split(pooled, rows), counts, strict=True)
+    # A run's texts are one block, so that each run's pairs are found in its own.
+    return [own.classifier.combine(texts[:count]) for own, texts, count in split]
 
 
 def _padded(x: Tensor, rows: int, length: int, value: int) -> Tensor:
