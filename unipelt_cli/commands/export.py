@@ -131,10 +131,11 @@ def _fix_gates(
     """Turn a run's gates into their means, as a format can hold it, and say what that costs."""
     from unipelt_cli.gates.static_gates import COST, make_static
 
-    if formats.get(name).needs_native and tuned.pooling != "native":
+    misfit = tuned.misfit()
+    if formats.get(name).needs_library_head and misfit is not None:
         raise ConfigError(
-            f"--to {name}: holds no {tuned.pooling} pooling, with or without gates",
-            "train with --set model.pooling=native, or use --to adapters or --to onnx",
+            f"--to {name}: holds no head that reads {misfit.reads}, with or without gates",
+            f"train with {misfit.flags}, or use --to adapters or --to onnx",
         )
     rows, only = partial(run.rows, source=source), formats.get(name).holds
     made = make_static(run, tuned, rows, cost=COST if cost is None else cost, only=only)

@@ -33,6 +33,9 @@ UNWRITTEN: Mapping[str, str] = {
 }
 """Architectures of `adapters` that no folder is written for, each with the reason."""
 
+POOLINGS = ("cls", "native")
+"""What the heads of `adapters` read."""
+
 PARTS = frozenset({"adapter", "prefix", "lora"})
 """The parts of ours that `adapters` has as the same function."""
 
@@ -70,10 +73,13 @@ def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
     if reason := UNWRITTEN.get(model_type):
         remedy = "train on another backbone, such as a bert"
         if not isinstance(method, Submodules):
-            remedy += " with --set model.pooling=native, and use --to hf"
+            misfit = tuned.misfit()
+            flags = "" if misfit is None else f" with {misfit.flags}"
+            remedy += f"{flags}, and use --to hf"
         return f"{run.directory}: {reason}", remedy
     if not isinstance(method, Submodules):
-        native = "" if tuned.pooling == "native" else "train with --set model.pooling=native and "
+        misfit = tuned.misfit()
+        native = "" if misfit is None else f"train with {misfit.flags} and "
         return (
             f"{run.directory}: method {run.experiment.method_name!r} adds no submodules, "
             "and adapters stores nothing else",
@@ -108,7 +114,7 @@ def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
 
 def has_head(tuned: Tuned) -> bool:
     """Say whether `adapters` has a classification head that reads what this model's head reads."""
-    return tuned.pooling in ("cls", "native")
+    return tuned.misfit(*POOLINGS) is None
 
 
 def plan(job: Job) -> Writer:
@@ -136,9 +142,9 @@ def _notes(job: Job) -> Iterator[str]:
         yield f"this run averages gates over padding: pad every row to {length} tokens there too"
     elif getattr(method, "gated", False):
         yield "adapters averages gates over padding, so its results for padded batches differ"
-    if not has_head(job.tuned):
+    if misfit := job.tuned.misfit(*POOLINGS):
         yield (
-            f"adapters has no head that reads {job.tuned.pooling} pooling: none was written, "
+            f"adapters has no head that reads {misfit.reads}: none was written, "
             "and the parity is that of hidden states"
         )
 

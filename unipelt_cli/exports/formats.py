@@ -23,8 +23,8 @@ class Target:
     """The extra of this package that brings them."""
     holds: frozenset[str] | None = None
     """The parts of an ungated union that it can hold; None where it holds all."""
-    needs_native: bool = False
-    """Whether it holds native pooling alone."""
+    needs_library_head: bool = False
+    """Whether it holds heads of the transformers library alone."""
     has_parts: bool = False
     """Whether it takes one part of a union alone."""
     has_half: bool = False
@@ -58,7 +58,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
             "a whole classifier of the transformers library",
             "transformers",
             holds=frozenset({"lora", "bias"}),
-            needs_native=True,
+            needs_library_head=True,
         ),
         "onnx": Target(
             "onnx_model",

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
+from torch.nn import functional
 
 from unipelt_cli.errors import CheckError, UnipeltError
 from unipelt_cli.exports.parity import TOLERANCE, Parity, compare
@@ -87,15 +88,30 @@ def compare_library(
         return compare(rows, batches, classifier, lambda **inputs: model(**inputs).logits)
 
     def read(hidden: Any, mask: Tensor) -> Tensor:
-        return classifier.read(classifier._pool(BaseModelOutput(hidden), mask))
+        return classifier.read(classifier.features_of_states(hidden, mask))
 
-    return compare(
-        rows,
-        batches,
-        lambda **inputs: classifier.backbone(**inputs).last_hidden_state,
-        lambda **inputs: model(**inputs).last_hidden_state,
-        read,
-    )
+    ours, theirs = (_states_by_text(own, rows.texts) for own in (classifier.backbone, model))
+    return compare(rows, batches, ours, theirs, read)
+
+
+def _states_by_text(model: Any, texts: int) -> Callable[..., Tensor]:
+    """Return what gives a model's last hidden states, the first texts of rows passed by themselves.
+
+    So are the second ones: side by side they would be padded to one length, where a tool for which
+    padding matters answers otherwise.
+    """
+
+    def states(**inputs: Tensor) -> Tensor:
+        length, each = inputs["attention_mask"].shape[1], []
+        for place in range(texts):
+            own = {name: tensor.chunk(texts)[place] for name, tensor in inputs.items()}
+            longest = length if texts == 1 else int(own["attention_mask"].sum(1).max())
+            cut = {name: tensor[:, :longest] for name, tensor in own.items()}
+            hidden = model(**cut).last_hidden_state
+            each.append(functional.pad(hidden, (0, 0, 0, length - longest)))
+        return torch.cat(each)
+
+    return states
 
 
 def labelled_config(run: Run, tuned: Tuned) -> Any:

@@ -6,6 +6,7 @@ What a trace bakes in by mistake is found by comparing on other sizes.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from unipelt_cli.exports.job import Job, Writer, Written, labelled_config
 from unipelt_cli.exports.parity import CPU, TOLERANCE, compare, padded
 from unipelt_cli.files import atomic
 from unipelt_cli.models.batches import Encoded
+from unipelt_cli.models.classifier import Classifier
 from unipelt_cli.text import first_line
 
 MODEL, CONFIG, TOKENIZER = "model.onnx", "config.json", "tokenizer.json"
@@ -24,18 +26,24 @@ OPSET = 18
 HALF_TOLERANCE = 0.05
 """In float16 trained runs were off by 0.002 to 0.02, with no label changed by it alone."""
 TRACED = (0, 1)  # rows
+SUFFIXES = ("", "_pair")  # of the inputs of a row's first text, and of a second one read apart
 
 
 class _Graph(nn.Module):
-    """A classifier that takes its inputs by place, as a graph does."""
+    """A classifier that takes its inputs by place, as a graph does, a text after the other."""
 
-    def __init__(self, classifier: nn.Module, names: list[str]) -> None:
+    def __init__(self, classifier: Classifier, names: list[str], texts: int) -> None:
         super().__init__()
-        self.classifier, self.names = classifier, names
+        self.classifier, self.names, self.texts = classifier, names, texts
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(**dict(zip(self.names, tensors, strict=True)))
-        return logits
+        count = len(self.names)
+        pooled = [
+            self.classifier.pooled(**dict(zip(self.names, own, strict=True)))
+            for own in (tensors[text * count :][:count] for text in range(self.texts))
+        ]
+        joined = pooled[0] if self.texts == 1 else torch.cat(pooled)
+        return self.classifier.read(self.classifier.combine(joined))
 
 
 def plan(job: Job) -> Writer:
@@ -45,7 +53,7 @@ def plan(job: Job) -> Writer:
 
 def _write(job: Job, directory: Path) -> Written:
     rows = job.rows.encoded
-    inputs = rows.batch(TRACED, CPU)
+    inputs = _by_name(rows.batch(TRACED, CPU), rows.texts)
     path = directory / MODEL
     _trace(job, inputs, path)
     if job.half:
@@ -57,7 +65,7 @@ def _write(job: Job, directory: Path) -> Written:
     session = _session(path)
 
     def theirs(**batch: Tensor) -> Tensor:
-        feeds = {name: tensor.numpy() for name, tensor in batch.items()}
+        feeds = {name: own.numpy() for name, own in _by_name(batch, rows.texts).items()}
         return torch.from_numpy(session.run(None, feeds)[0])
 
     every = _with_edges(rows, longest)
@@ -70,15 +78,26 @@ def _write(job: Job, directory: Path) -> Written:
     )
 
 
+def _by_name(batch: dict[str, Tensor], texts: int) -> dict[str, Tensor]:
+    """Return a batch's tensors by the names of a graph's inputs: a second text has its own."""
+    return {
+        f"{name}{SUFFIXES[place]}": tensor.chunk(texts)[place]
+        for place in range(texts)
+        for name, tensor in batch.items()
+    }
+
+
 def _trace(job: Job, inputs: dict[str, Tensor], path: Path) -> None:
     """Write the graph of one pass; batch and length stay open."""
     names = list(inputs)
     traced = job.copy(hasten=False).classifier.eval()
-    axes = {name: {0: "batch", 1: "length"} for name in names}
+    texts = job.rows.encoded.texts
+    lengths = [f"length{SUFFIXES[place * texts // len(names)]}" for place in range(len(names))]
+    axes = {name: {0: "batch", 1: length} for name, length in zip(names, lengths, strict=True)}
     try:
         with torch.no_grad():
             torch.onnx.export(
-                _Graph(traced, names),
+                _Graph(traced, names[: len(names) // texts], texts),
                 tuple(inputs.values()),
                 str(path),
                 input_names=names,
@@ -139,16 +158,30 @@ def _session(path: Path) -> Any:
 
 
 def _with_edges(rows: Encoded, longest: int) -> Encoded:
-    """Add a row of one token, of two, and of as many as a row may have."""
-    ids = [[*rows.ids[0]] * -(-count // len(rows.ids[0])) for count in (1, 2, longest)]
-    edges = [own[:count] for own, count in zip(ids, (1, 2, longest), strict=True)]
-    types = None if rows.types is None else [*rows.types, *([0] * len(own) for own in edges)]
-    return Encoded([*rows.ids, *edges], types, rows.pad_id, rows.pad_to)
+    """Add a row of one token, of two, and of as many as it may have, beside other second texts."""
+    counts = [1, 2, longest] if rows.texts == 1 else [1, 2, longest, longest, 1, 2]
+    ids = [[*rows.ids[0]] * -(-count // len(rows.ids[0])) for count in counts]
+    edges = [own[:count] for own, count in zip(ids, counts, strict=True)]
+    types = None if rows.types is None else [[0] * len(own) for own in edges]
+    return rows.with_rows(replace(rows, ids=edges, types=types))
+
+
+_JOINT = """\
+read = tokenizer.encode_batch(rows)
+feeds = {"input_ids": [row.ids for row in read], "token_type_ids": [row.type_ids for row in read]}
+feeds["attention_mask"] = [row.attention_mask for row in read]"""
+_APART = f"""\
+feeds = {{}}
+for suffix, texts in zip({SUFFIXES!r}, zip(*rows)):  # each text by itself
+    read = tokenizer.encode_batch(texts)
+    feeds["input_ids" + suffix] = [text.ids for text in read]
+    feeds["token_type_ids" + suffix] = [text.type_ids for text in read]
+    feeds["attention_mask" + suffix] = [text.attention_mask for text in read]"""
 
 
 def _snippet(job: Job) -> str:
     task = job.run.task
-    rows = '["a row", "another"]' if len(task.text) == 1 else '[("one", "other"), ("a", "b")]'
+    rows = '[("one", "other"), ("a", "b")]' if task.is_pair else '["a row", "another"]'
     answer = "logits[:, 0]"
     if task.labels:
         answer = '[config["id2label"][str(place)] for place in logits.argmax(axis=1)]'
@@ -164,9 +197,7 @@ folder, rows = {job.directory.name!r}, {rows}
 config = json.loads(Path(folder, "{CONFIG}").read_text(encoding="utf-8"))
 tokenizer = Tokenizer.from_file(f"{{folder}}/{TOKENIZER}")
 session = onnxruntime.InferenceSession(f"{{folder}}/{MODEL}")
-read = tokenizer.encode_batch(rows)
-feeds = {{"input_ids": [row.ids for row in read], "token_type_ids": [row.type_ids for row in read]}}
-feeds["attention_mask"] = [row.attention_mask for row in read]
+{_APART if job.rows.encoded.texts > 1 else _JOINT}
 names = [own.name for own in session.get_inputs()]
 logits = session.run(None, {{name: numpy.array(feeds[name]) for name in names}})[0]
 print({answer})"""

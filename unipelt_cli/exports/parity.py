@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,13 @@ Model = Callable[..., Tensor]
 
 
 def unpadded(rows: Encoded) -> Iterator[list[int]]:
-    """Yield batches of rows of one length, for a tool where padding would change the answer."""
-    lengths = rows.lengths
-    for length in sorted(set(lengths.tolist())):
-        alike = (lengths == length).nonzero()[0].tolist()
+    """Yield batches of rows of one length, for a tool where padding would change the answer.
+
+    Of pairs that are read apart all first texts have one length, and all second ones.
+    """
+    lengths = rows.text_lengths.T
+    for length in np.unique(lengths, axis=0):
+        alike = (lengths == length).all(axis=1).nonzero()[0].tolist()
         yield from (alike[start : start + max(SIZES)] for start in range(0, len(alike), max(SIZES)))
 
 

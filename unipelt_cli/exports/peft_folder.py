@@ -49,7 +49,7 @@ def plan(job: Job) -> Writer:
         raise RunError(
             f"{job.run.directory}: PEFT has no such method, {reason}", _remedy(job)
         ) from None
-    if tuned.untrained and not _has_head(tuned):
+    if tuned.untrained and not tuned.has_library_head:
         raise RunError(
             f"{job.run.directory}: the backbone came without a pooler, so the run trained one, "
             "and without a head the folder has no place for it",
@@ -62,22 +62,18 @@ def _remedy(job: Job) -> str:
     remedies = ["use --to onnx"]
     method, layout = job.tuned.method, job.tuned.pretrained.layout
     if method.unmergeable is None and layout.native is not None:
-        native = "" if job.tuned.pooling == "native" else "train with --set model.pooling=native, "
+        misfit = job.tuned.misfit()
+        native = "" if misfit is None else f"train with {misfit.flags}, "
         remedies = [f"{native}use --to hf", "--to onnx"]
     if job.part is None and "lora" in method.submodules:
         remedies.append("export another model, one part alone, with --part lora")
     return ", or ".join(remedies)
 
 
-def _has_head(tuned: Tuned) -> bool:
-    """Say whether the library's own classifier, which PEFT wraps, has this model's head."""
-    return tuned.pooling == "native"
-
-
 def _write(job: Job, form: Form, is_held: bool, directory: Path) -> Written:
     tuned = job.tuned
     config, tensors = _translate(form, tuned, f"{INSIDE}.{_inside(tuned)}")
-    if _has_head(tuned):
+    if tuned.has_library_head:
         tensors |= dict(_head_tensors(tuned))
     config.save_pretrained(directory)
     content = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -86,10 +82,10 @@ def _write(job: Job, form: Form, is_held: bool, directory: Path) -> Written:
         job,
         padded(job.rows.encoded),
         _load(job, directory),
-        has_head=_has_head(tuned),
+        has_head=tuned.has_library_head,
     )
     notes = list(_notes(job, is_held))
-    return Written(parity, notes, _snippet(job), compares_logits=_has_head(tuned))
+    return Written(parity, notes, _snippet(job), compares_logits=tuned.has_library_head)
 
 
 def _translate(form: Form, tuned: Tuned, inside: str) -> tuple[Any, dict[str, Tensor]]:
@@ -97,10 +93,10 @@ def _translate(form: Form, tuned: Tuned, inside: str) -> tuple[Any, dict[str, Te
     import peft
 
     shared: dict[str, Any] = {
-        "task_type": "SEQ_CLS" if _has_head(tuned) else "FEATURE_EXTRACTION",
+        "task_type": "SEQ_CLS" if tuned.has_library_head else "FEATURE_EXTRACTION",
         "base_model_name_or_path": tuned.pretrained.public_name,
         "inference_mode": True,
-        "modules_to_save": sorted(_saved(tuned)) if _has_head(tuned) else None,
+        "modules_to_save": sorted(_saved(tuned)) if tuned.has_library_head else None,
     }
     if isinstance(form, LowRankUpdates):
         alpha = form.scale * form.rank
@@ -137,7 +133,7 @@ def _pattern(paths: Any, tuned: Tuned) -> str:
 
 def _inside(tuned: Tuned) -> str:
     """Return the path of the backbone in the model that PEFT wraps, with its dot."""
-    return f"{tuned.pretrained.layout.inside}." if _has_head(tuned) else ""
+    return f"{tuned.pretrained.layout.inside}." if tuned.has_library_head else ""
 
 
 def _saved(tuned: Tuned) -> set[str]:
@@ -170,7 +166,7 @@ def _load(job: Job, directory: Path) -> Any:
     layout = pretrained.layout
     config = labelled_config(job.run, job.tuned)
     plain = pretrained.library_class
-    if _has_head(job.tuned):
+    if job.tuned.has_library_head:
         plain = getattr(transformers, f"{layout.classes}ForSequenceClassification")
     model = peft.PeftModel.from_pretrained(
         plain.from_pretrained(
@@ -197,11 +193,10 @@ def _notes(job: Job, is_held: bool) -> Iterator[str]:
         yield f"this is the part {job.part} alone, which is another model than the run's"
     if is_held:
         yield "its gate is held at each layer's mean over the rows compared"
-    if not _has_head(job.tuned):
+    if misfit := job.tuned.misfit():
         yield (
             "the library's own classifier, which PEFT wraps, does not read "
-            f"{job.tuned.pooling} pooling: no head was written, "
-            "and the parity is that of hidden states"
+            f"{misfit.reads}: no head was written, and the parity is that of hidden states"
         )
 
 
@@ -209,7 +204,7 @@ def _snippet(job: Job) -> str:
     tuned = job.tuned
     name, folder = tuned.pretrained.public_name, job.directory.name
     kind, more = tuned.pretrained.library_class.__name__, ""
-    if _has_head(tuned):
+    if tuned.has_library_head:
         kind, more = "AutoModelForSequenceClassification", f", num_labels={job.run.task.outputs}"
     return (
         "from peft import PeftModel\n"

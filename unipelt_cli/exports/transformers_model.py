@@ -62,17 +62,19 @@ def _remedy(run: Run, tuned: Tuned) -> str:
     formats = "use --to onnx" if problem else "use --to adapters or --to onnx"
     if tuned.pretrained.layout.native is None:
         return formats
-    if getattr(tuned.method, "gated", False) and tuned.pooling == "native":
+    misfit = tuned.misfit()
+    if getattr(tuned.method, "gated", False) and misfit is None:
         return f"{formats}, or see with --static-gates what constant gates would cost"
-    if tuned.method.unmergeable is not None:
+    if tuned.method.unmergeable is not None or misfit is None:
         return formats
-    return f"{formats}, or train with --set model.pooling=native"  # that alone was in the way
+    return f"{formats}, or train with {misfit.flags}"  # that alone was in the way
 
 
 def classifier(run: Run, tuned: Tuned) -> Any:
     """Put a plain backbone and the head into the library's own classifier, strictly."""
     head, layout = tuned.classifier.head, tuned.pretrained.layout
     assert layout.native is not None  # only its pooling can be merged
+    assert tuned.has_library_head
     tensors = {
         f"{layout.inside}.{name}": tensor
         for name, tensor in tuned.classifier.backbone.state_dict().items()

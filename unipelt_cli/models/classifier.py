@@ -119,6 +119,19 @@ class Classifier(nn.Module):
             output = self.backbone(attention_mask=attention_mask, **inputs)
             return self._pool(output, attention_mask).float()
 
+    def features_of_states(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return what the task's head reads, from last hidden states (texts, length, hidden)."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        pooler: Any = getattr(self.backbone, "pooler", None) if self.reads_pooler else None
+        if isinstance(pooler, nn.Linear):  # as albert has it
+            activation: Any = self.backbone.pooler_activation
+            pooled = activation(pooler(hidden[:, 0]))
+        else:
+            pooled = None if pooler is None else pooler(hidden)
+        output = BaseModelOutputWithPooling(hidden, pooled)  # type: ignore[arg-type]
+        return self.combine(self._pool(output, mask).float())
+
     def _pool(self, output: Any, mask: Tensor) -> Tensor:
         if self.reads_pooler:
             pooled: Tensor = output.pooler_output

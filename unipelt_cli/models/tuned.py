@@ -33,6 +33,29 @@ class Tuned:
     notes: tuple[str, ...] = ()
     """What its user must know of the backbone before training."""
 
+    @property
+    def has_library_head(self) -> bool:
+        """Whether the transformers library's own classifier has this model's head."""
+        return self.misfit() is None
+
+    def misfit(self, *poolings: str) -> "Misfit | None":
+        """Return why no library's head reads what this one does, if one reads these `poolings`.
+
+        The transformers library's own classifier reads native pooling alone, the default.
+        """
+        found: list[tuple[str, str]] = []
+        poolings = poolings or ("native",)
+        if self.pooling not in poolings:
+            found.append((f"{self.pooling} pooling", f"model.pooling={poolings[0]}"))
+        if self.classifier.head.normalise:
+            found.append(("features of length 1", "model.normalise=false"))
+        if any(self.classifier.apart):
+            found.append(("the texts of a pair apart", "model.pairs=joint"))
+        if not found:
+            return None
+        reads, remedies = zip(*found, strict=True)
+        return Misfit(" and ".join(reads), " ".join(f"--set {remedy}" for remedy in remedies))
+
     def stored(self) -> dict[str, Tensor]:
         """Return what a run stores, by name: the folded method and the head.
 
@@ -90,10 +113,16 @@ class Tuned:
         }
 
 
+@dataclass(frozen=True)
+class Misfit:
+    """Why a library has no head for a model: what it does not read, and flags of `train`."""
+
+    reads: str
+    flags: str
+
+
 def merge(tuned: Tuned) -> None:
     """Fold the method into the backbone; raises methods.CannotMerge with the reason."""
-    if tuned.pooling != "native":
-        raise methods.CannotMerge(
-            f"the library's own classifier does not read {tuned.pooling} pooling"
-        )
+    if misfit := tuned.misfit():
+        raise methods.CannotMerge(f"the library's own classifier does not read {misfit.reads}")
     tuned.method.merge(tuned.classifier.backbone)

@@ -32,6 +32,7 @@ from unipelt_cli.training.events import (
     Taken,
     Turns,
 )
+from unipelt_cli.training.head_start import start_heads
 from unipelt_cli.training.step import PREPARING, Stepper, derive_seed, loss_of, seeded
 
 
@@ -145,6 +146,7 @@ class Training:
         if not self.is_prepared:
             self.method.prepare(self.tuned.classifier.backbone, self._losses)
             self.tuned.classifier.zero_grad(set_to_none=True)
+            start_heads(self.tuned, self.courses)
             self._take_up_parameters()
             self.processes.share(self._tensors())
             self.is_prepared = True
