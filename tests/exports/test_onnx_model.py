@@ -1,10 +1,7 @@
 """What a run becomes as an ONNX file, run by ONNX Runtime as somebody without us would."""
 
-import contextlib
-import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from support.backbones import Backbones
 from support.exported import LABELS, make_run
 from support.rows import SENTENCES as SHORT
 from support.rows import write_rows
+from support.snippets import run_snippet
 from typer.testing import CliRunner
 
 from unipelt_cli.backbones.architectures import BACKBONES
@@ -34,27 +32,6 @@ SENTENCES = [*SHORT, "the film was good but " * 20]  # the last one is cut
 def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many exports are made here; one test compares all rows."""
     monkeypatch.setattr(job, "ROWS", 24)
-
-
-def snippet(folder: Path, rows: list[str] | list[tuple[str, str]]) -> Iterator[str]:
-    """Yield the card's code, word for word but for its example rows."""
-    code = re.search(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)
-    assert code is not None
-    lines = code[1].splitlines()
-    place = next(number for number, line in enumerate(lines) if line.startswith("folder, rows ="))
-    assert lines[place].startswith(f"folder, rows = {folder.name!r}, ")
-    lines[place] = f"folder, rows = {folder.name!r}, {rows!r}"
-    yield from lines
-
-
-def run_snippet(folder: Path, rows: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.chdir(folder.parent)
-    names: dict[str, Any] = {}
-    code = "\n".join(snippet(folder, rows))
-    assert not {"torch", "transformers", "unipelt"} & set(re.findall(r"\w+", code))
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        exec(code, names)
-    return names | {"said": said.getvalue().strip()}
 
 
 def logits_of(tuned: Any, columns: list[list[str]]) -> Any:

@@ -232,7 +232,7 @@ def test_a_pooling_that_the_format_cannot_hold_is_refused_at_once(
     )
     assert code == 0, said
     assert error_of("export", out, "--to", "hf", "--static-gates") == (
-        "--to hf: holds no mean pooling, with or without gates",
+        "--to hf: holds no head that reads mean pooling, with or without gates",
         "train with --set model.pooling=native, or use --to adapters or --to onnx",
     )
 

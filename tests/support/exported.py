@@ -26,7 +26,7 @@ def make_run(
     settings: dict[str, Any] | None = None,
     labels: tuple[str, ...] = LABELS,
     folded: bool = True,
-    **model: str,
+    **model: Any,
 ) -> tuple[Run, Tuned]:
     """Return a run and its model with noise on all that trains; its test rows are nowhere."""
     settings = dict(settings or {})
@@ -40,13 +40,20 @@ def make_run(
             ("", {"method": {"name": method} | settings}),
         ]
     )
-    tuned = build(experiment, len(labels) or 1, folded=folded)
+    apart = experiment.model.pairs == "apart"
+    tuned = build(experiment, len(labels) or 1, folded=folded, pairs=[apart])
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in tuned.classifier.parameters():
             if parameter.requires_grad:
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-    task = {"name": "my task.", "text": ["a"], "labels": labels, "metric": "accuracy", "also": []}
+    task = {
+        "name": "my task.",
+        "text": ["a", "b"][: 1 + apart],
+        "labels": labels,
+        "metric": "accuracy",
+        "also": [],
+    }
     counts = dict.fromkeys(labels, 2) | dict.fromkeys(labels[-1:], 0)
     split = {"rows": 4, "digest": "0" * 64, "row_ids": [0, 1, 2, 3], "labels": counts}
     data = {"source": {"kind": "files", "train": "/secret/rows.csv"}}

@@ -19,7 +19,7 @@ from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Method, Site, count_stored
 from unipelt_cli.methods.building_blocks import initialise
 from unipelt_cli.models.classifier import Classifier, Head
-from unipelt_cli.models.pairs import choose_pairs, width_of_pairs
+from unipelt_cli.models.pairs import choose_pairs, notes_of_pairs, width_of_pairs
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system import memory
 from unipelt_cli.system.devices import choose_device, choose_precision
@@ -116,7 +116,7 @@ def build(
         read.untrained,
         plain_buffers,
         kind,
-        tuple(_notes(read.named or Reading(), tokenizer, pretrained)),
+        (*_notes(read.named or Reading(), tokenizer, pretrained), *notes_of_pairs(kind, apart)),
     )
 
 

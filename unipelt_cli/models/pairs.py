@@ -5,6 +5,8 @@ Which features were compared on frozen minilm, 100 train rows, on rows drawn fro
 and of the vectors themselves beside them, which are too many numbers for 100 rows.
 """
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -46,3 +48,14 @@ def choose_pairs(wanted: str, pretrained: Pretrained, pooling: str, *, has_pairs
     except BackboneError:  # said where the pooling follows it
         return "joint"
     return "apart" if reading.compares and reading.pooling == pooling else "joint"
+
+
+def notes_of_pairs(kind: str, apart: Sequence[bool]) -> Iterator[str]:
+    """Say how the tasks' pairs are read, where that is not as one text."""
+    if any(apart):
+        yield (
+            "the two texts of a pair are read each by itself, and compared, as a sentence encoder "
+            "reads them: --set model.pairs=joint reads both as one"
+        )
+    elif kind == "apart":
+        yield "model.pairs = 'apart' changes nothing here: a row has one text"

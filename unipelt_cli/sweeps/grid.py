@@ -173,6 +173,7 @@ def cell_name(experiment: Experiment) -> str:
     """
     settings = experiment.settings()
     earlier = {"method": experiment.method.earlier, "train": {"label_scale": "auto"}}
+    earlier["model"] = {"normalise": False, "pairs": "auto"}
     kept = {
         section: {
             key: value

@@ -1,7 +1,7 @@
 """What becomes of the train texts in the tokenizer's hands: cut, or not known to it."""
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 
@@ -41,6 +41,10 @@ def _cut(
     columns: Sequence[Sequence[str]], encoded: Encoded, tuned: Tuned, limit: int
 ) -> Iterator[str]:
     """Say how many texts are longer than the limit: those that fill it, as far as a sample says."""
+    what = "train rows"
+    if encoded.texts > 1:  # each is cut by itself
+        what, encoded = "texts of the train rows", encoded.each_text
+        columns = [[text for column in columns for text in column]]
     full = np.flatnonzero(encoded.lengths >= limit).tolist()
     if not full:
         return
@@ -56,7 +60,7 @@ def _cut(
     if count:
         about = "about " if len(full) > len(looked_at) else ""
         yield (
-            f"{about}{count} of {len(encoded)} train rows are longer than {limit} tokens and are "
+            f"{about}{count} of {len(encoded)} {what} are longer than {limit} tokens and are "
             f"cut there; --set model.max_length=N reads more, up to 512"
         )
 
@@ -66,7 +70,8 @@ def _unknown(encoded: Encoded, tuned: Tuned, backbone: str) -> Iterator[str]:
     tokenizer = tuned.tokenizer
     unknown = tokenizer.unk_token_id
     frame = set(tokenizer.all_special_ids) - {unknown}
-    ids = np.fromiter(chain.from_iterable(islice(encoded.ids, SAMPLE_ROWS)), np.int64)
+    sample = encoded.select(range(min(SAMPLE_ROWS, len(encoded))))
+    ids = np.fromiter(chain.from_iterable(sample.ids), np.int64)
     pieces = ids[~np.isin(ids, sorted(frame))]
     if unknown is None or not len(pieces):
         return

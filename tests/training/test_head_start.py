@@ -1,0 +1,152 @@
+"""A head over pairs starts at what the cosine says, and runs train apart as well as in one pass."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.backbones import WORDS, Backbones, save_backbone
+from support.models import experiment
+
+from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.metrics import METRICS
+from unipelt_cli.models import sharing
+from unipelt_cli.models.build import build
+from unipelt_cli.models.evaluation import compute_logits, encode_rows
+from unipelt_cli.tasks import get_task
+from unipelt_cli.training import shared_passes
+from unipelt_cli.training.events import Course, Step
+from unipelt_cli.training.head_start import fit, start_heads
+from unipelt_cli.training.loop import Training
+
+APART = {"pairs": "apart", "pooling": "mean"}
+
+
+def texts_of(seed: int, count: int) -> list[list[str]]:
+    random = np.random.default_rng(seed)
+    return [
+        [" ".join(random.choice(WORDS, random.integers(1, 9))) for _ in range(count)]
+        for _ in range(2)
+    ]
+
+
+def loop_of(backbone: Path, seed: int, count: int, name: str = "mrpc", **model: Any) -> Training:
+    options = {"seed": seed, "epochs": 8, "batch_size": 6, "patience": 8, "learning_rate": 1e-2}
+    settings = experiment(backbone, "unipelt-apl", model={**APART, **model}, train=options)
+    task = get_task(name)
+    tuned = build(settings, task.outputs, pairs=[True])
+    labels = np.arange(count) % 2 if task.labels else np.linspace(0, 5, count)
+    labelled = (encode_rows(tuned, texts_of(seed, count), 128), labels)
+    return Training(tuned, task, labelled, labelled, settings.train)
+
+
+def steps_of(loop: Training, count: int) -> list[float]:
+    losses: list[float] = []
+    events = loop.events()
+    while len(losses) < count:
+        if isinstance(event := next(events), Step):
+            losses.append(event.loss)
+    return losses
+
+
+def test_a_fit_to_values_is_the_line_of_least_squares() -> None:
+    random = np.random.default_rng(0)
+    cosines = random.uniform(0.2, 0.9, 50)
+    values = 7 * cosines - 2 + random.normal(0, 0.1, 50)
+    slopes, offsets = fit(torch.tensor(cosines), torch.tensor(values), 1)
+    expected = np.polyfit(cosines, values, 1)
+    assert [float(slopes), float(offsets)] == pytest.approx(expected.tolist(), rel=5e-3)
+
+
+def test_a_fit_to_labels_tells_them_apart() -> None:
+    cosines = torch.linspace(0, 1, 30, dtype=torch.float64)
+    labels = (cosines > 0.4).long() + (cosines > 0.8).long()
+    slopes, offsets = fit(cosines, labels, 3)
+    answers = (cosines[:, None] * slopes + offsets).argmax(1)
+    assert float((answers == labels).double().mean()) >= 0.9
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_a_regression_starts_with_the_cosines_own_order(bert: Path, normalise: bool) -> None:
+    loop = loop_of(bert, 3, 20, "stsb", normalise=normalise)
+    tuned, (rows, _) = loop.tuned, loop.train
+    with torch.no_grad():
+        features = tuned.classifier.features(**rows.batch(range(20), torch.device("cpu")))
+    labels = 5 * features[:, -1].numpy()  # what a line of the cosine says
+    start_heads(tuned, [Course(loop.task, (rows, labels), (rows, labels))])
+    said = compute_logits(tuned, rows)[:, 0]
+    assert METRICS["spearman"](said, labels, 1) >= (0.999 if not normalise else 0.9)
+    if not normalise:
+        assert said == pytest.approx(labels, abs=0.01)
+
+
+def test_a_joint_head_starts_as_it_did(bert: Path) -> None:
+    loop = loop_of(bert, 3, 12, pairs="joint")
+    before = {name: tensor.clone() for name, tensor in loop.parameters.items()}
+    loop._prepare()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loop.parameters.items())
+
+
+@pytest.mark.parametrize("model_type", BACKBONES)
+def test_every_architecture_trains_on_pairs_after_the_start(
+    backbone_dir: Backbones, model_type: str
+) -> None:
+    loop = loop_of(backbone_dir(model_type), 1, 12)
+    before = {name: tensor.clone() for name, tensor in loop.parameters.items()}
+    assert np.isfinite(steps_of(loop, 6)).all()
+    moved = {name for name, own in loop.parameters.items() if not torch.equal(own, before[name])}
+    assert {"head.out.weight", "head.out.bias"} <= moved
+    for part in ("adapter.up", "gates", "submodules.prefix"):
+        assert any(part in name for name in moved), (part, sorted(before))
+
+
+@pytest.mark.parametrize("device_rows", ["ragged", "padded"])
+def test_runs_on_pairs_in_one_pass_are_what_each_is_alone(
+    bert: Path, device_rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device_rows == "padded":  # as on a GPU: every run with as many rows and tokens
+        from unipelt_cli.methods.unipelt.fused import batching
+
+        monkeypatch.setattr(batching, "shares_out", lambda device: False)
+        monkeypatch.setattr(shared_passes, "shares_out", lambda device: False)
+    sizes = {0: 17, 1: 20, 2: 9}
+    alone = {name: loop_of(bert, name, count) for name, count in sizes.items()}
+    expected = {name: steps_of(loop, 10) for name, loop in alone.items()}
+    loops = {name: loop_of(bert, name, count) for name, count in sizes.items()}
+    for name in (1, 2):
+        sharing.share(loops[0].tuned, loops[name].tuned)
+    losses: dict[int, list[float]] = {name: [] for name in loops}
+    for name, event in shared_passes.train_together(loops):
+        if isinstance(event, Step) and len(losses[name]) < 10:
+            losses[name].append(event.loss)
+        if all(len(own) == 10 for own in losses.values()):
+            break
+    for name in sizes:
+        assert losses[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+def test_a_batch_in_parts_takes_the_step_of_the_whole(tmp_path: Path) -> None:
+    no_dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    backbone = save_backbone(tmp_path, "bert", **no_dropout)
+    whole, parts = (loop_of(backbone, 1, 12) for _ in range(2))
+    parts.progress.micro_batch_size = 2
+    assert steps_of(parts, 8) == pytest.approx(steps_of(whole, 8), abs=1e-4)
+
+
+def test_evaluation_in_smaller_batches_computes_the_same(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = loop_of(bert, 1, 12)
+    whole, sizes = compute_logits(loop.tuned, loop.train[0]), list[int]()
+    pooled = loop.tuned.classifier.pooled
+
+    def exhausted(attention_mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(attention_mask))
+        if len(attention_mask) > 6:
+            raise MemoryError
+        return pooled(attention_mask, **inputs)
+
+    monkeypatch.setattr(loop.tuned.classifier, "pooled", exhausted)
+    assert compute_logits(loop.tuned, loop.train[0]) == pytest.approx(whole, abs=1e-5)
+    assert sizes == [24, 12, 6, 6, 12, 6, 6]
