@@ -72,18 +72,18 @@ def tensors_of(loop: Training) -> dict[str, torch.Tensor]:
 @contextmanager
 def lacking_memory(rows: int) -> Iterator[None]:
     """Let a training pass of more rows than these run out of memory."""
-    features = Classifier.features
+    pooled = Classifier.pooled
 
     def limited(self: Any, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         if len(attention_mask) > rows and self.training:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return features(self, attention_mask, **inputs)
+        return pooled(self, attention_mask, **inputs)
 
-    Classifier.features = limited  # type: ignore[method-assign]
+    Classifier.pooled = limited  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Classifier.features = features  # type: ignore[method-assign]
+        Classifier.pooled = pooled  # type: ignore[method-assign]
 
 
 def error_of(do: Callable[[], Any]) -> str:

@@ -43,16 +43,16 @@ def holding(
     monkeypatch: pytest.MonkeyPatch, rows: int, error: BaseException, *, only_training: bool = True
 ) -> None:
     """Let a pass of more rows than these run out of memory."""
-    features = Classifier.features
+    pooled = Classifier.pooled
 
     def limited(
         self: Classifier, attention_mask: torch.Tensor, **inputs: torch.Tensor
     ) -> torch.Tensor:
         if len(attention_mask) > rows and (self.training or not only_training):
             raise error
-        return features(self, attention_mask, **inputs)
+        return pooled(self, attention_mask, **inputs)
 
-    monkeypatch.setattr(Classifier, "features", limited)
+    monkeypatch.setattr(Classifier, "pooled", limited)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python", "onednn"])
