@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from support import ranks
+from support.command import FAST
+from support.pairs import pair_options, sentence_encoder, write_pairs
 from support.rows import write_rows
 from typer.testing import CliRunner
 
@@ -164,6 +166,35 @@ def test_one_process_reaches_the_same_scores(
         assert one[split]["accuracy"] == pytest.approx(two[split]["accuracy"], abs=6 / rows)
     losses = [[event["train_loss"] for event in epochs_of(root / n)] for n in ("one", "whole")]
     assert losses[0][0] == pytest.approx(losses[1][0], rel=0.1)
+
+
+def test_two_processes_train_on_pairs_read_apart_as_one_does(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence_encoder(root / "encoder", root / "bert")
+    rows = pair_options(write_pairs(root / "pairs.csv", 60))
+    command = ["train", *rows, "--model", "encoder", *FAST]
+    command += ["--set", "train.learning_rate=1e-5"]  # parts draw other dropout, which moves little
+    with launch(["-m", "unipelt_cli", *command, "--out", "pairs-two"], root) as launched:
+        ended = launched.end()
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    one = subprocess.run(
+        [sys.executable, "-m", "unipelt_cli", *command, "--out", "pairs-one"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert one.returncode == 0, one.stderr
+    runs = [read_run(root / f"pairs-{name}") for name in ("one", "two")]
+    assert [run.experiment.model.pairs for run in runs] == ["apart", "apart"]
+    assert [run.result["processes"] for run in runs] == [1, 2]
+    gates = [epochs_of(run.directory)[0]["gates"] for run in runs]
+    for own, other in zip(*gates, strict=True):
+        assert own == pytest.approx(other, abs=1e-3)
+    monkeypatch.chdir(root)
+    scored = CliRunner().invoke(app, ["eval", "pairs-two", "--json"])
+    assert json.loads(scored.stdout)["scores"] == runs[1].result["test"]
 
 
 def test_a_directory_that_exists_ends_both_and_is_said_once(root: Path, whole: Path) -> None:
