@@ -86,20 +86,13 @@ def build(
     apart = [kind == "apart" and is_pair for is_pair in pairs or (False,) * len(outputs)]
     hidden, activation = backbone.config.hidden_size, _head_activation(pretrained, read.pooling)
     shapes = [_head_shape(hidden, activation, is_apart) for is_apart in apart]
-    size = sum(
-        Head.size(width, own, has_dense=inner is not None)
-        for (width, inner), own in zip(shapes, outputs, strict=True)
-    )
+    heads = list(zip(shapes, outputs, strict=True))
+    size = sum(Head.size(width, own, has_dense=inner is not None) for (width, inner), own in heads)
     site = _site(pretrained, tokenizer, generator, size, folded=folded, tasks=len(outputs))
     _attach(method, backbone, site, device)
-    settings = experiment.model
-    dropout, normalise = settings.head_dropout, settings.normalise
-    heads = [
-        Head(width, own, dropout, inner, generator, normalise=normalise)
-        for (width, inner), own in zip(shapes, outputs, strict=True)
-    ]
     pooled = _pooled_token(pretrained, read.pooling)
-    classifier = Classifier(backbone, heads, method, pooled, read.reads_pooler, draws, apart)
+    made = _make_heads(experiment.model, heads, generator)
+    classifier = Classifier(backbone, made, method, pooled, read.reads_pooler, draws, apart)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
     replace_dropout(classifier, draws)
@@ -180,6 +173,19 @@ def _head_shape(hidden: int, activation: str | None, is_apart: bool) -> tuple[in
     It would be of the square of the inputs, and no library's.
     """
     return (width_of_pairs(hidden), None) if is_apart else (hidden, activation)
+
+
+def _make_heads(
+    settings: ModelSettings,
+    heads: Sequence[tuple[tuple[int, str | None], int]],
+    generator: torch.Generator,
+) -> list[Head]:
+    """Make each task's head from its shape and its outputs."""
+    dropout, normalise = settings.head_dropout, settings.normalise
+    return [
+        Head(width, outputs, dropout, inner, generator, normalise=normalise)
+        for (width, inner), outputs in heads
+    ]
 
 
 def _pooled_token(pretrained: Pretrained, pooling: str) -> str:
