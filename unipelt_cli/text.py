@@ -59,7 +59,12 @@ def rate(value: float) -> str:
     return f"{value:g}" if value >= 0.1 else f"{float(digits):g}e{int(power)}"
 
 
-def rates(ours: float, paper: float | None, optimizer: str | None) -> str:
-    """Write our learning rate, and behind it the paper's, or with what else the paper trains."""
+def rates(ours: float | None, paper: float | None, optimizer: str | None) -> str:
+    """Write our learning rate, and behind it the paper's, or with what else the paper trains.
+
+    A method that takes no steps has none.
+    """
+    if ours is None:
+        return "-"
     theirs = optimizer if paper is None else rate(paper)
     return f"{rate(ours)} ({theirs})" if theirs else rate(ours)

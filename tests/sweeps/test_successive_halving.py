@@ -27,11 +27,11 @@ def test_every_suggested_method_is_tried_with_three_rates() -> None:
         made.append((name, rate))
         return experiment(Path("minilm"), name)
 
-    assert len(successive_halving.candidates(base)) == len(made) == 21
+    assert len(successive_halving.candidates(base)) == len(made) == 22
     assert {("lora", 0.00017), ("lora", 0.0005), ("lora", 0.0015)} <= set(made)
     made.clear()
     successive_halving.candidates(base, ["head"], [0.1, 0.2])
-    assert made == [("head", 0.1), ("head", 0.2)]
+    assert made == [("probe", 0.001), ("head", 0.1), ("head", 0.2)]
     with pytest.raises(ConfigError, match="method 'lorra': no such method"):
         successive_halving.candidates(base, ["lorra"])
 
@@ -74,9 +74,11 @@ def test_a_third_goes_on_from_where_it_stood(backbone_dir: Backbones, rows_file:
         [1e-3, 5e-3, 1e-2],
     )
     turns = list(successive_halving.search(found, 1000))
-    assert [own.rung for own in successive_halving.ranked(found)] == [2, 2, 2, *[0] * 6]
-    assert len(turns) == 9 + 3 + 3
-    last = successive_halving.best(found)
+    assert [own.rung for own in successive_halving.ranked(found)] == [*[2] * 4, *[0] * 6]
+    assert len(turns) == 10 + 5 + 4, "the floor goes on with those that are kept"
+    (floor,) = [own for own in found if own.is_floor]
+    assert len(set(floor.scores)) == 1, "it does not depend on a seed"
+    last = next(own for own in successive_halving.ranked(found) if own is not floor)
     assert [trial.experiment.train.seed for trial in last.trials] == [42, 43, 44]
     assert all(trial.is_over for trial in last.trials)
     first = last.trials[0]
@@ -103,6 +105,9 @@ def test_a_budget_ends_the_search_and_a_failure_does_not(
         lambda name, rate: settings(directory, rows_file, name, rate), ["head", "lora", "adapter"]
     )
     turns = list(successive_halving.search(found, 1e-6))
-    assert [own.experiment.method_name for own in turns] == ["head", "lora"]
-    assert turns[0].error == "the loss is nan at step 1"
-    assert successive_halving.best(found) is turns[-1]
+    assert [own.experiment.method_name for own in turns] == ["probe", "head", "lora"]
+    assert turns[1].error == "the loss is nan at step 1"
+    assert {own.experiment.method_name for own in successive_halving.ranked(found)} == {
+        "probe",
+        "lora",
+    }

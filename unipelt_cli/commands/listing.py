@@ -110,7 +110,7 @@ def _methods(model: str | None = None) -> list[Entry]:
                 "stored": counts[1],
                 "mergeable": method.unmergeable is None,
                 "paper": recipe.source,
-                "learning_rate": recipe.learning_rate,
+                "learning_rate": None if method.has_closed_form else recipe.learning_rate,
                 "paper_rate": recipe.paper_rate,
                 "paper_optimizer": recipe.published and recipe.published.optimizer,
                 "what": recipe.summary,
@@ -132,7 +132,7 @@ def _presets(_: Path) -> list[Entry]:
         said[name] = first.removeprefix(f"{name}: ")
     for name, published in published_presets().items():
         method = name.removeprefix(PUBLISHED)
-        values = {**published["train"], **published["method"]}
+        values = {**published.get("model", {}), **published["train"], **published["method"]}
         del values["name"]
         listed = ", ".join(f"{key} {value}" for key, value in values.items())
         said[name] = f"{method} as {methods.get(method).source} trained it: {listed}"

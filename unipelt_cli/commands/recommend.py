@@ -35,7 +35,7 @@ def recommend(
     data_seed: options.DataSeedOption = None,
     seed: options.SeedOption = None,
     methods: Annotated[
-        str | None, typer.Option(metavar="A,B", help="What to try. (default seven methods)")
+        str | None, typer.Option(metavar="A,B", help="What to try. (default eight methods)")
     ] = None,
     rates: Annotated[
         str | None,
@@ -97,9 +97,11 @@ def recommend(
     found = successive_halving.candidates(base, names, _rates(rates))
     with atomic.new_directory(out) as directory:
         chosen = show_search(found, seconds)
+        floor = successive_halving.floor_among(found)
         evidence = {
             "chosen": chosen.said(),
             "metric": chosen.metric,
+            "floor": floor and floor.said(),
             "candidates": [one.said() for one in successive_halving.ranked(found)],
             "failed": [one.said() for one in found if one.error is not None],
             "budget_seconds": seconds,
@@ -127,14 +129,13 @@ def show_search(found: "Sequence[Candidate]", budget: float) -> "Candidate":
         score = "failed" if candidate.score is None else f"{candidate.score:.4f}"
         seeds = f", {len(candidate.scores)} seeds" if len(candidate.scores) > 1 else ""
         console.say(
-            f"round {candidate.rung + 1}  {said['method']} at {said['learning_rate']:g}: "
+            f"round {candidate.rung + 1}  {candidate.name}: "
             f"{candidate.metric} {score} after epoch {said['epochs']}{seeds}"
         )
     chosen = successive_halving.best(found)
-    untried = [own.said() for own in found if own.score is None and own.error is None]
+    untried = [own.name for own in found if own.score is None and own.error is None]
     if chosen.rung + 1 < len(successive_halving.RUNGS):
-        names = ", ".join(f"{own['method']} at {own['learning_rate']:g}" for own in untried)
-        left = f"; not tried: {names}" if names else ""
+        left = f"; not tried: {', '.join(untried)}" if untried else ""
         ended = (
             f"the budget ended in round {chosen.rung + 1} of {len(successive_halving.RUNGS)}{left}"
         )
@@ -146,7 +147,7 @@ def show_search(found: "Sequence[Candidate]", budget: float) -> "Candidate":
         rows.append(
             [
                 ("* " if candidate is chosen else "  ") + said["method"],
-                f"{said['learning_rate']:g}",
+                "-" if candidate.rate is None else f"{candidate.rate:g}",
                 f"{candidate.score:.4f}{spread}",
                 str(len(candidate.scores)),
                 str(said["epochs"]),
@@ -155,12 +156,28 @@ def show_search(found: "Sequence[Candidate]", budget: float) -> "Candidate":
         )
     columns = ("  method", "rate", f"dev {chosen.metric}", "seeds", "epochs", "stored")
     tables.table(columns, rows)
+    if line := floor_verdict(found):
+        console.say(line)
     for candidate in found:
         if candidate.error is not None:
-            said = candidate.said()
-            name = f"{said['method']} at {said['learning_rate']:g}"
-            console.say(("failed: ", "yellow"), f"{name}: {candidate.error}")
+            console.say(("failed: ", "yellow"), f"{candidate.name}: {candidate.error}")
     return chosen
+
+
+def floor_verdict(found: "Sequence[Candidate]") -> str | None:
+    """Say how many candidates beat the floor on dev; None where it has no score."""
+    from unipelt_cli.metrics import is_better
+    from unipelt_cli.sweeps import successive_halving
+
+    floor = successive_halving.floor_among(found)
+    if floor is None or floor.score is None:
+        return None
+    name, score = floor.experiment.method_name, floor.score
+    others = [own.score for own in found if own is not floor and own.score is not None]
+    better = sum(is_better(floor.metric, own, score) for own in others)
+    if not better:
+        return f"nothing beat {name}, which trains nothing in the backbone (dev {score:.4f})"
+    return f"{better} of {len(others)} beat {name}, which trains nothing in the backbone"
 
 
 def _rates(text: str | None) -> list[float]:

@@ -8,6 +8,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, TypeVar
 
+from unipelt_cli import methods
 from unipelt_cli.metrics import is_better
 from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import TASKS, Task
@@ -108,6 +109,16 @@ class Group:
     def mean(self) -> float:
         """The mean test score over seeds."""
         return fmean(self.scores.values())
+
+    @cached_property
+    def floors(self) -> dict[int, float]:
+        """What the floor of all methods gives on the runs' rows, by data seed, where they know."""
+        known = {
+            member.seed[0]: member.run.result[methods.FLOOR]
+            for member in self.members
+            if methods.FLOOR in member.run.result
+        }
+        return {seed: float(own["test"][self.metric]) for seed, own in known.items()}
 
     @cached_property
     def scores(self) -> dict[Seed, float]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from unipelt_cli import methods
 from unipelt_cli.comparison import significance
 from unipelt_cli.comparison.against_published import against
 from unipelt_cli.comparison.gathering import Gathered, gather
@@ -156,6 +157,29 @@ def _table(backbone: str, k: int | None, groups: Sequence[Group]) -> Answer:
             for label in labels
         ],
         "bounds": list(_bounds(groups, averaged)),
+        "floor": _floor(groups, averaged),
+    }
+
+
+def _floor(groups: Sequence[Group], averaged: Sequence[str]) -> Answer | None:
+    """Return what the floor of all methods gives on each task; None where no run knows it.
+
+    From its own runs where there are any, else from what other runs noted beside themselves:
+    there each set of rows counts once.
+    """
+    runs = [group for group in groups if group.method == methods.FLOOR]
+    found: dict[str, dict[Any, float]] = {group.task: {} for group in groups}
+    for group in runs or groups:
+        found[group.task] |= {(group.label, "mean"): group.mean} if runs else group.floors
+    means = {task: fmean(own.values()) if own else None for task, own in found.items()}
+    if not any(found.values()):
+        return None
+    whole = [own for task in averaged if (own := means[task]) is not None]
+    return {
+        "method": methods.FLOOR,
+        "of": "runs" if runs else "notes",
+        "means": means,
+        "average": fmean(whole) if len(whole) == len(averaged) else None,
     }
 
 

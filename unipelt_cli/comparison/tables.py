@@ -90,8 +90,15 @@ def _scores(table: Answer, groups: Sequence[Answer], place: str) -> Sheet:
         rank = entry["average_rank"]
         ranked = (score(entry["average"]), ABSENT if rank is None else f"{rank:.1f}")
         rows.append((entry["label"], *cells, *(ranked if several else ())))
+    floor = table["floor"]
+    if floor is not None and floor["of"] == "notes":
+        cells = [score(floor["means"][task]) for task in table["tasks"]]
+        ranked = (score(floor["average"]), ABSENT)
+        rows.append((f"({floor['method']})", *cells, *(ranked if several else ())))
     columns = [f"{task} {metric[task]}" for task in table["tasks"]]
     note = "± standard deviation over seeds"
+    if floor is not None and floor["of"] == "notes":
+        note += f"; ({floor['method']}): what the runs noted of it on their rows"
     if any(group["collapsed"] for group in groups):
         note += "; 2c: two of the runs collapsed, they predict one answer for every row"
     named = {group["task"]: group["positive"] for group in groups if "positive" in group}

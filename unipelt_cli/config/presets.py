@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from unipelt_cli import methods
-from unipelt_cli.config.sections import Settings
+from unipelt_cli.config.sections import SECTIONS, Settings
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.files.strict import parse_toml
 from unipelt_cli.text import cut, shown
@@ -32,14 +32,32 @@ def sweep_presets() -> dict[str, Path]:
 
 
 def published_presets() -> dict[str, Settings]:
-    """Return the presets of the papers' own numbers by name, as the methods' table holds them."""
+    """Return the presets of the papers' own numbers by name, as the methods' table holds them.
+
+    Where a paper is silent it is not our recipe's defaults that count, but those of any method.
+    """
     return {
-        f"{PUBLISHED}{name}": {
-            "method": {"name": name, **published.method},
-            "train": {"learning_rate": published.learning_rate, **published.train},
-        }
+        f"{PUBLISHED}{name}": _with_plain_defaults(
+            {
+                "method": {"name": name, **published.method},
+                "train": {"learning_rate": published.learning_rate, **published.train},
+            },
+            recipe,
+        )
         for name, recipe in methods.table().items()
         if (published := recipe.published) is not None and recipe.paper_rate is not None
+    }
+
+
+def _with_plain_defaults(settings: Settings, recipe: methods.Recipe) -> Settings:
+    """Put a section's own default where our recipe has another one and the paper says nothing."""
+    plain = {
+        section: {key: SECTIONS[section].model_fields[key].default for key in values}
+        for section, values in recipe.settings.items()
+    }
+    return {
+        section: {**plain.get(section, {}), **settings.get(section, {})}
+        for section in settings.keys() | plain.keys()
     }
 
 

@@ -21,6 +21,7 @@ from unipelt_cli.methods.base import (
 
 __all__ = [
     "DEFAULT",
+    "FLOOR",
     "CannotMerge",
     "Category",
     "LowRankUpdates",
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 DEFAULT = "unipelt-apl"
+FLOOR = "probe"
+"""What every run is set beside: what needs no training."""
 
 
 @cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from numpy.typing import NDArray
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Generator, Tensor, nn
@@ -101,6 +102,16 @@ class Joint(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class LinearFit:
+    """The linear unit of a head, fitted at once."""
+
+    weight: Tensor
+    """(outputs, features)"""
+    bias: Tensor
+    """(outputs,)"""
+
+
 Gates = Sequence[Mapping[str, float]]
 """By layer: gate -> one value for all rows."""
 
@@ -170,6 +181,28 @@ class Method:
     def idle(self) -> Mapping[str, str]:
         """Patterns of tensors that claim to train yet may not move, each with its reason."""
         return {}
+
+    @property
+    def reads_frozen_features(self) -> bool:
+        """Whether a row's features never change: nothing but heads trains, nothing is attached.
+
+        Then each row goes through the backbone once, in evaluation mode.
+        """
+        return False
+
+    @property
+    def has_closed_form(self) -> bool:
+        """Whether `fit_head` gives the heads at once, from features that never change."""
+        return False
+
+    def fit_head(
+        self, features: Tensor, labels: NDArray[Any], outputs: int, *, is_regression: bool
+    ) -> LinearFit:
+        """Fit the linear unit of one task's head to what it reads of the train rows.
+
+        `features` are float32 (rows, size), `labels` (rows,) class numbers or values.
+        """
+        raise TypeError(f"{type(self).__name__} trains by steps")
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         """Change a backbone whose parameters are all frozen, and mark what trains."""

@@ -48,12 +48,19 @@ class Head(nn.Module):
         """Count the parameters of a head before there is one."""
         return (hidden + 1) * outputs + (hidden + 1) * hidden * has_dense
 
-    def forward(self, features: Tensor) -> Tensor:  # (batch, inputs) -> (batch, outputs)
+    @property
+    def width(self) -> int:
+        """How many features of a row it reads."""
+        return (self.dense or self.out).in_features
+
+    def inputs(self, features: Tensor) -> Tensor:  # (batch, width) -> (batch, inputs of out)
+        """Return what the linear unit reads, before its own dropout."""
         if self.dense is not None and self.activation is not None:
             features = self.activation(self.dense(self.dropout(features)))
-        if self.normalise:
-            features = functional.normalize(features, dim=-1)
-        logits: Tensor = self.out(self.dropout(features))
+        return functional.normalize(features, dim=-1) if self.normalise else features
+
+    def forward(self, features: Tensor) -> Tensor:  # (batch, width) -> (batch, outputs)
+        logits: Tensor = self.out(self.dropout(self.inputs(features)))
         return logits
 
 

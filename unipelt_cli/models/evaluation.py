@@ -18,6 +18,7 @@ from unipelt_cli.system.row_threads import shared_out
 from unipelt_cli.tasks import Task
 
 Logits = NDArray[np.float32]
+Features = NDArray[np.float32]
 Gates = list[dict[str, NDArray[np.float32]]]
 """By layer: {gate: one value a row}; no layers where nothing is gated."""
 
@@ -46,18 +47,39 @@ def compute_logits(
     Several processes take an equal share of the rows each, and all of them get all logits.
     After each pass `seen` is told which rows it was of.
     """
+    outputs = tuned.classifier.heads[task].out.out_features
+    return _compute(tuned.classifier, outputs, tuned, rows, task, processes, seen)
+
+
+def compute_features(
+    tuned: Tuned, rows: Encoded, task: int = 0, processes: Processes = ALONE
+) -> Features:
+    """Return what a task's head reads of rows (rows, size), as `compute_logits` its answers."""
+    width, compute = tuned.classifier.heads[task].width, tuned.classifier.features
+    return _compute(compute, width, tuned, rows, task, processes)
+
+
+def _compute(
+    forward: Callable[..., Tensor],
+    width: int,
+    tuned: Tuned,
+    rows: Encoded,
+    task: int,
+    processes: Processes,
+    seen: Callable[[list[int]], None] | None = None,
+) -> NDArray[np.float32]:
+    """Return what a pass gives for each row, (rows, width); each process takes its share."""
     tuned.classifier.eval()
     tuned.classifier.select(task)
-    outputs = tuned.classifier.heads[task].out.out_features
-    logits = np.zeros((len(rows), outputs), dtype=np.float32)
-    own = np.argsort(-rows.lengths, kind="stable")[processes.rank :: processes.count]
+    answers = np.zeros((len(rows), width), dtype=np.float32)
+    share = np.argsort(-rows.lengths, kind="stable")[processes.rank :: processes.count]
 
     def compute(inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-        return [tuned.classifier(**inputs)]
+        return [forward(**inputs)]
 
-    processes.each(lambda: fill([logits], compute, tuned, rows, own, seen))
-    processes.sum(torch.from_numpy(logits))
-    return logits
+    processes.each(lambda: fill([answers], compute, tuned, rows, share, seen))
+    processes.sum(torch.from_numpy(answers))
+    return answers
 
 
 def compute_with_gates(

@@ -62,6 +62,23 @@ class Candidate:
     error: str | None = None
 
     @property
+    def is_floor(self) -> bool:
+        """Whether it is what every other candidate has to beat; it stays to the end."""
+        return self.experiment.method_name == methods.FLOOR
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate; None for what takes no step."""
+        takes_none = self.experiment.method.has_closed_form
+        return None if takes_none else self.experiment.train.learning_rate
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is read."""
+        method = self.experiment.method_name
+        return method if self.rate is None else f"{method} at {self.rate:g}"
+
+    @property
     def scores(self) -> list[float]:
         """The best dev score so far, of each seed."""
         return [trial.score for trial in self.trials if trial.score is not None]
@@ -75,7 +92,7 @@ class Candidate:
         """Return the evidence as plain values."""
         return {
             "method": self.experiment.method_name,
-            "learning_rate": self.experiment.train.learning_rate,
+            "learning_rate": self.rate,
             "score": self.score,
             "scores": self.scores,
             "rungs": self.rung + 1,
@@ -93,17 +110,15 @@ def candidates(
 ) -> list[Candidate]:
     """Return every method with every rate; without rates its own one, a third and three times it.
 
-    `base` makes the experiment of a method and a rate. Raises ConfigError for an unknown method.
+    The floor is always among them, and as all that takes no step it comes once. `base` makes the
+    experiment of a method and a rate. Raises ConfigError for an unknown method.
     """
     table = methods.table()
     chosen = names or [name for name, recipe in table.items() if recipe.is_suggested]
     for name in chosen:
         if name not in table:
             raise ConfigError(f"method {name!r}: no such method", nearest(name, table))
-    own = {
-        name: rates or [float(f"{table[name].learning_rate * f:.2g}") for f in FACTORS]
-        for name in chosen
-    }
+    own = {name: _rates(name, rates) for name in dict.fromkeys([methods.FLOOR, *chosen])}
     # Every method once before one of them again: the budget may end anywhere.
     turns = zip_longest(*own.values())
     return [
@@ -114,20 +129,34 @@ def candidates(
     ]
 
 
+def _rates(name: str, rates: Sequence[float] | None) -> Sequence[float]:
+    recipe = methods.get(name)
+    if recipe.method.has_closed_form:
+        return [recipe.learning_rate]
+    return rates or [float(f"{recipe.learning_rate * factor:.2g}") for factor in FACTORS]
+
+
+def floor_among(found: Sequence[Candidate]) -> Candidate | None:
+    """Return the candidate that every other one has to beat, where it has a score."""
+    return next((own for own in found if own.is_floor and own.score is not None), None)
+
+
 def search(found: Sequence[Candidate], budget: float) -> Iterator[Candidate]:
     """Train candidates rung by rung; yield each one after its turn. The best is `best(found)`.
 
     What the budget, in seconds, does not reach is left out; the first rung goes on until one
-    candidate has a score. Closing the iterator stops at once.
+    candidate beside the floor has a score. Closing the iterator stops at once.
     """
     shared, end = Shared(), time.monotonic() + budget * (1 - FINAL_SHARE)
     running = list(found)
+    rivals = [own for own in found if not own.is_floor] or running
     for place, rung in enumerate(RUNGS):
         if place:
-            count = max(1, -(-len(running) // KEPT))
-            running = ranked(running)[: rung.candidates or count]
+            kept, count = ranked(running), max(1, -(-len(running) // KEPT))
+            running = kept[: rung.candidates or count]
+            running += [own for own in kept if own.is_floor and own not in running]
         for candidate in running:
-            if time.monotonic() > end and any(own.score is not None for own in found):
+            if time.monotonic() > end and any(own.score is not None for own in rivals):
                 return
             _climb(candidate, rung, place, shared, end)
             yield candidate
@@ -201,10 +230,11 @@ def best(found: Sequence[Candidate]) -> Candidate:
 
 def preset(chosen: Candidate) -> str:
     """Write what was chosen as a preset that `--preset` reads."""
-    name, rate = chosen.experiment.method_name, chosen.experiment.train.learning_rate
+    name, rate = chosen.experiment.method_name, chosen.rate
+    train = "" if rate is None else f"\n[train]\nlearning_rate = {rate!r}\n"
     return (
         f"# Chosen on dev: {chosen.metric} {chosen.score:.4f}, mean of {len(chosen.scores)} seeds\n"
-        f'\n[method]\nname = "{name}"\n\n[train]\nlearning_rate = {rate!r}\n'
+        f'\n[method]\nname = "{name}"\n{train}'
     )
 
 

@@ -111,10 +111,24 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
         f"{result['stored_parameters'] + result['head_parameters']:,} numbers stored ",
         f"({result['artifact_bytes'] / 1e6:.2f} MB)",
     )
+    _floor_line(result)
     if result["collapsed"]:
         say(("warning: ", "yellow"), "the run predicts the same for every test row: it collapsed")
     warn_of_mean("test", result.get("against_mean", {}))
     say("run: ", (str(directory), "bold"))
+
+
+def _floor_line(result: Mapping[str, Any]) -> None:
+    """Say what the floor of all methods gives on the run's rows, or why that is not known."""
+    from unipelt_cli.methods import FLOOR  # which imports torch: help does not wait for it
+
+    if reason := result.get(f"no_{FLOOR}"):
+        say(f"{FLOOR} on the same rows: left out, {reason}")
+    if scores := result.get(FLOOR):
+        metric = result["metric"]
+        name = shown_score(metric, result.get("positive"))
+        shown = ", ".join(f"{split} {name} {own[metric]:.4f}" for split, own in scores.items())
+        say(f"{FLOOR} on the same rows: {shown}")
 
 
 def warn_of_mean(rows: str, against_mean: Mapping[str, Mapping[str, float]]) -> None:
@@ -146,11 +160,23 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
         ]
         rows.append(["mean", *spread])
     table(columns, rows)
+    _floor_means(list(results.values()))
     for label, result in results.items():
         if result["collapsed"]:
             say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
         told = result.get("against_mean", {})
         warn_of_mean("test", {f"{label}, {task}": own for task, own in told.items()})
+
+
+def _floor_means(results: Sequence[Mapping[str, Any]]) -> None:
+    """Say what the floor gives on the same rows, on average over runs that all know it."""
+    from unipelt_cli.methods import FLOOR
+
+    if all(FLOOR in result for result in results):
+        metric = results[0]["metric"]
+        score = mean(result[FLOOR]["test"][metric] for result in results)
+        name = shown_score(metric, results[0].get("positive"))
+        say(f"{FLOOR} on the same rows: test {name} {score:.4f}, the mean")
 
 
 def static_summary(report: Mapping[str, Any]) -> None:

@@ -22,6 +22,8 @@ from unipelt_cli.training.planning import Shared, longest_batch, loop_of, plan
 from unipelt_cli.training.text_notes import text_notes
 
 STEPS = 4
+FROZEN_STEP_SECONDS = 1e-3  # of a head on features that are there, measured
+FIT_SECONDS = 2.0  # of a head that is fitted at once to 100 rows, measured
 ROWS = 64
 SETUP_SECONDS = 1.0  # rows, model, reading back
 KEPT = 3  # times a batch's memory that a CPU's allocator keeps in the end, measured
@@ -84,6 +86,7 @@ class _Speed:
     evaluation: float
     stored: int
     stages: int
+    frozen_seconds: float | None = None  # of an epoch whose features are there, where they are kept
 
 
 def estimate(
@@ -152,7 +155,8 @@ def _measure(
 ) -> tuple[_Speed, tuple[float, float, float]]:
     """Take a few steps, score a few rows, and count the tokens of train, dev and test."""
     tuned, rates = loop.tuned, list[float]()
-    for event in loop.events():
+    is_frozen = loop.frozen is not None
+    for event in () if is_frozen else loop.events():
         if isinstance(event, Step):
             rates.append(event.tokens_per_second)
             if len(rates) == STEPS:
@@ -169,7 +173,12 @@ def _measure(
     scored = float(sum(course.dev[0].lengths.sum() for course in loop.courses))
     rows = sum(len(course.dev[0]) for course in loop.courses)
     test = scored / rows * sum(len(own.splits["test"]) for own in prepared)
-    speed = _Speed(max(rates), evaluation, stored, len(loop.lengths))
+    if is_frozen:  # each row goes through the backbone once, as when it is scored
+        fits = tuned.method.has_closed_form
+        seconds = FIT_SECONDS if fits else FROZEN_STEP_SECONDS * loop.steps
+        speed = _Speed(evaluation, evaluation, stored, len(loop.lengths), seconds)
+    else:
+        speed = _Speed(max(rates), evaluation, stored, len(loop.lengths))
     return speed, (train, scored, test)
 
 
@@ -183,6 +192,12 @@ def _cost(
     settings = experiment.train
     epoch = train / speed.train + dev / speed.evaluation
     once = setup + test / speed.evaluation
-    least = min(settings.epochs, speed.stages * (settings.patience + 1))
+    if speed.frozen_seconds is not None:
+        epoch, once = speed.frozen_seconds, once + epoch
+    fits = experiment.method.has_closed_form
+    epochs = 1 if fits else settings.epochs
+    least = min(epochs, speed.stages * (settings.patience + 1))
+    if not fits:  # what the floor takes beside it
+        once += (train + dev + test) / speed.evaluation + FIT_SECONDS
     disk = 4 * speed.stored + OTHER_BYTES
-    return Estimate(once + least * epoch, once + settings.epochs * epoch, disk)
+    return Estimate(once + least * epoch, once + epochs * epoch, disk)

@@ -32,6 +32,12 @@ from unipelt_cli.training.events import (
     Taken,
     Turns,
 )
+from unipelt_cli.training.frozen_features import (
+    FrozenFeatures,
+    Source,
+    are_frozen,
+    read_features,
+)
 from unipelt_cli.training.head_start import start_heads
 from unipelt_cli.training.step import PREPARING, Stepper, derive_seed, loss_of, seeded
 
@@ -40,7 +46,8 @@ class Training:
     """A loop over one model: iterate over `events`, read `progress`, save `state` at any event.
 
     The tasks of `more` train the same model: every batch is of one task and reaches its head only.
-    Several processes share every batch out, and then take the same step each.
+    Several processes share every batch out, and then take the same step each. Features that never
+    change are computed once, or come from `source`.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class Training:
         settings: TrainSettings,
         more: Sequence[Course] = (),
         processes: Processes = ALONE,
+        source: Source | None = None,
     ) -> None:
         assert settings.learning_rate is not None
         self.tuned, self.task, self.settings = tuned, task, settings
@@ -64,9 +72,13 @@ class Training:
         sizes = [len(course.train[0]) for course in self.courses]
         self.rows = sum(sizes)
         self.steps = sum(-(-size // settings.batch_size) for size in sizes)
-        self.lengths = [max(1, round(s.share * settings.epochs)) for s in self.method.stages]
+        epochs = 1 if self.method.has_closed_form else settings.epochs
+        self.lengths = [max(1, round(s.share * epochs)) for s in self.method.stages]
         stage_steps = [length * self.steps for length in self.lengths]
-        self.stepper = Stepper(tuned, self.courses, settings, stage_steps, processes)
+        self.frozen: FrozenFeatures | None = None
+        if are_frozen(tuned):
+            self.frozen = FrozenFeatures(tuned, self.courses, processes, source)
+        self.stepper = Stepper(tuned, self.courses, settings, stage_steps, processes, self.frozen)
         self.best: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = dict(self.parameters)
         self.is_prepared = False
@@ -149,6 +161,9 @@ class Training:
             start_heads(self.tuned, self.courses)
             self._take_up_parameters()
             self.processes.share(self._tensors())
+            if self.frozen is not None:
+                self.frozen.prepare()
+                self.progress.train_seconds += self.frozen.seconds
             self.is_prepared = True
 
     def _enter(self, stage: int) -> None:
@@ -225,6 +240,9 @@ class Training:
         """Ask for the steps of the epoch that are not taken yet."""
         settings, progress = self.settings, self.progress
         lengths = [course.train[0].lengths for course in self.courses]
+        if self.frozen is not None and self.method.has_closed_form:
+            self._fit(self.frozen, sum(int(own.sum()) for own in lengths))
+            return
         order = interleaved(lengths, settings.batch_size, settings.seed, progress.epoch)
         while progress.step < self.steps:
             place, chosen = order[progress.step]
@@ -238,6 +256,18 @@ class Training:
             progress.train_seconds += taken.seconds
             rate = progress.tokens / max(progress.train_seconds, 1e-9)
             yield Step(progress.epoch, progress.step, self.steps, taken.loss, rate)
+
+    def _fit(self, frozen: FrozenFeatures, tokens: int) -> None:
+        """Fit all heads at once, in place of an epoch's steps; the loss is the fitted heads'."""
+        start, progress = time.perf_counter(), self.progress
+        frozen.fit()
+        self.processes.share(self._tensors())
+        for place, course in enumerate(self.courses):
+            logits = torch.from_numpy(read_features(self.tuned, frozen.train[place].numpy(), place))
+            labels = course.train[1]
+            progress.loss_sum += loss_of(course, logits, labels).item() * len(labels)
+        progress.tokens = tokens
+        progress.train_seconds += time.perf_counter() - start
 
     def score_epoch(self) -> Epoch:
         """Score the epoch on dev and begin the next one."""
@@ -285,7 +315,11 @@ class Training:
 
     def _score(self, place: int) -> tuple[dict[str, float], Gates]:
         task, (rows, labels) = self.tasks[place], self.courses[place].dev
-        logits, gates = compute_with_gates(self.tuned, rows, place, self.processes)
+        gates: Gates = []
+        if self.frozen is not None:
+            logits = self.frozen.dev_logits(place)
+        else:
+            logits, gates = compute_with_gates(self.tuned, rows, place, self.processes)
         predicted = predictions(task, logits)
         if task.is_regression:
             predicted = self.courses[place].scale.restore(predicted)

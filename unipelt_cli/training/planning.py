@@ -9,7 +9,7 @@ from unipelt_cli.data import preparation
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.build import build
-from unipelt_cli.models.evaluation import encode_rows, references
+from unipelt_cli.models.evaluation import Features, compute_features, encode_rows, references
 from unipelt_cli.models.label_scale import RAW, LabelScale
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system import memory
@@ -28,6 +28,9 @@ class Shared:
         self.most = most
         self._prepared: dict[DataSettings, Prepared] = {}
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
+        self._features: dict[tuple[Any, ...], Features] = {}
+        self.floors: dict[str, dict[str, Any]] = {}
+        """What the floor scored, by rows and backbone: see `training.floor`."""
 
     def prepare(self, settings: DataSettings) -> tuple[Prepared, ...]:
         """Draw each task's rows, or take those that were drawn before."""
@@ -49,6 +52,36 @@ class Shared:
         found = self._encoded[key]
         _drop_oldest(self._encoded, 3 * self.most)
         return found
+
+    def features(
+        self,
+        tuned: Tuned,
+        own: Prepared,
+        place: int,
+        split: str,
+        experiment: Experiment,
+        processes: Processes = ALONE,
+    ) -> Features:
+        """Send a split through a frozen backbone, or take what it gave for these rows before."""
+        model = experiment.model.model_dump(exclude={"backbone", "normalise", "head_dropout"})
+        key = (
+            tuned.pretrained.fingerprint,
+            tuned.pooling,
+            tuned.precision,
+            str(tuned.device),
+            repr(model),
+            own.manifest["splits"][split]["digest"],
+            own.task.text,
+            # What an untrained pooler gives depends on the seed, what a task reads on its place.
+            (experiment.train.seed, place) if tuned.untrained else None,
+            processes.count,
+        )
+        if key not in self._features:
+            rows = self.encode(tuned, own, split, experiment)
+            self._features[key] = compute_features(tuned, rows, place, processes)
+        features = self._features[key]
+        _drop_oldest(self._features, 3 * self.most)
+        return features
 
 
 def _drop_oldest(kept: dict[Any, Any], most: int) -> None:
@@ -115,7 +148,11 @@ def loop_of(
         courses.append(Course(own.task, train, dev))
     first, *more = courses
     given = (tuned, first.task, first.train, first.dev, experiment.train)
-    return Training(*given, more, processes)
+
+    def source(tuned: Tuned, place: int, split: str) -> Features:
+        return shared.features(tuned, prepared[place], place, split, experiment, processes)
+
+    return Training(*given, more, processes, source)
 
 
 def doubt(training: Training) -> str | None:

@@ -29,6 +29,7 @@ from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_positive, joint_scores
 from unipelt_cli.training.events import Epoch, Finished, Halved, Happening, Ready
+from unipelt_cli.training.floor import beside
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.planning import Shared, doubt, loop_of, plan, with_drawn_rows
 from unipelt_cli.training.text_notes import text_notes
@@ -254,6 +255,7 @@ def _finish(
     }
     if measured:
         result["measured"] = measured
+    result |= processes.main(lambda: beside(experiment, prepared, tuned.pretrained, shared))
     return processes.main(lambda: writer.result(result))
 
 

@@ -18,6 +18,7 @@ from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
 from unipelt_cli.training.events import Batch, Course, Halved, Progress, Taken
+from unipelt_cli.training.frozen_features import FrozenFeatures
 from unipelt_cli.training.gradients import Gradients
 from unipelt_cli.training.optimizer import make_adamw, schedule, scheduled_rate
 
@@ -34,8 +35,10 @@ class Stepper:
         settings: TrainSettings,
         stage_steps: Sequence[int],
         processes: Processes = ALONE,
+        frozen: FrozenFeatures | None = None,
     ) -> None:
         self.tuned, self.courses, self.settings = tuned, courses, settings
+        self.frozen = frozen
         self.stage_steps, self.processes = stage_steps, processes
         self.method = tuned.method
         self.progress = Progress()
@@ -132,13 +135,15 @@ class Stepper:
         if not classifier.training:  # it goes through all modules
             classifier.train()
         classifier.select(batch.place)
-        inputs = rows.batch(batch.rows.tolist(), device)
+        inputs, frozen = dict[str, Tensor](), self.frozen
+        if frozen is None:
+            inputs = rows.batch(batch.rows.tolist(), device)
         return Pass(
             classifier.backbone,
             inputs,
             self._moment(),
             course.task.is_regression,
-            lambda: forward(inputs),
+            lambda: frozen.train_logits(batch.place, batch.rows) if frozen else forward(inputs),
             lambda logits: loss_of(course, logits, labels[batch.rows]),
         )
 

@@ -35,7 +35,7 @@ def train(
     if isinstance(ended, Failed):
         raise ended.error
     done, settings = ended.result["epochs"], experiment.train
-    if done < settings.epochs:
+    if done < settings.epochs and not experiment.method.has_closed_form:
         why = f"dev was not better for {settings.patience} epochs (* marks the best so far)"
         console.say(f"ended after {done} of {settings.epochs}: {why}")
     summaries.result_summary(ended.result, directory)

@@ -1,0 +1,92 @@
+"""What the floor of all methods gives on a run's rows, for the run to be set beside it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from unipelt_cli import methods
+from unipelt_cli.backbones.pretrained import Pretrained
+from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.data.prepared_directory import Prepared
+from unipelt_cli.errors import BackboneError, CheckError, RunError
+from unipelt_cli.models.build import build
+from unipelt_cli.models.evaluation import predictions, references
+from unipelt_cli.system import memory
+from unipelt_cli.tasks import joint_scores
+from unipelt_cli.training.frozen_features import read_features
+from unipelt_cli.training.planning import Shared, loop_of
+
+_ROWS = ("seed", "device", "precision", "label_scale")  # settings of `train` that it shares
+
+
+def beside(
+    experiment: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
+) -> dict[str, Any]:
+    """Return, for a run's result, the floor's scores on its rows by split, or why there are none.
+
+    It is fitted to the run's train rows on a backbone of its own, once for each set of rows. A
+    floor that does not fit into memory, or cannot be, is left out: no run is lost for it. Nothing
+    for a run of the floor itself.
+    """
+    if experiment.method_name == methods.FLOOR:
+        return {}
+    floor = _experiment(experiment)
+    key = _key(floor, prepared, pretrained)
+    if key not in shared.floors:
+        shared.floors[key] = _guarded(floor, prepared, pretrained, shared)
+    found: dict[str, Any] = shared.floors[key]
+    return found
+
+
+def _experiment(experiment: Experiment) -> Experiment:
+    """Return the floor's experiment: the run's rows and backbone, the floor's own head."""
+    settings, recipe = experiment.settings(), methods.get(methods.FLOOR)
+    model = {
+        key: value
+        for key, value in settings["model"].items()
+        if key not in recipe.settings.get("model", {})
+    }
+    train = {key: settings["train"][key] for key in _ROWS}
+    layer = {"data": settings["data"], "model": model, "train": train}
+    return resolve([("", {**layer, "method": {"name": methods.FLOOR}})])
+
+
+def _key(floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained) -> str:
+    """Return what the floor's scores depend on."""
+    digests = [
+        [own.manifest["splits"][split]["digest"] for split in own.splits] for own in prepared
+    ]
+    rows = [own.task for own in prepared], digests
+    settings = floor.settings()
+    return repr((pretrained.fingerprint, rows, settings["model"], settings["train"]))
+
+
+def _guarded(
+    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
+) -> dict[str, Any]:
+    try:
+        return {methods.FLOOR: _scores(floor, prepared, pretrained, shared)}
+    except (BackboneError, CheckError, RunError) as error:
+        reason = error.message
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_exhausted(error):
+            raise
+        reason = "it does not fit into memory"
+    memory.release()
+    return {f"no_{methods.FLOOR}": reason}
+
+
+def _scores(
+    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
+) -> dict[str, dict[str, float]]:
+    tasks = [own.task for own in prepared]
+    tuned = build(floor, [task.outputs for task in tasks], pretrained)
+    loop = loop_of(floor, prepared, tuned, shared)
+    for _ in loop.events():
+        pass
+    test = []
+    for place, own in enumerate(prepared):
+        features = shared.features(tuned, own, place, "test", floor)
+        predicted = predictions(own.task, read_features(tuned, features, place))
+        test.append(own.task.score(predicted, references(own.splits["test"])))
+    dev = dict(loop.progress.best_dev)
+    return {**({"dev": dev} if dev else {}), "test": joint_scores(tasks, test)}

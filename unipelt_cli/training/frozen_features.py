@@ -1,0 +1,85 @@
+"""What a frozen backbone gives for a run's rows: each goes through it once, without dropout."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unipelt_cli.models.evaluation import Features, Logits, compute_features
+from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.system.processes import Processes
+from unipelt_cli.training.events import Course
+
+Source = Callable[[Tuned, int, str], Features]
+"""Features (rows, size) of a task's split, by its place among the run's tasks."""
+
+
+def are_frozen(tuned: Tuned) -> bool:
+    """Say whether the features of a model's rows never change while it trains."""
+    method = tuned.method
+    return method.reads_frozen_features and (method.has_closed_form or not tuned.untrained)
+
+
+class FrozenFeatures:
+    """The features of a run's train and dev rows; heads train on them, or are fitted at once."""
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        courses: Sequence[Course],
+        processes: Processes,
+        source: Source | None = None,
+    ) -> None:
+        self.tuned, self.courses, self.processes = tuned, courses, processes
+        self._source = source or self._compute
+        self.train: list[Tensor] = []
+        self.dev: list[Tensor] = []
+        self.seconds = 0.0
+
+    def _compute(self, tuned: Tuned, place: int, split: str) -> Features:
+        rows, _ = getattr(self.courses[place], split)
+        return compute_features(tuned, rows, place, self.processes)
+
+    def prepare(self) -> None:
+        """Send every train and dev row through the backbone."""
+        start = time.perf_counter()
+        for place, course in enumerate(self.courses):
+            self.train.append(torch.from_numpy(self._source(self.tuned, place, "train")))
+            has_dev = len(course.dev[0]) > 0
+            dev = self._source(self.tuned, place, "dev") if has_dev else np.zeros((0, 0), "f4")
+            self.dev.append(torch.from_numpy(dev))
+        self.seconds = time.perf_counter() - start
+
+    def train_logits(self, place: int, rows: NDArray[np.int64]) -> Tensor:
+        """Return the logits (rows, outputs) of some train rows of a task, for a step."""
+        return self.tuned.classifier.read(self.train[place][rows].to(self.tuned.device))
+
+    def dev_logits(self, place: int) -> Logits:
+        """Return the logits (rows, outputs) of a task's dev rows; no dropout, no gradient."""
+        return read_features(self.tuned, self.dev[place].numpy(), place)
+
+    def fit(self) -> None:
+        """Fit every task's head to all of its train rows at once, on its labels' scale."""
+        for place, course in enumerate(self.courses):
+            task, labels = course.task, course.train[1]
+            head = self.tuned.classifier.heads[place].eval()
+            targets = course.scale.standardise(labels) if task.is_regression else labels
+            with torch.no_grad():
+                read = head.inputs(self.train[place].to(self.tuned.device))
+                fitted = self.tuned.method.fit_head(
+                    read, targets, task.outputs, is_regression=task.is_regression
+                )
+                head.out.weight.copy_(fitted.weight)
+                head.out.bias.copy_(fitted.bias)
+
+
+def read_features(tuned: Tuned, features: Features, place: int) -> Logits:
+    """Return what a task's head says of features (rows, size): logits (rows, outputs)."""
+    classifier = tuned.classifier.eval()
+    classifier.select(place)
+    with torch.inference_mode():
+        logits: Logits = classifier.read(torch.from_numpy(features).to(tuned.device)).cpu().numpy()
+    return logits
