@@ -53,7 +53,10 @@ def test_the_json_has_this_shape(tmp_path: Path) -> None:
         *("median_seconds", "peak_memory_bytes"),
     }
     (table,) = answer["tables"]
-    assert table.keys() == {"backbone", "k", "tasks", "averaged_tasks", "methods", "bounds"}
+    assert table.keys() == {
+        *("backbone", "k", "tasks", "averaged_tasks", "methods", "bounds", "floor"),
+    }
+    assert table["floor"] is None, "runs of before noted none"
     assert table["methods"][0].keys() == {"label", "means", "average", "average_rank"}
     assert len(answer["comparisons"]) == 6
     assert answer["comparisons"][0].keys() == {

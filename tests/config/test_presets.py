@@ -69,6 +69,18 @@ PUBLISHED = {  # rates as the papers or their code have them, with AdamW
 }
 
 
+def test_a_published_preset_is_not_mixed_with_our_other_defaults() -> None:
+    ours, papers = (
+        resolve([("", read_preset(name)), ("", {"data": {"task": "mrpc"}})])
+        for name in ("head", "published/head")
+    )
+    assert (ours.model.normalise, ours.model.head_dropout) == (True, 0.0)
+    assert (papers.model.normalise, papers.model.head_dropout) == (False, 0.1)
+    train = papers.train
+    assert (train.learning_rate, train.epochs, train.batch_size) == (1e-3, 16, 8)
+    assert (train.patience, train.weight_decay, train.warmup) == (10, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("name", published_presets())
 def test_every_published_preset_is_an_experiment(name: str) -> None:
     resolve([("", read_preset(name)), ("", {"data": {"task": "mrpc"}})])

@@ -193,7 +193,7 @@ def test_the_file_is_as_large_as_what_it_stores(finished: dict[str, Path], metho
 def test_the_loss_falls_on_sixteen_rows(calm_bert: Path, method: str) -> None:
     tuned = build(experiment(calm_bert, method), 2)
     if tuned.method.has_closed_form:
-        loop, (loss,) = train_on_sixteen(tuned, epochs=8)
+        _, (loss,) = train_on_sixteen(tuned, epochs=8)
         assert loss < 0.1 * np.log(2), "far below what a head that knows nothing loses"
         return
     rate = 10 * methods.get(method).learning_rate

@@ -152,9 +152,10 @@ def search(found: Sequence[Candidate], budget: float) -> Iterator[Candidate]:
     rivals = [own for own in found if not own.is_floor] or running
     for place, rung in enumerate(RUNGS):
         if place:
-            kept, count = ranked(running), max(1, -(-len(running) // KEPT))
-            running = kept[: rung.candidates or count]
-            running += [own for own in kept if own.is_floor and own not in running]
+            kept = ranked([own for own in running if not own.is_floor])
+            count = max(1, -(-sum(not own.is_floor for own in running) // KEPT))
+            floors = [own for own in running if own.is_floor]
+            running = [*floors, *kept[: rung.candidates or count]]
         for candidate in running:
             if time.monotonic() > end and any(own.score is not None for own in rivals):
                 return
