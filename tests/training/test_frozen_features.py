@@ -175,3 +175,18 @@ def test_a_dry_run_says_what_it_would_take(bert: Path, rows_file: Path, method: 
     assert code == 0, stderr
     seconds = json.loads(stdout)["seconds"]
     assert 0 < seconds["least"] <= seconds["most"] < 60
+
+
+def test_pairs_are_noted_as_the_run_reads_them(bert: Path, tmp_path: Path) -> None:
+    lines = [f"the film {i},{('good', 'awful')[i % 2]} film,{i % 2}" for i in range(40)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["a,b,label", *lines]) + "\n")
+    results = {}
+    for method in ("lora", "probe"):
+        settings = own_rows(bert, tmp_path / "pairs.csv", method, text="a", text_pair="b")
+        settings = settings.replace("train", epochs=1).replace("model", pairs="apart")
+        settings = settings.replace("model", pooling="mean")
+        *_, last = execution.execute(settings, tmp_path / method)
+        assert isinstance(last, Finished)
+        results[method] = last.result
+    noted = results["lora"]["probe"]
+    assert noted == {split: results["probe"][split] for split in ("dev", "test")}

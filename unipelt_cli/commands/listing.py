@@ -88,14 +88,14 @@ def _methods(model: str | None = None) -> list[Entry]:
         from unipelt_cli import methods
         from unipelt_cli.backbones.pretrained import BERT_BASE, find
         from unipelt_cli.models.build import count, skeleton
-        from unipelt_cli.models.classifier import Head
+        from unipelt_cli.models.classifier import HeadShape
 
     def by_category(entry: tuple[str, methods.Recipe]) -> tuple[int, str]:
         return get_args(methods.Category).index(entry[1].category), entry[0]
 
     pretrained = BERT_BASE if model is None else find(model)
     config = pretrained.library_config()
-    head = Head.size(config.hidden_size, 2, has_dense=False)
+    head = HeadShape(config.hidden_size, None, normalise=False).size(2)
     bare = skeleton(pretrained)
     listed = []
     for name, recipe in sorted(methods.table().items(), key=by_category):

@@ -18,7 +18,7 @@ from unipelt_cli.config.sections import ModelSettings
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.base import Method, Site, count_stored
 from unipelt_cli.methods.building_blocks import initialise
-from unipelt_cli.models.classifier import Classifier, Head
+from unipelt_cli.models.classifier import Classifier, Head, HeadShape
 from unipelt_cli.models.pairs import choose_pairs, notes_of_pairs, width_of_pairs
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system import memory
@@ -85,14 +85,18 @@ def build(
     kind = choose_pairs(experiment.model.pairs, pretrained, read.pooling, has_pairs=any(pairs))
     apart = [kind == "apart" and is_pair for is_pair in pairs or (False,) * len(outputs)]
     hidden, activation = backbone.config.hidden_size, _head_activation(pretrained, read.pooling)
-    shapes = [_head_shape(hidden, activation, is_apart) for is_apart in apart]
-    heads = list(zip(shapes, outputs, strict=True))
-    size = sum(Head.size(width, own, has_dense=inner is not None) for (width, inner), own in heads)
+    alone = HeadShape(hidden, activation, experiment.model.normalise)
+    over_pairs = HeadShape(width_of_pairs(hidden), None, normalise=False)
+    shapes = [over_pairs if is_apart else alone for is_apart in apart]
+    size = sum(shape.size(count) for shape, count in zip(shapes, outputs, strict=True))
     site = _site(pretrained, tokenizer, generator, size, folded=folded, tasks=len(outputs))
     _attach(method, backbone, site, device)
     pooled = _pooled_token(pretrained, read.pooling)
-    made = _make_heads(experiment.model, heads, generator)
-    classifier = Classifier(backbone, made, method, pooled, read.reads_pooler, draws, apart)
+    dropout = experiment.model.head_dropout
+    heads = [
+        Head(shape, count, dropout, generator) for shape, count in zip(shapes, outputs, strict=True)
+    ]
+    classifier = Classifier(backbone, heads, method, pooled, read.reads_pooler, draws, apart)
     if precision == "bf16":
         _to_bf16(classifier, original, method)
     replace_dropout(classifier, draws)
@@ -165,27 +169,6 @@ def _head_activation(pretrained: Pretrained, pooling: str) -> str | None:
     """Return the activation of the dense layer that the library's own classifier has, if any."""
     native = pretrained.layout.native
     return native.activation if native and pooling == "native" and native.dense else None
-
-
-def _head_shape(hidden: int, activation: str | None, is_apart: bool) -> tuple[int, str | None]:
-    """Return a head's inputs and its inner activation: over two texts apart there is no layer.
-
-    It would be of the square of the inputs, and no library's.
-    """
-    return (width_of_pairs(hidden), None) if is_apart else (hidden, activation)
-
-
-def _make_heads(
-    settings: ModelSettings,
-    heads: Sequence[tuple[tuple[int, str | None], int]],
-    generator: torch.Generator,
-) -> list[Head]:
-    """Make each task's head from its shape and its outputs."""
-    dropout, normalise = settings.head_dropout, settings.normalise
-    return [
-        Head(width, outputs, dropout, inner, generator, normalise=normalise)
-        for (width, inner), outputs in heads
-    ]
 
 
 def _pooled_token(pretrained: Pretrained, pooling: str) -> str:

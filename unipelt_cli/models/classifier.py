@@ -1,6 +1,7 @@
 """The head, and the classifier: a backbone, a pooling, and a head for each task."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,36 +18,43 @@ if TYPE_CHECKING:
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
+@dataclass(frozen=True)
+class HeadShape:
+    """What a head reads of a row, and how: the layers before its linear unit.
+
+    Over two texts apart there is no dense layer, which no library has there, and the features,
+    made of vectors of length 1, keep their own lengths: the cosine is one of them.
+    """
+
+    width: int
+    activation: str | None
+    """Of the dense layer that the library's own classifier has; None for no such layer."""
+    normalise: bool
+    """Whether the linear unit reads features of length 1."""
+
+    def size(self, outputs: int) -> int:
+        """Count the parameters of a head before there is one."""
+        dense = (self.width + 1) * self.width if self.activation else 0
+        return (self.width + 1) * outputs + dense
+
+
 class Head(nn.Module):
     """Dropout and a linear unit; `native` adds the dense layer the library's classifier has.
-
-    With `normalise` the linear unit reads features of length 1.
 
     Dropout stands before the dense layer as well, on every backbone; DistilBERT's and DeBERTa's
     own classifiers have none there, and DistilBERT's own share is 0.2.
     """
 
     def __init__(
-        self,
-        hidden: int,
-        outputs: int,
-        dropout: float,
-        activation: str | None,
-        generator: torch.Generator,
-        *,
-        normalise: bool = False,
+        self, shape: HeadShape, outputs: int, dropout: float, generator: torch.Generator
     ) -> None:
         super().__init__()
-        self.normalise = normalise
+        width, activation = shape.width, shape.activation
+        self.normalise = shape.normalise
         self.dropout = nn.Dropout(dropout)
-        self.dense = new_linear(hidden, hidden, generator) if activation else None
+        self.dense = new_linear(width, width, generator) if activation else None
         self.activation = ACTIVATIONS[activation]() if activation else None
-        self.out = new_linear(hidden, outputs, generator)
-
-    @staticmethod
-    def size(hidden: int, outputs: int, *, has_dense: bool) -> int:
-        """Count the parameters of a head before there is one."""
-        return (hidden + 1) * outputs + (hidden + 1) * hidden * has_dense
+        self.out = new_linear(width, outputs, generator)
 
     @property
     def width(self) -> int:

@@ -79,7 +79,8 @@ def _scores(
     floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
 ) -> dict[str, dict[str, float]]:
     tasks = [own.task for own in prepared]
-    tuned = build(floor, [task.outputs for task in tasks], pretrained)
+    outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
+    tuned = build(floor, outputs, pretrained, pairs=pairs)
     loop = loop_of(floor, prepared, tuned, shared)
     for _ in loop.events():
         pass

@@ -33,8 +33,7 @@ def _start(tuned: Tuned, course: Course, place: int) -> None:
     read = np.zeros((len(rows), head.out.in_features), np.float32)
 
     def compute(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        features = tuned.classifier.features(**inputs)
-        return [functional.normalize(features, dim=-1) if head.normalise else features]
+        return [tuned.classifier.features(**inputs)]
 
     fill([read], compute, tuned, rows, np.arange(len(rows)))
     cosines = torch.from_numpy(read[:, -1]).double()
