@@ -124,9 +124,9 @@ def test_a_sweep_pays_once_for_each_set_of_rows(
     built: list[str] = []
     build_ = floor.build
 
-    def watched(settings: Any, *rest: Any) -> Any:
+    def watched(settings: Any, *rest: Any, **more: Any) -> Any:
         built.append(settings.method_name)
-        return build_(settings, *rest)
+        return build_(settings, *rest, **more)
 
     monkeypatch.setattr(floor, "build", watched)
     grid = [
@@ -143,7 +143,7 @@ def test_a_sweep_pays_once_for_each_set_of_rows(
 def test_a_probe_that_does_not_fit_into_memory_loses_no_run(
     bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(*_: Any) -> Any:
+    def exhausted(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(floor, "build", exhausted)
