@@ -28,7 +28,8 @@ def test_native_pooling_is_the_librarys_own_classifier(
     backbone_dir: Backbones, model_type: str
 ) -> None:
     directory = backbone_dir(model_type)
-    tuned = build(experiment(directory, "head", model={"pooling": "native"}), 3)
+    settings = {"pooling": "native", "normalise": False}
+    tuned = build(experiment(directory, "head", model=settings), 3)
     layout = BACKBONES[model_type]
     library = getattr(transformers, f"{layout.classes}ForSequenceClassification")
     theirs = library.from_pretrained(directory, num_labels=3).eval()
