@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from unipelt_cli.models.batches import by_length, shuffled
+from unipelt_cli.models.batches import balanced, by_length, interleaved, shuffled
 
 
 def test_an_epoch_holds_every_row_once_and_depends_on_seed_and_epoch() -> None:
@@ -33,3 +33,29 @@ def test_evaluation_batches_hold_every_row_once_within_the_budget() -> None:
     batches = list(by_length(lengths))
     assert sorted(row for batch in batches for row in batch) == list(range(700))
     assert all(len(batch) * lengths[batch].max() <= 4096 for batch in batches)
+
+
+def test_balanced_batches_hold_as_many_rows_of_every_class() -> None:
+    labels = np.array([0] * 80 + [1] * 15 + [2] * 5)
+    batches = balanced(labels, 32, seed=42, epoch=1)
+    assert [len(batch) for batch in batches] == [25, 25, 25, 25]
+    for batch in batches:
+        counts = np.bincount(labels[batch], minlength=3)
+        assert counts.max() - counts.min() <= 1
+    rows = np.concatenate(batches)
+    assert set(rows[labels[rows] == 2]) == set(range(95, 100))  # all of them, several times
+    frequent = rows[labels[rows] == 0]
+    assert len(set(frequent)) == len(frequent)  # none twice
+    assert set(frequent) != set(np.concatenate(balanced(labels, 32, seed=42, epoch=2)))
+    again = balanced(labels, 32, seed=42, epoch=1)
+    assert all((a == b).all() for a, b in zip(batches, again, strict=True))
+
+
+def test_only_tasks_with_classes_are_balanced() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 40)
+    labels = np.array([0] * 30 + [1] * 10)
+    batches = interleaved([lengths, lengths], 20, 42, 1, [None, labels])
+    values = np.concatenate([rows for task, rows in batches if task == 0])
+    assert sorted(values.tolist()) == list(range(40))
+    classes = [np.bincount(labels[rows]).tolist() for task, rows in batches if task == 1]
+    assert classes == [[10, 10], [10, 10]]

@@ -129,6 +129,15 @@ class TrainSettings(Section):
     patience_steps: int = Field(0, ge=0, description="and at least so many steps without one")
     batch_size: int = Field(16, ge=1, description="rows a step")
     head_rate: float = Field(1.0, gt=0, le=1000, description="head: factor on the rate")
+    balanced: bool = Field(
+        False, description="whether a batch has as many rows of every class; rare ones come again"
+    )
+    contrast: float = Field(
+        0.0,
+        ge=0,
+        le=100,
+        description="weight of a term that draws rows of one label together, others apart",
+    )
     averaging: float = Field(
         0.0, ge=0, lt=1, description="dev scores and keeps a running mean of the tensors; its decay"
     )

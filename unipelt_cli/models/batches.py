@@ -5,7 +5,7 @@ Submodules pool over real tokens only, so rows of any length may share a batch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -149,13 +149,23 @@ def _refuse(reason: str) -> BackboneError:
 
 
 def interleaved(
-    lengths: Sequence[NDArray[np.int64]], batch_size: int, seed: int, epoch: int
+    lengths: Sequence[NDArray[np.int64]],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    classes: Sequence[NDArray[np.int64] | None] = (),
 ) -> list[tuple[int, NDArray[np.int64]]]:
     """Return an epoch's batches, each of one task's rows: (task, row numbers), tasks mixed.
 
-    Every row of every task comes once, so that tasks are drawn in proportion to their sizes.
+    Every row of every task comes once, so that tasks are drawn in proportion to their sizes; of
+    tasks whose rows' `classes` are given, as many rows, the same number of every class.
     """
-    batches = [shuffled(own, batch_size, seed, epoch, task) for task, own in enumerate(lengths)]
+    batches = [
+        shuffled(own, batch_size, seed, epoch, task)
+        if labels is None
+        else balanced(labels, batch_size, seed, epoch, task)
+        for task, (own, labels) in enumerate(zip_longest(lengths, classes))
+    ]
     turns = np.repeat(np.arange(len(batches)), [len(own) for own in batches])
     np.random.default_rng([seed, epoch, len(batches)]).shuffle(turns)
     queues = [iter(own) for own in batches]
@@ -179,6 +189,27 @@ def shuffled(
         for start in range(0, len(part), batch_size)
     ]
     return [batches[place] for place in random.permutation(len(batches))]
+
+
+def balanced(
+    labels: NDArray[np.int64], batch_size: int, seed: int, epoch: int, task: int = 0
+) -> list[NDArray[np.int64]]:
+    """Return an epoch's batches of row numbers: alike in size, and each of all classes alike.
+
+    Rows of rare classes come several times, and of frequent ones other rows in every epoch. As in
+    `shuffled` seed, epoch and task alone decide.
+    """
+    random = np.random.default_rng([seed, epoch, task, len(labels)])
+    queues: dict[int, list[int]] = {label: [] for label in np.unique(labels).tolist()}
+    order = random.permutation(list(queues)).tolist()  # one, so that no batch has two more of any
+    rows: list[int] = []
+    while len(rows) < len(labels):
+        for label in order:
+            if not queues[label]:
+                queues[label] = random.permutation(np.flatnonzero(labels == label)).tolist()
+            rows.append(queues[label].pop())
+    count = -(-len(labels) // batch_size)
+    return np.array_split(np.array(rows[: len(labels)], dtype=np.int64), count)
 
 
 def by_length(widths: NDArray[np.int64], width_to: int | None = None) -> Iterator[list[int]]:

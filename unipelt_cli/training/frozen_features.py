@@ -53,9 +53,9 @@ class FrozenFeatures:
             self.dev.append(torch.from_numpy(dev))
         self.seconds = time.perf_counter() - start
 
-    def train_logits(self, place: int, rows: NDArray[np.int64]) -> Tensor:
-        """Return the logits (rows, outputs) of some train rows of a task, for a step."""
-        return self.tuned.classifier.read(self.train[place][rows].to(self.tuned.device))
+    def train_rows(self, place: int, rows: NDArray[np.int64]) -> Tensor:
+        """Return the features (rows, width) of some train rows of a task, for a step."""
+        return self.train[place][rows].to(self.tuned.device)
 
     def dev_logits(self, place: int) -> Logits:
         """Return the logits (rows, outputs) of a task's dev rows; no dropout, no gradient."""

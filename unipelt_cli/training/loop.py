@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unipelt_cli.config.sections import TrainSettings
@@ -243,7 +244,9 @@ class Training:
         if self.frozen is not None and self.method.has_closed_form:
             self._fit(self.frozen, sum(int(own.sum()) for own in lengths))
             return
-        order = interleaved(lengths, settings.batch_size, settings.seed, progress.epoch)
+        order = interleaved(
+            lengths, settings.batch_size, settings.seed, progress.epoch, self._classes()
+        )
         while progress.step < self.steps:
             place, chosen = order[progress.step]
             taken = yield Batch(place, chosen)
@@ -256,6 +259,13 @@ class Training:
             progress.train_seconds += taken.seconds
             rate = progress.tokens / max(progress.train_seconds, 1e-9)
             yield Step(progress.epoch, progress.step, self.steps, taken.loss, rate)
+
+    def _classes(self) -> list[NDArray[np.int64] | None]:
+        """Return the labels by which each task's batches are balanced, None where they are not."""
+        return [
+            course.train[1] if self.settings.balanced and not course.task.is_regression else None
+            for course in self.courses
+        ]
 
     def _fit(self, frozen: FrozenFeatures, tokens: int) -> None:
         """Fit all heads at once, in place of an epoch's steps; the loss is the fitted heads'."""

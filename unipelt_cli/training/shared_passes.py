@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -104,19 +103,17 @@ def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | C
     start = time.perf_counter()
     tuned = [loop.tuned for loop in loops]
     generators = [Generator().manual_seed(loop.stepper.step_seed) for loop in loops]
+    features: list[Tensor] = []
     steps = [
-        loop.stepper.open(batch, partial(_never, loop))
-        for loop, batch in zip(loops, batches, strict=True)
+        loop.stepper.open(batch, partial(_taken, features, turn))
+        for turn, (loop, batch) in enumerate(zip(loops, batches, strict=True))
     ]
     with shared_out(tuned[0].classifier.shares_rows):
-        features = _features(tuned, [step.inputs for step in steps], generators, loops)
+        features += _features(tuned, [step.inputs for step in steps], generators, loops)
         losses = []
         for loop, step, generator, own in zip(loops, steps, generators, features, strict=True):
-            classifier = loop.tuned.classifier
-            with classifier.draws.of([generator], [len(own)]):
-                losses.append(
-                    loop.method.loss(replace(step, forward=partial(classifier.read, own)))
-                )
+            with loop.tuned.classifier.draws.of([generator], [len(own)]):
+                losses.append(loop.method.loss(step))
         torch.autograd.backward(losses)
     taken: list[Taken | CheckError] = []
     for loop, step, loss in zip(loops, steps, losses, strict=True):
@@ -129,8 +126,9 @@ def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | C
     return taken
 
 
-def _never(loop: Training, inputs: Mapping[str, Tensor]) -> Tensor:
-    raise AssertionError("the pass is taken for all runs at once")
+def _taken(features: Sequence[Tensor], turn: int, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the features of one run, from the pass that is taken for all runs at once."""
+    return features[turn]
 
 
 def _features(

@@ -17,6 +17,7 @@ from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
+from unipelt_cli.training.contrast import contrast
 from unipelt_cli.training.events import Batch, Course, Halved, Progress, Taken
 from unipelt_cli.training.frozen_features import FrozenFeatures
 from unipelt_cli.training.gradients import Gradients
@@ -109,7 +110,7 @@ class Stepper:
         for first in range(processes.rank * size, len(rows), processes.count * size):
             part = rows[first : first + size]
             step = self.open(
-                Batch(batch.place, part), lambda inputs: self.tuned.classifier(**inputs)
+                Batch(batch.place, part), lambda inputs: self.tuned.classifier.features(**inputs)
             )
             with seeded(self._part_seed(first), self.tuned.device):
                 loss = self.method.loss(step) * (len(part) / len(rows))
@@ -126,8 +127,8 @@ class Stepper:
         """Return what a part of a step that begins at this row draws from."""
         return derive_seed(self.step_seed, first) if first else self.step_seed
 
-    def open(self, batch: Batch, forward: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
-        """Begin a step: the rate is set, the rows are tensors, `forward` turns them into logits."""
+    def open(self, batch: Batch, features: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
+        """Begin a step: the rate is set, the rows are tensors, which `features` sends through."""
         self._set_rate()
         course = self.courses[batch.place]
         rows, labels = course.train
@@ -135,17 +136,36 @@ class Stepper:
         if not classifier.training:  # it goes through all modules
             classifier.train()
         classifier.select(batch.place)
-        inputs, frozen = dict[str, Tensor](), self.frozen
+        inputs, frozen, latest = dict[str, Tensor](), self.frozen, list[Tensor]()
         if frozen is None:
             inputs = rows.batch(batch.rows.tolist(), device)
+
+        def forward() -> Tensor:
+            read = frozen.train_rows(batch.place, batch.rows) if frozen else features(inputs)
+            latest[:] = [read]
+            return classifier.read(read)
+
+        def criterion(logits: Tensor) -> Tensor:
+            loss = loss_of(course, logits, labels[batch.rows])
+            if not self._contrasts(batch.place):
+                return loss
+            told_apart = torch.as_tensor(labels[batch.rows], device=device)
+            return loss + self.settings.contrast * contrast(latest[0], told_apart)
+
         return Pass(
             classifier.backbone,
             inputs,
             self._moment(),
             course.task.is_regression,
-            lambda: frozen.train_logits(batch.place, batch.rows) if frozen else forward(inputs),
-            lambda logits: loss_of(course, logits, labels[batch.rows]),
+            forward,
+            criterion,
         )
+
+    def _contrasts(self, place: int) -> bool:
+        """Say whether a task's loss has the term: features of one text each, and classes."""
+        is_apart = self.tuned.classifier.apart[place]
+        is_regression = self.courses[place].task.is_regression
+        return self.settings.contrast > 0 and not is_apart and not is_regression
 
     def _set_rate(self) -> None:
         rate = self.rate()
