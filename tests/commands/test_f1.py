@@ -11,7 +11,7 @@ from support.command import FAST, error_of, invoke
 from support.data_files import glue, own_file, prepare_glue, prepare_own
 from support.rows import sentence, write_table
 
-from unipelt_cli.comparison.weighted_metrics import weighted_metric
+from unipelt_cli.models.weighted_metrics import weighted_metric
 from unipelt_cli.data.prepared_directory import load_prepared, save_prepared
 from unipelt_cli.files.sealed import open_tensors, with_seal, write_tensors
 from unipelt_cli.runs.run import read_run

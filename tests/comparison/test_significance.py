@@ -5,8 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from unipelt_cli.comparison import significance, weighted_metrics
-from unipelt_cli.comparison.significance import Sample
+from unipelt_cli.comparison import significance
+from unipelt_cli.models import weighted_metrics
+from unipelt_cli.models.resampling import Sample, bootstrap_interval
 from unipelt_cli.metrics import METRICS
 from unipelt_cli.tasks import TASKS, Task
 
@@ -74,7 +75,7 @@ def test_the_interval_over_rows_covers_the_score_on_all_rows(metric: str) -> Non
     def trial(drawn: np.random.Generator) -> bool:
         rows = drawn.integers(0, count, 200)
         sample = Sample(expected[rows], predicted[:, rows], weighted_metrics.weighted_metric(task))
-        return covers(significance.bootstrap_interval([sample], drawn, draws=400), float(truth))
+        return covers(bootstrap_interval([sample], drawn, draws=400), float(truth))
 
     trials = 400
     found = share(trial, trials)

@@ -424,7 +424,19 @@ def test_trained_runs_are_compared(backbone_dir: Callable[[str], Path], tmp_path
     rows = write_rows(tmp_path / "reviews.csv")
     for method in ("lora", "unipelt-ap"):
         code, _, stderr = invoke(
-            *("train", "--train-file", rows, "--text", "text", "--label", "label", "--k", 24),
+            *(
+                "train",
+                "--train-file",
+                rows,
+                "--text",
+                "text",
+                "--label",
+                "label",
+                "--folds",
+                "none",
+                "--k",
+                24,
+            ),
             *("--method", method, "--model", backbone_dir("bert"), "--data-seeds", "111,222"),
             *("--set", "train.epochs=2", "--device", "cpu", "--precision", "fp32"),
             *("--out", tmp_path / "runs"),
@@ -449,7 +461,17 @@ def test_joint_runs_are_one_task_with_an_interval(
     for name, start in (("a", 0), ("b", 100)):
         rows = write_rows(tmp_path / f"{name}.csv", start=start)
         code, _, stderr = invoke(
-            *("prepare", "--train-file", rows, "--text", "text", "--label", "label"),
+            *(
+                "prepare",
+                "--train-file",
+                rows,
+                "--text",
+                "text",
+                "--label",
+                "label",
+                "--folds",
+                "none",
+            ),
             *("--k", 24, "--out", tmp_path / name),
         )
         assert code == 0, stderr

@@ -7,7 +7,7 @@ from unipelt_cli.data import preparation, readers
 from unipelt_cli.data.unusable import windows_of_texts
 from unipelt_cli.tasks import TASKS
 
-OWN = {"text": "text", "label": "label"}
+OWN = {"text": "text", "label": "label", "folds": 0}
 
 
 def write(path, content, encoding="utf-8"):

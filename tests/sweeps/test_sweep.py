@@ -113,7 +113,17 @@ def test_the_best_so_far_knows_which_way_is_better(metric: str, expected: str) -
 def flags(backbone_dir: Backbones, rows_file: Path, tmp_path: Path) -> list[str]:
     """Return a sweep of four cells: two methods, two data seeds."""
     return [
-        *("sweep", "--train-file", str(rows_file), "--text", "text", "--label", "label"),
+        *(
+            "sweep",
+            "--train-file",
+            str(rows_file),
+            "--text",
+            "text",
+            "--label",
+            "label",
+            "--folds",
+            "none",
+        ),
         *("--model", str(backbone_dir("bert")), "--methods", "head,lora"),
         *("--data-seeds", "1,2", "--out", str(tmp_path / "sweep"), "--workers", "2", *QUICK),
     ]

@@ -106,7 +106,19 @@ def root(backbone_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
 
 
 TRAIN = [
-    *("train", "--train-file", "rows.csv", "--text", "text", "--label", "label", "--k", "42"),
+    *(
+        "train",
+        "--train-file",
+        "rows.csv",
+        "--text",
+        "text",
+        "--label",
+        "label",
+        "--folds",
+        "none",
+        "--k",
+        "42",
+    ),
     *("--dev-size", "30", "--model", "bert", "--precision", "fp32", "--device", "cpu", "--json"),
     *("--set", "train.batch_size=8", "--set", "train.learning_rate=0.01", "--offline"),
     *("--set", f"train.epochs={EPOCHS}", "--set", f"train.patience={EPOCHS}"),

@@ -217,7 +217,18 @@ def test_equal_labels_are_said_before_and_predicted_exactly(
 ) -> None:
     rows = tmp_path / "rows.csv"
     write_values(rows, 2000, 2000)
-    own = ("--train-file", rows, "--text", "text", "--label", "label", "--device", "cpu")
+    own = (
+        "--train-file",
+        rows,
+        "--text",
+        "text",
+        "--label",
+        "label",
+        "--folds",
+        "none",
+        "--device",
+        "cpu",
+    )
     settings = ("--set", "train.epochs=1", "--precision", "fp32", "--model", calm_bert)
     settings += ("--set", "data.kind=regression", "--out", tmp_path / "run")
     code, _, stderr = invoke("train", *own, *settings)
@@ -241,7 +252,18 @@ def test_one_train_row_is_enough(calm_bert: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_loses_to_the_mean_says_so(calm_bert: Path, tmp_path: Path) -> None:
     rows = write_values(tmp_path / "rows.csv", 16, 84)
-    own = ("--train-file", rows, "--text", "text", "--label", "label", "--device", "cpu")
+    own = (
+        "--train-file",
+        rows,
+        "--text",
+        "text",
+        "--label",
+        "label",
+        "--folds",
+        "none",
+        "--device",
+        "cpu",
+    )
     settings = ("--set", "train.epochs=1", "--precision", "fp32", "--model", calm_bert)
     settings += ("--set", "data.kind=regression")
     raw = ("--set", "train.label_scale=raw", "--out", tmp_path / "run", "--json")

@@ -27,7 +27,8 @@ def inspect_gates(
     task: options.OneTaskOption = None,
     by: Annotated[str, typer.Option(help="layer, class, example or epoch.")] = "layer",
     split: Annotated[
-        str | None, typer.Option(help="test, dev or train. (default test; with --ablate dev)")
+        str | None,
+        typer.Option(help="test, dev or train. (default test; with --ablate dev)"),
     ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="So many of its rows, the same ones each time.")
@@ -62,8 +63,9 @@ def inspect_gates(
         settings.refuse_pairs(*said)
         answer = _epochs(run, plot)
     else:
-        split = split or ("dev" if ablate else "test")
         found = run_argument.read_run(run, offline, source, model)
+        wanted = "dev" if ablate else "test"
+        split = split or (wanted if wanted in found.splits else "train")
         from unipelt_cli.gates import ablation
         from unipelt_cli.gates.report import GateReport, by_epoch, inspect_gates, sample
 
@@ -123,6 +125,11 @@ def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
         from unipelt_cli.terminal import gates
     found = read_run(run)
     epochs = by_epoch(found)
+    if not epochs and found.result.get("selection") == "schedule":
+        raise RunError(
+            f"{run}: its epochs hold no gates, as there were no dev rows to see them on",
+            "see those of its last epoch with --by layer, or train with --dev-size N",
+        )
     if not epochs:
         raise RunError(
             f"{run}: its epochs hold no gates",

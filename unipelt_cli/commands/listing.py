@@ -187,7 +187,7 @@ def _runs(directory: Path) -> list[Entry]:
         else:
             result, metric = run.result, run.result["metric"]
             entry |= {"status": "finished", "metric": metric, "seconds": result["seconds"]}
-            entry |= {split: result[split][metric] for split in ("dev", "test")}
+            entry |= {split: result[split].get(metric) for split in ("dev", "test")}
         listed.append(entry)
     return listed
 

@@ -19,6 +19,7 @@ def prepare(
     data_seed: options.DataSeedOption = None,
     source: options.SourceOption = None,
     dev_size: options.DevSizeOption = None,
+    folds: options.FoldsOption = None,
     dataset: options.DatasetOption = None,
     train_file: options.TrainFileOption = None,
     dev_file: options.DevFileOption = None,

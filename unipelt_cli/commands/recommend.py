@@ -86,12 +86,13 @@ def recommend(
     from unipelt_cli.training.planning import with_drawn_rows
 
     seconds = successive_halving.seconds_of(budget)
-    own = with_columns([], command_line_settings(settings, flags))
+    given = merge_settings([{"data": {"folds": 0}}, command_line_settings(settings, flags)])
+    own = with_columns([], given)
     settle([complete([], own)], offline)
 
     def base(name: str, rate: float) -> "Experiment":
         changed: Settings = {"method": {"name": name}, "train": {"learning_rate": rate}}
-        return with_drawn_rows(complete([], merge_settings([own, changed])))
+        return _with_dev(with_drawn_rows(complete([], merge_settings([own, changed]))))
 
     names = split_names("--methods", methods)
     found = successive_halving.candidates(base, names, _rates(rates))
@@ -113,6 +114,16 @@ def recommend(
     if as_json:
         answer = {"preset": str(out / "preset.toml"), "run": str(out / "run")}
         print_json({**answer, **evidence, "result": result})
+
+
+def _with_dev(experiment: "Experiment") -> "Experiment":
+    """Return the experiment; raise ConfigError where no dev rows can tell candidates apart."""
+    if not experiment.data.has_dev:
+        raise ConfigError(
+            "data.dev_size = 0: `recommend` chooses on dev rows, and there are none",
+            "give --dev-size N or --dev-file FILE; `unipelt train` needs no dev rows",
+        )
+    return experiment
 
 
 def show_search(found: "Sequence[Candidate]", budget: float) -> "Candidate":

@@ -73,6 +73,7 @@ def sweep(
     source: options.SourceOption = None,
     prepared: options.PreparedOption = None,
     dev_size: options.DevSizeOption = None,
+    folds: options.FoldsOption = None,
     dataset: options.DatasetOption = None,
     train_file: options.TrainFileOption = None,
     dev_file: options.DevFileOption = None,

@@ -42,6 +42,7 @@ def train(
     source: options.SourceOption = None,
     prepared: options.PreparedOption = None,
     dev_size: options.DevSizeOption = None,
+    folds: options.FoldsOption = None,
     dataset: options.DatasetOption = None,
     train_file: options.TrainFileOption = None,
     dev_file: options.DevFileOption = None,
@@ -207,14 +208,16 @@ def _costs(found: "Outlook") -> dict[str, Any]:
 
 def _show_outlook(found: "Outlook", directories: Sequence[Path]) -> None:
     experiment, tuned, cost, memory = found.experiment, found.tuned, found.cost, found.memory
-    times = f"{tables.duration(cost.least_seconds)} to {tables.duration(cost.most_seconds)}"
+    times = tables.duration(cost.most_seconds)
+    if found.experiment.data.has_dev:
+        times = f"{tables.duration(cost.least_seconds)} to {times}"
     free = "" if memory.free is None else f"; {tables.size(memory.free)} are free"
     disk = shutil.disk_usage(_nearest_directory(directories[0])).free
     parts = (memory.process, memory.weights, memory.states, memory.activations)
     names = ("the process", "weights", "optimiser", "batch")
     shown = ", ".join(f"{n} {tables.size(c)}" for n, c in zip(names, parts, strict=True))
     rows = [
-        ("time", times, f"as early as patience ends it, or all {experiment.train.epochs} epochs"),
+        ("time", times, _why(experiment)),
         ("memory", tables.size(memory.total), f"{shown}{free}"),
         ("disk", tables.size(cost.disk_bytes), f"{tables.size(disk)} are free"),
     ]
@@ -225,6 +228,14 @@ def _show_outlook(found: "Outlook", directories: Sequence[Path]) -> None:
         f"{tuned.precision} on {tuned.device.type}{several}; nothing was written"
     )
     console.say("run: ", (str(directories[0]), "bold"))
+
+
+def _why(experiment: "Experiment") -> str:
+    """Say what the time is that of."""
+    data, epochs = experiment.data, f"all {experiment.train.epochs} epochs"
+    if data.has_dev:
+        return f"as early as patience ends it, or {epochs}"
+    return f"{epochs}, of {data.folds} folds and of all rows" if data.folds else epochs
 
 
 def _nearest_directory(path: Path) -> Path:

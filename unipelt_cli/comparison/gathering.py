@@ -89,9 +89,17 @@ def _member(run: Run) -> Member:
         joint_name(run.tasks),
         Path(found["name"]).name,
         found["fingerprint"],
-        tuple(run.digest_of("test", place) for place in places),
+        tuple(_tested_rows(run, place) for place in places),
         json.dumps([own.get("source") for own in each], sort_keys=True),
     )
+
+
+def _tested_rows(run: Run, place: int) -> str:
+    """Name the rows that a task's score is of: the hash of its test rows, or of those in folds."""
+    folds = run.result.get("folds")
+    if not folds:
+        return run.digest_of("test", place)
+    return f"{run.digest_of('train', place)} in {folds['count']} folds"
 
 
 def _with_told_backbones(members: Sequence[Member]) -> list[Member]:
@@ -124,7 +132,9 @@ def _with_told_tasks(members: Sequence[Member]) -> tuple[list[Member], list[str]
         for number, part in enumerate(parts.values(), 1):
             told += [replace(member, task=f"{name} #{number}") for member in part]
             labels = [label for task in part[0].run.tasks if (label := scored_label(task))]
-            if len({member.rows for member in own}) == 1 and labels:
+            if folds := part[0].run.result.get("folds"):
+                notes.append(f"{name} #{number} is scored by {folds['count']} folds of train rows")
+            elif len({member.rows for member in own}) == 1 and labels:
                 notes.append(f"{name} #{number} is scored by f1 of {', '.join(map(short, labels))}")
             else:
                 notes.append(f"{name} #{number} has rows of its own: {part[0].source}")
@@ -132,7 +142,8 @@ def _with_told_tasks(members: Sequence[Member]) -> tuple[list[Member], list[str]
 
 
 def _kind(member: Member) -> tuple[object, ...]:
-    return tuple(
+    tested_on = member.run.result.get("tested_on", "test")
+    return tested_on, *(
         (task.text, task.labels, task.metric, scored_label(task)) for task in member.run.tasks
     )
 

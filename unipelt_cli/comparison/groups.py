@@ -56,6 +56,8 @@ class Member:
         }
         kept = {key: value for key, value in flat.items() if key not in NO_SETTINGS}
         kept["data.dev_size"] = sections["data"]["dev_size"]
+        if folds := sections["data"]["folds"]:
+            kept["data.folds"] = folds
         # Like the rows' settings it differs from task to task, and says nothing of most.
         scale = kept.pop("train.label_scale", None)
         if any(task.is_regression for task in self.run.tasks):

@@ -8,23 +8,18 @@ others than those given.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
-from unipelt_cli.comparison.weighted_metrics import Numbers, WeightedMetric
-from unipelt_cli.metrics import Values
+from unipelt_cli.models.resampling import LEVEL, Interval
+from unipelt_cli.models.weighted_metrics import Numbers
 
-Interval = tuple[float, float]
-LEVEL = 0.95
 ALPHA = 0.05
 POWER = 0.8
-DRAWS = 1000
 FLIPS = 9999  # sign patterns tried; all of them where there are no more (13 pairs)
 MOST_SEEDS = 1000
-_CHUNK = 2_000_000  # weights held in memory at a time
 
 
 def mean_interval(values: ArrayLike, level: float = LEVEL) -> Interval | None:
@@ -66,51 +61,6 @@ def stratified(strata: Sequence[ArrayLike]) -> Estimate:
     degrees = total**2 / spread if spread > 0 else float((sizes - 1).sum())
     mean = float(np.mean([values.mean() for values in own]))
     return Estimate(mean, float(np.sqrt(total)) / len(own), float(degrees))
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Rows that several seeds predicted: `share` is their weight in the score, of 1 in total.
-
-    references (rows,), predictions (seeds, rows).
-    """
-
-    references: Values
-    predictions: Values
-    metric: WeightedMetric
-    share: float = 1.0
-
-
-def bootstrap_interval(
-    samples: Sequence[Sample],
-    generator: np.random.Generator,
-    draws: int = DRAWS,
-    level: float = LEVEL,
-) -> Interval:
-    """Return the percentile interval of the mean-over-seeds score when test rows are drawn anew.
-
-    Rows are drawn with all seeds' predictions at once: the seeds saw the same rows.
-    """
-    scores = np.zeros(draws)
-    for sample in samples:
-        patterns, counts = _patterns(sample)
-        size = max(1, _CHUNK // len(counts))
-        for start in range(0, draws, size):
-            part = slice(start, min(start + size, draws))
-            weights = generator.multinomial(
-                counts.sum(), counts / counts.sum(), size=part.stop - part.start
-            ).astype(np.float64)
-            each = [sample.metric(own, patterns[0], weights) for own in patterns[1:]]
-            scores[part] += sample.share * np.mean(each, axis=0)
-    low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _patterns(sample: Sample) -> tuple[Values, NDArray[np.int64]]:
-    """Return the distinct rows (references first, then each seed) and how often each occurs."""
-    table = np.vstack([sample.references[None], sample.predictions])
-    found, counts = np.unique(table, axis=1, return_counts=True)
-    return cast(Values, found), counts.astype(np.int64)
 
 
 def sign_flip(strata: Sequence[ArrayLike], seed: int = 0) -> float:

@@ -17,9 +17,9 @@ from unipelt_cli.comparison.gathering import Gathered, gather
 from unipelt_cli.comparison.groups import Group, averaged_tasks, scopes
 from unipelt_cli.comparison.paired_tests import comparisons
 from unipelt_cli.comparison.published import Table
-from unipelt_cli.comparison.significance import Interval, Sample
-from unipelt_cli.comparison.weighted_metrics import weighted_metric
 from unipelt_cli.metrics import Values
+from unipelt_cli.models.resampling import Interval, Sample, bootstrap_interval
+from unipelt_cli.models.weighted_metrics import weighted_metric
 
 MARGIN = 0.01
 Answer = dict[str, Any]
@@ -127,7 +127,7 @@ def _interval_by_rows(group: Group) -> Interval | None:
         )
         for (place, _), own in sets.items()
     ]
-    return significance.bootstrap_interval(samples, np.random.default_rng(0))
+    return bootstrap_interval(samples, np.random.default_rng(0))
 
 
 def _table(backbone: str, k: int | None, groups: Sequence[Group]) -> Answer:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from unipelt_cli import methods
-from unipelt_cli.config.sections import DataSettings, split_names
+from unipelt_cli.config.sections import DataSettings, read_folds, split_names
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.methods import Method
 from unipelt_cli.metrics import CLASSIFICATION_METRICS, REGRESSION_METRICS
@@ -74,7 +74,37 @@ def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
     for key in ("dev_file", "test_file", "encoding"):
         if getattr(data, key) and not data.train_file:
             yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
+    yield from _folds_problems(data)
     yield from _label_problems(data, is_own=bool(own))
+
+
+def _folds_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
+    """Yield what contradicts that all rows train, or that none of them is held for dev."""
+    try:
+        folds = read_folds(data.folds)
+    except ValueError:
+        return  # said by the check of the key
+    if data.dev_file and data.dev_size == 0:
+        yield "data.dev_file is set, and data.dev_size = 0", "drop one of them"
+    if folds in ("auto", 0):
+        if data.fold is not None:
+            yield f"data.fold = {shown(data.fold)} is set without data.folds", "give --folds N"
+        return
+    if isinstance(data.fold, int) and data.fold > folds:
+        yield f"data.fold = {data.fold}: there are {folds} folds", f"give 1 to {folds}"
+    for key in ("dev_file", "test_file"):
+        if getattr(data, key):
+            yield (
+                f"data.folds = {folds}: folds are trained and tested on train rows alone, and "
+                f"data.{key} is set",
+                f"drop --folds, or --{key.replace('_', '-')}",
+            )
+    if "dev_size" in data.model_fields_set and data.dev_size:
+        yield (
+            f"data.folds = {folds}: all train rows are trained on, and data.dev_size = "
+            f"{shown(data.dev_size)}",
+            "drop --folds, or --dev-size",
+        )
 
 
 def _label_problems(data: DataSettings, *, is_own: bool) -> Iterator[tuple[str, str]]:
@@ -104,6 +134,7 @@ def _joint_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
         for key in ("task", *_OWN_ROWS, "positive", "skip_unusable")
         if getattr(data, key) is not None
     ]
+    named += ["folds"] if data.folds not in ("auto", "none", 0) else []
     if named:
         yield (
             f"data.{named[0]} = {shown(getattr(data, named[0]))}: "

@@ -93,7 +93,8 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     assert isinstance(train, TrainSettings)
     assert method is not None
     assert isinstance(data, DataSettings)
-    if "dev_size" not in merged["data"] and (names := table_tasks(data)):
+    data = data.with_folds()
+    if "dev_size" not in merged["data"] and not data.folds and (names := table_tasks(data)):
         data = data.model_copy(update={"dev_size": get_task(names[0]).dev_size})
     model = sections["model"]
     assert isinstance(model, ModelSettings)

@@ -12,6 +12,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 Pooling = Literal["auto", "native", "cls", "mean", "eos"]
 Pairs = Literal["auto", "joint", "apart"]
 Scale = Literal["auto", "standardised", "raw"]
+MOST_FOLDS = 20
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "spearman", "pearson", "mse"]
 
 
@@ -22,6 +23,22 @@ def split_names(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def read_folds(value: Any) -> Any:
+    """Take "none" and numbers in words as numbers; raise ValueError for what is no number of folds.
+
+    One fold would be all rows, and test none of them.
+    """
+    if value == "auto":
+        return value
+    number = {"none": 0}.get(value, value) if isinstance(value, str) else value
+    if isinstance(number, str) and number.isascii() and number.isdigit():
+        number = int(number)
+    if type(number) is not int or number not in (0, *range(2, MOST_FOLDS + 1)):
+        raise ValueError(f"2 to {MOST_FOLDS}, none, or auto")
+    return number
+
+
+Folds = Annotated[int | Literal["auto"], BeforeValidator(read_folds)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
 Directories = Annotated[
     str | tuple[str, ...],
@@ -44,7 +61,17 @@ class DataSettings(Section):
     tasks: Names | None = Field(None, description="several tasks of the table, trained at once")
     k: Annotated[int, Field(ge=1)] | None = Field(None, description="train rows; all without it")
     data_seed: int = Field(111, ge=0, lt=2**63, description="draws the rows")
-    dev_size: int = Field(1000, ge=1, lt=2**63, description="dev rows, drawn after the train rows")
+    dev_size: int = Field(
+        1000, ge=0, lt=2**63, description="dev rows, drawn after the train rows; 0: no dev set"
+    )
+    folds: Folds = Field(
+        "auto",
+        description="so many parts of the train rows are each tested by training on the others; "
+        "auto: small files without dev rows choose, all else has none",
+    )
+    fold: Annotated[int, Field(ge=1, le=MOST_FOLDS)] | None = Field(
+        None, description="train on all folds but this one, and test on it"
+    )
     source: str | None = Field(None, description="a directory in GLUE's layout, or 'hub'")
     prepared: Directories | None = Field(
         None, description="a directory that `prepare` wrote, or one for each of several tasks"
@@ -71,6 +98,22 @@ class DataSettings(Section):
     skip_unusable: bool | None = Field(
         None, description="true leaves out own rows without a text or label, and counts them"
     )
+
+    def with_folds(self) -> "DataSettings":
+        """Return the settings with what `auto` becomes where no look at the rows is needed.
+
+        What a file's size decides, and what a prepared directory was drawn with, stays open.
+        """
+        if self.folds not in ("auto", 0):
+            return self.model_copy(update={"dev_size": 0})
+        names_size = "dev_size" in self.model_fields_set and "folds" not in self.model_fields_set
+        is_open = self.prepared or (self.train_file and not self.dev_file and not names_size)
+        return self if is_open else self.model_copy(update={"folds": 0})
+
+    @property
+    def has_dev(self) -> bool:
+        """Whether there are dev rows; of settings whose folds are not open any more."""
+        return bool(self.dev_file or self.dev_size)
 
     def each(self) -> tuple["DataSettings", ...]:
         """Return every task's settings as if it were alone: its rows are drawn by them."""

@@ -5,21 +5,22 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Annotated, Any
 
 import numpy as np
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from unipelt_cli.config.sections import DataSettings
+from unipelt_cli.config.sections import MOST_FOLDS, DataSettings
 from unipelt_cli.data.sources import Found
-from unipelt_cli.data.splits import SPLITS
 from unipelt_cli.metrics import CLASSIFICATION_METRICS, REGRESSION_METRICS
 from unipelt_cli.tasks import Task, joint_positive
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Size = Annotated[int, Field(ge=1, lt=2**63)]
 FORMAT = 1
+SPLITS = ("train", "dev", "test")
 MANIFEST = "manifest.json"
 
 
@@ -47,14 +48,14 @@ class _Split(_Part):
 
 class _Splits(_Part):
     train: _Split
-    dev: _Split
-    test: _Split
+    dev: _Split | None = None
+    test: _Split | None = None
 
 
 class _Leakage(_Part):
-    train_dev: Count
-    train_test: Count
-    dev_test: Count
+    train_dev: Count | None = None
+    train_test: Count | None = None
+    dev_test: Count | None = None
 
 
 class _Manifest(_Part):
@@ -69,7 +70,8 @@ class _Manifest(_Part):
     source: dict[str, Any]
     k: Size | None
     data_seed: Count
-    dev_size: Size
+    dev_size: Count
+    folds: Annotated[int, Field(ge=2, le=MOST_FOLDS)] | None = None
     splits: _Splits
     leakage: _Leakage
     conflicts: Count
@@ -90,7 +92,16 @@ class _Manifest(_Part):
         ):
             raise ValueError(f"positive = {self.positive[:60]!r}: not one of two labels")
         names = set(self.labels) or {"min", "mean", "max"}
+        there = dict(self.splits)
+        lacking = {"dev": self.dev_size and not self.folds, "test": not self.folds}
+        for name, is_needed in lacking.items():
+            if is_needed and there[name] is None:
+                raise ValueError(f"splits: no {name}")
         for name, split in self.splits:
+            if split is None and name not in self.splits.model_fields_set:
+                continue
+            if split is None:
+                raise ValueError(f"splits.{name}: not a split")
             if split.rows != len(split.row_ids):
                 raise ValueError(f"splits.{name}: {split.rows} rows, {len(split.row_ids)} row_ids")
             if split.labels.keys() != names:
@@ -126,14 +137,11 @@ def digest_rows(rows: Dataset) -> str:
 def make_manifest(
     found: Found, settings: DataSettings, splits: Mapping[str, Dataset], notes: Sequence[str]
 ) -> dict[str, Any]:
-    """Record what was drawn and what is odd about it: the same settings give the same bytes."""
+    """Record what was drawn and what is odd about it: the same settings give the same bytes.
+
+    Of splits that there are not, such as a dev set of no rows, nothing is recorded.
+    """
     task = found.task
-    keys = {split: _keys(task, rows) for split, rows in splits.items()}
-    seen = {split: set(keys[split]) for split in SPLITS}
-    pairs = (("train", "dev"), ("train", "test"), ("dev", "test"))
-    labelled: set[tuple[tuple[str, ...], float]] = set()
-    for split, rows in splits.items():
-        labelled.update(zip(keys[split], rows[:]["label"], strict=True))
     content = {
         "format": FORMAT,
         "task": task.name,
@@ -147,12 +155,26 @@ def make_manifest(
         "k": settings.k,
         "data_seed": settings.data_seed,
         "dev_size": settings.dev_size,
-        "splits": {split: _describe(task, splits[split], keys[split]) for split in SPLITS},
-        "leakage": {f"{a}_{b}": sum(key in seen[a] for key in keys[b]) for a, b in pairs},
-        "conflicts": sum(count > 1 for count in Counter(key for key, _ in labelled).values()),
+        **({"folds": settings.folds} if settings.folds else {}),
+        **describe_splits(task, splits),
         "notes": list(notes),
     }
     return seal_manifest(content)
+
+
+def describe_splits(task: Task, splits: Mapping[str, Dataset]) -> dict[str, Any]:
+    """Record each split, the texts that two of them hold, and those with more labels than one."""
+    keys = {split: text_keys(task, rows) for split, rows in splits.items()}
+    seen = {split: set(own) for split, own in keys.items()}
+    labelled: set[tuple[tuple[str, ...], float]] = set()
+    for split, rows in splits.items():
+        labelled.update(zip(keys[split], rows[:]["label"], strict=True))
+    pairs = combinations([split for split in SPLITS if split in splits], 2)
+    return {
+        "splits": {split: _describe(task, splits[split], keys[split]) for split in splits},
+        "leakage": {f"{a}_{b}": sum(key in seen[a] for key in keys[b]) for a, b in pairs},
+        "conflicts": sum(count > 1 for count in Counter(key for key, _ in labelled).values()),
+    }
 
 
 def _describe(task: Task, rows: Dataset, keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
@@ -174,7 +196,7 @@ def _describe(task: Task, rows: Dataset, keys: Sequence[tuple[str, ...]]) -> dic
     }
 
 
-def _keys(task: Task, rows: Dataset) -> list[tuple[str, ...]]:
+def text_keys(task: Task, rows: Dataset) -> list[tuple[str, ...]]:
     """Return each row's texts without case and spacing, to find equal ones."""
     cells = rows[:]
     columns = ([" ".join(text.casefold().split()) for text in cells[name]] for name in task.text)

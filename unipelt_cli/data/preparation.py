@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.cells import FILL_IN, RowError, encode_labelled
+from unipelt_cli.data.folds import fold_of
 from unipelt_cli.data.manifest import make_manifest, seal_manifest
 from unipelt_cli.data.prepared_directory import (
     Prepared,
@@ -30,12 +31,14 @@ PASS_OVER = "fill it in, or pass over such rows with --skip-unusable"
 
 
 def prepare(settings: DataSettings) -> Prepared:
-    """Find the rows that `settings` name and draw the three splits.
+    """Find the rows that `settings` name and draw the splits, or those of one fold.
 
     Raises DataError for a source that cannot be read, rows that cannot be used or too few rows,
     and ConfigError for an unknown task.
     """
     datasets.disable_progress_bars()
+    if settings.fold is not None:
+        return fold_of(prepare(settings.model_copy(update={"fold": None})), settings.fold)
     assert not isinstance(settings.prepared, tuple)
     directory = Path(settings.prepared) if settings.prepared else glue_root(settings)
     if directory and (settings.prepared or has_manifest(directory)):
@@ -43,8 +46,8 @@ def prepare(settings: DataSettings) -> Prepared:
     found = find(settings)
     task = with_positive(with_metric(found.task, settings.metric), settings.positive)
     found = replace(found, task=task)
-    splits, notes = draw_splits(found, settings)
-    return Prepared(found.task, splits, make_manifest(found, settings, splits, notes))
+    settled, splits, notes = draw_splits(found, settings)
+    return Prepared(found.task, splits, make_manifest(found, settled, splits, notes))
 
 
 def prepare_each(settings: DataSettings) -> tuple[Prepared, ...]:
@@ -78,8 +81,8 @@ def _check_together(manifests: Sequence[Mapping[str, Any]]) -> None:
         if names.count(name) > 1:
             hint = "prepare own rows under other names, with --task NAME"
             raise DataError(f"two of the tasks are called {name!r}", hint)
-        for key in ("k", "data_seed", "dev_size"):
-            asked, there = manifests[0][key], manifest[key]
+        for key in ("k", "data_seed", "dev_size", "folds"):
+            asked, there = manifests[0].get(key), manifest.get(key)
             if asked != there:
                 what = f"{names[0]} was drawn with {asked}, {name} with {there}"
                 raise DataError(f"data.{key}: {what}", "prepare all tasks with the same settings")
@@ -145,12 +148,14 @@ def _asked_for(
 ) -> tuple[Task, dict[str, Any]]:
     """Return a prepared task and its manifest with the metric that the settings ask for."""
     asked: dict[str, str | int | None] = {"task": settings.task, "k": settings.k}
+    asked["folds"] = None if settings.folds in ("auto", 0) else settings.folds
     if "data_seed" in settings.model_fields_set:
         asked["data_seed"] = settings.data_seed
     for key, value in asked.items():
-        recorded = manifest[key]
+        recorded = manifest.get(key)
         if value is not None and value != recorded:
-            was = "all rows" if recorded is None else repr(recorded)
+            nothing = "no folds" if key == "folds" else "all rows"
+            was = nothing if recorded is None else repr(recorded)
             hint = f"leave out --{key.replace('_', '-')}, or prepare the data again"
             raise DataError(f"data.{key} = {value!r}: {directory} was prepared with {was}", hint)
     task = with_positive(with_metric(task, settings.metric), settings.positive)

@@ -15,12 +15,12 @@ from unipelt_cli.data.cells import LARGEST_VALUE, as_dataset
 from unipelt_cli.data.manifest import (
     FORMAT,
     MANIFEST,
+    SPLITS,
     check_manifest,
     digest_rows,
     dumps,
     seal_manifest,
 )
-from unipelt_cli.data.splits import SPLITS
 from unipelt_cli.data.text_files.decoded_lines import read_bytes
 from unipelt_cli.errors import DataError
 from unipelt_cli.files import atomic
@@ -34,6 +34,8 @@ GIVE_PREPARED = "give a directory that `unipelt prepare` wrote"
 @dataclass(frozen=True)
 class Prepared:
     """A resolved task, its rows as "train", "dev" and "test", and what is recorded of them.
+
+    "dev" is not there without dev rows, nor "test" where folds of the train rows are tested.
 
     Columns: the task's text columns (str), "label" (int64 index; float64 value in regression) and
     "row" (int64, the row's place in its source, from 0).
@@ -65,7 +67,11 @@ def load_prepared(directory: Path) -> Prepared:
     """
     manifest = read_manifest(directory)
     task, recorded = task_of(manifest), manifest["splits"]
-    splits = {split: _read_split(directory, split, task, recorded[split]) for split in SPLITS}
+    splits = {
+        split: _read_split(directory, split, task, recorded[split])
+        for split in SPLITS
+        if split in recorded
+    }
     return Prepared(task, splits, manifest)
 
 

@@ -8,65 +8,43 @@ from datasets import Dataset
 
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.cells import as_dataset
+from unipelt_cli.data.division import divide, division_notes, settle
+from unipelt_cli.data.folds import assign_folds
+from unipelt_cli.data.manifest import SPLITS
 from unipelt_cli.data.sources import Found
 from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import Task
 from unipelt_cli.text import short
 
-SPLITS = ("train", "dev", "test")
-LARGEST_TEST = 1000
 
-
-def draw_splits(found: Found, settings: DataSettings) -> tuple[dict[str, Dataset], list[str]]:
+def draw_splits(
+    found: Found, settings: DataSettings
+) -> tuple[DataSettings, dict[str, Dataset], list[str]]:
     """Shuffle the train rows by the data seed and cut them: test (if none), train, dev.
 
-    Without k, dev is cut before train, which is all the rest.
+    Without k, dev is cut before train, which is all the rest. Returns the settings with what
+    `auto` became, the splits that there are, and what must be known of them.
     """
-    rows, k, name = len(found.rows["train"]), settings.k, found.task.name
-    carves_dev = "dev" not in found.rows
-    fifth = max(1, rows // 5)
-    test = 0 if "test" in found.rows else min(LARGEST_TEST, fifth)
-    left = rows - test
-    most = left - carves_dev
-    if most < 1:
-        raise DataError(f"{name}: too few rows ({rows})", "give at least 3 labelled rows")
-    if k is not None and k > most:
-        held = f", {test} of them held for test" if test else ""
-        reserved = ", which leaves one row for dev" if carves_dev else ""
-        raise DataError(
-            f"data.k = {k}: {name} has {rows} train rows{held}",
-            f"the largest usable k is {most}{reserved}",
-        )
-    largest = left - k if k is not None else fifth if found.own else max(1, left // 2)
-    dev = min(settings.dev_size, largest) if carves_dev else 0
-    first = test if k is None else test + k
-    places = {
-        "train": range(test + dev, rows) if k is None else range(test, first),
-        "dev": range(first, first + dev),
-        "test": range(test),
-    }
     shuffled = found.rows["train"].shuffle(seed=settings.data_seed, keep_in_memory=True)
-    splits = {
-        split: _part(shuffled, places[split]) if places[split] else found.rows[split]
-        for split in SPLITS
-    }
-    _check_classes(found.task, splits["train"], k)
+    settled = settle(found, settings, shuffled)
+    division = divide(found, settled)
+    splits = {"train": _part(shuffled, division.train)}
+    for split, places in (("dev", division.dev), ("test", division.test)):
+        if places:
+            splits[split] = _part(shuffled, places)
+        elif split in found.rows and not settled.folds:
+            splits[split] = found.rows[split]
+    _check_classes(found.task, splits["train"], settled.k)
+    if settled.folds:
+        assert settled.folds != "auto"
+        assign_folds(found.task, splits["train"], settled.folds, settled.data_seed)
     odd = (*_unseen_labels(found.task, splits), *_flat_values(found.task, splits["train"]))
-    return splits, [*found.notes, *_notes(settings, test, dev), *odd]
+    told = division_notes(found, settings, settled, division)
+    return settled, splits, [*found.notes, *told, *odd]
 
 
 def _part(rows: Dataset, places: range) -> Dataset:
     return as_dataset(rows.select(places, keep_in_memory=True).with_format("arrow")[:])
-
-
-def _notes(settings: DataSettings, test: int, dev: int) -> Iterator[str]:
-    """Say in sentences what the draw did that its settings alone do not tell."""
-    if test:
-        yield f"test: the first {test} of the shuffled train rows (20 %, at most {LARGEST_TEST})"
-    if dev and settings.k is None:
-        yield f"dev: the {'next' if test else 'first'} {dev} of the shuffled rows; train: the rest"
-    if 0 < dev < settings.dev_size:
-        yield f"dev: {dev} rows instead of {settings.dev_size}, because there are too few"
 
 
 def _unseen_labels(task: Task, splits: Mapping[str, Dataset]) -> Iterator[str]:
@@ -75,6 +53,8 @@ def _unseen_labels(task: Task, splits: Mapping[str, Dataset]) -> Iterator[str]:
         return
     drawn = set(splits["train"][:]["label"])
     for split in SPLITS[1:]:
+        if split not in splits:
+            continue
         unseen = Counter(label for label in splits[split][:]["label"] if label not in drawn)
         if unseen:
             count, names = unseen.total(), [short(task.labels[label]) for label in sorted(unseen)]

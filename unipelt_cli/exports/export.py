@@ -84,7 +84,8 @@ def _tolerance(run: Run, written: Written) -> float:
 
 def _notes(job: Job, tuned: Tuned) -> Iterator[str]:
     if not job.rows.from_test:
-        yield "its test rows were not found again, so rows of random tokens were compared"
+        why = "were not found again" if "test" in job.run.splits else "are not there"
+        yield f"its test rows {why}, so rows of random tokens were compared"
     if tuned.precision != "fp32":
         rows = job.rows.encoded
         apart = parity.compare(rows, parity.padded(rows), job.tuned.classifier, tuned.classifier)

@@ -16,13 +16,13 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from unipelt_cli.backbones import pretrained
-from unipelt_cli.comparison import significance
-from unipelt_cli.comparison.weighted_metrics import weighted_metric
 from unipelt_cli.exports import formats
 from unipelt_cli.exports.job import Job
 from unipelt_cli.files import atomic
 from unipelt_cli.gates.report import gates_of
 from unipelt_cli.metrics import loses_to_mean
+from unipelt_cli.models.resampling import Sample, bootstrap_interval
+from unipelt_cli.models.weighted_metrics import weighted_metric
 from unipelt_cli.runs.run import Run
 from unipelt_cli.system import network
 from unipelt_cli.tasks import joint_positive
@@ -169,14 +169,27 @@ def _scores(run: Run) -> Iterator[str]:
         if answers is not None:
             predicted, expected = answers
             metric = weighted_metric(replace(run.task, metric=name))
-            sample = significance.Sample(expected, predicted[None], metric)
-            low, high = significance.bootstrap_interval([sample], np.random.default_rng(0))
+            sample = Sample(expected, predicted[None], metric)
+            low, high = bootstrap_interval([sample], np.random.default_rng(0))
             between = f"{low:.4f} to {high:.4f}"
         shown = escaped(shown_score(name, run.task.positive_label))
-        rows.append([shown, f"{run.result['dev'][name]:.4f}", f"{value:.4f}", between])
-    yield from _table(("metric", "dev", "test", "95 % of test rows drawn anew"), rows)
+        dev = [f"{run.result['dev'][name]:.4f}"] if run.result["dev"] else []
+        rows.append([shown, *dev, f"{value:.4f}", between])
+    dev = ["dev"] if run.result["dev"] else []
+    yield from _table(("metric", *dev, _tested(run), "95 % of test rows drawn anew"), rows)
     yield ""
+    if folds := run.result.get("folds"):
+        yield (
+            f"Each of the {folds['rows']:,} train rows was a test row once, for a model trained "
+            f"on the other folds; the model here was trained on all of them."
+        )
     yield "The interval is that of the test rows; of one run nothing shows what another seed gives."
+
+
+def _tested(run: Run) -> str:
+    """Say on which rows the scores are."""
+    folds = run.result.get("folds")
+    return f"{folds['count']} folds" if folds else "test"
 
 
 def _static(report: Mapping[str, Any] | None) -> Iterator[str]:
@@ -243,10 +256,15 @@ def _protocol(run: Run) -> Iterator[str]:
         )
     else:
         yield f"- rows cut to {model.max_length} tokens, {result['pooling']} pooling"
-    yield (
-        f"- the best of {result['epochs']} epochs by {result['metric']} on dev "
-        f"(epoch {result['best_epoch']}); test was scored once, after training"
-    )
+    once = "test was scored once, after training"
+    if result["dev"]:
+        yield (
+            f"- the best of {result['epochs']} epochs by {result['metric']} on dev "
+            f"(epoch {result['best_epoch']}); {once}"
+        )
+    else:
+        scored = f"scored by {_tested(run)}" if result.get("folds") else once
+        yield f"- no dev set: trained {result['epochs']} epochs, to the schedule's end; {scored}"
     yield f"- {result['stored_parameters']:,} numbers stored beside the backbone and the head"
 
 

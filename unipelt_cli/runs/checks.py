@@ -1,16 +1,18 @@
 """Whether a run's files are those that its result vouches for, and its backbone the one it had."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import DataError, RunError
 from unipelt_cli.files import atomic, sealed
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
-from unipelt_cli.runs.names import ENVIRONMENT, RECORDED
+from unipelt_cli.runs.names import ENVIRONMENT, RECORDED, RESULT
 
 
 def recorded_files(result: Mapping[str, Any]) -> tuple[str, ...]:
@@ -64,6 +66,49 @@ def as_started(experiment: Experiment, directory: Path) -> Experiment:
     if data.positive is None and len(labels) == 2 and "positive" not in manifest:
         changes["positive"] = labels[1]
     return experiment.replace("data", **changes)
+
+
+def check_same(there: Experiment, asked: Experiment, directory: Path) -> None:
+    """Raise RunError when a directory holds another experiment; `auto` matches what it became.
+
+    So does a method's default where the run was begun before there was such a setting.
+    """
+    found, wanted = there.settings(), asked.settings()
+    defaults = asdict(methods.get(asked.method_name).method)
+    later = {
+        key
+        for key, value in there.method.earlier.items()
+        if found["method"].get(key) == value and wanted["method"].get(key) == defaults[key]
+    }
+    for section, values in wanted.items():
+        for key in sorted(values.keys() | found[section].keys()):
+            old, new = found[section].get(key), values.get(key)
+            is_open = section == "data" and key == "dev_size" and asked.data.folds == "auto"
+            if is_open or (section == "method" and key in later):
+                continue
+            if old != new and new != "auto":
+                raise RunError(
+                    f"{directory}: holds another experiment, {section}.{key} = {old!r} there, "
+                    f"{new!r} here",
+                    "give another --out, or replace it with --overwrite",
+                )
+
+
+def without_split(
+    directory: Path, result: Mapping[str, Any], split: str, others: Sequence[str]
+) -> DataError:
+    """Return the error for a split that a finished run has no rows of."""
+    choose, folds = f"choose {', '.join(others)}", result.get("folds")
+    if split == "test" and folds:
+        return DataError(
+            f"{directory}: no test rows, its score is that of {folds['count']} folds of its "
+            f"train rows (`folds` in {RESULT})",
+            "score other rows with `unipelt eval --file FILE`; --split train are those it learned",
+        )
+    if split == "dev":
+        what = f"{directory}: no dev rows, it was trained to the end of its schedule"
+        return DataError(what, f"{choose}; or train with --dev-size N")
+    return DataError(f"split {split!r}: not in this run", choose)
 
 
 def _rows_in(manifest: Any) -> Any:

@@ -15,8 +15,14 @@ METRICS, MODEL, PREDICTIONS, RESULT, STATE = (
     "result.json",
     "state.safetensors",
 )
+FOLDS = "folds"
 RECORDED = (EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL, PREDICTIONS)
 """The files whose hashes the result holds; runs of earlier versions have no predictions."""
+
+
+def fold_directory(directory: Path, fold: int) -> Path:
+    """Return where a run keeps one of its folds, from 1, until it is finished."""
+    return directory / FOLDS / f"fold-{fold}"
 
 
 def run_name(experiment: "Experiment") -> str:

@@ -28,7 +28,13 @@ from unipelt_cli.models.build import build
 from unipelt_cli.models.label_scale import RAW, LabelScale
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
-from unipelt_cli.runs.checks import check_backbone, check_file, check_seal, recorded_files
+from unipelt_cli.runs.checks import (
+    check_backbone,
+    check_file,
+    check_seal,
+    recorded_files,
+    without_split,
+)
 from unipelt_cli.runs.names import (
     ENVIRONMENT,
     EXPERIMENT,
@@ -166,7 +172,7 @@ class Run:
         """Find the rows of a task's split again, by source and settings, and check them by hash."""
         recorded = self._manifests[place]["splits"]
         if split not in recorded:
-            raise DataError(f"split {split!r}: not in this run", f"choose {', '.join(recorded)}")
+            raise without_split(self.directory, self.result, split, list(recorded))
         found = self.prepared(source, place).splits[split]
         if digest_rows(found) != self.digest_of(split, place):
             raise DataError(
@@ -174,6 +180,11 @@ class Run:
                 self._where_rows_were(place),
             )
         return found
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits that the run's rows are in."""
+        return tuple(self._manifests[0]["splits"])
 
     def _where_rows_were(self, place: int) -> str:
         """Say what to do where the rows have changed."""
@@ -303,8 +314,11 @@ def read_experiment(directory: Path) -> Experiment:
     if isinstance(section, dict) and section.get("name") in [*methods.table()]:
         earlier = methods.get(section["name"]).method.earlier
         settings = {**settings, "method": {**earlier, **section}}
-    model = {"normalise": False, "pairs": "joint"}
-    defaults: Settings = {"train": {"label_scale": "raw"}, "model": model}
+    defaults: Settings = {
+        "data": {"folds": 0},
+        "model": {"normalise": False, "pairs": "joint"},
+        "train": {"label_scale": "raw"},
+    }
     return resolve([("", defaults), ("", settings)])
 
 

@@ -1,7 +1,7 @@
 """What reading relies on in a run's JSON: other keys may be there, these must be, and be right."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -16,8 +16,8 @@ class _Split(BaseModel):
 
 class _Splits(BaseModel):
     train: _Split
-    dev: _Split
-    test: _Split
+    dev: _Split = _Split(digest="")  # of a run without dev rows nothing is recorded
+    test: _Split = _Split(digest="")  # nor of one that was tested on folds
 
 
 class _Data(BaseModel):
@@ -71,6 +71,23 @@ class Floor(BaseModel):
     test: dict[str, float]
 
 
+_Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class _Fold(BaseModel):
+    rows: int
+    test: dict[str, float]
+
+
+class _Folds(BaseModel):
+    count: int
+    rows: int
+    mean: dict[str, float]
+    spread: dict[str, float]
+    interval: _Interval | None
+    each: list[_Fold]
+
+
 class Result(BaseModel):
     """What reading relies on in result.json."""
 
@@ -91,12 +108,19 @@ class Result(BaseModel):
     files: _Files
     probe: Floor | None = None
     """Of runs of earlier versions, and of the floor's own, there is none."""
+    selection: Literal["dev", "schedule"] = "dev"
+    tested_on: Literal["test", "folds"] = "test"
+    interval: _Interval | None = None
+    folds: _Folds | None = None
 
     @model_validator(mode="after")
     def _is_scored(self) -> Self:
+        selected = self.metric in self.dev or self.selection == "schedule"
         tests = [self.test, *([] if self.probe is None else [self.probe.test])]
-        if self.metric not in self.dev or any(self.metric not in own for own in tests):
+        if not selected or any(self.metric not in own for own in tests):
             raise ValueError(f"no {self.metric!r} among the scores")
+        if (self.tested_on == "folds") != (self.folds is not None):
+            raise ValueError("tested_on and folds contradict each other")
         return self
 
 

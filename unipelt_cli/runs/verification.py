@@ -10,7 +10,6 @@ import torch
 
 from unipelt_cli.backbones.pretrained import find
 from unipelt_cli.data.manifest import digest_rows
-from unipelt_cli.data.splits import SPLITS
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.files import sealed
 from unipelt_cli.runs import schema
@@ -109,6 +108,9 @@ def _rows(run: Run, source: str | None, place: int) -> Iterator[Check]:
         yield Check(name, None, f"not found: {error.message}")
         return
     for split, rows in found.splits.items():
+        if split not in run.splits:
+            yield Check(f"{name}, {split}", False, "the run had none")
+            continue
         expected = run.digest_of(split, place)
         passed = digest_rows(rows) == expected
         said = f"{len(rows)}, sha256 {expected[:12]}" if passed else "not those of the run"
@@ -157,7 +159,7 @@ def _described(run: Run) -> dict[str, Any]:
         **{key: result.get(key) for key in CONDITIONS},
     }
     for place, task in enumerate(run.tasks):
-        for split in SPLITS:
+        for split in run.splits:
             own[f"{task.name} {split} rows"] = run.digest_of(split, place)[:12]
     return own | _outcome(run)
 

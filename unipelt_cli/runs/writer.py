@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.names import (
     ENVIRONMENT,
     EXPERIMENT,
+    FOLDS,
     METRICS,
     MODEL,
     PREDICTIONS,
@@ -95,7 +97,7 @@ class Writer:
                 f"{directory}: exists already",
                 "go on with --resume, replace it with --overwrite, or give another --out",
             )
-        if foreign := sorted(set(there) - set(_FILES)):
+        if foreign := sorted(set(there) - {*_FILES, *_folds(directory)}):
             raise RunError(
                 f"{directory}: holds files that no run wrote, such as {foreign[0]}",
                 "give another --out",
@@ -111,6 +113,8 @@ class Writer:
             # may files stay without the experiment that says whose they are.
             for name in (RESULT, STATE, *reversed(RECORDED)):
                 (self.directory / name).unlink(missing_ok=True)
+            for name in _folds(self.directory):
+                shutil.rmtree(self.directory / name)
         self.sweep()
 
     def sweep(self) -> None:
@@ -120,6 +124,8 @@ class Writer:
         if (self.directory / RESULT).is_file():
             with suppress(OSError):
                 (self.directory / STATE).unlink()
+            for name in _folds(self.directory):
+                shutil.rmtree(self.directory / name, ignore_errors=True)
 
     def experiment(self, experiment: Experiment) -> None:
         """Write the resolved experiment, the first file of a run."""
@@ -206,8 +212,13 @@ class Writer:
             )
         write_probe(self.directory / PROBE, precision, logits, exact)
 
-    def predictions(self, predicted: Sequence[Values], expected: Sequence[Values]) -> None:
-        """Write each task's predictions and references on test: label indices, or values."""
+    def predictions(
+        self, predicted: Sequence[Values], expected: Sequence[Values], split: str = "test"
+    ) -> None:
+        """Write each task's predictions and references on test: label indices, or values.
+
+        Where folds are tested they are those of the train rows, in their order.
+        """
         tensors = {
             f"{what}.{place}": torch.from_numpy(values).to(
                 torch.float64 if values.dtype.kind == "f" else torch.int32
@@ -215,7 +226,7 @@ class Writer:
             for what, each in (("predictions", predicted), ("references", expected))
             for place, values in enumerate(each)
         }
-        write_tensors(self.directory / PREDICTIONS, tensors, {"split": "test"})
+        write_tensors(self.directory / PREDICTIONS, tensors, {"split": split})
 
     def result(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write the result, the last file, with the hashes of all others: now it is finished."""
@@ -226,6 +237,15 @@ class Writer:
         atomic.write_json(self.directory / RESULT, sealed)
         self.sweep()
         return sealed
+
+
+def _folds(directory: Path) -> list[str]:
+    """Return the name of the folder with the folds of an unfinished run, where it is one."""
+    folder = directory / FOLDS
+    if not folder.is_dir() or folder.is_symlink():
+        return []
+    names = [path.name for path in folder.iterdir()]
+    return [FOLDS] if all(re.fullmatch(r"fold-\d+", name) for name in names) else []
 
 
 def _is_passing(name: str) -> bool:

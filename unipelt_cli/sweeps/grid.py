@@ -172,8 +172,12 @@ def cell_name(experiment: Experiment) -> str:
     keep their names.
     """
     settings = experiment.settings()
-    earlier = {"method": experiment.method.earlier, "train": {"label_scale": "auto"}}
-    earlier["model"] = {"normalise": False, "pairs": "auto"}
+    earlier = {
+        "data": {"folds": 0},
+        "model": {"normalise": False, "pairs": "auto"},
+        "method": experiment.method.earlier,
+        "train": {"label_scale": "auto"},
+    }
     kept = {
         section: {
             key: value

@@ -159,7 +159,7 @@ def best_so_far(standings: Sequence[Standing]) -> dict[str, tuple[str, float]]:
     scores: dict[str, dict[str, list[float]]] = {}
     metrics: dict[str, str] = {}
     for one in standings:
-        if one.result is not None:
+        if one.result is not None and one.result["dev"]:
             k = one.result["k"]
             place = f"{one.result['task']} k={'all' if k is None else k}"
             metrics[place] = one.result["metric"]

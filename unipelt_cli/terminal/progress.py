@@ -112,6 +112,11 @@ class TrainingView:
         )
         self.console.print(Text(line, style="bold" if event["is_best"] else ""))
 
+    def fold(self, result: Mapping[str, Any], label: str) -> None:
+        """Print the line of a fold that was trained, and tested on its own rows."""
+        score = f"{self.shown} {result['test'][self.metric]:.4f}"
+        self.console.print(Text(f"{label}{score}  {result['seconds']:5.1f} s"))
+
 
 class SweepView:
     """A table that moves on a terminal: what runs, how many are done, the best so far.

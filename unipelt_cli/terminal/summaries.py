@@ -100,21 +100,32 @@ def _short(count: float) -> str:
 
 def result_summary(result: Mapping[str, Any], directory: Path) -> None:
     """Print what a finished run reached and what it costs to keep."""
-    positive = result.get("positive")
+    if result.get("folds"):
+        _folds_table(result)
+    positive, folds = result.get("positive"), result.get("folds")
+    names = {"dev": "dev", "test": f"{folds['count']} folds" if folds else "test"}
     rows = [
-        [split, "  ".join(f"{shown_score(n, positive)} {v:.4f}" for n, v in result[split].items())]
-        for split in ("dev", "test")
+        [name, "  ".join(f"{shown_score(n, positive)} {v:.4f}" for n, v in result[split].items())]
+        for split, name in names.items()
+        if result[split]
     ]
     table(("split", "scores"), rows)
+    if between := result.get("interval"):
+        metric = shown_score(result["metric"], result.get("positive"))
+        say(f"95 % interval of {metric}, rows drawn anew: {between[0]:.4f} to {between[1]:.4f}")
+    if result["dev"]:
+        ended = f"best epoch {result['best_epoch']} of {result['epochs']}"
+    else:
+        ended = f"trained to the end of its schedule, epoch {result['epochs']}"
     say(
-        f"best epoch {result['best_epoch']} of {result['epochs']}, {result['seconds']:.0f} s, ",
+        f"{ended}, {result['seconds']:.0f} s, ",
         f"{result['stored_parameters'] + result['head_parameters']:,} numbers stored ",
         f"({result['artifact_bytes'] / 1e6:.2f} MB)",
     )
     _floor_line(result)
     if result["collapsed"]:
         say(("warning: ", "yellow"), "the run predicts the same for every test row: it collapsed")
-    warn_of_mean("test", result.get("against_mean", {}))
+    warn_of_mean("the folds" if folds else "test", result.get("against_mean", {}))
     say("run: ", (str(directory), "bold"))
 
 
@@ -129,6 +140,19 @@ def _floor_line(result: Mapping[str, Any]) -> None:
         name = shown_score(metric, result.get("positive"))
         shown = ", ".join(f"{split} {name} {own[metric]:.4f}" for split, own in scores.items())
         say(f"{FLOOR} on the same rows: {shown}")
+
+
+def _folds_table(result: Mapping[str, Any]) -> None:
+    """Print each fold's rows and scores, and their mean and spread."""
+    folds, positive = result["folds"], result.get("positive")
+    names = list(folds["mean"])
+    rows = [
+        [str(place), str(own["rows"]), *(f"{own['test'][name]:.4f}" for name in names)]
+        for place, own in enumerate(folds["each"], 1)
+    ]
+    spread = [f"{folds['mean'][name]:.4f} ±{folds['spread'][name]:.4f}" for name in names]
+    rows.append(["mean", "", *spread])
+    table(("fold", "rows", *(shown_score(name, positive) for name in names)), rows)
 
 
 def warn_of_mean(rows: str, against_mean: Mapping[str, Mapping[str, float]]) -> None:
@@ -147,7 +171,9 @@ def warn_of_mean(rows: str, against_mean: Mapping[str, Mapping[str, float]]) -> 
 def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what several finished runs reached, one line each under its label, and their mean."""
     first = next(iter(results.values()))
-    shown = [("dev", first["metric"]), *(("test", name) for name in first["test"])]
+    shown = [("test", name) for name in first["test"]]
+    if all(result["dev"] for result in results.values()):
+        shown.insert(0, ("dev", first["metric"]))
     positive = first.get("positive")
     columns = ("run", *(f"{split} {shown_score(name, positive)}" for split, name in shown))
     scores = {

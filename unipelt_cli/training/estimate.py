@@ -89,6 +89,16 @@ class _Speed:
     frozen_seconds: float | None = None  # of an epoch whose features are there, where they are kept
 
 
+@dataclass(frozen=True)
+class _Size:
+    """The tokens of each split, and in how many folds the train rows are tested."""
+
+    train: float
+    dev: float
+    test: float
+    folds: int
+
+
 def estimate(
     experiments: Mapping[str, Experiment],
 ) -> Iterator[tuple[str, Estimate | UnipeltError]]:
@@ -97,7 +107,7 @@ def estimate(
     Yields each run's name; one that could not begin comes with the error instead.
     """
     shared, speeds = Shared(), dict[str, _Speed]()
-    sizes: dict[Any, tuple[float, float, float]] = {}
+    sizes: dict[Any, _Size] = {}
     for name, experiment in experiments.items():
         key = _kind(experiment)
         data = experiment.data.model_copy(update={"data_seed": 0})
@@ -150,9 +160,7 @@ def _kind(experiment: Experiment) -> str:
     return repr((settings["model"], settings["method"], train))
 
 
-def _measure(
-    loop: Training, prepared: Sequence[Prepared]
-) -> tuple[_Speed, tuple[float, float, float]]:
+def _measure(loop: Training, prepared: Sequence[Prepared]) -> tuple[_Speed, _Size]:
     """Take a few steps, score a few rows, and count the tokens of train, dev and test."""
     tuned, rates = loop.tuned, list[float]()
     is_frozen = loop.frozen is not None
@@ -161,8 +169,8 @@ def _measure(
             rates.append(event.tokens_per_second)
             if len(rates) == STEPS:
                 break
-    dev = loop.dev[0]
-    few = dev.select(range(min(ROWS, len(dev))))
+    read = (loop.dev or loop.train)[0]
+    few = read.select(range(min(ROWS, len(read))))
     compute_logits(tuned, few)
     start = time.perf_counter()
     compute_logits(tuned, few)
@@ -170,34 +178,41 @@ def _measure(
     counts = tuned.parameter_counts()
     stored = counts["stored_parameters"] + counts["head_parameters"]
     train = float(sum(course.train[0].lengths.sum() for course in loop.courses))
-    scored = float(sum(course.dev[0].lengths.sum() for course in loop.courses))
-    rows = sum(len(course.dev[0]) for course in loop.courses)
-    test = scored / rows * sum(len(own.splits["test"]) for own in prepared)
+    dev = float(sum(course.dev[0].lengths.sum() for course in loop.courses if course.dev))
+    per_row = dev / _count(prepared, "dev") if dev else train / loop.rows
+    test = per_row * _count(prepared, "test")
     if is_frozen:  # each row goes through the backbone once, as when it is scored
         fits = tuned.method.has_closed_form
         seconds = FIT_SECONDS if fits else FROZEN_STEP_SECONDS * loop.steps
         speed = _Speed(evaluation, evaluation, stored, len(loop.lengths), seconds)
     else:
         speed = _Speed(max(rates), evaluation, stored, len(loop.lengths))
-    return speed, (train, scored, test)
+    return speed, _Size(train, dev, test, prepared[0].manifest.get("folds", 0))
+
+
+def _count(prepared: Sequence[Prepared], split: str) -> int:
+    return sum(len(own.splits[split]) for own in prepared if split in own.splits)
 
 
 def _cost(
     experiment: Experiment,
     speed: _Speed,
-    size: tuple[float, float, float],
+    size: _Size,
     setup: float = SETUP_SECONDS,
 ) -> Estimate:
-    train, dev, test = size
     settings = experiment.train
-    epoch = train / speed.train + dev / speed.evaluation
-    once = setup + test / speed.evaluation
+    epoch = size.train / speed.train + size.dev / speed.evaluation
+    once = setup + size.test / speed.evaluation
     if speed.frozen_seconds is not None:
         epoch, once = speed.frozen_seconds, once + epoch
     fits = experiment.method.has_closed_form
     epochs = 1 if fits else settings.epochs
-    least = min(epochs, speed.stages * (settings.patience + 1))
+    least = epochs
+    if size.dev:
+        least = min(least, speed.stages * (settings.patience + 1))
     if not fits:  # what the floor takes beside it
-        once += (train + dev + test) / speed.evaluation + FIT_SECONDS
+        once += (size.train + size.dev + size.test) / speed.evaluation + FIT_SECONDS
+    if size.folds:  # as many trainings, each without one of them, and one on all rows
+        epoch, once = size.folds * epoch, (size.folds + 1) * once
     disk = 4 * speed.stored + OTHER_BYTES
     return Estimate(once + least * epoch, once + epochs * epoch, disk)

@@ -72,6 +72,15 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class Folded:
+    """Something happened to a training on all folds but one: `fold` counts from 1."""
+
+    fold: int
+    count: int
+    event: "Event | Failed"
+
+
+@dataclass(frozen=True)
 class Ready:
     """Data and model are there; training starts, or goes on after `resumed_epoch`."""
 
@@ -85,6 +94,12 @@ class Ready:
     """Steps that were taken before."""
     doubt: str | None = None
     """What may not fit into memory."""
+
+    @property
+    def has_dev(self) -> bool:
+        """Whether epochs are scored on dev rows, and the best of them is kept."""
+        return "dev" in self.manifests[0]["splits"]
+
     notes: tuple[str, ...] = ()
     """What its user must know of the backbone, and of the train texts in its tokenizer's hands."""
 
@@ -106,7 +121,7 @@ class Failed:
 
 
 Happening = Step | Halved | Epoch
-Event = Ready | Happening | Finished
+Event = Ready | Happening | Finished | Folded
 
 
 @dataclass(frozen=True)
@@ -115,7 +130,7 @@ class Course:
 
     task: Task
     train: Labelled
-    dev: Labelled
+    dev: Labelled | None  # None where the schedule's end is the result
     scale: LabelScale = RAW
 
     def scaled(self, settings: TrainSettings) -> "Course":

@@ -8,8 +8,10 @@ from pathlib import Path
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.sharing import can_share
+from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.processes import ALONE, Processes
-from unipelt_cli.training.events import Event, Failed, Finished, Happening
+from unipelt_cli.training.events import Event, Failed, Finished, Folded, Happening
+from unipelt_cli.training.folds import fold_experiments
 from unipelt_cli.training.planning import Shared
 from unipelt_cli.training.session import Mode, Session
 from unipelt_cli.training.shared_passes import train_together
@@ -33,6 +35,7 @@ def execute(
         yield opened
         if isinstance(opened, Finished):
             return
+        yield from _train_folds(session)
         try:
             for event in session.training.events():
                 session.keep(event)
@@ -50,11 +53,13 @@ def execute_together(
     mode: Mode = "new",
     processes: Processes = ALONE,
     shared: Shared | None = None,
+    lender: Tuned | None = None,
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Run experiments that differ in seeds alone, in one pass each step where the method can.
 
     Each writes its own directory, as if it had run alone; yields its place with each event. A run
     that fails does not stop the others. Closing the iterator interrupts all of them resumably.
+    `lender` is a model that holds the same backbone already.
     """
     shared = shared or Shared()
     given = zip(experiments, directories, strict=True)
@@ -66,11 +71,12 @@ def execute_together(
             stack.callback(session.writer.close)
             session.check()
         del session  # each is let go with its model when it is over
-        yield from _train_all(waiting)
+        yield from _train_all(waiting, lender)
 
 
 def _train_all(
     waiting: list["Session"],
+    lender: Tuned | None = None,
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Open the sessions, and train together those that can share a pass."""
     places = iter(range(len(waiting)))
@@ -79,19 +85,42 @@ def _train_all(
         while waiting and (not group or can_share(next(iter(group.values())).tuned)):
             place, session = next(places), waiting.pop(0)
             try:
-                opened = session.open(next(iter(group.values())).tuned if group else None)
+                opened = session.open(next(iter(group.values())).tuned if group else lender)
             except UnipeltError as error:
                 if place == 0:
                     raise  # it is likely that none can begin
                 yield place, Failed(session.writer.directory, error)
                 continue
             yield place, opened
-            if not isinstance(opened, Finished):
-                group[place] = session
+            if isinstance(opened, Finished):
+                continue
+            try:
+                for folded in _train_folds(session):
+                    yield place, folded
+            except UnipeltError as error:
+                yield place, Failed(session.writer.directory, error)
+                continue
+            group[place] = session
         del session
         yield from _train_group(group)
         group.clear()
         gc.collect()  # models are cycles, and the next one may need the room
+
+
+def _train_folds(session: "Session") -> Generator[Folded, None, None]:
+    """Train what is left of an opened run's folds, before the run itself; raise what fails."""
+    planned = list(fold_experiments(session.experiment, session.writer.directory))
+    if not planned:
+        return
+    lender = session.tuned if can_share(session.tuned) else None
+    experiments, directories = zip(*planned, strict=True)
+    shares = (session.processes, session.shared, lender)
+    with closing(execute_together(experiments, directories, "resume", *shares)) as events:
+        for place, event in events:
+            if isinstance(event, Failed):
+                raise event.error
+            yield Folded(place + 1, len(planned), event)
+    session.take_folds()
 
 
 def _train_group(

@@ -56,7 +56,7 @@ class Training:
         tuned: Tuned,
         task: Task,
         train: Labelled,
-        dev: Labelled,
+        dev: Labelled | None,
         settings: TrainSettings,
         more: Sequence[Course] = (),
         processes: Processes = ALONE,
@@ -133,7 +133,7 @@ class Training:
             while not self.is_done:
                 yield from self.train_epoch()
                 yield self.score_epoch()
-            self._copy(self.best)
+            self._keep()
             if self.progress.stage + 1 == len(self.lengths):
                 self._fold_scales()
                 return
@@ -141,6 +141,17 @@ class Training:
             progress = self.progress
             progress.stage_epochs, progress.stage_taken = progress.epoch - 1, 0
             progress.best_epoch, progress.best_score, progress.best_dev = 0, 0.0, {}
+
+    def _keep(self) -> None:
+        """Put the stage's best epoch back; without dev rows the last one stays, or the mean."""
+        if self.dev is None and self.method.stages[self.progress.stage].selects:
+            self._copy(self.stepper.averaged)
+        self._copy(self.best)
+
+    @property
+    def selects(self) -> bool:
+        """Whether dev rows choose the best epoch of this stage."""
+        return self.dev is not None and self.method.stages[self.progress.stage].selects
 
     @property
     def is_done(self) -> bool:
@@ -152,7 +163,7 @@ class Training:
         since = over - max(progress.best_epoch, progress.stage_epochs)
         is_patient = since < self.settings.patience
         is_patient |= since * self.steps < self.settings.patience_steps
-        return self.method.stages[stage].selects and not is_patient
+        return self.selects and not is_patient
 
     def _prepare(self) -> None:
         """Let the method look at the train rows, once."""
@@ -280,13 +291,15 @@ class Training:
         progress.train_seconds += time.perf_counter() - start
 
     def score_epoch(self) -> Epoch:
-        """Score the epoch on dev and begin the next one."""
+        """Score the epoch on dev, where there is one, and begin the next one."""
         start = time.perf_counter()
         progress = self.progress
         scores: dict[str, float] = {}
         gates: list[Gates] = []
         is_best = False
-        if self.method.stages[progress.stage].selects:
+        if self.dev is None:
+            progress.best_epoch = progress.epoch
+        if self.selects:
             with self._means():
                 found = [self._score(place) for place in range(len(self.tasks))]
                 scores = joint_scores(self.tasks, [own for own, _ in found])
@@ -324,7 +337,9 @@ class Training:
             self._copy(latest)
 
     def _score(self, place: int) -> tuple[dict[str, float], Gates]:
-        task, (rows, labels) = self.tasks[place], self.courses[place].dev
+        task, dev = self.tasks[place], self.courses[place].dev
+        assert dev is not None
+        rows, labels = dev
         gates: Gates = []
         if self.frozen is not None:
             logits = self.frozen.dev_logits(place)

@@ -6,6 +6,7 @@ from typing import Any
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data import preparation
+from unipelt_cli.data.folds import fold_of
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.build import build
@@ -34,6 +35,9 @@ class Shared:
 
     def prepare(self, settings: DataSettings) -> tuple[Prepared, ...]:
         """Draw each task's rows, or take those that were drawn before."""
+        if settings.fold is not None:  # of rows that are drawn once for all folds
+            whole = self.prepare(settings.model_copy(update={"fold": None}))
+            return tuple(fold_of(own, settings.fold) for own in whole)
         if any(own not in self._prepared for own in settings.each()):
             drawn = preparation.prepare_each(settings)
             self._prepared |= zip(settings.each(), drawn, strict=True)
@@ -98,6 +102,7 @@ def with_drawn_rows(experiment: Experiment) -> Experiment:
         return experiment
     manifests = preparation.read_drawn(experiment.data)
     drawn = {key: manifests[0][key] for key in ("task", "k", "data_seed", "dev_size")}
+    drawn["folds"] = manifests[0].get("folds", 0)
     if len(manifests) > 1:
         del drawn["task"]
         drawn["tasks"] = tuple(manifest["task"] for manifest in manifests)
@@ -118,6 +123,11 @@ def plan(
         is_regression = prepared[0].task.is_regression
         kind = "regression" if is_regression else "classification"
         experiment = experiment.replace("data", kind=kind)
+    if experiment.data.folds == "auto":
+        drawn = prepared[0].manifest
+        experiment = experiment.replace(
+            "data", folds=drawn.get("folds", 0), dev_size=drawn["dev_size"]
+        )
     if experiment.train.label_scale == "auto":
         experiment = experiment.replace("train", label_scale=_label_scale(prepared))
     return experiment, prepared, tuned
@@ -143,8 +153,11 @@ def loop_of(
     for own in prepared:
         train, dev = (
             (shared.encode(tuned, own, split, experiment), references(own.splits[split]))
+            if split in own.splits
+            else None
             for split in ("train", "dev")
         )
+        assert train is not None
         courses.append(Course(own.task, train, dev))
     first, *more = courses
     given = (tuned, first.task, first.train, first.dev, experiment.train)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unipelt_cli import methods
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.data import preparation
 from unipelt_cli.data.prepared_directory import Prepared
@@ -19,7 +18,7 @@ from unipelt_cli.metrics import Values, compare_with_mean
 from unipelt_cli.models.evaluation import compute_logits, has_collapsed, predictions, references
 from unipelt_cli.models.sharing import share
 from unipelt_cli.models.tuned import Tuned
-from unipelt_cli.runs.checks import as_started, check_started
+from unipelt_cli.runs.checks import as_started, check_same, check_started
 from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, RESULT, STATE
 from unipelt_cli.runs.probe import EXACT, probe, units_of
 from unipelt_cli.runs.progress import read_state
@@ -30,6 +29,7 @@ from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_positive, joint_scores
 from unipelt_cli.training.events import Epoch, Finished, Halved, Happening, Ready
 from unipelt_cli.training.floor import beside
+from unipelt_cli.training.folds import OutOfFold, describe_score, read_folds
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.planning import Shared, doubt, loop_of, plan, with_drawn_rows
 from unipelt_cli.training.text_notes import text_notes
@@ -56,6 +56,7 @@ class Session:
         self.resumes = False
         self.save_seconds = 0.0
         self.together = 1  # runs that shared its passes
+        self.out_of_fold: OutOfFold | None = None
 
     def check(self) -> None:
         """Raise before the slow part for a directory that cannot be written or is another's."""
@@ -69,7 +70,7 @@ class Session:
         self.writer.claim()
         self.writer.sweep()
         recorded = read_experiment(directory)
-        _same(recorded, self.experiment, directory)
+        check_same(recorded, self.experiment, directory)
         return True, as_started(recorded, directory)
 
     def open(self, other: Tuned | None = None) -> Ready | Finished:
@@ -120,7 +121,7 @@ class Session:
             return found.result
         for place, own in enumerate(prepared):
             for split, said in own.manifest["splits"].items():
-                if said["digest"] != found.digest_of(split, place):
+                if split not in found.splits or said["digest"] != found.digest_of(split, place):
                     raise DataError(
                         f"{directory}: its {split} rows have changed since it was trained",
                         "train on these with --overwrite, or into another --out",
@@ -147,6 +148,11 @@ class Session:
             )
         given = (self.experiment, self.prepared, self.tuned, self.shared, self.processes)
         return loop_of(*given)
+
+    def take_folds(self) -> None:
+        """Take the predictions of the folds, all of which are finished: they are the test."""
+        directory, (prepared,) = self.writer.directory, self.prepared
+        self.out_of_fold = self.processes.main(lambda: read_folds(directory, prepared))
 
     def keep(self, event: Happening) -> None:
         """Log an epoch, and save what a killed loop goes on from.
@@ -175,9 +181,9 @@ class Session:
         self.writer.metric("interrupted", {"epoch": progress.epoch, "step": progress.step})
 
     def finish(self) -> Finished:
-        """Store the model, score test, and write the result."""
+        """Store the model, score test unless folds did, and write the result."""
         given = (self.experiment, self.prepared, self.training, self.writer, self.shared)
-        result = _finish(*given, start=self.start, together=self.together)
+        result = _finish(*given, self.out_of_fold, start=self.start, together=self.together)
         finished = Finished(self.writer.directory, result)
         self.writer.close()
         return finished
@@ -214,6 +220,7 @@ def _finish(
     training: Training,
     writer: Writer,
     shared: Shared,
+    out_of_fold: OutOfFold | None,
     *,
     start: float,
     together: int,
@@ -228,17 +235,16 @@ def _finish(
     processes.main(lambda: writer.verify(stored, trained, units, exact))
     backbone = stored.classifier.backbone
     stored.method.report(backbone)  # drop what was measured on the probe
-    expected = [references(own.splits["test"]) for own in prepared]
-    encoded = [shared.encode(stored, own, "test", experiment) for own in prepared]
-    predicted = [
-        predictions(own.task, compute_logits(stored, rows, place, processes))
-        for place, (own, rows) in enumerate(zip(prepared, encoded, strict=True))
-    ]
+    if out_of_fold is not None:
+        predicted, expected = [out_of_fold.predicted], [out_of_fold.expected]
+    else:
+        predicted, expected = _answers(experiment, prepared, stored, shared, processes)
     scores = [
         own.task.score(*answers)
         for own, *answers in zip(prepared, predicted, expected, strict=True)
     ]
-    processes.main(lambda: writer.predictions(predicted, expected))
+    split = "test" if out_of_fold is None else "train"
+    processes.main(lambda: writer.predictions(predicted, expected, split))
     measured = _mean(processes.gather(stored.method.report(backbone)))
     result = {
         **_describe(experiment, tasks),
@@ -252,11 +258,31 @@ def _finish(
             has_collapsed(own, scale.unit) for own, scale in zip(predicted, scales, strict=True)
         ),
         **_against_mean(prepared, predicted, expected),
+        "selection": "schedule" if training.dev is None else "dev",
+        "tested_on": "test" if out_of_fold is None else "folds",
+        **describe_score(tasks, predicted, expected, out_of_fold),
     }
     if measured:
         result["measured"] = measured
     result |= processes.main(lambda: beside(experiment, prepared, tuned.pretrained, shared))
     return processes.main(lambda: writer.result(result))
+
+
+def _answers(
+    experiment: Experiment,
+    prepared: Sequence[Prepared],
+    stored: Tuned,
+    shared: Shared,
+    processes: Processes,
+) -> tuple[list[Values], list[Values]]:
+    """Return each task's predictions and references on test."""
+    expected = [references(own.splits["test"]) for own in prepared]
+    encoded = [shared.encode(stored, own, "test", experiment) for own in prepared]
+    predicted = [
+        predictions(own.task, compute_logits(stored, rows, place, processes))
+        for place, (own, rows) in enumerate(zip(prepared, encoded, strict=True))
+    ]
+    return predicted, expected
 
 
 def _exact_probe(
@@ -331,28 +357,3 @@ def _costs(training: Training, writer: Writer, start: float) -> dict[str, Any]:
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of what each process measured on its equal share of the rows."""
     return {name: fmean(own[name] for own in reports if name in own) for name in reports[0]}
-
-
-def _same(there: Experiment, asked: Experiment, directory: Path) -> None:
-    """Raise RunError when a directory holds another experiment; `auto` matches what it became.
-
-    So does a method's default where the run was begun before there was such a setting.
-    """
-    found, wanted = there.settings(), asked.settings()
-    defaults = asdict(methods.get(asked.method_name).method)
-    later = {
-        key
-        for key, value in there.method.earlier.items()
-        if found["method"].get(key) == value and wanted["method"].get(key) == defaults[key]
-    }
-    for section, values in wanted.items():
-        for key in sorted(values.keys() | found[section].keys()):
-            old, new = found[section].get(key), values.get(key)
-            if section == "method" and key in later:
-                continue
-            if old != new and new != "auto":
-                raise RunError(
-                    f"{directory}: holds another experiment, {section}.{key} = {old!r} there, "
-                    f"{new!r} here",
-                    "give another --out, or replace it with --overwrite",
-                )

@@ -116,7 +116,8 @@ def _tensorboard(run: _Run, ready: Ready) -> Started:
     tracker = TensorBoardTracker(run.directory.name, root, purge_step=purged)
     tracker.start()
     if not ready.taken:
-        scores = {f"{split}/{ready.metric}": 0.0 for split in ("dev", "test")}
+        scored = [name for name in ("dev", "test") if name == "test" or ready.has_dev]
+        scores = {f"{split}/{ready.metric}": 0.0 for split in scored}
         experiment, begun, _ = hparams(_settings(ready), scores)  # type: ignore[no-untyped-call]
         for summary in (experiment, begun):
             tracker.tracker.file_writer.add_summary(summary)

@@ -58,7 +58,8 @@ def _watch_cells(plan: Sweep, moves: Iterator[Standing | None], total: int, done
         for one in moves:
             if one is not None and one.status == "finished" and one.result is not None:
                 name, result, metric = one.cell.name, one.result, one.result["metric"]
-                scores = "  ".join(f"{split} {result[split][metric]:.4f}" for split in SPLITS)
+                scored = [split for split in SPLITS if result[split]]
+                scores = "  ".join(f"{split} {result[split][metric]:.4f}" for split in scored)
                 collapsed = ", collapsed" if result["collapsed"] else ""
                 named = shown_score(metric, result.get("positive"))
                 loses = any(map(loses_to_mean, result.get("against_mean", {}).values()))

@@ -13,7 +13,7 @@ from unipelt_cli.terminal import console, progress, summaries
 from unipelt_cli.terminal.interrupts import stop_on_request
 from unipelt_cli.text import shown_score
 from unipelt_cli.training import execution
-from unipelt_cli.training.events import Epoch, Failed, Finished, Halved, Ready, Step
+from unipelt_cli.training.events import Epoch, Failed, Finished, Folded, Halved, Ready, Step
 from unipelt_cli.training.session import Mode
 from unipelt_cli.training.trackers import Tracking
 
@@ -35,7 +35,8 @@ def train(
     if isinstance(ended, Failed):
         raise ended.error
     done, settings = ended.result["epochs"], experiment.train
-    if done < settings.epochs and not experiment.method.has_closed_form:
+    is_stopped = ended.result["dev"] and not experiment.method.has_closed_form
+    if done < settings.epochs and is_stopped:
         why = f"dev was not better for {settings.patience} epochs (* marks the best so far)"
         console.say(f"ended after {done} of {settings.epochs}: {why}")
     summaries.result_summary(ended.result, directory)
@@ -113,6 +114,8 @@ def _watch(
                     view.halved(event, label)
                 case Epoch() if view is not None:
                     view.epoch(asdict(event), label)
+                case Folded() if view is not None:
+                    _show_fold(view, event, label)
                 case Finished():
                     ended[labels[place]] = event
                 case Failed():
@@ -125,6 +128,18 @@ def _watch(
                 console.say(("interrupted", "yellow"), f": go on with {hint}")
                 raise KeyboardInterrupt
     return {label: ended[label] for label in labels}
+
+
+def _show_fold(view: progress.TrainingView, event: Folded, label: str) -> None:
+    """Show what happens to a fold: its steps on the bar, and a line when it is finished."""
+    named = f"{label}fold {event.fold} of {event.count}  "
+    match event.event:
+        case Step() as step:
+            view.step(step, named)
+        case Halved() as halved:
+            view.halved(halved, named)
+        case Finished() as finished:
+            view.fold(finished.result, named)
 
 
 def _shown_metric(event: Ready) -> str:

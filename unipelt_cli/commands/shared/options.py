@@ -48,7 +48,11 @@ DataSeedsOption = Annotated[
     _data("--data-seeds", "A run for each, all in one pass where the method can.", metavar="A,B,…"),
 ]
 DevSizeOption = Annotated[
-    int | None, _data("--dev-size", "Dev rows. (default 1000)", show_default=False)
+    int | None, _data("--dev-size", "Dev rows; 0: none. (default 1000)", show_default=False)
+]
+FoldsOption = Annotated[
+    str | None,
+    _data("--folds", "Test every train row, by N trainings without it.", metavar="N|none"),
 ]
 DatasetOption = Annotated[
     str | None, _data("--dataset", "Any hub data set.", metavar="NAME[:CONFIG]")

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def data_flags(values: dict[str, Any]) -> "Settings":
     """Take a command's data options out of its arguments."""
     keys = (
-        *("task", "k", "data_seed", "dev_size", "source", "dataset"),
+        *("task", "k", "data_seed", "dev_size", "folds", "source", "dataset"),
         *("train_file", "dev_file", "test_file", "encoding", "text", "text_pair", "label"),
     )
-    return {"data": {key: values[key] for key in keys}}
+    return {"data": {key: values.get(key) for key in keys}}
 
 
 def split_directories(prepared: str | None) -> str | list[str] | None:
