@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
-from support.command import FAST, error_of, invoke
+from support.command import FAST, error_of, invoke, rows_options
 from support.data_files import glue, own_file, prepare_glue, prepare_own
 from support.rows import sentence, write_table
 
-from unipelt_cli.models.weighted_metrics import weighted_metric
 from unipelt_cli.data.prepared_directory import load_prepared, save_prepared
 from unipelt_cli.files.sealed import open_tensors, with_seal, write_tensors
+from unipelt_cli.models.weighted_metrics import weighted_metric
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.tasks import TASKS, Task
 
@@ -83,7 +83,7 @@ def test_a_label_that_f1_cannot_be_of_is_refused(tmp_path: Path) -> None:
 
 def test_the_class_is_named_where_f1_is_shown_and_recorded(bert: Path, tmp_path: Path) -> None:
     path, out = rare(tmp_path / "mail.csv"), tmp_path / "run"
-    given = ("--train-file", path, "--k", "24", "--model", bert, *FAST, "--out", out)
+    given = (*rows_options(path), "--k", "24", "--model", bert, *FAST, "--out", out)
     code, stdout, stderr = invoke("train", *given, "--set", "data.metric=f1", "--json")
     assert code == 0, stderr
     result, lines = json.loads(stdout), stderr.splitlines()

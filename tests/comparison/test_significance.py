@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from unipelt_cli.comparison import significance
+from unipelt_cli.metrics import METRICS
 from unipelt_cli.models import weighted_metrics
 from unipelt_cli.models.resampling import Sample, bootstrap_interval
-from unipelt_cli.metrics import METRICS
 from unipelt_cli.tasks import TASKS, Task
 
 TRIALS = 2000

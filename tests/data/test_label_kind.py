@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.command import FAST, error_of, invoke
+from support.command import FAST, error_of, invoke, rows_options
 from support.data_files import prepare_own, write
 from support.rows import sentence, write_table
 
@@ -166,8 +166,8 @@ def test_many_labels_are_cut_in_the_table_with_a_count(tmp_path: Path) -> None:
     path = write_table(
         tmp_path / "a.csv", "text,label", lambda n: f"{sentence(n)},c{n % 77:02}", 770
     )
-    given = ("--text", "text", "--label", "label", "--out", tmp_path / "ready", "--json")
-    code, stdout, stderr = invoke("prepare", "--train-file", path, *given)
+    given = (*rows_options(path), "--out", tmp_path / "ready", "--json")
+    code, stdout, stderr = invoke("prepare", *given)
     assert code == 0
     assert stderr.count("and 53 more labels") == 3
     assert "c24" not in stderr

@@ -142,8 +142,8 @@ def _with_told_tasks(members: Sequence[Member]) -> tuple[list[Member], list[str]
 
 
 def _kind(member: Member) -> tuple[object, ...]:
-    tested_on = member.run.result.get("tested_on", "test")
-    return tested_on, *(
+    folds = member.run.result.get("folds") or {}
+    return folds.get("count"), *(
         (task.text, task.labels, task.metric, scored_label(task)) for task in member.run.tasks
     )
 

@@ -17,11 +17,10 @@ def describe_progress(directory: Path) -> str:
     """Say how far an unfinished run got, and who is at it."""
     epochs = [event for event in read_metrics(directory) if event.get("kind") == "epoch"]
     folds = len(list(directory.glob(f"{FOLDS}/*/{RESULT}")))
+    owner = holder(directory)
     if folds and not epochs:
-        return f"{folds} folds done" + (
-            f", {owner} is at it" if (owner := holder(directory)) else ""
-        )
-    if owner := holder(directory):
+        return f"{folds} folds done" + (f", {owner} is at it" if owner else "")
+    if owner:
         return f"epoch {epochs[-1]['epoch'] if epochs else 0} done, {owner} is at it"
     return f"stopped after epoch {epochs[-1]['epoch']}" if epochs else "no epoch done"
 
