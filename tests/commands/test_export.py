@@ -23,7 +23,7 @@ def trained(
     """A run of LoRA with the library's own head, trained for one epoch."""
     directory = tmp_path_factory.mktemp("trained") / "run"
     settings = {
-        "data": {"train_file": str(rows_file), "text": "text", "label": "label"},
+        "data": {"folds": 0, "train_file": str(rows_file), "text": "text", "label": "label"},
         "model": {"backbone": str(backbone_dir("bert")), "pooling": "native"},
         "method": {"name": "lora"},
         "train": {"epochs": 1, "device": "cpu", "precision": "fp32"},

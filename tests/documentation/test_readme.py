@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command import rows_options
 
 import unipelt_cli
 
@@ -228,7 +229,7 @@ def test_adding_a_method_takes_the_readmes_one_file(
         assert result.returncode == 0, result.stderr
         return dict(json.loads(result.stdout))
 
-    rows = ("--train-file", rows_file, "--text", "text", "--label", "label", "--k", 20)
+    rows = (*rows_options(rows_file), "--k", 20)
     model = (
         "--model",
         backbone_dir("bert"),

@@ -166,7 +166,7 @@ def test_failure_leaves_nothing_behind(
 def test_trained_run_is_exported(
     backbone_dir: Backbones, rows_file: Path, tmp_path: Path, to: str, method: str
 ) -> None:
-    rows = {"train_file": str(rows_file), "text": "text", "label": "label"}
+    rows = {"folds": 0, "train_file": str(rows_file), "text": "text", "label": "label"}
     settings = {
         "data": rows,
         "model": {"backbone": str(backbone_dir("bert"))},
@@ -193,7 +193,13 @@ def test_rows_are_the_runs_own_and_made_up_where_they_are_too_few(
     lost = job.find_rows(run, tuned)
     assert (len(lost.encoded), lost.from_test) == (256, 0)
     assert lost.encoded.ids == probe_rows(tuned, 256).ids
-    settings = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label"}
+    settings = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows_file),
+        "text": "text",
+        "label": "label",
+    }
     found = preparation.prepare(run.experiment.replace("data", **settings).data)
     run = replace(
         run,

@@ -50,7 +50,7 @@ def exported(
     (root / "secret").mkdir()
     rows = write_rows(root / "secret" / "rows.csv", 60)
     settings = {
-        "data": {"train_file": str(rows), "text": "text", "label": "label"},
+        "data": {"folds": 0, "train_file": str(rows), "text": "text", "label": "label"},
         "model": {"backbone": str(backbone_dir("bert"))},
         "train": {"epochs": 1, "device": "cpu", "precision": "fp32"},
     }

@@ -174,7 +174,7 @@ def test_own_rows_score_the_same_without_this_package(
     if pairs:
         first, *rest = rows.read_text().splitlines()
         rows.write_text("\n".join([f"other,{first}", *(f"so {n},{r}" for n, r in enumerate(rest))]))
-    own = {"train_file": str(rows), "text": "text", "label": "label"}
+    own = {"folds": 0, "train_file": str(rows), "text": "text", "label": "label"}
     settings = {
         "data": own | ({"text_pair": "other"} if pairs else {}),
         "model": {"backbone": str(backbone_dir("bert"))},

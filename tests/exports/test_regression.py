@@ -31,7 +31,14 @@ def trained(
     """Return a LoRA and a union, trained on large labels that are far from 0."""
     folder = tmp_path_factory.mktemp(request.param)
     rows = write_values(folder / "rows.csv", *BOUNDS[request.param])
-    own = {"task": None, "train_file": str(rows), "text": "text", "label": "label", "k": 32}
+    own = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows),
+        "text": "text",
+        "label": "label",
+        "k": 32,
+    }
     own["kind"] = "regression"
     loaded = {}
     for method in ("lora", "unipelt-apl"):

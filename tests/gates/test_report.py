@@ -170,6 +170,7 @@ def test_recording_changes_no_byte_of_a_run(
             data={
                 "task": None,
                 "k": 24,
+                "folds": 0,
                 "train_file": str(rows_file),
                 "text": "text",
                 "label": "label",

@@ -118,7 +118,13 @@ def finished(
     rows = write_rows(root / "rows.csv", 40)
     found = {}
     for name in NAMES:
-        data = {"task": "own", "train_file": str(rows), "text": "text", "label": "label"}
+        data = {
+            "task": "own",
+            "folds": 0,
+            "train_file": str(rows),
+            "text": "text",
+            "label": "label",
+        }
         settings = experiment(
             backbone_dir("bert"), name, data=data, train={"epochs": 1, "learning_rate": 1e-2}
         )

@@ -49,7 +49,14 @@ Watch = Callable[[int, str], None]
 
 @pytest.fixture(scope="module")
 def planned(backbone_dir: Callable[[str], Path], rows_file: Path) -> Experiment:
-    rows = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label", "k": 24}
+    rows = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows_file),
+        "text": "text",
+        "label": "label",
+        "k": 24,
+    }
     return experiment(
         backbone_dir("bert"),
         "unipelt-apl",

@@ -48,7 +48,14 @@ def whole(
     backbone_dir: Callable[[str], Path], rows_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Return a finished run, and beside it one that was stopped."""
-    rows = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label", "k": 24}
+    rows = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows_file),
+        "text": "text",
+        "label": "label",
+        "k": 24,
+    }
     planned = experiment(
         backbone_dir("bert"),
         "unipelt-apl",

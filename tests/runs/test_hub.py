@@ -34,7 +34,14 @@ def run(
     backbone_dir: Callable[[str], Path], rows_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Return a finished run; tests must not change it."""
-    rows = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label", "k": 24}
+    rows = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows_file),
+        "text": "text",
+        "label": "label",
+        "k": 24,
+    }
     training = {"epochs": 2, "batch_size": 8}
     plan = experiment(backbone_dir("bert"), "lora", data=rows, train=training)
     out = tmp_path_factory.mktemp("runs") / "first"

@@ -31,7 +31,14 @@ def train(root: Path, backbone: Path, precision: str) -> Path:
     rows = root / "rows.csv"
     if not rows.is_file():
         write_rows(rows)
-    data = {"task": None, "train_file": str(rows), "k": 24, "text": "text", "label": "label"}
+    data = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows),
+        "k": 24,
+        "text": "text",
+        "label": "label",
+    }
     plan = experiment(
         backbone,
         "lora",

@@ -35,7 +35,7 @@ def trained(backbone_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     root = tmp_path_factory.mktemp("trained")
     backbone = Path(shutil.copytree(backbone_dir("bert"), root / "bert"))
     rows = {
-        **{"task": None, "train_file": str(write_rows(root / "rows.csv")), "k": 24},
+        **{"task": None, "folds": 0, "train_file": str(write_rows(root / "rows.csv")), "k": 24},
         **{"text": "text", "label": "label"},
     }
     training = {"epochs": 2, "batch_size": 8}

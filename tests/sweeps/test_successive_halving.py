@@ -60,7 +60,7 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 
 def settings(directory: Path, rows_file: Path, name: str, rate: float) -> Experiment:
-    data = {"train_file": str(rows_file), "text": "text", "label": "label"}
+    data = {"folds": 0, "train_file": str(rows_file), "text": "text", "label": "label"}
     train = {"learning_rate": rate, "epochs": 16, "device": "cpu", "precision": "fp32"}
     own = {"data": data, "model": {"backbone": str(directory)}, "train": train}
     return resolve([("", own | {"method": {"name": name}})])

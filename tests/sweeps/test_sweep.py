@@ -47,7 +47,7 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
     monkeypatch.setattr(preparation, "prepare_each", drawing)
     monkeypatch.setattr(planning, "encode_rows", tokenizing)
     own = {
-        "data": {"train_file": str(rows_file), "text": "text", "label": "label"},
+        "data": {"folds": 0, "train_file": str(rows_file), "text": "text", "label": "label"},
         "model": {"backbone": str(backbone_dir("bert"))},
         "train": {"epochs": 1, "device": "cpu", "precision": "fp32"},
     }

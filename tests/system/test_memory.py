@@ -29,7 +29,14 @@ ERRORS = [
 
 
 def planned(backbone: Path, rows_file: Path, seed: int = 42) -> Experiment:
-    rows = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label", "k": 24}
+    rows = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows_file),
+        "text": "text",
+        "label": "label",
+        "k": 24,
+    }
     return experiment(
         backbone,
         "unipelt-apl",

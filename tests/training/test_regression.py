@@ -36,7 +36,14 @@ TEXTS = ["the film 7 was good", "the film 8 was awful", "the film 9 was good gre
 
 
 def plan(backbone: Path, rows: Path, seed: int = 111, **train: Any) -> Experiment:
-    files = {"task": None, "train_file": str(rows), "text": "text", "label": "label", "k": 32}
+    files = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows),
+        "text": "text",
+        "label": "label",
+        "k": 32,
+    }
     fast = {"epochs": 12, "patience": 12, "batch_size": 8, "learning_rate": 5e-3}
     data = files | {"data_seed": seed, "kind": "regression"}
     return experiment(backbone, "unipelt-apl", data=data, train=fast | train)

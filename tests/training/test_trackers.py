@@ -33,7 +33,14 @@ FAST = [
 
 @pytest.fixture
 def plan(bert: Path, rows_file: Path) -> Experiment:
-    rows = {"task": None, "train_file": str(rows_file), "text": "text", "label": "label", "k": 24}
+    rows = {
+        "task": None,
+        "folds": 0,
+        "train_file": str(rows_file),
+        "text": "text",
+        "label": "label",
+        "k": 24,
+    }
     return experiment(bert, "lora", data=rows, train={"epochs": 3, "batch_size": 8})
 
 

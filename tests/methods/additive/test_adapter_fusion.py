@@ -27,7 +27,7 @@ def adapter_runs(backbone_dir: Backbones, tmp_path_factory: pytest.TempPathFacto
     """Train the method `adapter` twice, and `lora` once; return the run directories."""
     root = tmp_path_factory.mktemp("sources")
     rows = write_rows(root / "rows.csv", 40)
-    data = {"task": "own", "train_file": str(rows), "text": "text", "label": "label"}
+    data = {"task": "own", "folds": 0, "train_file": str(rows), "text": "text", "label": "label"}
     found = []
     for seed, name in ((1, "adapter"), (2, "adapter"), (3, "lora")):
         train = {"epochs": 1, "learning_rate": 1e-2, "seed": seed}
@@ -105,7 +105,7 @@ def test_fusion_takes_up_finished_runs_and_outlives_them(
     assert not any(".loaded." in name for name in names)
     assert {"backbone.fusion.0.own.up.weight", "backbone.fusion.1.query.weight"} <= names
 
-    data = {"task": "own", "train_file": str(tmp_path / "rows.csv"), "text": "text"}
+    data = {"task": "own", "folds": 0, "train_file": str(tmp_path / "rows.csv"), "text": "text"}
     write_rows(tmp_path / "rows.csv", 40)
     settings = experiment(
         backbone_dir("bert"),

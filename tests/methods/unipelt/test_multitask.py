@@ -598,7 +598,7 @@ def test_a_missing_or_unknown_task_is_said_in_two_lines(
 
 def test_a_run_on_one_task_takes_its_own_name_and_no_other(bert: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.csv", 40)
-    own = {"task": "own", "train_file": str(rows), "text": "text", "label": "label"}
+    own = {"task": "own", "folds": 0, "train_file": str(rows), "text": "text", "label": "label"}
     settings = experiment(bert, "unipelt-multi", data=own, train={"epochs": 1})
     run = finish(settings, tmp_path / "run")
     assert "task" in run.header
