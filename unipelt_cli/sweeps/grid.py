@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,7 +172,7 @@ def cell_name(experiment: Experiment) -> str:
     keep their names.
     """
     settings = experiment.settings()
-    earlier = {
+    earlier: dict[str, Mapping[str, Any]] = {
         "data": {"folds": 0},
         "model": {"normalise": False, "pairs": "auto"},
         "method": experiment.method.earlier,
