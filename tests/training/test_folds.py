@@ -252,6 +252,21 @@ def test_folds_of_other_rows_are_not_taken(bert: Path, rows_file: Path, tmp_path
     assert "data.fold = 3 there, 2 here" in caught.value.message
 
 
+def test_the_floor_beside_a_run_by_folds_is_that_of_the_same_folds(
+    bert: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for method in ("lora", "probe"):
+        given = (*columns(rows_file), "--folds", 3, "--method", method, "--model", bert, *FAST)
+        code, stdout, stderr = invoke("train", *given, "--out", tmp_path / method, "--json")
+        assert code == 0, stderr
+        found[method] = json.loads(stdout)
+        if method == "lora":
+            score = found["lora"]["probe"]["test"]["accuracy"]
+            assert f"probe on the same rows: 3 folds accuracy {score:.4f}" in stderr.splitlines()
+    assert found["lora"]["probe"] == {"test": found["probe"]["test"]}
+
+
 def test_values_are_scored_by_folds_too(calm_bert: Path, tmp_path: Path) -> None:
     rows, out = write_values(tmp_path / "rows.csv", 100, 900, 40), tmp_path / "run"
     given = (*columns(rows), "--set", "data.kind=regression", "--folds", 4, "--model", calm_bert)

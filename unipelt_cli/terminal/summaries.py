@@ -138,7 +138,11 @@ def _floor_line(result: Mapping[str, Any]) -> None:
     if scores := result.get(FLOOR):
         metric = result["metric"]
         name = shown_score(metric, result.get("positive"))
-        shown = ", ".join(f"{split} {name} {own[metric]:.4f}" for split, own in scores.items())
+        folds = result.get("folds")
+        words = {"test": f"{folds['count']} folds"} if folds else {}
+        shown = ", ".join(
+            f"{words.get(split, split)} {name} {own[metric]:.4f}" for split, own in scores.items()
+        )
         say(f"{FLOOR} on the same rows: {shown}")
 
 

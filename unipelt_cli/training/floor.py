@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained
 from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.data.folds import assign_folds, fold_of
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.errors import BackboneError, CheckError, RunError
+from unipelt_cli.metrics import Values
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import predictions, references
 from unipelt_cli.system import memory
@@ -78,16 +82,37 @@ def _guarded(
 def _scores(
     floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
 ) -> dict[str, dict[str, float]]:
+    """Return the floor's scores by split; where folds are tested, those of their rows together."""
+    if folds := prepared[0].manifest.get("folds", 0) if "test" not in prepared[0].splits else 0:
+        (whole,) = prepared
+        expected = references(whole.splits["train"])
+        places = assign_folds(whole.task, whole.splits["train"], folds, whole.manifest["data_seed"])
+        pooled = np.zeros_like(expected)
+        for fold in range(folds):
+            (predicted,), _ = _answers(floor, [fold_of(whole, fold + 1)], pretrained, shared)
+            pooled[places == fold] = predicted
+        return {"test": whole.task.score(pooled, expected)}
+    answers, dev = _answers(floor, prepared, pretrained, shared)
+    test = [
+        own.task.score(predicted, references(own.splits["test"]))
+        for own, predicted in zip(prepared, answers, strict=True)
+    ]
+    scores = joint_scores([own.task for own in prepared], test)
+    return {**({"dev": dev} if dev else {}), "test": scores}
+
+
+def _answers(
+    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
+) -> tuple[list[Values], dict[str, float]]:
+    """Fit the floor; return each task's predictions on test, and its scores on dev."""
     tasks = [own.task for own in prepared]
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
     tuned = build(floor, outputs, pretrained, pairs=pairs)
     loop = loop_of(floor, prepared, tuned, shared)
     for _ in loop.events():
         pass
-    test = []
+    answers = []
     for place, own in enumerate(prepared):
         features = shared.features(tuned, own, place, "test", floor)
-        predicted = predictions(own.task, read_features(tuned, features, place))
-        test.append(own.task.score(predicted, references(own.splits["test"])))
-    dev = dict(loop.progress.best_dev)
-    return {**({"dev": dev} if dev else {}), "test": joint_scores(tasks, test)}
+        answers.append(predictions(own.task, read_features(tuned, features, place)))
+    return answers, dict(loop.progress.best_dev)

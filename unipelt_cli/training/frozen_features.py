@@ -48,7 +48,7 @@ class FrozenFeatures:
         start = time.perf_counter()
         for place, course in enumerate(self.courses):
             self.train.append(torch.from_numpy(self._source(self.tuned, place, "train")))
-            has_dev = len(course.dev[0]) > 0
+            has_dev = course.dev is not None
             dev = self._source(self.tuned, place, "dev") if has_dev else np.zeros((0, 0), "f4")
             self.dev.append(torch.from_numpy(dev))
         self.seconds = time.perf_counter() - start
