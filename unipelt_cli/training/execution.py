@@ -9,9 +9,9 @@ from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.sharing import can_share
 from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.out_of_fold import fold_experiments
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.training.events import Event, Failed, Finished, Folded, Happening
-from unipelt_cli.training.folds import fold_experiments
 from unipelt_cli.training.planning import Shared
 from unipelt_cli.training.session import Mode, Session
 from unipelt_cli.training.shared_passes import train_together

@@ -20,6 +20,7 @@ from unipelt_cli.models.sharing import share
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.checks import as_started, check_same, check_started
 from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, RESULT, STATE
+from unipelt_cli.runs.out_of_fold import OutOfFold, describe_score, read_folds
 from unipelt_cli.runs.probe import EXACT, probe, units_of
 from unipelt_cli.runs.progress import read_state
 from unipelt_cli.runs.run import read_experiment, read_run, read_stored
@@ -29,7 +30,6 @@ from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_positive, joint_scores
 from unipelt_cli.training.events import Epoch, Finished, Halved, Happening, Ready
 from unipelt_cli.training.floor import beside
-from unipelt_cli.training.folds import OutOfFold, describe_score, read_folds
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.planning import Shared, doubt, loop_of, plan, with_drawn_rows
 from unipelt_cli.training.text_notes import text_notes
