@@ -10,14 +10,13 @@ from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.methods.base import (
     CannotMerge,
     Category,
-    LowRankUpdates,
     Method,
     Moment,
     NoKnownForm,
     Pass,
     Recipe,
-    Rescalings,
 )
+from unipelt_cli.methods.forms import LowRankUpdates, Rescalings
 
 __all__ = [
     "DEFAULT",

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Generator, Tensor, nn
 
 from unipelt_cli.backbones.layout import Layout
+from unipelt_cli.methods.forms import LinearFit, LowRankUpdates, Rescalings
 
 CHECKS = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -102,38 +103,8 @@ class Joint(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class LinearFit:
-    """The linear unit of a head, fitted at once."""
-
-    weight: Tensor
-    """(outputs, features)"""
-    bias: Tensor
-    """(outputs,)"""
-
-
 Gates = Sequence[Mapping[str, float]]
 """By layer: gate -> one value for all rows."""
-
-
-@dataclass(frozen=True)
-class LowRankUpdates:
-    """Linear units that compute W x + b + scale B A x, all of one rank."""
-
-    rank: int
-    scale: float
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
-    """The path of a unit in the backbone -> A (R, inputs), B (outputs, R)."""
-
-
-@dataclass(frozen=True)
-class Rescalings:
-    """Linear units whose outputs, or whose inputs, are multiplied by vectors."""
-
-    outputs: Mapping[str, Tensor]
-    """The path of a unit in the backbone -> (outputs,)."""
-    inputs: Mapping[str, Tensor]
-    """The path of a unit in the backbone -> (inputs,)."""
 
 
 @checked_dataclass(frozen=True, config=CHECKS)

@@ -133,6 +133,11 @@ class Course:
     dev: Labelled | None  # None where the schedule's end is the result
     scale: LabelScale = RAW
 
+    @property
+    def classes(self) -> NDArray[np.int64] | None:
+        """The train rows' labels by number; None of a regression."""
+        return None if self.task.is_regression else self.train[1]
+
     def scaled(self, settings: TrainSettings) -> "Course":
         """Return the course with the scale on which its labels are learned."""
         if not self.task.is_regression or settings.label_scale == "raw":

@@ -16,7 +16,7 @@ from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import predictions, references
 from unipelt_cli.system import memory
 from unipelt_cli.tasks import joint_scores
-from unipelt_cli.training.frozen_features import read_features
+from unipelt_cli.training.heads.frozen_features import read_features
 from unipelt_cli.training.planning import Shared, loop_of
 
 _ROWS = ("seed", "device", "precision", "label_scale")  # settings of `train` that it shares

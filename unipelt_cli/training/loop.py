@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unipelt_cli.config.sections import TrainSettings
@@ -33,14 +32,14 @@ from unipelt_cli.training.events import (
     Taken,
     Turns,
 )
-from unipelt_cli.training.frozen_features import (
+from unipelt_cli.training.heads.frozen_features import (
     FrozenFeatures,
     Source,
     are_frozen,
-    read_features,
 )
-from unipelt_cli.training.head_start import start_heads
-from unipelt_cli.training.step import PREPARING, Stepper, derive_seed, loss_of, seeded
+from unipelt_cli.training.heads.loss import loss_of
+from unipelt_cli.training.heads.start import start_heads
+from unipelt_cli.training.step import PREPARING, Stepper, derive_seed, seeded
 
 
 class Training:
@@ -255,9 +254,8 @@ class Training:
         if self.frozen is not None and self.method.has_closed_form:
             self._fit(self.frozen, sum(int(own.sum()) for own in lengths))
             return
-        order = interleaved(
-            lengths, settings.batch_size, settings.seed, progress.epoch, self._classes()
-        )
+        classes = [course.classes for course in self.courses] if settings.balanced else ()
+        order = interleaved(lengths, settings.batch_size, settings.seed, progress.epoch, classes)
         while progress.step < self.steps:
             place, chosen = order[progress.step]
             taken = yield Batch(place, chosen)
@@ -271,23 +269,12 @@ class Training:
             rate = progress.tokens / max(progress.train_seconds, 1e-9)
             yield Step(progress.epoch, progress.step, self.steps, taken.loss, rate)
 
-    def _classes(self) -> list[NDArray[np.int64] | None]:
-        """Return the labels by which each task's batches are balanced, None where they are not."""
-        return [
-            course.train[1] if self.settings.balanced and not course.task.is_regression else None
-            for course in self.courses
-        ]
-
     def _fit(self, frozen: FrozenFeatures, tokens: int) -> None:
         """Fit all heads at once, in place of an epoch's steps; the loss is the fitted heads'."""
         start, progress = time.perf_counter(), self.progress
         frozen.fit()
         self.processes.share(self._tensors())
-        for place, course in enumerate(self.courses):
-            logits = torch.from_numpy(read_features(self.tuned, frozen.train[place].numpy(), place))
-            labels = course.train[1]
-            progress.loss_sum += loss_of(course, logits, labels).item() * len(labels)
-        progress.tokens = tokens
+        progress.loss_sum, progress.tokens = frozen.loss_sum(), tokens
         progress.train_seconds += time.perf_counter() - start
 
     def score_epoch(self) -> Epoch:
@@ -340,11 +327,10 @@ class Training:
         task, dev = self.tasks[place], self.courses[place].dev
         assert dev is not None
         rows, labels = dev
-        gates: Gates = []
-        if self.frozen is not None:
-            logits = self.frozen.dev_logits(place)
-        else:
+        if self.frozen is None:
             logits, gates = compute_with_gates(self.tuned, rows, place, self.processes)
+        else:
+            logits, gates = self.frozen.dev_logits(place), []
         predicted = predictions(task, logits)
         if task.is_regression:
             predicted = self.courses[place].scale.restore(predicted)

@@ -7,20 +7,18 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.errors import CheckError
 from unipelt_cli.methods import Moment, Pass
-from unipelt_cli.metrics import Values
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
-from unipelt_cli.training.contrast import contrast
 from unipelt_cli.training.events import Batch, Course, Halved, Progress, Taken
-from unipelt_cli.training.frozen_features import FrozenFeatures
 from unipelt_cli.training.gradients import Gradients
+from unipelt_cli.training.heads.frozen_features import FrozenFeatures
+from unipelt_cli.training.heads.loss import contrast, loss_of
 from unipelt_cli.training.optimizer import make_adamw, schedule, scheduled_rate
 
 PREPARING = 2**32  # seeds from here on belong to passes before training
@@ -207,14 +205,6 @@ class Stepper:
         """Return this step's learning rate."""
         spanned = schedule(self.method.stages, self.stage_steps, self._moment())
         return scheduled_rate(self.settings, spanned)
-
-
-def loss_of(course: Course, logits: Tensor, labels: Values) -> Tensor:
-    """Return the mean loss over rows: squared error on the course's scale, else cross-entropy."""
-    if course.task.is_regression:
-        target = torch.as_tensor(course.scale.standardise(labels), device=logits.device)
-        return functional.mse_loss(logits[:, 0], target)
-    return functional.cross_entropy(logits, torch.as_tensor(labels, device=logits.device))
 
 
 def derive_seed(seed: int, step: int) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from unipelt_cli.methods.base import LinearFit
+from unipelt_cli.methods.forms import LinearFit
 from unipelt_cli.methods.partial import probe
 from unipelt_cli.methods.partial.probe import Probe
 

@@ -18,10 +18,10 @@ from unipelt_cli.methods.base import (
     Method,
     Published,
     Recipe,
-    Rescalings,
     Site,
     refuse_unusual_layers,
 )
+from unipelt_cli.methods.forms import Rescalings
 
 
 class LayerScales(nn.Module):

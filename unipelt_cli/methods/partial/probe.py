@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.methods.base import CHECKS, LinearFit, Recipe, Site
+from unipelt_cli.methods.base import CHECKS, Recipe, Site
+from unipelt_cli.methods.forms import LinearFit
 from unipelt_cli.methods.partial.selective import Selective
 
 Matrix = NDArray[np.float64]

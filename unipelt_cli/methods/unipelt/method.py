@@ -17,16 +17,9 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.methods.base import (
-    CHECKS,
-    Gates,
-    LowRankUpdates,
-    NoKnownForm,
-    Published,
-    Recipe,
-    Site,
-)
+from unipelt_cli.methods.base import CHECKS, Gates, NoKnownForm, Published, Recipe, Site
 from unipelt_cli.methods.building_blocks import LowRank
+from unipelt_cli.methods.forms import LowRankUpdates
 from unipelt_cli.methods.unipelt.container import Container, FusedLayers
 from unipelt_cli.methods.unipelt.fused.stack import PARTS, Stack
 from unipelt_cli.methods.unipelt.inspection import container_of

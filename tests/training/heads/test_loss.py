@@ -7,8 +7,8 @@ import torch
 from support.models import experiment, loop_on_sixteen
 
 from unipelt_cli.models.build import build
-from unipelt_cli.training.contrast import contrast
 from unipelt_cli.training.events import Batch, Step
+from unipelt_cli.training.heads.loss import contrast
 
 LABELS = torch.tensor([0, 0, 1])
 

@@ -1,8 +1,19 @@
-"""The term of the loss that draws rows of one label together and drives others apart."""
+"""The loss of a batch: how far its answers are off, and how its features lie to each other."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from unipelt_cli.metrics import Values
+from unipelt_cli.training.events import Course
+
+
+def loss_of(course: Course, logits: Tensor, labels: Values) -> Tensor:
+    """Return the mean loss over rows: squared error on the course's scale, else cross-entropy."""
+    if course.task.is_regression:
+        target = torch.as_tensor(course.scale.standardise(labels), device=logits.device)
+        return functional.mse_loss(logits[:, 0], target)
+    return functional.cross_entropy(logits, torch.as_tensor(labels, device=logits.device))
 
 
 def contrast(features: Tensor, labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from unipelt_cli.models.evaluation import compute_logits
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.training import execution, floor
 from unipelt_cli.training.events import Epoch, Finished
-from unipelt_cli.training.frozen_features import read_features
+from unipelt_cli.training.heads.frozen_features import read_features
 from unipelt_cli.training.planning import Shared, loop_of, plan
 
 

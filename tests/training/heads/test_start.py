@@ -17,7 +17,7 @@ from unipelt_cli.models.evaluation import compute_logits, encode_rows
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import shared_passes
 from unipelt_cli.training.events import Course, Step
-from unipelt_cli.training.head_start import fit, start_heads
+from unipelt_cli.training.heads.start import fit, start_heads
 from unipelt_cli.training.loop import Training
 
 APART = {"pairs": "apart", "pooling": "mean"}

@@ -12,6 +12,7 @@ from unipelt_cli.models.evaluation import Features, Logits, compute_features
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.processes import Processes
 from unipelt_cli.training.events import Course
+from unipelt_cli.training.heads.loss import loss_of
 
 Source = Callable[[Tuned, int, str], Features]
 """Features (rows, size) of a task's split, by its place among the run's tasks."""
@@ -74,6 +75,15 @@ class FrozenFeatures:
                 )
                 head.out.weight.copy_(fitted.weight)
                 head.out.bias.copy_(fitted.bias)
+
+    def loss_sum(self) -> float:
+        """Return the loss of all train rows together, as the heads are now."""
+        losses = 0.0
+        for place, course in enumerate(self.courses):
+            logits = torch.from_numpy(read_features(self.tuned, self.train[place].numpy(), place))
+            labels = course.train[1]
+            losses += loss_of(course, logits, labels).item() * len(labels)
+        return losses
 
 
 def read_features(tuned: Tuned, features: Features, place: int) -> Logits:
