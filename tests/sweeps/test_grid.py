@@ -103,8 +103,8 @@ def test_a_grid_file_with_an_unknown_axis_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "name"),
     [
-        ("head", "demo-k20-head-minilm-d111-s42-813ff3f3"),
-        ("unipelt-apl", "demo-k20-unipelt-apl-minilm-d111-s42-7ec3a5cd"),
+        ("bitfit", "demo-k20-bitfit-minilm-d111-s42-4a8944fa"),
+        ("dora", "demo-k20-dora-minilm-d111-s42-1d4b5b00"),
         ("lst", "demo-k20-lst-minilm-d111-s42-6a3789c1"),
     ],
 )

@@ -13,6 +13,7 @@ Pooling = Literal["auto", "native", "cls", "mean", "eos"]
 Pairs = Literal["auto", "joint", "apart"]
 Scale = Literal["auto", "standardised", "raw"]
 MOST_FOLDS = 20
+HeadStart = Literal["random", "means"]
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "spearman", "pearson", "mse"]
 
 
@@ -180,6 +181,9 @@ class TrainSettings(Section):
         ge=0,
         le=100,
         description="weight of a term that draws rows of one label together, others apart",
+    )
+    head_start: HeadStart = Field(
+        "random", description="where a head over classes starts: drawn, or at their mean features"
     )
     averaging: float = Field(
         0.0, ge=0, lt=1, description="dev scores and keeps a running mean of the tensors; its decay"

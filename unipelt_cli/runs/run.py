@@ -15,9 +15,10 @@ from torch import Tensor
 
 from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained, find
+from unipelt_cli.config.earlier import EARLIER
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.config.presets import read_preset
-from unipelt_cli.config.sections import DataSettings, Settings
+from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data import preparation
 from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.data.prepared_directory import Prepared
@@ -314,12 +315,7 @@ def read_experiment(directory: Path) -> Experiment:
     if isinstance(section, dict) and section.get("name") in [*methods.table()]:
         earlier = methods.get(section["name"]).method.earlier
         settings = {**settings, "method": {**earlier, **section}}
-    defaults: Settings = {
-        "data": {"folds": 0},
-        "model": {"normalise": False, "pairs": "joint"},
-        "train": {"label_scale": "raw"},
-    }
-    return resolve([("", defaults), ("", settings)])
+    return resolve([("", EARLIER), ("", settings)])
 
 
 def _where_runs_are(directory: Path) -> str:

@@ -2,11 +2,12 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from unipelt_cli import methods
+from unipelt_cli.config.earlier import BY_DEFAULT
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.config.presets import read_preset, read_settings, sweep_presets
 from unipelt_cli.config.sections import Settings
@@ -172,12 +173,7 @@ def cell_name(experiment: Experiment) -> str:
     keep their names.
     """
     settings = experiment.settings()
-    earlier: dict[str, Mapping[str, Any]] = {
-        "data": {"folds": 0},
-        "model": {"normalise": False, "pairs": "auto"},
-        "method": experiment.method.earlier,
-        "train": {"label_scale": "auto"},
-    }
+    earlier = {**BY_DEFAULT, "method": experiment.method.earlier}
     kept = {
         section: {
             key: value

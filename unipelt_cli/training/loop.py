@@ -169,7 +169,7 @@ class Training:
         if not self.is_prepared:
             self.method.prepare(self.tuned.classifier.backbone, self._losses)
             self.tuned.classifier.zero_grad(set_to_none=True)
-            start_heads(self.tuned, self.courses)
+            start_heads(self.tuned, self.courses, self.settings.head_start)
             self._take_up_parameters()
             self.processes.share(self._tensors())
             if self.frozen is not None:

@@ -74,7 +74,7 @@ def test_a_regression_starts_with_the_cosines_own_order(bert: Path, normalise: b
     with torch.no_grad():
         features = tuned.classifier.features(**rows.batch(range(20), torch.device("cpu")))
     labels = 5 * features[:, -1].numpy()  # what a line of the cosine says
-    start_heads(tuned, [Course(loop.task, (rows, labels), (rows, labels))])
+    start_heads(tuned, [Course(loop.task, (rows, labels), (rows, labels))], "random")
     said = compute_logits(tuned, rows)[:, 0]
     assert METRICS["spearman"](said, labels, 1) >= 0.999
     assert said == pytest.approx(labels, abs=0.01)  # its features keep their lengths

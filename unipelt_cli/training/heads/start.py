@@ -1,4 +1,4 @@
-"""Where a head over pairs read apart starts: at what the cosine of the two texts says by itself."""
+"""Where heads start: over pairs read apart at the cosine, else as drawn or at class means."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,36 +7,60 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from unipelt_cli.models.classifier import Head
 from unipelt_cli.models.evaluation import fill
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.training.events import Course
 
 RIDGE = 1e-3  # on the mean loss of a row, by squared weight on the standardised cosine
 STEPS = 100  # of L-BFGS, which stops by itself before
+STEEPNESS = 10.0  # what a logit gains from a class's mean to the mean of all, in cosines
 
 
-def start_heads(tuned: Tuned, courses: Sequence[Course]) -> None:
-    """Fit each head over pairs read apart to its train rows' cosines, its last input.
+def start_heads(tuned: Tuned, courses: Sequence[Course], start: str) -> None:
+    """Set each head to where it starts; `random` is what it was drawn as.
 
-    A sentence encoder's cosine is what it was trained for. From 0 a head of 2H+1 inputs, each far
-    below 1, takes longer to find that than few rows last, and the backbone is moved meanwhile.
+    Over pairs read apart a head is fitted to its train rows' cosines, its last input, whatever
+    `start` says: that is what a sentence encoder was trained for. From 0 a head of 2H+1 inputs,
+    each far below 1, takes longer to find that than few rows last, and the backbone is moved
+    meanwhile. With `means` a head over classes starts at their train rows' mean features.
     """
     for place, course in enumerate(courses):
+        head = tuned.classifier.heads[place]
         if tuned.classifier.apart[place]:
-            tuned.classifier.eval().select(place)
-            _start(tuned, course, place)
+            _start_at_cosine(head, course, _read(tuned, course, place))
+        elif start == "means" and not course.task.is_regression:
+            _start_at_means(head, course, _read(tuned, course, place))
 
 
-def _start(tuned: Tuned, course: Course, place: int) -> None:
-    rows, labels = course.train
+def _read(tuned: Tuned, course: Course, place: int) -> Tensor:
+    """Return what a head's linear unit reads of the train rows, (rows, inputs), on the CPU."""
+    rows, _ = course.train
     head = tuned.classifier.heads[place]
     read = np.zeros((len(rows), head.out.in_features), np.float32)
 
     def compute(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        return [tuned.classifier.features(**inputs)]
+        return [head.inputs(tuned.classifier.features(**inputs))]
 
+    tuned.classifier.eval().select(place)
     fill([read], compute, tuned, rows, np.arange(len(rows)))
-    cosines = torch.from_numpy(read[:, -1]).double()
+    return torch.from_numpy(read)
+
+
+def _start_at_means(head: Head, course: Course, read: Tensor) -> None:
+    """Point each class's weights from the mean of all rows to its own rows'; absent ones at 0."""
+    labels = torch.from_numpy(course.train[1])
+    weight = torch.zeros(head.out.out_features, read.shape[1])
+    for label in np.unique(course.train[1]).tolist():
+        weight[label] = read[labels == label].mean(0) - read.mean(0)
+    length = read.norm(dim=1).mean().clamp(min=1e-6)  # 1 where features are normalised
+    with torch.no_grad():
+        head.out.weight.copy_(STEEPNESS / length * functional.normalize(weight, dim=1))
+        head.out.bias.zero_()
+
+
+def _start_at_cosine(head: Head, course: Course, read: Tensor) -> None:
+    cosines, labels = read[:, -1].double(), course.train[1]
     if course.task.is_regression:
         targets = torch.from_numpy(course.scale.standardise(labels)).double()
     else:
