@@ -49,7 +49,8 @@ def test_native_pooling_is_the_librarys_own_classifier(
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "eos"])
 def test_a_pooling_reads_what_its_name_says(backbone_dir: Backbones, pooling: str) -> None:
-    tuned = build(experiment(backbone_dir("bert"), "head", model={"pooling": pooling}), 2)
+    settings = {"pooling": pooling, "normalise": False}
+    tuned = build(experiment(backbone_dir("bert"), "head", model=settings), 2)
     tokens = tuned.tokenizer(SENTENCES[1], return_tensors="pt")
     with torch.no_grad():
         hidden = tuned.classifier.backbone(**tokens).last_hidden_state[0]
