@@ -66,7 +66,7 @@ def test_a_pooler_that_trains_is_passed_through_at_every_step(bert_copy: Path) -
 
 
 def own_rows(bert: Path, rows: Path, method: str, **data: Any) -> Any:
-    own = {"train_file": str(rows), "text": "text", "label": "label", **data}
+    own = {"train_file": str(rows), "text": "text", "label": "label", "folds": 0, **data}
     sections = {"data": own, "model": {"backbone": str(bert)}, "method": {"name": method}}
     return resolve([("", {**sections, "train": {"device": "cpu", "precision": "fp32"}})])
 
