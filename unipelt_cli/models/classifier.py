@@ -15,6 +15,8 @@ from unipelt_cli.models.pairs import features_of_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+STEEPNESS = 10.0
+"""How long a head's weights get that tells features of length 1 apart."""
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
 
 
@@ -55,6 +57,11 @@ class Head(nn.Module):
         self.dense = new_linear(width, width, generator) if activation else None
         self.activation = ACTIVATIONS[activation]() if activation else None
         self.out = new_linear(width, outputs, generator)
+
+    @property
+    def rate(self) -> float:
+        """What its learning rate is multiplied by: on short features its weights are long."""
+        return STEEPNESS if self.normalise else 1.0
 
     @property
     def width(self) -> int:

@@ -19,10 +19,12 @@ def make_adamw(
     A bias or a gate must not be pulled to nothing.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    heads = {id(part): head.rate for head in tuned.classifier.heads for part in head.parameters()}
     for name, parameter in parameters.items():
         is_head = not name.startswith("backbone.")
         own = name.removeprefix("backbone.")
-        factor = settings.head_rate if is_head else tuned.method.rate(own)
+        rate = heads.get(id(parameter), 1.0)
+        factor = settings.head_rate * rate if is_head else tuned.method.rate(own)
         is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
         decays = is_matrix and (is_head or tuned.method.decays(own))
         decay = settings.weight_decay if decays else 0.0

@@ -126,7 +126,7 @@ METHODS = MappingProxyType(
         ),
         "head": Recipe(
             Head(),
-            2e-2,
+            2e-3,
             "partial",
             "nothing but the head",
             "Ben Zaken et al. 2022",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from unipelt_cli.methods.base import CHECKS, Gates, NoKnownForm, Published, Recipe, Site
 from unipelt_cli.methods.building_blocks import LowRank
+from unipelt_cli.methods.few_labels import FEW_LABELS
 from unipelt_cli.methods.forms import LowRankUpdates
 from unipelt_cli.methods.unipelt.container import Container, FusedLayers
 from unipelt_cli.methods.unipelt.fused.stack import PARTS, Stack
@@ -118,51 +119,60 @@ class Submodules(UnionSettings):
 
 _NAMES = {"parallel": "parallel adapter"}
 _MAO = "Mao et al. 2022"
-_UNIPELT = Published(5e-4, {"epochs": 50, "patience": 10, "batch_size": 16, "warmup": 0.0})
+_PAPERS = {"epochs": 50, "patience": 10, "batch_size": 16, "warmup": 0.0}
+_GATED = Published(5e-4, _PAPERS, {"reduction": 16, "rank": 8, "lora_scale": 1.0})
+_UNGATED = Published(5e-4, _PAPERS, {"reduction": 16, "rank": 8, "lora_scale": 2.0})
+_WIDE: dict[str, Any] = {"reduction": 2, "rank": 64, "lora_scale": 4.0}
+"""What few labels on a small encoder want: the paper's sizes leave minilm a bottleneck of 24."""
 _HE = {"epochs": 10, "batch_size": 32, "warmup": 0.06, "weight_decay": 0.1}
 _HES_PREFIX = {"prefix_width": 800, "prefix_std": 1.0, "prefix_start": "uniform"}
 METHODS = MappingProxyType(
     {
         "unipelt-ap": Recipe(
-            Submodules(("adapter", "prefix")),
-            5e-4,
+            Submodules(("adapter", "prefix"), reduction=2),
+            2e-4,
             "hybrid",
             "adapter + prefix, gated",
             _MAO,
             True,
-            published=_UNIPELT,
+            published=_GATED,
+            settings=FEW_LABELS,
         ),
         "unipelt-apl": Recipe(
-            Submodules(),
-            5e-4,
+            Submodules(**_WIDE),
+            2e-4,
             "hybrid",
             "adapter + prefix + LoRA, gated",
             _MAO,
             True,
-            published=_UNIPELT,
+            published=_GATED,
+            settings=FEW_LABELS,
         ),
         "unipelt-aplb": Recipe(
-            Submodules(("adapter", "prefix", "lora", "bias")),
-            5e-4,
+            Submodules(("adapter", "prefix", "lora", "bias"), **_WIDE),
+            2e-4,
             "hybrid",
             "adapter + prefix + LoRA + bias, gated",
             "ours, after Mao et al. 2022",
+            settings=FEW_LABELS,
         ),
         "ap-ungated": Recipe(
-            Submodules(("adapter", "prefix"), gated=False),
-            5e-4,
+            Submodules(("adapter", "prefix"), gated=False, reduction=2),
+            2e-4,
             "hybrid",
             "the control of unipelt-ap",
             _MAO,
-            published=_UNIPELT,
+            published=_UNGATED,
+            settings=FEW_LABELS,
         ),
         "apl-ungated": Recipe(
-            Submodules(gated=False),
-            5e-4,
+            Submodules(gated=False, **_WIDE),
+            2e-4,
             "hybrid",
             "the control of unipelt-apl",
             _MAO,
-            published=_UNIPELT,
+            published=_UNGATED,
+            settings=FEW_LABELS,
         ),
         "adapter": Recipe(
             Submodules(("adapter",), gated=False),

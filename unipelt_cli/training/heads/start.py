@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unipelt_cli.models.classifier import Head
+from unipelt_cli.models.classifier import STEEPNESS, Head
 from unipelt_cli.models.evaluation import fill
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.training.events import Course
 
 RIDGE = 1e-3  # on the mean loss of a row, by squared weight on the standardised cosine
 STEPS = 100  # of L-BFGS, which stops by itself before
-STEEPNESS = 10.0  # what a logit gains from a class's mean to the mean of all, in cosines
 
 
 def start_heads(tuned: Tuned, courses: Sequence[Course], start: str) -> None:
