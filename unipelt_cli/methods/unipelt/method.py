@@ -122,15 +122,15 @@ _MAO = "Mao et al. 2022"
 _PAPERS = {"epochs": 50, "patience": 10, "batch_size": 16, "warmup": 0.0}
 _GATED = Published(5e-4, _PAPERS, {"reduction": 16, "rank": 8, "lora_scale": 1.0})
 _UNGATED = Published(5e-4, _PAPERS, {"reduction": 16, "rank": 8, "lora_scale": 2.0})
-_WIDE: dict[str, Any] = {"reduction": 2, "rank": 64, "lora_scale": 4.0}
+_WIDE: dict[str, Any] = {"reduction": 4, "rank": 32, "lora_scale": 4.0}
 """What few labels on a small encoder want: the paper's sizes leave minilm a bottleneck of 24."""
 _HE = {"epochs": 10, "batch_size": 32, "warmup": 0.06, "weight_decay": 0.1}
 _HES_PREFIX = {"prefix_width": 800, "prefix_std": 1.0, "prefix_start": "uniform"}
 METHODS = MappingProxyType(
     {
         "unipelt-ap": Recipe(
-            Submodules(("adapter", "prefix"), reduction=2),
-            2e-4,
+            Submodules(("adapter", "prefix"), reduction=4),
+            3e-4,
             "hybrid",
             "adapter + prefix, gated",
             _MAO,
@@ -140,7 +140,7 @@ METHODS = MappingProxyType(
         ),
         "unipelt-apl": Recipe(
             Submodules(**_WIDE),
-            2e-4,
+            3e-4,
             "hybrid",
             "adapter + prefix + LoRA, gated",
             _MAO,
@@ -150,15 +150,15 @@ METHODS = MappingProxyType(
         ),
         "unipelt-aplb": Recipe(
             Submodules(("adapter", "prefix", "lora", "bias"), **_WIDE),
-            2e-4,
+            3e-4,
             "hybrid",
             "adapter + prefix + LoRA + bias, gated",
             "ours, after Mao et al. 2022",
             settings=FEW_LABELS,
         ),
         "ap-ungated": Recipe(
-            Submodules(("adapter", "prefix"), gated=False, reduction=2),
-            2e-4,
+            Submodules(("adapter", "prefix"), gated=False, reduction=4),
+            3e-4,
             "hybrid",
             "the control of unipelt-ap",
             _MAO,
@@ -167,7 +167,7 @@ METHODS = MappingProxyType(
         ),
         "apl-ungated": Recipe(
             Submodules(gated=False, **_WIDE),
-            2e-4,
+            3e-4,
             "hybrid",
             "the control of unipelt-apl",
             _MAO,
