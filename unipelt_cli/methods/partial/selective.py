@@ -134,7 +134,12 @@ METHODS = MappingProxyType(
             published=_ZAKEN,
             settings={
                 "model": {"normalise": True, "head_dropout": 0.0},
-                "train": {"epochs": 100, "patience": 30, "weight_decay": 0.2},
+                "train": {
+                    "head_start": "means",
+                    "epochs": 100,
+                    "patience": 30,
+                    "weight_decay": 0.2,
+                },
             },
         ),
         "bitfit": Recipe(
