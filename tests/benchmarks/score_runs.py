@@ -22,7 +22,7 @@ from unipelt_cli.metrics import Values
 from unipelt_cli.models.evaluation import answers, references
 from unipelt_cli.runs.run import Run, read_run
 from unipelt_cli.tasks import Task
-from unipelt_cli.training.events import Epoch, Failed, Finished, Halved, Step
+from unipelt_cli.training.events import Epoch, Failed, Finished, Halved, Ready, Step
 from unipelt_cli.training.execution import execute_together
 from unipelt_cli.training.planning import Shared
 
@@ -204,17 +204,24 @@ def _dev_rows_read(experiment: Experiment, shared: Shared) -> Dataset | None:
 def _train(experiment: Experiment, directory: Path, shared: Shared) -> tuple[float, float]:
     """Train, or go on with, one run; return the seconds until its last step, and those after it.
 
-    A run without steps, or one that had ended before, has all its seconds in the first.
+    A run without steps, or one that had ended before, has all its seconds in the first. What the
+    probe takes beside a run is in neither.
     """
+    begun = time.perf_counter()
     trained: float | None = None
+    is_resumed = False
     for _, event in execute_together([experiment], [directory], "resume", shared=shared):
         if isinstance(event, Failed):
             raise event.error
+        if isinstance(event, Ready):
+            is_resumed = event.taken > 0
         if isinstance(event, Step | Halved | Epoch):
             trained = time.perf_counter()
         if isinstance(event, Finished):
-            after = 0.0 if trained is None else time.perf_counter() - trained
-            return round(event.result["seconds"] - after, 3), round(after, 3)
+            total = event.result["seconds"]
+            if trained is None or is_resumed:
+                return total, 0.0
+            return round(trained - begun, 3), round(max(0.0, total - (trained - begun)), 3)
     raise AssertionError("a run ends finished or failed")
 
 
