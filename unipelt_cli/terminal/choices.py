@@ -113,8 +113,7 @@ def _keywords(call: ast.Call, path: Path) -> dict[str, ast.expr]:
         shared = _assigned(_parsed(path))[_name(keyword.value)]
         assert isinstance(shared, ast.Dict)
         values |= {
-            str(_literal(key)): value
-            for key, value in zip(shared.keys, shared.values, strict=True)
+            str(_literal(key)): value for key, value in zip(shared.keys, shared.values, strict=True)
         }
     return values
 
