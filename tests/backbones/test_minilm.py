@@ -65,9 +65,10 @@ def test_the_name_minilm_is_never_a_local_folder(
     assert find("minilm").sentence_reading.pooling == "mean"
 
 
-def test_the_default_run_on_minilm_stores_at_most_1300_kilobytes() -> None:
+def test_the_default_run_on_minilm_stores_at_most_3300_kilobytes() -> None:
+    """Its parts are wide for so small a backbone: bottlenecks of 96 and LoRA of rank 32."""
     from safetensors.torch import save
 
     tuned = build(experiment(Path("minilm"), "unipelt-apl"), 6)
     tensors = {name: tensor.contiguous() for name, tensor in tuned.stored().items()}
-    assert 900_000 < len(save(tensors)) <= 1_300_000
+    assert 3_000_000 < len(save(tensors)) <= 3_300_000

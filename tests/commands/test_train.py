@@ -314,8 +314,8 @@ def test_dry_run_says_everything_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
     assert answer["rows"] == {"train": 24, "dev": 24, "test": 12}
     assert answer["labels"]["train"].keys() == {"no", "yes"}
-    # adapter 2(2*32*2+2+32), prefix 2*2*10*32, LoRA 2*2*2*32*8, three gate sets 3*2*33
-    assert answer["stored_parameters"] == 324 + 1280 + 2048 + 198
+    # adapter 2(2*32*8+8+32), prefix 2*2*10*32, LoRA 2*2*2*32*32, three gate sets 3*2*33
+    assert answer["stored_parameters"] == 1104 + 1280 + 8192 + 198
     assert answer["head_parameters"] == 2 * 33
     assert "nothing was written" in stderr
 

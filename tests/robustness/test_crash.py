@@ -466,7 +466,8 @@ def test_paths_of_every_kind_serve(
         return result.stdout
 
     own = f"./{name}"  # as a shell gives it
-    run("prepare", "--train-file", f"{own}/rows.csv", *columns, "--k", 20, "--out", f"{own}/data")
+    cut = ["--k", 20, "--folds", "none"]  # with test rows, which `eval` asks for
+    run("prepare", "--train-file", f"{own}/rows.csv", *columns, *cut, "--out", f"{own}/data")
     small = ["--set", "train.epochs=1", "--set", "train.batch_size=8"]
     method = ["--method", "lora", "--model", f"{own}/bert", "--set", "model.pooling=native"]
     given = ["train", "--prepared", f"{own}/data", *method, *small, "--out", f"{own}/run"]

@@ -418,6 +418,7 @@ from unipelt_cli.cli import app
 
 backbone, rows, out = sys.argv[1:]
 own = ["--train-file", rows, "--text", "text", "--label", "label", "--k", "20"]
+own += ["--folds", "none"]
 small = ["--set", "train.epochs=1", "--method", "unipelt-apl", "--model", backbone]
 run = f"{out}/run"
 for command in (

@@ -122,7 +122,7 @@ def test_another_backbone_is_refused_with_both_names(
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [('pooling = "native"', 'pooling = "cls"'), ("rank = 8", "rank = 8")]
+    ("old", "new"), [('pooling = "native"', 'pooling = "cls"'), ("rank = 32", "rank = 32")]
 )
 def test_a_run_that_computes_something_else_is_refused(copy: Path, old: str, new: str) -> None:
     path = copy / "experiment.toml"

@@ -68,20 +68,26 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 ) -> None:
     holding(monkeypatch, 3, error)
     events = list(execution.execute(planned(bert, rows_file), tmp_path / "run"))
-    assert [e.micro_batch_size for e in events if isinstance(e, Halved)] == [4, 2]
+    assert [event for event in events if isinstance(event, Halved)] == [
+        Halved(4, compares_rows=True),
+        Halved(2, compares_rows=True),
+    ]
     assert read_run(tmp_path / "run").result["micro_batch_size"] == 2
 
 
 def test_parts_add_up_to_the_whole_step(
     rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a loss that is a mean over rows: one that compares them does so within a part."""
     zero = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     calm = planned(save_backbone(tmp_path / "calm", "bert", **zero), rows_file)
+    calm = calm.replace("train", contrast=0.0)
     losses = []
     for name, limit in (("whole", 99), ("parts", 3)):
         with monkeypatch.context() as patch:
             holding(patch, limit, ERRORS[0])
             events = list(execution.execute(calm, tmp_path / name))
+        assert not any(event.compares_rows for event in events if isinstance(event, Halved))
         losses.append([event.train_loss for event in events if isinstance(event, Epoch)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     tensors = [sealed.open_tensors(tmp_path / n / MODEL)[0] for n in ("whole", "parts")]

@@ -60,6 +60,8 @@ def test_the_outline_is_that_of_the_real_tables() -> None:
         for key, setting in settings.items():
             field = schema.model_fields[key]
             shown = None if field.default is None else str(field.default)
+            if isinstance(field.default, bool):
+                shown = str(field.default).lower()  # as `--set` takes it
             assert (setting.about, setting.default) == (field.description, shown)
     assert tables.settings("train")["device"].choices == get_args(Device)
     assert tables.settings("model")["pooling"].choices == get_args(Pooling)

@@ -180,7 +180,8 @@ class TrainSettings(Section):
         0.0,
         ge=0,
         le=100,
-        description="weight of a term that draws rows of one label together, others apart",
+        description="weight of a term that draws rows of one label together, others apart, among "
+        "those computed at a time",
     )
     head_start: HeadStart = Field(
         "random", description="where a head over classes starts: drawn, or at their mean features"

@@ -96,12 +96,26 @@ def method_settings(name: str) -> Mapping[str, Setting]:
     """Return a method's own settings, by key, with the values that its entry of the table has."""
     method = methods()[name]
     fields, call = _fields(method.path, _name(method.made_by.func)), method.made_by
-    given = dict(zip(fields, call.args, strict=False))
-    given |= {str(keyword.arg): keyword.value for keyword in call.keywords}
+    given = dict(zip(fields, call.args, strict=False)) | _keywords(call, method.path)
     changed = {
         key: replace(fields[key], default=_written(_literal(value))) for key, value in given.items()
     }
     return fields | changed
+
+
+def _keywords(call: ast.Call, path: Path) -> dict[str, ast.expr]:
+    """Return what a call gives by name, also out of dictionaries (`**NAME`) of its file."""
+    values: dict[str, ast.expr] = {}
+    for keyword in call.keywords:
+        if keyword.arg is not None:
+            values[keyword.arg] = keyword.value
+            continue
+        shared = _assigned(_parsed(path))[_name(keyword.value)]
+        assert isinstance(shared, ast.Dict)
+        values |= {
+            str(_literal(key)): value for key, value in zip(shared.keys, shared.values, strict=True)
+        }
+    return values
 
 
 def _fields(path: Path, class_name: str) -> dict[str, Setting]:
@@ -123,8 +137,13 @@ def _fields(path: Path, class_name: str) -> dict[str, Setting]:
 
 def _assigned(tree: ast.Module) -> dict[str, ast.expr]:
     """Return what a file gives names to at its top."""
-    return {
+    values = {
         _name(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)
+    }
+    return values | {
+        _name(node.target): node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and node.value is not None
     }
 
 

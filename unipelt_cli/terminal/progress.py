@@ -95,9 +95,12 @@ class TrainingView:
     def halved(self, event: Any, label: str = "") -> None:
         """Say that batches are computed in parts from now on."""
         size = event.micro_batch_size
-        line = (
-            f"{label}out of memory: batches are computed {size} rows at a time, steps stay the same"
+        effect = (
+            "and train.contrast compares only those"
+            if event.compares_rows
+            else "steps stay the same"
         )
+        line = f"{label}out of memory: batches are computed {size} rows at a time, {effect}"
         self.console.print(Text(line, style="yellow"))
 
     def epoch(self, event: Mapping[str, Any], label: str = "") -> None:

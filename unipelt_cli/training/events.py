@@ -51,10 +51,12 @@ class Step:
 class Halved:
     """A batch did not fit into memory: from now on it is computed so many rows at a time.
 
-    The step stays the same: the gradients of the parts are added up.
+    The gradients of the parts are added up. The step stays the same unless its loss compares rows,
+    which it then does within a part.
     """
 
     micro_batch_size: int
+    compares_rows: bool = False
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Stepper:
             self.optimizer.zero_grad(set_to_none=True)
             release()
             self.progress.micro_batch_size = size // 2
-            yield Halved(size // 2)
+            yield Halved(size // 2, self._contrasts(batch.place))
 
     def part_size(self, rows: int) -> int:
         """Return how many rows are computed at a time: at most a process's share of a batch."""
