@@ -81,12 +81,16 @@ def test_shipped_grids_resolve_and_the_papers_has_its_size() -> None:
     first = grid.read_grid("table1").cells(complete)[0].experiment
     paper = resolve([("", read_preset("paper")), ("", {"data": {"task": "sst2"}})])
     assert first.train.model_dump() | {"learning_rate": 5e-4} == paper.train.model_dump()
-    apl = next(
-        cell.experiment
-        for cell in grid.read_grid("table1").cells(complete)
-        if cell.experiment.method_name == "unipelt-apl"
-    )
-    assert (apl.model, apl.method) == (paper.model, paper.method)
+    for name in ("table1", "table3", "table4"):
+        cells = {
+            cell.experiment.method_name: cell.experiment
+            for cell in grid.read_grid(name).cells(complete)
+        }
+        apl = cells["unipelt-apl"]
+        assert (apl.model, apl.method) == (paper.model, paper.method)
+        controls = [cells[other] for other in ("unipelt-ap", "ap-ungated") if other in cells]
+        assert len(controls) == 1 + (name == "table3")
+        assert {control.settings()["method"]["reduction"] for control in controls} == {16}
 
 
 def test_a_grid_file_with_an_unknown_axis_is_refused(tmp_path: Path) -> None:
