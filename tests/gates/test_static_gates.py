@@ -26,12 +26,13 @@ from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import Task
 
 TINY = {"prefix_length": 4, "rank": 4, "reduction": 8, "parts": "adapter,prefix,lora,bias"}
+READ = {"max_length": 32, "normalise": False}
 SENTENCES = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(30)]
 
 
 def model_of(directory: Path, method: str = "unipelt-apl", **options: Any) -> tuple[Run, Tuned]:
     """Return a run that no training made, with noise on all its tensors, and rows of its own."""
-    described = experiment(directory, method, options=options, model={"max_length": 32})
+    described = experiment(directory, method, options=options, model=READ)
     tuned = balanced(disturbed(build(described, 2, folded=True), 0.3))
     task = {"name": "t", "text": ["text"], "labels": ["no", "yes"], "metric": "accuracy"}
     header = {"task": task | {"also": []}}
@@ -180,6 +181,7 @@ def test_a_regression_counts_a_higher_error_as_a_cost(backbone_dir: Backbones) -
 def native(backbone_dir: Backbones, rows_file: Path, tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("static") / "run"
     model = ("--model", backbone_dir("bert"), "--set", "model.pooling=native")
+    model += ("--set", "model.normalise=false")
     code, _, said = invoke(
         "train", *rows_options(rows_file), "--k", "24", *model, *FAST, "--out", out
     )
@@ -232,8 +234,10 @@ def test_a_pooling_that_the_format_cannot_hold_is_refused_at_once(
     )
     assert code == 0, said
     assert error_of("export", out, "--to", "hf", "--static-gates") == (
-        "--to hf: holds no head that reads mean pooling, with or without gates",
-        "train with --set model.pooling=native, or use --to adapters or --to onnx",
+        "--to hf: holds no head that reads mean pooling and features of length 1, "
+        "with or without gates",
+        "train with --set model.pooling=native --set model.normalise=false, "
+        "or use --to adapters or --to onnx",
     )
 
 
