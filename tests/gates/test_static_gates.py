@@ -25,14 +25,16 @@ from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import Task
 
-TINY = {"prefix_length": 4, "rank": 4, "reduction": 8, "parts": "adapter,prefix,lora,bias"}
-READ = {"max_length": 32, "normalise": False}
+TINY: dict[str, Any] = {
+    **{"prefix_length": 4, "rank": 4, "reduction": 8, "lora_scale": 1.0},
+    "parts": "adapter,prefix,lora,bias",
+}
 SENTENCES = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(30)]
 
 
 def model_of(directory: Path, method: str = "unipelt-apl", **options: Any) -> tuple[Run, Tuned]:
     """Return a run that no training made, with noise on all its tensors, and rows of its own."""
-    described = experiment(directory, method, options=options, model=READ)
+    described = experiment(directory, method, options=options, model={"max_length": 32})
     tuned = balanced(disturbed(build(described, 2, folded=True), 0.3))
     task = {"name": "t", "text": ["text"], "labels": ["no", "yes"], "metric": "accuracy"}
     header = {"task": task | {"also": []}}
