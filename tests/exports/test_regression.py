@@ -46,7 +46,7 @@ def trained(
             calm_bert,
             method,
             data=own,
-            model={"pooling": "native"},
+            model={"pooling": "native", "normalise": False},
             train={"epochs": 8, "batch_size": 8, "learning_rate": 5e-3},
         )
         *_, ended = execution.execute(planned, folder / method)

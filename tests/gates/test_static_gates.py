@@ -25,7 +25,10 @@ from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import Task
 
-TINY = {"prefix_length": 4, "rank": 4, "reduction": 8, "parts": "adapter,prefix,lora,bias"}
+TINY: dict[str, Any] = {
+    **{"prefix_length": 4, "rank": 4, "reduction": 8, "lora_scale": 1.0},
+    "parts": "adapter,prefix,lora,bias",
+}
 SENTENCES = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(30)]
 
 
@@ -180,6 +183,7 @@ def test_a_regression_counts_a_higher_error_as_a_cost(backbone_dir: Backbones) -
 def native(backbone_dir: Backbones, rows_file: Path, tmp_path_factory: Any) -> Path:
     out = tmp_path_factory.mktemp("static") / "run"
     model = ("--model", backbone_dir("bert"), "--set", "model.pooling=native")
+    model += ("--set", "model.normalise=false")
     code, _, said = invoke(
         "train", *rows_options(rows_file), "--k", "24", *model, *FAST, "--out", out
     )
@@ -232,8 +236,10 @@ def test_a_pooling_that_the_format_cannot_hold_is_refused_at_once(
     )
     assert code == 0, said
     assert error_of("export", out, "--to", "hf", "--static-gates") == (
-        "--to hf: holds no head that reads mean pooling, with or without gates",
-        "train with --set model.pooling=native, or use --to adapters or --to onnx",
+        "--to hf: holds no head that reads mean pooling and features of length 1, "
+        "with or without gates",
+        "train with --set model.pooling=native --set model.normalise=false, "
+        "or use --to adapters or --to onnx",
     )
 
 

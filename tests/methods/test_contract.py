@@ -260,7 +260,8 @@ def test_merged_equals_unmerged(
 def test_what_cannot_be_merged_says_why(
     backbone_dir: Callable[[str], Path], method: str, pooling: str, reason: str
 ) -> None:
-    settings = experiment(backbone_dir("bert"), method, model={"pooling": pooling})
+    read = {"pooling": pooling, "normalise": False}
+    settings = experiment(backbone_dir("bert"), method, model=read)
     with pytest.raises(CannotMerge, match=reason):
         merge(build(settings, 2))
 
@@ -283,7 +284,8 @@ def test_bf16_stays_near_fp32_and_trains(backbone_dir: Callable[[str], Path], me
 def test_a_merged_backbone_is_plain_and_computes_the_same(
     backbone_dir: Callable[[str], Path], method: str
 ) -> None:
-    tuned = build(experiment(backbone_dir("bert"), method, model={"pooling": "native"}), 2)
+    read = {"pooling": "native", "normalise": False}
+    tuned = build(experiment(backbone_dir("bert"), method, model=read), 2)
     plain = find(str(backbone_dir("bert"))).load_backbone("eager", pooler=True)[0].state_dict()
     train_on_sixteen(disturbed(tuned), epochs=1, learning_rate=1e-2)
     before = logits_of(tuned, SENTENCES)

@@ -7,6 +7,9 @@ FUSION, PFEIFFER = 21_252_096, 894_528
 LAYER = 7_087_872  # of BERT-base
 LAYER_BIASES = 12 * 8_448
 GATE_SET = 9_228
+WIDER = 12 * (192 - 48) * (2 * 768 + 1)
+HIGHER = 3 * 294_912
+PAPER = {"reduction": 16, "rank": 8}
 
 
 @pytest.mark.parametrize(
@@ -15,17 +18,21 @@ GATE_SET = 9_228
         ("adapter", {}, 894_528, 894_528),
         ("prefix", {}, 9_857_024, 184_320),
         ("lora", {}, 294_912, 294_912),
-        ("unipelt-ap", {}, 10_770_008, 1_097_304),
-        ("unipelt-apl", {}, 11_074_148, 1_401_444),
-        ("unipelt-apl", {"lora_gates": "separate"}, 11_083_376, 1_410_672),
+        ("unipelt-ap", {"reduction": 16}, 10_770_008, 1_097_304),
+        ("unipelt-apl", PAPER, 11_074_148, 1_401_444),
+        ("unipelt-apl", {**PAPER, "lora_gates": "separate"}, 11_083_376, 1_410_672),
         (
             "unipelt-aplb",
-            {},
+            PAPER,
             11_074_148 + LAYER_BIASES + GATE_SET,
             1_401_444 + LAYER_BIASES + GATE_SET,
         ),
-        ("ap-ungated", {}, 10_770_008 - 2 * GATE_SET, 1_097_304 - 2 * GATE_SET),
-        ("apl-ungated", {}, 11_074_148 - 3 * GATE_SET, 1_401_444 - 3 * GATE_SET),
+        ("ap-ungated", {"reduction": 16}, 10_770_008 - 2 * GATE_SET, 1_097_304 - 2 * GATE_SET),
+        ("apl-ungated", PAPER, 11_074_148 - 3 * GATE_SET, 1_401_444 - 3 * GATE_SET),
+        # For few labels: bottlenecks of 192 instead of 48, and rank 32 instead of 8.
+        ("unipelt-ap", {}, 10_770_008 + WIDER, 1_097_304 + WIDER),
+        ("unipelt-apl", {}, 11_074_148 + WIDER + HIGHER, 1_401_444 + WIDER + HIGHER),
+        ("apl-ungated", {}, 14_614_820 - 3 * GATE_SET, 4_942_116 - 3 * GATE_SET),
         ("bitfit", {}, 102_912, 102_912),
         ("full", {}, 109_482_240, 109_482_240),
         ("head", {}, 0, 0),

@@ -28,15 +28,19 @@ def make_run(
     folded: bool = True,
     **model: Any,
 ) -> tuple[Run, Tuned]:
-    """Return a run and its model with noise on all that trains; its test rows are nowhere."""
+    """Return a run and its model with noise on all that trains; its test rows are nowhere.
+
+    Its head reads features as they are, which libraries can, unless `model` says otherwise.
+    """
     settings = dict(settings or {})
     if isinstance(get(method).method, Submodules):
         settings = TINY | settings
     train = {"device": "cpu", "precision": settings.pop("precision", "fp32")}
+    read = {"backbone": str(directory), "max_length": 32, "normalise": False}
     experiment = resolve(
         [
             ("", {"data": {"task": "demo"}, "train": train}),
-            ("", {"model": {"backbone": str(directory), "max_length": 32} | model}),
+            ("", {"model": read | model}),
             ("", {"method": {"name": method} | settings}),
         ]
     )

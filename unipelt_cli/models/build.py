@@ -113,6 +113,7 @@ def build(
         read.untrained,
         plain_buffers,
         kind,
+        experiment.model.normalise,
         (*_notes(read.named or Reading(), tokenizer, pretrained), *notes_of_pairs(kind, apart)),
     )
 

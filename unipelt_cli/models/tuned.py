@@ -30,6 +30,8 @@ class Tuned:
     """Buffers that the backbone has by itself; all others are the method's state."""
     pairs: str = "joint"
     """Whether two texts of a row are read as one (joint) or each by itself (apart)."""
+    normalise: bool = False
+    """Whether a head over texts read as one reads features of length 1, were there such a head."""
     notes: tuple[str, ...] = ()
     """What its user must know of the backbone before training."""
 
@@ -43,17 +45,21 @@ class Tuned:
 
         The transformers library's own classifier reads native pooling alone, the default.
         """
-        found: list[tuple[str, str]] = []
         poolings = poolings or ("native",)
+        reads, remedies = list[str](), list[str]()
         if self.pooling not in poolings:
-            found.append((f"{self.pooling} pooling", f"model.pooling={poolings[0]}"))
+            reads.append(f"{self.pooling} pooling")
+            remedies.append(f"model.pooling={poolings[0]}")
         if self.classifier.head.normalise:
-            found.append(("features of length 1", "model.normalise=false"))
+            reads.append("features of length 1")
         if any(self.classifier.apart):
-            found.append(("the texts of a pair apart", "model.pairs=joint"))
-        if not found:
+            reads.append("the texts of a pair apart")
+        if reads and self.normalise:  # a head over pairs would begin to, read as one
+            remedies.append("model.normalise=false")
+        if any(self.classifier.apart):
+            remedies.append("model.pairs=joint")
+        if not reads:
             return None
-        reads, remedies = zip(*found, strict=True)
         return Misfit(" and ".join(reads), " ".join(f"--set {remedy}" for remedy in remedies))
 
     def stored(self) -> dict[str, Tensor]:

@@ -32,11 +32,7 @@ from unipelt_cli.training.events import (
     Taken,
     Turns,
 )
-from unipelt_cli.training.heads.frozen_features import (
-    FrozenFeatures,
-    Source,
-    are_frozen,
-)
+from unipelt_cli.training.heads.frozen_features import FrozenFeatures, Source, are_frozen
 from unipelt_cli.training.heads.loss import loss_of
 from unipelt_cli.training.heads.start import start_heads
 from unipelt_cli.training.step import PREPARING, Stepper, derive_seed, seeded
@@ -169,12 +165,13 @@ class Training:
         if not self.is_prepared:
             self.method.prepare(self.tuned.classifier.backbone, self._losses)
             self.tuned.classifier.zero_grad(set_to_none=True)
-            start_heads(self.tuned, self.courses, self.settings.head_start)
-            self._take_up_parameters()
-            self.processes.share(self._tensors())
             if self.frozen is not None:
                 self.frozen.prepare()
                 self.progress.train_seconds += self.frozen.seconds
+            features = self.frozen.train if self.frozen else ()
+            start_heads(self.tuned, self.courses, self.settings.head_start, features)
+            self._take_up_parameters()
+            self.processes.share(self._tensors())
             self.is_prepared = True
 
     def _enter(self, stage: int) -> None:

@@ -232,7 +232,7 @@ def test_a_ladder_by_fisher_keeps_the_units_of_the_largest_squared_gradients(
     directory = backbone_dir("bert")
     options = {"initial": "fisher", "initial_down": initial_down, "samples": 5}
     tuned = build(experiment(directory, "lst", options=options), 2)
-    plain = build(experiment(directory, "head"), 2)
+    plain = build(experiment(directory, "head", model={"normalise": False}), 2)
     plain.classifier.head.load_state_dict(tuned.classifier.head.state_dict())
     layers: Any = plain.classifier.backbone.encoder.layer.requires_grad_(True)
     loop = loop_on_sixteen(tuned)

@@ -376,7 +376,9 @@ def task_terms(tuned: Tuned) -> Iterator[nn.Parameter]:
 
 
 def test_without_task_terms_the_gates_are_the_plain_ones(bert: Path) -> None:
-    plain = by_the_hooks(build(experiment(bert, "unipelt-apl"), 2))
+    sizes = {"reduction": 16, "rank": 8, "lora_scale": 1.0}
+    plain = experiment(bert, "unipelt-apl", options=sizes, model={"normalise": False})
+    plain = by_the_hooks(build(plain, 2))
     multi = build(experiment(bert, "unipelt-multi"), [2, 2])
     assert all(not term.any() for term in task_terms(multi))
     assert torch.equal(logits_of(plain, SENTENCES), logits_of(multi, SENTENCES))

@@ -136,9 +136,10 @@ METHODS = MappingProxyType(
                 "model": {"normalise": True, "head_dropout": 0.0},
                 "train": {
                     "head_start": "means",
-                    "epochs": 100,
-                    "patience": 30,
-                    "weight_decay": 0.2,
+                    "balanced": True,
+                    "epochs": 200,
+                    "patience": 200,
+                    "weight_decay": 0.05,
                 },
             },
         ),

@@ -20,8 +20,9 @@ def contrast(features: Tensor, labels: Tensor) -> Tensor:
     """Return how far the cosines of a batch's pairs are from 1 within a label, and from 0 between.
 
     Mean squared errors of both kinds of pairs, added: neither outweighs the other where labels are
-    many or few. `features` are (batch, width), `labels` (batch,) class numbers. What SetFit trains
-    with (Tunstall et al. 2022, arXiv 2209.11055), on all pairs of a batch instead of sampled ones.
+    many or few. Of a batch in parts, for want of memory or over several processes, only the rows
+    of one part are compared. `features` are (batch, width), `labels` (batch,) class numbers. What
+    SetFit trains with (Tunstall et al. 2022, arXiv 2209.11055), on all pairs instead of sampled.
     """
     units = functional.normalize(features, dim=-1)
     first, second = torch.triu_indices(len(units), len(units), offset=1, device=units.device)

@@ -16,26 +16,34 @@ RIDGE = 1e-3  # on the mean loss of a row, by squared weight on the standardised
 STEPS = 100  # of L-BFGS, which stops by itself before
 
 
-def start_heads(tuned: Tuned, courses: Sequence[Course], start: str) -> None:
+def start_heads(
+    tuned: Tuned, courses: Sequence[Course], start: str, features: Sequence[Tensor] = ()
+) -> None:
     """Set each head to where it starts; `random` is what it was drawn as.
 
     Over pairs read apart a head is fitted to its train rows' cosines, its last input, whatever
     `start` says: that is what a sentence encoder was trained for. From 0 a head of 2H+1 inputs,
     each far below 1, takes longer to find that than few rows last, and the backbone is moved
     meanwhile. With `means` a head over classes starts at their train rows' mean features.
+    `features`, (rows, width) of each course's train rows, are those of a frozen backbone: its rows
+    go through it once.
     """
     for place, course in enumerate(courses):
         head = tuned.classifier.heads[place]
         if tuned.classifier.apart[place]:
-            _start_at_cosine(head, course, _read(tuned, course, place))
+            _start_at_cosine(head, course, _read(tuned, course, place, features))
         elif start == "means" and not course.task.is_regression:
-            _start_at_means(head, course, _read(tuned, course, place))
+            _start_at_means(head, course, _read(tuned, course, place, features))
 
 
-def _read(tuned: Tuned, course: Course, place: int) -> Tensor:
+def _read(tuned: Tuned, course: Course, place: int, features: Sequence[Tensor]) -> Tensor:
     """Return what a head's linear unit reads of the train rows, (rows, inputs), on the CPU."""
     rows, _ = course.train
     head = tuned.classifier.heads[place]
+    if features:
+        with torch.no_grad():
+            known: Tensor = head.eval().inputs(features[place].to(tuned.device))
+        return known.cpu()
     read = np.zeros((len(rows), head.out.in_features), np.float32)
 
     def compute(inputs: Mapping[str, Tensor]) -> list[Tensor]:
