@@ -57,6 +57,41 @@ def test_a_run_of_an_earlier_version_is_read_as_what_it_was(
     assert "holds another experiment, train.epochs" in stderr
 
 
+@pytest.mark.parametrize(
+    ("method", "scale"), [("unipelt-apl", 1.0), ("unipelt-aplb", 1.0), ("apl-ungated", 2.0)]
+)
+def test_an_unset_lora_scale_stays_the_papers_whatever_the_default_became(
+    method: str, scale: float, bert: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    out, copy = tmp_path / "run", tmp_path / "copy"
+    sizes = ("method.reduction=16", "method.rank=8", f"method.lora_scale={scale}")
+    given = [part for size in sizes for part in ("--set", size)]
+    rows = [*rows_options(rows_file), "--k", "24", "--model", bert]
+    code, stdout, stderr = invoke(
+        *("train", *rows, "--method", method, *FAST, *given, "--out", out, "--json")
+    )
+    assert code == 0, stderr
+    trained, written = json.loads(stdout), read_experiment(out)
+
+    path = out / EXPERIMENT
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("lora_scale")))
+    reseal(out)
+
+    assert read_experiment(out) == written
+    code, stdout, stderr = invoke("eval", out, "--json")
+    assert (code, json.loads(stdout)["scores"]) == (0, trained["test"]), stderr
+    assert invoke("verify", out)[0] == 0
+    assert invoke("reproduce", out, "--out", copy)[0] == 0
+    assert read_experiment(copy) == written
+
+
+def test_an_unset_lora_scale_is_that_of_the_gates_that_the_run_had(tmp_path: Path) -> None:
+    settings = '[data]\ntask = "sst2"\n\n[method]\nname = "unipelt-apl"\ngated = false\n'
+    (tmp_path / EXPERIMENT).write_text(settings)
+    assert read_experiment(tmp_path).settings()["method"]["lora_scale"] == 2.0
+
+
 def test_an_interrupted_run_of_an_earlier_version_goes_on_with_the_label_it_scored(
     bert: Path, tmp_path: Path
 ) -> None:

@@ -120,6 +120,13 @@ class Method:
         """What runs had been trained with before there were settings that said so, by setting."""
         return {}
 
+    def unwritten(self, written: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what runs meant by leaving a setting out that was unset and has a default now.
+
+        `written` are the settings that the run did write.
+        """
+        return {}
+
     @property
     def submodules(self) -> tuple[str, ...]:
         """What the method is a union of, for comparing it with each part alone; () for no union."""

@@ -313,8 +313,9 @@ def read_experiment(directory: Path) -> Experiment:
     settings = read_preset(str(sealed.own_file(directory / EXPERIMENT)))
     section = settings.get("method")
     if isinstance(section, dict) and section.get("name") in [*methods.table()]:
-        earlier = methods.get(section["name"]).method.earlier
-        settings = {**settings, "method": {**earlier, **section}}
+        default = methods.get(section["name"]).method
+        method = {**default.earlier, **default.unwritten(section), **section}
+        settings = {**settings, "method": method}
     return resolve([("", EARLIER), ("", settings)])
 
 

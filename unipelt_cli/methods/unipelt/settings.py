@@ -18,6 +18,11 @@ def _listed(value: Any) -> Any:
     return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
 
+def _plain_scale(*, gated: bool) -> float:
+    """Return what LoRA's product is multiplied by where nobody says it: the paper's scales."""
+    return 1.0 if gated else 2.0
+
+
 @dataclass(frozen=True, config=CHECKS)
 class UnionSettings(Method):
     """The hyperparameters of a union of submodules, and what follows from them alone."""
@@ -124,6 +129,11 @@ class UnionSettings(Method):
     def earlier(self) -> Mapping[str, Any]:
         return {"parallel_dropout": 0.0, "prefix_start": "normal"}
 
+    def unwritten(self, written: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.lora_scale is None:
+            return {}
+        return {"lora_scale": _plain_scale(gated=bool(written.get("gated", self.gated)))}
+
     @property
     def pads_to_max_length(self) -> bool:
         return self.gated and self.gate_pooling == "all"
@@ -139,7 +149,7 @@ class UnionSettings(Method):
         """What LoRA's product is multiplied by, beside its gate if it has one."""
         if self.lora_scale is not None:
             return self.lora_scale
-        return 1.0 if self.gated else 2.0
+        return _plain_scale(gated=self.gated)
 
     def gate_names(self, parts: Iterable[str]) -> tuple[str, ...]:
         """Return the names of the gates of a layer with some of the parts."""
