@@ -127,9 +127,21 @@ def test_a_directory_without_some_splits_is_read_as_it_was_written(tmp_path: Pat
     assert (sizes(read), read.manifest) == ({"train": 60}, prepared.manifest)
     settings = DataSettings(prepared=str(tmp_path / "ready"), folds=3, fold=2)
     assert sizes(preparation.prepare(settings)) == {"train": 40, "test": 20}
+    for folds, count in ((4, 4), ("none", 0)):
+        with pytest.raises(DataError) as caught:
+            preparation.prepare(DataSettings(prepared=str(tmp_path / "ready"), folds=folds))
+        told = f"data.folds = {count}: {tmp_path / 'ready'} was prepared with 3"
+        assert caught.value.message == told
+
+
+def test_a_directory_without_folds_is_what_no_folds_ask_for(tmp_path: Path) -> None:
+    save_prepared(prepare_own(own_file(tmp_path, 60), folds=0), tmp_path / "ready")
+    settings = DataSettings(prepared=str(tmp_path / "ready"), folds=0)
+    assert sizes(preparation.prepare(settings)) == {"train": 36, "dev": 12, "test": 12}
     with pytest.raises(DataError) as caught:
         preparation.prepare(DataSettings(prepared=str(tmp_path / "ready"), folds=4))
-    assert caught.value.message == f"data.folds = 4: {tmp_path / 'ready'} was prepared with 3"
+    told = f"data.folds = 4: {tmp_path / 'ready'} was prepared with no folds"
+    assert caught.value.message == told
 
 
 def test_a_manifest_that_lacks_a_split_without_a_reason_is_damaged(tmp_path: Path) -> None:

@@ -148,14 +148,14 @@ def _asked_for(
 ) -> tuple[Task, dict[str, Any]]:
     """Return a prepared task and its manifest with the metric that the settings ask for."""
     asked: dict[str, str | int | None] = {"task": settings.task, "k": settings.k}
-    asked["folds"] = None if settings.folds in ("auto", 0) else settings.folds
+    asked["folds"] = None if settings.folds == "auto" else settings.folds
     if "data_seed" in settings.model_fields_set:
         asked["data_seed"] = settings.data_seed
     for key, value in asked.items():
-        recorded = manifest.get(key)
+        recorded = manifest.get(key, 0 if key == "folds" else None)
         if value is not None and value != recorded:
-            nothing = "no folds" if key == "folds" else "all rows"
-            was = nothing if recorded is None else repr(recorded)
+            nothing = {"folds": "no folds", "k": "all rows"}.get(key)
+            was = (not recorded and nothing) or repr(recorded)
             hint = f"leave out --{key.replace('_', '-')}, or prepare the data again"
             raise DataError(f"data.{key} = {value!r}: {directory} was prepared with {was}", hint)
     task = with_positive(with_metric(task, settings.metric), settings.positive)

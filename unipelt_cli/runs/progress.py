@@ -19,7 +19,8 @@ def describe_progress(directory: Path) -> str:
     folds = len(list(directory.glob(f"{FOLDS}/*/{RESULT}")))
     owner = holder(directory)
     if folds and not epochs:
-        return f"{folds} folds done" + (f", {owner} is at it" if owner else "")
+        parts = f"{folds} fold done" if folds == 1 else f"{folds} folds done"
+        return parts + (f", {owner} is at it" if owner else "")
     if owner:
         return f"epoch {epochs[-1]['epoch'] if epochs else 0} done, {owner} is at it"
     return f"stopped after epoch {epochs[-1]['epoch']}" if epochs else "no epoch done"

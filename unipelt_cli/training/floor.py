@@ -59,7 +59,8 @@ def _key(floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained
     digests = [
         [own.manifest["splits"][split]["digest"] for split in own.splits] for own in prepared
     ]
-    rows = [own.task for own in prepared], digests
+    folds = [own.manifest.get("folds") for own in prepared]
+    rows = [own.task for own in prepared], digests, folds
     settings = floor.settings()
     return repr((pretrained.fingerprint, rows, settings["model"], settings["train"]))
 

@@ -49,7 +49,8 @@ class Shared:
         """Tokenize the text columns of a split, or take what was made of them before."""
         task, limit = own.task, experiment.model.max_length
         digest = own.manifest["splits"][split]["digest"]
-        key = (tuned.pretrained.fingerprint, digest, limit, tuned.pairs, *task.text)
+        padded = tuned.method.pads_to_max_length
+        key = (tuned.pretrained.fingerprint, digest, limit, tuned.pairs, padded, *task.text)
         if key not in self._encoded:
             columns = [own.splits[split][column] for column in task.text]
             self._encoded[key] = encode_rows(tuned, columns, limit)

@@ -140,6 +140,27 @@ def test_a_sweep_pays_once_for_each_set_of_rows(
     assert built == ["probe", "probe"]
 
 
+def test_the_same_rows_in_other_folds_have_another_probe(bert: Path, rows_file: Path) -> None:
+    shared = Shared()
+    for folds in (2, 3):
+        settings = own_rows(bert, rows_file, "lora").replace("data", folds=folds, dev_size=0)
+        settings, prepared, tuned = plan(settings, shared)
+        noted = floor.beside(settings, prepared, tuned.pretrained, shared)
+        assert noted == floor.beside(settings, prepared, tuned.pretrained, Shared())
+    assert len(shared.floors) == 2
+
+
+def test_rows_that_a_method_pads_are_not_those_of_one_that_does_not(
+    bert: Path, rows_file: Path
+) -> None:
+    shared, padded = Shared(), []
+    for options in ({"name": "lora"}, {"name": "unipelt-apl", "gate_pooling": "all"}):
+        settings = own_rows(bert, rows_file, "unipelt-apl").settings()
+        settings, prepared, tuned = plan(resolve([("", {**settings, "method": options})]), shared)
+        padded.append(shared.encode(tuned, prepared[0], "train", settings).pad_to)
+    assert padded == [None, settings.model.max_length]
+
+
 def test_a_probe_that_does_not_fit_into_memory_loses_no_run(
     bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
