@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -342,7 +343,10 @@ def test_runs_over_seeds_and_sweeps_go_without_dev(
     assert [own["folds"]["count"] for own in answer["runs"]] == [2, 2]
     assert answer["mean"].keys() == {"dev", "test"}
     assert answer["mean"]["dev"] == {}
-    assert re.search(r"^run +test accuracy +test f1", stderr, re.MULTILINE)
+    assert re.search(r"^run +2 folds accuracy +2 folds f1", stderr, re.MULTILINE)
+    floor = fmean(own["probe"]["test"]["accuracy"] for own in answer["runs"])
+    told = f"probe on the same rows: 2 folds accuracy {floor:.4f}, the mean"
+    assert told in stderr.splitlines()
     code, stdout, stderr = invoke(
         *("sweep", *columns(rows_file), "--folds", 2, "--model", bert, *FAST),
         *("--methods", "lora", "--data-seeds", "3", "--out", tmp_path / "sweep", "--json"),

@@ -102,8 +102,8 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
     """Print what a finished run reached and what it costs to keep."""
     if result.get("folds"):
         _folds_table(result)
-    positive, folds = result.get("positive"), result.get("folds")
-    names = {"dev": "dev", "test": f"{folds['count']} folds" if folds else "test"}
+    positive = result.get("positive")
+    names = {"dev": "dev", "test": _tested(result)}
     rows = [
         [name, "  ".join(f"{shown_score(n, positive)} {v:.4f}" for n, v in result[split].items())]
         for split, name in names.items()
@@ -125,8 +125,19 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
     _floor_line(result)
     if result["collapsed"]:
         say(("warning: ", "yellow"), "the run predicts the same for every test row: it collapsed")
-    warn_of_mean("the folds" if folds else "test", result.get("against_mean", {}))
+    warn_of_mean(_tested_rows(result), result.get("against_mean", {}))
     say("run: ", (str(directory), "bold"))
+
+
+def _tested(result: Mapping[str, Any]) -> str:
+    """Say, before a score, what it is of."""
+    folds = result.get("folds")
+    return f"{folds['count']} folds" if folds else "test"
+
+
+def _tested_rows(result: Mapping[str, Any]) -> str:
+    """Say, in a sentence, on which rows a run was scored."""
+    return "the folds" if result.get("folds") else "test"
 
 
 def _floor_line(result: Mapping[str, Any]) -> None:
@@ -138,8 +149,7 @@ def _floor_line(result: Mapping[str, Any]) -> None:
     if scores := result.get(FLOOR):
         metric = result["metric"]
         name = shown_score(metric, result.get("positive"))
-        folds = result.get("folds")
-        words = {"test": f"{folds['count']} folds"} if folds else {}
+        words = {"test": _tested(result)}
         shown = ", ".join(
             f"{words.get(split, split)} {name} {own[metric]:.4f}" for split, own in scores.items()
         )
@@ -179,7 +189,8 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     if all(result["dev"] for result in results.values()):
         shown.insert(0, ("dev", first["metric"]))
     positive = first.get("positive")
-    columns = ("run", *(f"{split} {shown_score(name, positive)}" for split, name in shown))
+    words = {"dev": "dev", "test": _tested(first)}
+    columns = ("run", *(f"{words[split]} {shown_score(name, positive)}" for split, name in shown))
     scores = {
         label: [result[split][name] for split, name in shown] for label, result in results.items()
     }
@@ -195,7 +206,7 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
         if result["collapsed"]:
             say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
         told = result.get("against_mean", {})
-        warn_of_mean("test", {f"{label}, {task}": own for task, own in told.items()})
+        warn_of_mean(_tested_rows(result), {f"{label}, {task}": own for task, own in told.items()})
 
 
 def _floor_means(results: Sequence[Mapping[str, Any]]) -> None:
@@ -206,7 +217,7 @@ def _floor_means(results: Sequence[Mapping[str, Any]]) -> None:
         metric = results[0]["metric"]
         score = mean(result[FLOOR]["test"][metric] for result in results)
         name = shown_score(metric, results[0].get("positive"))
-        say(f"{FLOOR} on the same rows: test {name} {score:.4f}, the mean")
+        say(f"{FLOOR} on the same rows: {_tested(results[0])} {name} {score:.4f}, the mean")
 
 
 def static_summary(report: Mapping[str, Any]) -> None:
