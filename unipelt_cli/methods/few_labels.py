@@ -6,7 +6,7 @@ from typing import Any
 
 FEW_LABELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "model": {"normalise": True, "head_dropout": 0.0},
+        "model": {"normalise": True},
         "train": {
             "head_start": "means",
             "contrast": 2.0,
