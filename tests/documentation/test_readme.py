@@ -73,7 +73,7 @@ def form(line: str) -> str:
     line = re.sub(r"-[0-9a-f]{8}\b", "-hash", line)
     line = re.sub(r"\b(fp32|bf16)$", "precision", line)
     line = re.sub(r"[█▏▎▍▌▋▊▉·]+", "=", re.sub(r'"label": "\w+"', "", line))
-    line = re.sub(r"-?[\d.,]+(e-?#*\d+)?", "#", line.rstrip(" *"))
+    line = re.sub(r"-?[\d.,]+(e-?#*\d+,?)?", "#", line.rstrip(" *"))
     return " ".join(line.split())
 
 

@@ -21,5 +21,5 @@ FEW_LABELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """Defaults of the sections `model` and `train`.
 
 A head that starts at class means on features of length 1 holds nothing up, and a schedule that
-ends needs no dev row. Searched on dev rows alone: see README, "The defaults".
+ends needs no dev row. Searched on dev rows alone: see README, "The recipe".
 """
