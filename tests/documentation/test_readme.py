@@ -139,7 +139,7 @@ def test_indented_commands_resolve() -> None:
     from unipelt_cli.config.sections import Settings
 
     commands = re.findall(r"^    unipelt train (.*)$", README, re.MULTILINE)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for arguments in commands:
         words = dict(zip(arguments.split()[::2], arguments.split()[1::2], strict=True))
         layers = [("", read_preset(words["--preset"]))] if "--preset" in words else []
