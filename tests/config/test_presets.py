@@ -34,6 +34,7 @@ def test_the_papers_preset_is_the_papers_setting() -> None:
         "patience_steps": 0,
         "head_rate": 1.0,
         "head_start": "random",
+        "head_end": "trained",
         "balanced": False,
         "contrast": 0.0,
         "averaging": 0.0,

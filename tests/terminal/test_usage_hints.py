@@ -26,8 +26,8 @@ UNKNOWN = [
         ["train", "--task", "demo", "--set", "train.epoch=3"],
         "train.epoch = 3: no such setting",
         "did you mean epochs? otherwise choose one of averaging, balanced, batch_size, clip, "
-        "contrast, device, epochs, head_rate, head_start, label_scale, learning_rate, patience, "
-        "patience_steps, precision, seed, warmup, weight_decay",
+        "contrast, device, epochs, head_end, head_rate, head_start, label_scale, learning_rate, "
+        "patience, patience_steps, precision, seed, warmup, weight_decay",
     ),
     (
         ["train", "--task", "demo", "--model", "./nowhere"],

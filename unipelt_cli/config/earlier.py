@@ -11,6 +11,7 @@ EARLIER: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "train": {
             "label_scale": "raw",
             "head_start": "random",
+            "head_end": "trained",
             "balanced": False,
             "contrast": 0.0,
         },

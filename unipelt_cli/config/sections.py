@@ -14,6 +14,7 @@ Pairs = Literal["auto", "joint", "apart"]
 Scale = Literal["auto", "standardised", "raw"]
 MOST_FOLDS = 20
 HeadStart = Literal["random", "means"]
+HeadEnd = Literal["trained", "means"]
 Metric = Literal["accuracy", "f1", "macro_f1", "matthews", "spearman", "pearson", "mse"]
 
 
@@ -185,6 +186,11 @@ class TrainSettings(Section):
     )
     head_start: HeadStart = Field(
         "random", description="where a head over classes starts: drawn, or at their mean features"
+    )
+    head_end: HeadEnd = Field(
+        "trained",
+        description="how a head over classes ends: as trained, or at the mean features of its "
+        "train rows as tuned, unless dev rows prefer the trained one",
     )
     averaging: float = Field(
         0.0, ge=0, lt=1, description="dev scores and keeps a running mean of the tensors; its decay"

@@ -9,6 +9,7 @@ FEW_LABELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "model": {"normalise": True},
         "train": {
             "head_start": "means",
+            "head_end": "means",
             "contrast": 2.0,
             "balanced": True,
             "batch_size": 32,

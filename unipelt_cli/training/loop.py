@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +33,8 @@ from unipelt_cli.training.events import (
     Turns,
 )
 from unipelt_cli.training.heads.frozen_features import FrozenFeatures, Source, are_frozen
-from unipelt_cli.training.heads.loss import loss_of
-from unipelt_cli.training.heads.start import start_heads
-from unipelt_cli.training.step import PREPARING, Stepper, derive_seed, seeded
+from unipelt_cli.training.heads.start_and_end import end_heads, start_heads
+from unipelt_cli.training.step import Stepper, train_losses
 
 
 class Training:
@@ -130,6 +129,7 @@ class Training:
                 yield self.score_epoch()
             self._keep()
             if self.progress.stage + 1 == len(self.lengths):
+                self._end_heads()
                 self._fold_scales()
                 return
             self._enter(self.progress.stage + 1)
@@ -163,16 +163,21 @@ class Training:
     def _prepare(self) -> None:
         """Let the method look at the train rows, once."""
         if not self.is_prepared:
-            self.method.prepare(self.tuned.classifier.backbone, self._losses)
+            losses = partial(train_losses, self.tuned, self.courses, self.settings.seed)
+            self.method.prepare(self.tuned.classifier.backbone, losses)
             self.tuned.classifier.zero_grad(set_to_none=True)
             if self.frozen is not None:
                 self.frozen.prepare()
                 self.progress.train_seconds += self.frozen.seconds
-            features = self.frozen.train if self.frozen else ()
-            start_heads(self.tuned, self.courses, self.settings.head_start, features)
+            start_heads(self.tuned, self.courses, self.settings.head_start, self._frozen_rows)
             self._take_up_parameters()
             self.processes.share(self._tensors())
             self.is_prepared = True
+
+    @property
+    def _frozen_rows(self) -> Sequence[Tensor]:
+        """Features (rows, width) of each task's train rows, where they never change."""
+        return self.frozen.train if self.frozen else ()
 
     def _enter(self, stage: int) -> None:
         self.method.enter(self.tuned.classifier.backbone, stage)
@@ -186,27 +191,6 @@ class Training:
     def _tensors(self) -> list[Tensor]:
         """Return what a step may change; the last bits of sums on a GPU may differ by process."""
         return [*self.carried.values(), *self.tuned.buffers().values()]
-
-    def _losses(
-        self, batch_size: int, rows: int | None = None, *, training: bool = False
-    ) -> Iterator[Tensor]:
-        """Pass over the train rows in their order: see `methods.base.Losses`.
-
-        Several tasks come one after the other, each with an equal share of `rows`.
-        """
-        classifier, device, before = self.tuned.classifier, self.tuned.device, 0
-        share = None if rows is None else -(-rows // len(self.courses))
-        classifier.train(training)
-        for place, course in enumerate(self.courses):
-            encoded, labels = course.train
-            count = min(share or len(encoded), len(encoded))
-            for start in range(0, count, batch_size):
-                chosen = np.arange(start, min(start + batch_size, count))
-                classifier.select(place)
-                with seeded(derive_seed(self.settings.seed, PREPARING + before + start), device):
-                    logits = classifier(**encoded.batch(chosen.tolist(), device))
-                    yield loss_of(course, logits, labels[chosen])
-            before += count
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return tensors and counters from which `restore` goes on exactly."""
@@ -285,9 +269,7 @@ class Training:
             progress.best_epoch = progress.epoch
         if self.selects:
             with self._means():
-                found = [self._score(place) for place in range(len(self.tasks))]
-                scores = joint_scores(self.tasks, [own for own, _ in found])
-                gates = [own for _, own in found]
+                scores, gates = self._dev_scores()
                 is_best = self._select(scores)
         event = Epoch(
             progress.epoch,
@@ -320,6 +302,11 @@ class Training:
         finally:
             self._copy(latest)
 
+    def _dev_scores(self) -> tuple[dict[str, float], list[Gates]]:
+        """Return the scores of all tasks on their dev rows, and each one's gates."""
+        scored = [self._score(task_index) for task_index in range(len(self.tasks))]
+        return joint_scores(self.tasks, [scores for scores, _ in scored]), [g for _, g in scored]
+
     def _score(self, place: int) -> tuple[dict[str, float], Gates]:
         task, dev = self.tasks[place], self.courses[place].dev
         assert dev is not None
@@ -344,6 +331,22 @@ class Training:
         current = {**self.parameters, **self.tuned.buffers()}
         self.best = {name: tensor.detach().clone() for name, tensor in current.items()}
         return True
+
+    def _end_heads(self) -> None:
+        """Set heads to their classes' means if settings say so; dev rows, if any, may refuse."""
+        if self.settings.head_end == "trained" or self.method.has_closed_form:
+            return
+        trained = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
+        end_heads(self.tuned, self.courses, self._frozen_rows)
+        self.processes.share(self._tensors())
+        if not self.selects:
+            return
+        scores, _ = self._dev_scores()
+        progress, metric = self.progress, joint_metric(self.tasks)
+        if is_better(metric, scores[metric], progress.best_score):
+            progress.best_score, progress.best_dev = scores[metric], dict(scores)
+        else:
+            self._copy(trained)
 
     def _fold_scales(self) -> None:
         """Let every head give labels: what is stored and exported knows of no other scale."""

@@ -221,3 +221,31 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         if devices:
             torch.cuda.manual_seed(seed)
         yield
+
+
+def train_losses(
+    tuned: Tuned,
+    courses: Sequence[Course],
+    seed: int,
+    batch_size: int,
+    rows: int | None = None,
+    *,
+    training: bool = False,
+) -> Iterator[Tensor]:
+    """Pass over the train rows in their order, before any step: see `methods.base.Losses`.
+
+    Several tasks come one after the other, each with an equal share of `rows`.
+    """
+    classifier, device, before = tuned.classifier, tuned.device, 0
+    share = None if rows is None else -(-rows // len(courses))
+    classifier.train(training)
+    for task_index, course in enumerate(courses):
+        encoded, labels = course.train
+        count = min(share or len(encoded), len(encoded))
+        for start in range(0, count, batch_size):
+            chosen = np.arange(start, min(start + batch_size, count))
+            classifier.select(task_index)
+            with seeded(derive_seed(seed, PREPARING + before + start), device):
+                logits = classifier(**encoded.batch(chosen.tolist(), device))
+                yield loss_of(course, logits, labels[chosen])
+        before += count

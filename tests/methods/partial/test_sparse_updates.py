@@ -24,6 +24,7 @@ from unipelt_cli.methods.partial.overlay import top
 from unipelt_cli.methods.partial.sparse_updates import sparse
 from unipelt_cli.models.evaluation import encode_rows
 from unipelt_cli.models.tuned import Tuned, merge
+from unipelt_cli.training.step import train_losses
 
 
 def gradients(tuned: Tuned, rows: list[int]) -> dict[str, Tensor]:
@@ -139,7 +140,7 @@ def test_the_child_is_chosen_with_dropout(calm: Path) -> None:
     seen: list[bool] = []
 
     def losses(*arguments: Any, **options: Any) -> Iterator[Tensor]:
-        for loss in loop._losses(*arguments, **options):
+        for loss in train_losses(tuned, loop.courses, 42, *arguments, **options):
             seen.append(tuned.classifier.training)
             yield loss
 

@@ -39,6 +39,7 @@ from unipelt_cli.training import execution
 from unipelt_cli.training.events import Course, Epoch, Finished, Step
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.planning import with_drawn_rows
+from unipelt_cli.training.step import train_losses
 
 FAST = {"device": "cpu", "precision": "fp32", "epochs": 2, "batch_size": 8, "learning_rate": 5e-3}
 
@@ -302,11 +303,13 @@ def test_a_look_at_the_data_sees_the_rows_of_every_task(bert: Path) -> None:
     loop = training(bert, "lora")
     tasks = []
     losses = []
-    for loss in loop._losses(8):
+    for loss in train_losses(loop.tuned, loop.courses, 42, 8):
         tasks.append(loop.tuned.classifier.task)
         losses.append(float(loss.detach()))
     assert tasks == [0, 0, 0, 1]
-    assert len(list(loop._losses(4, 8))) == 2, "an equal share of eight rows: four of each"
+    assert len(list(train_losses(loop.tuned, loop.courses, 42, 4, 8))) == 2, (
+        "an equal share of eight rows: four of each"
+    )
     logits = compute_logits(loop.tuned, loop.courses[1].dev[0], 1)
     assert losses[3] == pytest.approx(((logits[:, 0] - loop.courses[1].dev[1]) ** 2).mean(), 1e-4)
 

@@ -1,5 +1,6 @@
-"""A head over pairs starts at what the cosine says, and runs train apart as well as in one pass."""
+"""Where heads start and end; runs over pairs train apart as well as in one pass."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +9,19 @@ import pytest
 import torch
 from support.backbones import WORDS, Backbones, save_backbone
 from support.models import experiment
+from torch import Tensor
+from torch.nn import functional
 
 from unipelt_cli.backbones.architectures import BACKBONES
-from unipelt_cli.metrics import METRICS
+from unipelt_cli.metrics import METRICS, Values
 from unipelt_cli.models import sharing
 from unipelt_cli.models.build import build
-from unipelt_cli.models.evaluation import compute_logits, encode_rows
+from unipelt_cli.models.classifier import STEEPNESS
+from unipelt_cli.models.evaluation import compute_features, compute_logits, encode_rows
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import shared_passes
 from unipelt_cli.training.events import Course, Step
-from unipelt_cli.training.heads.start import fit, start_heads
+from unipelt_cli.training.heads.start_and_end import ABSENT, fit, start_heads
 from unipelt_cli.training.loop import Training
 
 APART = {"pairs": "apart", "pooling": "mean"}
@@ -152,3 +156,64 @@ def test_evaluation_in_smaller_batches_computes_the_same(
     monkeypatch.setattr(loop.tuned.classifier, "pooled", exhausted)
     assert compute_logits(loop.tuned, loop.train[0]) == pytest.approx(whole, abs=1e-5)
     assert sizes == [24, 12, 6, 6, 12, 6, 6]
+
+
+def logits_of_means(read: Tensor, labels: Values, outputs: int) -> Tensor:
+    """Say for each row how far it lies from the middle of all classes towards each class."""
+    present = np.unique(labels).tolist()
+    means = {label: read[labels == label].mean(0) for label in present}
+    middle = torch.stack(list(means.values())).mean(0)
+    logits = torch.full((len(read), outputs), ABSENT)
+    for label, mean in means.items():
+        towards = (mean - middle) / (mean - middle).norm()
+        logits[:, label] = STEEPNESS / read.norm(dim=1).mean() * ((read - middle) @ towards)
+    return logits
+
+
+def loop_over_labels(backbone: Path, labels: list[int], **train: Any) -> Training:
+    """Return a loop over as many sentences, of which some classes may have none."""
+    task = replace(get_task("sst2"), labels=tuple("abcdef"))
+    options = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "head_end": "means", **train}
+    model = {"normalise": True, "pooling": "mean"}
+    settings = experiment(backbone, "unipelt-apl", model=model, train=options)
+    tuned = build(settings, task.outputs)
+    rows = encode_rows(tuned, texts_of(3, len(labels))[:1], 128)
+    dev = None if train.get("patience") is None else (rows, np.array(labels))
+    return Training(tuned, task, (rows, np.array(labels)), dev, settings.train)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 4, 4, 4, 1, 1, 1, 0], [1, 3] * 4, [2] * 5])
+def test_a_head_ends_at_the_means_of_the_tuned_rows(bert: Path, labels: list[int]) -> None:
+    loop = loop_over_labels(bert, labels)
+    list(loop.events())
+    tuned, (rows, numbers) = loop.tuned, loop.train
+    read = torch.from_numpy(compute_features(tuned, rows))
+    read = functional.normalize(read, dim=1)
+    if len(set(labels)) > 1:
+        expected = logits_of_means(read, numbers, 6)
+        assert torch.from_numpy(compute_logits(tuned, rows)).allclose(expected, atol=1e-4)
+    else:
+        assert (compute_logits(tuned, rows).argmax(1) == labels).all()
+    away = torch.randn(1000, read.shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answers = tuned.classifier.read(away).argmax(1)
+    assert set(answers.tolist()) == set(labels), "a class without a row is never answered"
+
+
+def test_a_trained_head_stays_where_dev_prefers_it(bert: Path) -> None:
+    labels = [0, 1] * 6
+    trained = loop_over_labels(bert, labels, patience=9, epochs=9, head_end="trained")
+    ended = loop_over_labels(bert, labels, patience=9, epochs=9)
+    for loop in (trained, ended):
+        list(loop.events())
+    assert ended.progress.best_score >= trained.progress.best_score
+    rows, numbers = ended.train
+    answers = compute_logits(ended.tuned, rows).argmax(1)
+    assert ended.task.score(answers, numbers) == ended.progress.best_dev
+    refused = loop_over_labels(bert, labels, patience=9, epochs=9)
+    events = refused.events()
+    for _ in range(3 * 9 + 9):
+        next(events)
+    refused.progress.best_score = 2.0  # as if the trained head had been better than any
+    list(events)
+    assert torch.equal(refused.best["head.out.weight"], refused.tuned.classifier.head.out.weight)

@@ -1,4 +1,7 @@
-"""Where heads start: over pairs read apart at the cosine, else as drawn or at class means."""
+"""Where heads start and end: over pairs read apart at the cosine, else drawn or at class means.
+
+Nearest class means: Snell et al. 2017 (arXiv 1703.05175).
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +17,8 @@ from unipelt_cli.training.events import Course
 
 RIDGE = 1e-3  # on the mean loss of a row, by squared weight on the standardised cosine
 STEPS = 100  # of L-BFGS, which stops by itself before
+ABSENT = -3 * STEEPNESS
+"""Logit of a class without a train row: below what any other can have."""
 
 
 def start_heads(
@@ -33,7 +38,20 @@ def start_heads(
         if tuned.classifier.apart[place]:
             _start_at_cosine(head, course, _read(tuned, course, place, features))
         elif start == "means" and not course.task.is_regression:
-            _start_at_means(head, course, _read(tuned, course, place, features))
+            set_to_means(head, course, _read(tuned, course, place, features))
+
+
+def end_heads(tuned: Tuned, courses: Sequence[Course], features: Sequence[Tensor] = ()) -> None:
+    """Set each head over classes to its train rows' means as training left them.
+
+    A trained head has learned few rows by heart, and its rare classes least well: where a class has
+    a handful of rows, the means of what they have become tell others apart far better. Heads over
+    pairs read apart, and of regressions, stay as trained.
+    """
+    for task_index, course in enumerate(courses):
+        head = tuned.classifier.heads[task_index]
+        if not (course.task.is_regression or tuned.classifier.apart[task_index]):
+            set_to_means(head, course, _read(tuned, course, task_index, features))
 
 
 def _read(tuned: Tuned, course: Course, place: int, features: Sequence[Tensor]) -> Tensor:
@@ -54,16 +72,25 @@ def _read(tuned: Tuned, course: Course, place: int, features: Sequence[Tensor]) 
     return torch.from_numpy(read)
 
 
-def _start_at_means(head: Head, course: Course, read: Tensor) -> None:
-    """Point each class's weights from the mean of all rows to its own rows'; absent ones at 0."""
+def set_to_means(head: Head, course: Course, read: Tensor) -> None:
+    """Point each class's weights from the middle of all classes to its own rows' mean.
+
+    The logit of a class is how far `read`, (rows, inputs), lies from the middle in its direction:
+    classes of many rows count no more than those of few. One without a row is never answered.
+    """
     labels = torch.from_numpy(course.train[1])
-    weight = torch.zeros(head.out.out_features, read.shape[1])
-    for label in np.unique(course.train[1]).tolist():
-        weight[label] = read[labels == label].mean(0) - read.mean(0)
+    present = torch.unique(labels)
+    means = torch.stack([read[labels == label].mean(0) for label in present])
+    middle = means.mean(0)
     length = read.norm(dim=1).mean().clamp(min=1e-6)  # 1 where features are normalised
+    directions = STEEPNESS / length * functional.normalize(means - middle, dim=1)
+    weight = torch.zeros(head.out.out_features, read.shape[1])
+    bias = torch.full((head.out.out_features,), ABSENT)
+    weight[present] = directions
+    bias[present] = -(directions @ middle)
     with torch.no_grad():
-        head.out.weight.copy_(STEEPNESS / length * functional.normalize(weight, dim=1))
-        head.out.bias.zero_()
+        head.out.weight.copy_(weight)
+        head.out.bias.copy_(bias)
 
 
 def _start_at_cosine(head: Head, course: Course, read: Tensor) -> None:
