@@ -1,51 +1,57 @@
-"""The search keeps the better third, on dev alone."""
+"""The search keeps the better third, on dev rows or by folds, and never looks at test."""
 
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 from support.backbones import Backbones
-from support.models import experiment
+from support.candidates import on_dev
+from support.rows import write_rows
 
 from unipelt_cli.config.experiment import Experiment, resolve
+from unipelt_cli.config.presets import recipe_settings
+from unipelt_cli.data.folds import assign_folds
 from unipelt_cli.errors import CheckError, ConfigError
-from unipelt_cli.sweeps import successive_halving
-from unipelt_cli.sweeps.successive_halving import Candidate, Trial
+from unipelt_cli.models.evaluation import references
+from unipelt_cli.runs.run import read_run
+from unipelt_cli.sweeps import selection, successive_halving
+from unipelt_cli.sweeps.candidates import Candidate, Choice, choices, make_candidates
+from unipelt_cli.sweeps.judges import DevJudge, FoldJudge, Rung, judge_of
+from unipelt_cli.training import execution
 from unipelt_cli.training.planning import Shared, loop_of, plan
 
-
-def make(method: str, score: float | None, *, rung: int = 0, stored: int = 0) -> Candidate:
-    made = experiment(Path("minilm"), method)
-    trials = [] if score is None else [Trial(made, score=score)]
-    return Candidate(made, trials, rung, stored_parameters=stored, metric="accuracy")
+Describe = Callable[[Choice], Experiment]
 
 
-def test_every_suggested_method_is_tried_with_three_rates() -> None:
-    made: list[tuple[str, float]] = []
-
-    def base(name: str, rate: float) -> Any:
-        made.append((name, rate))
-        return experiment(Path("minilm"), name)
-
-    assert len(successive_halving.candidates(base)) == len(made) == 22
-    assert {("lora", 0.00017), ("lora", 0.0005), ("lora", 0.0015)} <= set(made)
-    made.clear()
-    successive_halving.candidates(base, ["head"], [0.1, 0.2])
-    assert made == [("probe", 0.001), ("head", 0.1), ("head", 0.2)]
-    with pytest.raises(ConfigError, match="method 'lorra': no such method"):
-        successive_halving.candidates(base, ["lorra"])
+@pytest.fixture
+def describe(backbone_dir: Backbones, rows_file: Path) -> Describe:
+    """Return what makes an experiment with dev rows of a choice."""
+    return describing(backbone_dir("bert"), rows_file, {"folds": 0})
 
 
-def test_who_came_further_ranks_first_then_the_score_then_the_size() -> None:
-    small = make("head", 0.7, stored=1)
-    others = [make("lora", 0.7, stored=2), make("full", 0.9), make("bitfit", 0.6, rung=1)]
-    failed = make("adapter", None)
-    failed.error = "the loss is nan"
-    found = successive_halving.ranked([*others, failed, small])
-    assert [c.experiment.method_name for c in found] == ["bitfit", "full", "head", "lora"]
-    assert successive_halving.best(found) is found[0]
-    with pytest.raises(ConfigError, match="no candidate could be trained: the loss is nan"):
-        successive_halving.best([failed])
+def describing(backbone: Path, rows: Path, data: dict[str, Any], epochs: int = 16) -> Describe:
+    def describe(choice: Choice) -> Experiment:
+        train = {"learning_rate": choice.rate, "epochs": epochs, "device": "cpu"}
+        settings = {
+            "data": {"train_file": str(rows), "text": "text", "label": "label", **data},
+            "model": {"backbone": str(backbone)},
+            "train": {**train, "precision": "fp32"},
+        }
+        return resolve([("", recipe_settings(choice.method, choice.recipe)), ("", settings)])
+
+    return describe
+
+
+def candidates_of(describe: Describe, names: Sequence[str], *rates: float) -> list[Candidate]:
+    return make_candidates(choices(names, rates, ["default"]), describe)
+
+
+def judge(candidates: Sequence[Candidate]) -> DevJudge | FoldJudge:
+    return judge_of(candidates[0].experiment, Shared())
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
@@ -59,55 +65,210 @@ def test_what_is_no_time_is_refused(text: str) -> None:
         successive_halving.seconds_of(text)
 
 
-def settings(directory: Path, rows_file: Path, name: str, rate: float) -> Experiment:
-    data = {"folds": 0, "train_file": str(rows_file), "text": "text", "label": "label"}
-    train = {"learning_rate": rate, "epochs": 16, "device": "cpu", "precision": "fp32"}
-    own = {"data": data, "model": {"backbone": str(directory)}, "train": train}
-    return resolve([("", own | {"method": {"name": name}})])
-
-
-def test_a_third_goes_on_from_where_it_stood(backbone_dir: Backbones, rows_file: Path) -> None:
-    directory = backbone_dir("bert")
-    found = successive_halving.candidates(
-        lambda name, rate: settings(directory, rows_file, name, rate),
-        ["lora", "head", "adapter"],
-        [1e-3, 5e-3, 1e-2],
-    )
-    turns = list(successive_halving.search(found, 1000))
-    assert [own.rung for own in successive_halving.ranked(found)] == [*[2] * 4, *[0] * 6]
-    assert len(turns) == 10 + 4 + 4, "the floor goes on with those that are kept"
-    (floor,) = [own for own in found if own.is_floor]
-    assert len(set(floor.scores)) == 1, "it does not depend on a seed"
-    last = next(own for own in successive_halving.ranked(found) if own is not floor)
+def test_a_third_goes_on_from_where_it_stood(describe: Describe) -> None:
+    found = candidates_of(describe, ["lora", "head", "adapter"], 1e-3, 5e-3, 1e-2)
+    turns = list(successive_halving.search(found, judge(found), 1000))
+    (floor,) = selection.floors(found)
+    assert (floor.rung, floor.is_complete, len(floor.scores)) == (2, True, 1)
+    assert turns.count(floor) == 1, "it is fitted at once: nothing is left to be known of it"
+    assert len(turns) >= 10 + 3 + 3
+    last = next(each for each in turns[13:16] if each is not floor)
     assert [trial.experiment.train.seed for trial in last.trials] == [42, 43, 44]
     assert all(trial.is_over for trial in last.trials)
+    assert last.score == fmean(last.scores)
     first = last.trials[0]
-    experiment_, prepared, tuned = plan(first.experiment)
-    loop = loop_of(experiment_, prepared, tuned, Shared())
+    experiment, prepared, tuned = plan(first.experiment)
+    loop = loop_of(experiment, prepared, tuned, Shared())
     list(loop.events())
     assert first.score == loop.progress.best_score, "as if it had trained in one go"
     assert first.epoch == loop.progress.epoch - 1
+    chosen = selection.best(found)
+    assert chosen.is_complete
+    assert all(selection.margin(each, chosen) <= 0 for each in found)
 
 
 def test_a_budget_ends_the_search_and_a_failure_does_not(
-    backbone_dir: Backbones, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+    describe: Describe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = backbone_dir("bert")
-    advance = successive_halving._advance
+    advance = DevJudge.advance
 
-    def failing(candidate: Candidate, *given: Any) -> None:
-        if candidate.experiment.method_name == "head":
+    def failing(self: DevJudge, candidate: Candidate, *rest: Any) -> None:
+        if candidate.choice.method == "head":
             raise CheckError("the loss is nan at step 1", "lower it")
-        advance(candidate, *given)
+        advance(self, candidate, *rest)
 
-    monkeypatch.setattr(successive_halving, "_advance", failing)
-    found = successive_halving.candidates(
-        lambda name, rate: settings(directory, rows_file, name, rate), ["head", "lora", "adapter"]
-    )
-    turns = list(successive_halving.search(found, 1e-6))
-    assert [own.experiment.method_name for own in turns] == ["probe", "head", "lora"]
+    monkeypatch.setattr(DevJudge, "advance", failing)
+    found = candidates_of(describe, ["head", "lora", "adapter"], 1e-3, 5e-3)
+    turns = list(successive_halving.search(found, judge(found), 1e-6))
+    assert [each.choice.method for each in turns] == ["probe", "head", "lora"]
     assert turns[1].error == "the loss is nan at step 1"
-    assert {own.experiment.method_name for own in successive_halving.ranked(found)} == {
-        "probe",
-        "lora",
-    }
+    ranked = selection.ranked(found)
+    assert {each.choice.method for each in ranked} == {"probe", "lora"}
+
+
+class Scripted:
+    """A judge that trains nothing: scores of seeds by method, and seconds a training."""
+
+    def __init__(self, scores: dict[str, list[float]], clock: "Clock", seconds: float) -> None:
+        self.rungs: tuple[Rung, ...] = (Rung(None, 4), Rung(None, 12), Rung(1, None, 3))
+        self.rows, self.scores, self.clock, self.seconds = 200, scores, clock, seconds
+
+    def advance(self, candidate: Candidate, rung: Rung, end: float) -> None:
+        self.clock.now += self.seconds
+        name = candidate.choice.method
+        candidate.trials = on_dev(name, *self.scores[name][: rung.trainings]).trials
+        for trial in candidate.trials:
+            trial.is_over = candidate.is_floor or rung.epochs is None
+
+
+class Clock:
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(successive_halving, "time", clock)
+    return clock
+
+
+SCORES = {
+    "probe": [0.70],
+    "lora": [0.90, 0.60, 0.60],  # lucky with its first seed
+    "full": [0.85, 0.85, 0.82],
+    "adapter": [0.71, 0.71, 0.71],
+    "bitfit": [0.60, 0.60, 0.60],
+}
+
+
+def test_who_is_better_than_the_one_to_choose_is_trained_to_the_end_too(clock: Clock) -> None:
+    found = [on_dev(name, rung=-1) for name in SCORES]
+    turns = list(successive_halving.search(found, Scripted(SCORES, clock, 1.0), 1000))
+    names = [each.choice.method for each in turns]
+    assert names[:5] == list(SCORES)
+    assert names[5:] == ["lora", "full", "lora", "full"], "lora fell below full, and full went on"
+    chosen = selection.best(found)
+    assert (chosen.choice.method, chosen.is_complete) == ("full", True)
+
+
+def test_a_rung_leaves_time_for_the_next_ones(clock: Clock) -> None:
+    found = [on_dev(name, rung=-1) for name in SCORES]
+    turns = list(successive_halving.search(found, Scripted(SCORES, clock, 1.0), 6.0))
+    names = [(each.choice.method, each.rung) for each in turns]
+    assert [name for name, _ in names] == ["probe", "lora", "full", "lora", "lora"]
+    assert [each.choice.method for each in found if each.rung < 0] == ["adapter", "bitfit"]
+    chosen = selection.best(found)
+    assert chosen.choice.method == "full", "on one seed, yet clearly better than lora's mean"
+
+
+def test_nothing_but_a_floor_is_a_search_too(clock: Clock) -> None:
+    found = [on_dev("probe")]
+    assert list(successive_halving.search(found, Scripted(SCORES, clock, 1.0), 10)) == found
+    assert found[0].is_complete
+
+
+@pytest.fixture
+def folded(backbone_dir: Backbones, rows_file: Path) -> Describe:
+    """Return what makes an experiment without dev rows of a choice: all rows train."""
+    return describing(backbone_dir("bert"), rows_file, {}, epochs=2)
+
+
+def test_without_dev_rows_all_are_judged_on_the_same_folds(folded: Describe) -> None:
+    found = candidates_of(folded, ["lora", "head", "adapter", "bitfit"], 1e-3, 5e-3)
+    judging = judge(found)
+    assert isinstance(judging, FoldJudge)
+    assert [rung.trainings for rung in judging.rungs] == [1, 3, 5]
+    turns = list(successive_halving.search(found, judging, 1000))
+    assert len(turns) >= 9 + 3 + 3
+    (floor,) = selection.floors(found)
+    assert (floor.rows, turns.count(floor)) == (60, 1)
+    assert {each.rows for each in found if each.rung == 0} == {12}
+    for each in found:
+        answers = [trial.predicted for trial in each.trials if trial.predicted is not None]
+        expected = np.concatenate(judging.expected[: len(answers)])
+        right = np.concatenate(answers) == expected
+        assert len(right) == each.rows == 12 * len(each.trials)
+        assert each.score == pytest.approx(right.mean())
+        assert each.pooled[0] == pytest.approx(right[:12].mean())
+        assert each.epochs == (1 if each is floor else 2), "whole schedules, none cut short"
+    assert selection.best(found).is_complete
+
+
+def test_a_fold_is_scored_as_a_run_of_it_would_be(
+    folded: Describe, tmp_path: Path, backbone_dir: Backbones, rows_file: Path
+) -> None:
+    (_, candidate) = candidates_of(folded, ["lora"], 5e-3)
+    judging = judge([candidate])
+    assert isinstance(judging, FoldJudge)
+    judging.advance(candidate, Rung(None, None, 1), time.monotonic() + 1000)
+    part = judging.parts[0]
+    held = set(part.splits["test"][:]["row"])
+    lines = rows_file.read_text().splitlines()
+    for name, keep in (("train", lambda row: row not in held), ("test", held.__contains__)):
+        kept = [line for row, line in enumerate(lines[1:]) if keep(row)]
+        (tmp_path / f"{name}.csv").write_text("\n".join([lines[0], *kept]) + "\n")
+    data = {"test_file": str(tmp_path / "test.csv"), "dev_size": 0}
+    described = describing(backbone_dir("bert"), tmp_path / "train.csv", data, epochs=2)
+    for _ in execution.execute(described(candidate.choice), tmp_path / "run"):
+        pass
+    run = read_run(tmp_path / "run")
+    answers = run.predictions()
+    assert answers is not None
+    wanted = dict(zip(run.rows("test")[:]["text"], answers[1].tolist(), strict=True))
+    rows = part.splits["test"][:]
+    assert [wanted[text] for text in rows["text"]] == rows["label"]
+    assert part.splits["train"].num_rows == 48
+
+
+def test_test_rows_are_no_part_of_the_folds(backbone_dir: Backbones, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.csv", 160)
+    described = describing(backbone_dir("bert"), rows, {"k": 40, "dev_size": 0})
+    experiment = described(Choice("head", 1e-3))
+    shared = Shared()
+    (whole,) = shared.prepare(experiment.data)
+    judging = judge_of(experiment, shared)
+    assert isinstance(judging, FoldJudge)
+    seen = {row for part in judging.parts for own in part.splits.values() for row in own[:]["row"]}
+    assert seen == set(whole.splits["train"][:]["row"])
+    assert len(whole.splits["test"]) == 120
+    assert seen.isdisjoint(whole.splits["test"][:]["row"])
+
+
+def test_the_folds_are_not_those_that_a_run_is_scored_by(folded: Describe) -> None:
+    experiment = folded(Choice("head", 1e-3))
+    shared = Shared()
+    (whole,) = shared.prepare(experiment.data)
+    judging = judge_of(experiment, shared)
+    assert isinstance(judging, FoldJudge)
+    runs = assign_folds(whole.task, whole.splits["train"], 5, whole.manifest["data_seed"])
+    rows = np.asarray(whole.splits["train"][:]["row"])
+    theirs = {frozenset(rows[runs == fold].tolist()) for fold in range(5)}
+    ours = {frozenset(part.splits["test"][:]["row"]) for part in judging.parts}
+    assert len(ours) == 5
+    assert not ours & theirs
+    labels = [references(part.splits["test"]).tolist() for part in judging.parts]
+    assert {(own.count(0), own.count(1)) for own in labels} == {(6, 6)}
+
+
+def test_the_time_ends_a_candidate_between_two_folds(folded: Describe) -> None:
+    floor, candidate = candidates_of(folded, ["head"], 1e-3)
+    judging = judge([candidate])
+    for each in (floor, candidate):
+        judging.advance(each, judging.rungs[-1], time.monotonic() - 1)
+    assert (candidate.rows, len(candidate.trials)) == (12, 1)
+    assert floor.rows == 60, "what is fitted at once is always judged on all rows"
+
+
+def test_rows_that_cannot_be_folded_are_refused(backbone_dir: Backbones, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.csv", 12)
+    described = describing(backbone_dir("bert"), rows, {"dev_size": 0, "k": 3})
+    with pytest.raises(ConfigError) as refused:
+        judge_of(described(Choice("head", 1e-3)), Shared())
+    assert refused.value.message == (
+        "no dev rows, and folds cannot be made: data.folds = 5: rows has 3 train rows of different "
+        "texts"
+    )
+    assert refused.value.hint == "give more rows, or --dev-size N: then dev rows decide"

@@ -18,6 +18,7 @@ from unipelt_cli.config.presets import presets, published_presets
 from unipelt_cli.config.sections import SECTIONS, Device, Metric, Pooling
 from unipelt_cli.data import readers
 from unipelt_cli.exports import formats
+from unipelt_cli.methods import recipes
 from unipelt_cli.tasks import TASKS
 from unipelt_cli.terminal import choices as tables
 from unipelt_cli.terminal import completion
@@ -77,6 +78,7 @@ def test_the_outline_is_that_of_the_real_tables() -> None:
         ("by", set(inspect_gates.VIEWS)),
         ("kind", set(readers.FORMATS)),
         ("track", set(TRACKERS)),
+        ("recipes", set(recipes.NAMES)),
     ],
 )
 def test_words_are_those_that_the_commands_take(name: str, choices: set[str]) -> None:
@@ -94,6 +96,8 @@ def test_words_are_those_that_the_commands_take(name: str, choices: set[str]) ->
         ("unipelt train --method unipelt-ap", ["unipelt-ap", "unipelt-apl", "unipelt-aplb"]),
         ("unipelt sweep --methods lora,bitf", ["lora,bitfit"]),
         ("unipelt recommend --methods do", ["dora"]),
+        ("unipelt recommend --recipes default,p", ["default,published"]),
+        ("unipelt recommend --models bert,mini", ["bert,minilm"]),
         ("unipelt train --preset pap", ["paper"]),
         ("unipelt train --preset published/mad", ["published/madx"]),
         ("unipelt train --model mini", ["minilm"]),

@@ -436,14 +436,8 @@ def test_settings_that_contradict_each_other_are_told(
     assert error_of("train", *columns(rows_file), *given) == (message, hint)
 
 
-def test_folds_are_one_tasks_and_recommend_needs_dev(rows_file: Path, tmp_path: Path) -> None:
+def test_folds_are_one_tasks() -> None:
     assert error_of("train", "--tasks", "cola,rte", "--folds", "3") == (
         "data.folds = '3': one task's, but there are several",
         "drop it, or drop --tasks; own rows: `unipelt prepare` each, then --prepared A,B",
     )
-    for given in (("--dev-size", 0), ("--set", "data.folds=3")):
-        out = tmp_path / "recommended"
-        assert error_of("recommend", *columns(rows_file), *given, "--out", out) == (
-            "data.dev_size = 0: `recommend` chooses on dev rows, and there are none",
-            "give --dev-size N or --dev-file FILE; `unipelt train` needs no dev rows",
-        )

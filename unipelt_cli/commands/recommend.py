@@ -1,8 +1,7 @@
-"""The command `recommend`: find a method and learning rate on dev, and train it."""
+"""The command `recommend`: find a method, recipe, learning rate and backbone, and train it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import stdev
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,34 +11,49 @@ from unipelt_cli.commands.shared.settings import (
     command_line_settings,
     complete,
     data_flags,
+    refuse_pairs,
     refuse_processes,
     settle,
     split_directories,
+    with_absolute_paths,
     with_columns,
 )
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.system.imports import importing
-from unipelt_cli.terminal import console, tables
 from unipelt_cli.terminal.command_group import print_json
 
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.config.sections import Settings
-    from unipelt_cli.sweeps.successive_halving import Candidate
+    from unipelt_cli.sweeps.candidates import Choice
+
+TRIED = {
+    ("train", "learning_rate"): "--rates",
+    ("method", "name"): "--methods",
+    ("model", "backbone"): "--models",
+}
+"""Settings that the search decides, and the options that say what it tries."""
 
 
 def recommend(
     task: options.TaskOption = None,
     k: options.KOption = None,
     model: options.ModelOption = None,
+    models: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Backbones to try. (default --model alone)")
+    ] = None,
     data_seed: options.DataSeedOption = None,
     seed: options.SeedOption = None,
     methods: Annotated[
-        str | None, typer.Option(metavar="A,B", help="What to try. (default eight methods)")
+        str | None, typer.Option(metavar="A,B", help="Methods to try. (default eight)")
+    ] = None,
+    recipes: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="default, few-labels, published. (default all)"),
     ] = None,
     rates: Annotated[
         str | None,
-        typer.Option(metavar="X,Y", help="Learning rates. (default the method's, a third, thrice)"),
+        typer.Option(metavar="X,Y", help="Learning rates. (default the recipe's, a third, thrice)"),
     ] = None,
     budget: Annotated[
         str, typer.Option(metavar="TIME", help="90s, 10m or 1.5h, for the search and the run.")
@@ -48,6 +62,7 @@ def recommend(
     source: options.SourceOption = None,
     prepared: options.PreparedOption = None,
     dev_size: options.DevSizeOption = None,
+    folds: options.FoldsOption = None,
     dataset: options.DatasetOption = None,
     train_file: options.TrainFileOption = None,
     dev_file: options.DevFileOption = None,
@@ -65,11 +80,12 @@ def recommend(
     offline: options.Offline = False,
     as_json: options.Json = False,
 ) -> None:
-    """Find a method and learning rate for some rows, on dev alone, and train the one chosen.
+    """Find a method, recipe and learning rate for some rows, and train the one chosen.
 
     Example: unipelt recommend --train-file mine.csv --text text --label label --budget 10m
     """
     refuse_processes("recommend")
+    refuse_pairs((model and "--model", models and "--models"))
     flags = data_flags(locals())
     flags["data"]["prepared"] = split_directories(prepared)
     flags |= {
@@ -78,117 +94,88 @@ def recommend(
     }
     with importing():
         from unipelt_cli.commands.shared import live_training
-        from unipelt_cli.sweeps import successive_halving
+        from unipelt_cli.sweeps import candidates, judges, recommendation, successive_halving
         from unipelt_cli.sweeps.grid import split_names
-    from unipelt_cli.config.experiment import merge_settings
+        from unipelt_cli.terminal.search import show_search
+        from unipelt_cli.training.planning import Shared
     from unipelt_cli.files import atomic
-    from unipelt_cli.terminal.console import say
-    from unipelt_cli.training.planning import with_drawn_rows
+    from unipelt_cli.terminal.console import note, say
 
     seconds = successive_halving.seconds_of(budget)
-    given = merge_settings([{"data": {"folds": 0}}, command_line_settings(settings, flags)])
-    own = with_columns([], given)
-    settle([complete([], own)], offline)
-
-    def base(name: str, rate: float) -> "Experiment":
-        changed: Settings = {"method": {"name": name}, "train": {"learning_rate": rate}}
-        return _with_dev(with_drawn_rows(complete([], merge_settings([own, changed]))))
-
-    names = split_names("--methods", methods)
-    found = successive_halving.candidates(base, names, _rates(rates))
+    shared_settings = command_line_settings(settings, flags)
+    _refuse_decided(shared_settings, has_models=models is not None)
+    backbones = _backbones(models)
+    tried = candidates.choices(
+        split_names("--methods", methods),
+        _rates(rates),
+        split_names("--recipes", recipes),
+        backbones,
+    )
+    experiment_of = _experiments(with_columns([], shared_settings), backbones, offline)
+    searched = candidates.make_candidates(tried, experiment_of)
     with atomic.new_directory(out) as directory:
-        chosen = show_search(found, seconds)
-        floor = successive_halving.floor_among(found)
-        evidence = {
-            "chosen": chosen.said(),
-            "metric": chosen.metric,
-            "floor": floor and floor.said(),
-            "candidates": [one.said() for one in successive_halving.ranked(found)],
-            "failed": [one.said() for one in found if one.error is not None],
-            "budget_seconds": seconds,
-        }
+        shared = Shared()
+        judge = judges.judge_of(searched[0].experiment, shared)
+        chosen = show_search(searched, judge, seconds)
+        reuses = judges.reuses_test_rows(chosen.experiment, shared)
+        evidence = recommendation.evidence(searched, judge, seconds, reuses_test_rows=reuses)
         atomic.write_json(directory / "evidence.json", evidence)
-        atomic.write(directory / "preset.toml", successive_halving.preset(chosen).encode())
+        atomic.write(directory / "preset.toml", recommendation.preset(chosen, judge).encode())
     say("preset: ", (str(out / "preset.toml"), "bold"))
     result = live_training.train(chosen.experiment, out / "run", "new")
+    if reuses:
+        note(
+            f"the rows of this score also chose among {len(searched)} candidates: on new rows "
+            "expect less"
+        )
     if as_json:
         answer = {"preset": str(out / "preset.toml"), "run": str(out / "run")}
         print_json({**answer, **evidence, "result": result})
 
 
-def _with_dev(experiment: "Experiment") -> "Experiment":
-    """Return the experiment; raise ConfigError where no dev rows can tell candidates apart."""
-    if not experiment.data.has_dev:
-        raise ConfigError(
-            "data.dev_size = 0: `recommend` chooses on dev rows, and there are none",
-            "give --dev-size N or --dev-file FILE; `unipelt train` needs no dev rows",
-        )
-    return experiment
+def _refuse_decided(settings: "Settings", *, has_models: bool) -> None:
+    """Raise ConfigError for a setting that every candidate would overwrite."""
+    for (section, key), option in TRIED.items():
+        is_decided = has_models or (section, key) != ("model", "backbone")
+        if is_decided and key in settings.get(section, {}):
+            what = f"{section}.{key} = {settings[section][key]!r}: `recommend` decides it"
+            raise ConfigError(what, f"give {option} instead, with all that it may try")
 
 
-def show_search(found: "Sequence[Candidate]", budget: float) -> "Candidate":
-    """Search among candidates, show each one's turn and then all; return the best.
+def _backbones(models: str | None) -> list[str]:
+    """Read the backbones to choose among; raise ConfigError for one that is there twice."""
+    from unipelt_cli.sweeps.grid import split_names
 
-    A request to stop ends it at once: nothing is written yet.
-    """
-    from unipelt_cli.sweeps import successive_halving
-
-    many = f"{len(found)} candidates, {tables.duration(budget)}"
-    console.say(f"{many} in all: dev alone decides, test is not looked at")
-    for candidate in successive_halving.search(found, budget):
-        said = candidate.said()
-        score = "failed" if candidate.score is None else f"{candidate.score:.4f}"
-        seeds = f", {len(candidate.scores)} seeds" if len(candidate.scores) > 1 else ""
-        console.say(
-            f"round {candidate.rung + 1}  {candidate.name}: "
-            f"{candidate.metric} {score} after epoch {said['epochs']}{seeds}"
-        )
-    chosen = successive_halving.best(found)
-    untried = [own.name for own in found if own.score is None and own.error is None]
-    if chosen.rung + 1 < len(successive_halving.RUNGS):
-        left = f"; not tried: {', '.join(untried)}" if untried else ""
-        ended = (
-            f"the budget ended in round {chosen.rung + 1} of {len(successive_halving.RUNGS)}{left}"
-        )
-        console.say(("warning: ", "yellow"), ended)
-    rows = []
-    for candidate in successive_halving.ranked(found):
-        said = candidate.said()
-        spread = f" ±{stdev(candidate.scores):.4f}" if len(candidate.scores) > 1 else ""
-        rows.append(
-            [
-                ("* " if candidate is chosen else "  ") + said["method"],
-                "-" if candidate.rate is None else f"{candidate.rate:g}",
-                f"{candidate.score:.4f}{spread}",
-                str(len(candidate.scores)),
-                str(said["epochs"]),
-                f"{candidate.stored_parameters:,}",
-            ]
-        )
-    columns = ("  method", "rate", f"dev {chosen.metric}", "seeds", "epochs", "stored")
-    tables.table(columns, rows)
-    if line := floor_verdict(found):
-        console.say(line)
-    for candidate in found:
-        if candidate.error is not None:
-            console.say(("failed: ", "yellow"), f"{candidate.name}: {candidate.error}")
-    return chosen
+    backbones = [
+        str(with_absolute_paths({"model": {"backbone": name}})["model"]["backbone"])
+        for name in split_names("--models", models)
+    ]
+    if len(set(backbones)) < len(backbones):
+        raise ConfigError(f"--models {models!r}: a backbone is there twice", "give each once")
+    return backbones
 
 
-def floor_verdict(found: "Sequence[Candidate]") -> str | None:
-    """Say how many candidates beat the floor on dev; None where it has no score."""
-    from unipelt_cli.metrics import is_better
-    from unipelt_cli.sweeps import successive_halving
+def _experiments(
+    settings: "Settings", backbones: Sequence[str], offline: bool
+) -> "Callable[[Choice], Experiment]":
+    """Settle the network for all backbones; return what makes a choice's experiment."""
+    from unipelt_cli.config.experiment import merge_settings
+    from unipelt_cli.config.presets import recipe_settings
+    from unipelt_cli.training.planning import with_drawn_rows
 
-    floor = successive_halving.floor_among(found)
-    if floor is None or floor.score is None:
-        return None
-    name, score = floor.experiment.method_name, floor.score
-    others = [own.score for own in found if own is not floor and own.score is not None]
-    better = sum(is_better(floor.metric, own, score) for own in others)
-    if not better:
-        return f"nothing beat {name}, which trains nothing in the backbone (dev {score:.4f})"
-    return f"{better} of {len(others)} beat {name}, which trains nothing in the backbone"
+    layers = [{"model": {"backbone": backbone}} for backbone in backbones] or [{}]
+    settle([complete([], merge_settings([settings, layer])) for layer in layers], offline)
+
+    def experiment_of(choice: "Choice") -> "Experiment":
+        changed: Settings = {
+            "method": {"name": choice.method},
+            "train": {"learning_rate": choice.rate},
+            **({} if choice.backbone is None else {"model": {"backbone": choice.backbone}}),
+        }
+        recipe = ("", recipe_settings(choice.method, choice.recipe))
+        return with_drawn_rows(complete([recipe], merge_settings([settings, changed])))
+
+    return experiment_of
 
 
 def _rates(text: str | None) -> list[float]:

@@ -7,6 +7,7 @@ from unipelt_cli import methods
 from unipelt_cli.config.sections import SECTIONS, Settings
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.files.strict import parse_toml
+from unipelt_cli.methods import recipes
 from unipelt_cli.text import cut, shown
 
 LARGEST_FILE = 1_000_000
@@ -47,6 +48,24 @@ def published_presets() -> dict[str, Settings]:
         for name, recipe in methods.table().items()
         if (published := recipe.published) is not None and recipe.paper_rate is not None
     }
+
+
+def recipe_settings(method: str, name: str) -> Settings:
+    """Return one of a method's recipes as a layer of settings, without its learning rate.
+
+    Raises ConfigError for a recipe that the method does not have.
+    """
+    entry = methods.get(method)
+    if name not in (known := recipes.recipes_of(entry)):
+        what = f"recipe {shown(name)}: {method} has no such recipe"
+        raise ConfigError(what, f"it has {', '.join(known)}")
+    if name == recipes.DEFAULT:
+        return {"method": {"name": method}}
+    if name == recipes.FEW:
+        return _with_plain_defaults({"method": {"name": method}, **recipes.few_labels()}, entry)
+    settings = published_presets()[f"{PUBLISHED}{method}"]
+    train = {key: value for key, value in settings["train"].items() if key != "learning_rate"}
+    return {**settings, "train": train}
 
 
 def _with_plain_defaults(settings: Settings, recipe: methods.Recipe) -> Settings:

@@ -157,6 +157,8 @@ VALUES: Mapping[str, Callable[[typer.Context, str], Found]] = {
     "preset": _presets,
     "model": _backbones,
     "backbones": _several(_backbones),
+    "models": _several(_backbones),
+    "recipes": _several(words("default", "few-labels", "published")),
     "device": _choices("train", "device"),
     "precision": _choices("train", "precision"),
     "split": words("dev", "test", "train"),
