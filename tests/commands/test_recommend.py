@@ -95,7 +95,7 @@ def test_without_dev_rows_folds_decide_on_every_backbone(
 ) -> None:
     answer, lines, _ = on_two_backbones
     assert lines[0] == (
-        "8 candidates, 10 min in all: 5 folds of the 60 train rows decide, no test row does"
+        "8 candidates, 10 min in all: 3 folds of the 60 train rows decide, no test row does"
     )
     assert [line.rpartition(":")[0] for line in lines[1:9]] == [
         "round 1  probe on bert",
@@ -108,8 +108,8 @@ def test_without_dev_rows_folds_decide_on_every_backbone(
         "round 1  lora few-labels at 0.005 on distilbert",
     ]
     assert lines[1].endswith(" on 60 of 60 rows")
-    assert lines[2].endswith(" on 12 of 60 rows")
-    assert (answer["judged_by"], answer["folds"], answer["rows"]) == ("folds", 5, 60)
+    assert lines[2].endswith(" on 20 of 60 rows")
+    assert (answer["judged_by"], answer["folds"], answer["rows"]) == ("folds", 3, 60)
     assert [floor["method"] for floor in answer["floors"]] == ["probe", "probe"]
     assert answer["floor"] == max(answer["floors"], key=lambda floor: floor["score"])
     backbones = {str(backbone_dir("bert")), str(backbone_dir("distilbert"))}
@@ -118,7 +118,7 @@ def test_without_dev_rows_folds_decide_on_every_backbone(
     assert {each["recipe"] for each in answer["candidates"]} == {"default", "few-labels"}
     for each in answer["candidates"]:
         assert each["score"] - each["chosen_on_same_rows"] <= HALF_A_POINT + 1e-9
-        assert len(each["scores"]) == each["rows"] / 12
+        assert len(each["scores"]) == each["rows"] / 20
 
 
 def test_the_table_has_a_line_for_each_candidate_and_its_distance_to_the_chosen(
@@ -212,13 +212,13 @@ def test_rows_with_a_test_of_their_own_are_scored_on_it_alone(
     assert "also chose among" not in stderr
 
 
-def test_so_many_folds_decide_as_are_asked_for(few: list[str]) -> None:
-    code, stdout, stderr = invoke(*few, "--folds", 3, "--json")
+def test_the_run_is_scored_by_so_many_folds_as_are_asked_for(few: list[str]) -> None:
+    code, stdout, stderr = invoke(*few, "--folds", 2, "--json")
     assert code == 0, stderr
     answer = json.loads(stdout)
-    assert stderr.splitlines()[0].endswith("3 folds of the 60 train rows decide, no test row does")
     assert len(answer["chosen"]["scores"]) == 3
-    assert answer["result"]["folds"]["count"] == 3
+    assert answer["result"]["folds"]["count"] == 2
+    assert answer["score_is_of_rows_that_chose"]
 
 
 PROBE = "probe, which trains nothing in the backbone"

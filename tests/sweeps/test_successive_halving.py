@@ -9,18 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 from support.backbones import Backbones
-from support.candidates import on_dev
+from support.candidates import Clock, Scripted, on_dev
 from support.rows import write_rows
 
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.config.presets import recipe_settings
 from unipelt_cli.data.folds import assign_folds
+from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.errors import CheckError, ConfigError
 from unipelt_cli.models.evaluation import references
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.sweeps import selection, successive_halving
 from unipelt_cli.sweeps.candidates import Candidate, Choice, choices, make_candidates
-from unipelt_cli.sweeps.judges import DevJudge, FoldJudge, Rung, judge_of
+from unipelt_cli.sweeps.judges import FOLDS, DevJudge, FoldJudge, judge_of
 from unipelt_cli.training import execution
 from unipelt_cli.training.planning import Shared, loop_of, plan
 
@@ -75,7 +76,7 @@ def test_a_third_goes_on_from_where_it_stood(describe: Describe) -> None:
     last = next(each for each in turns[13:16] if each is not floor)
     assert [trial.experiment.train.seed for trial in last.trials] == [42, 43, 44]
     assert all(trial.is_over for trial in last.trials)
-    assert last.score == fmean(last.scores)
+    assert last.score == pytest.approx(fmean(last.scores))
     first = last.trials[0]
     experiment, prepared, tuned = plan(first.experiment)
     loop = loop_of(experiment, prepared, tuned, Shared())
@@ -104,28 +105,6 @@ def test_a_budget_ends_the_search_and_a_failure_does_not(
     assert turns[1].error == "the loss is nan at step 1"
     ranked = selection.ranked(found)
     assert {each.choice.method for each in ranked} == {"probe", "lora"}
-
-
-class Scripted:
-    """A judge that trains nothing: scores of seeds by method, and seconds a training."""
-
-    def __init__(self, scores: dict[str, list[float]], clock: "Clock", seconds: float) -> None:
-        self.rungs: tuple[Rung, ...] = (Rung(None, 4), Rung(None, 12), Rung(1, None, 3))
-        self.rows, self.scores, self.clock, self.seconds = 200, scores, clock, seconds
-
-    def advance(self, candidate: Candidate, rung: Rung, end: float) -> None:
-        self.clock.now += self.seconds
-        name = candidate.choice.method
-        candidate.trials = on_dev(name, *self.scores[name][: rung.trainings]).trials
-        for trial in candidate.trials:
-            trial.is_over = candidate.is_floor or rung.epochs is None
-
-
-class Clock:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -164,6 +143,31 @@ def test_a_rung_leaves_time_for_the_next_ones(clock: Clock) -> None:
     assert chosen.choice.method == "full", "on one seed, yet clearly better than lora's mean"
 
 
+def test_time_that_the_rungs_leave_is_spent_on_what_was_not_tried(clock: Clock) -> None:
+    scores = {"probe": [0.70], "lora": [0.6] * 3, "full": [0.6] * 3, "bitfit": [0.8] * 3}
+    found = [on_dev(name, rung=-1) for name in scores]
+    turns = list(successive_halving.search(found, Scripted(scores, clock, 1.0), 8.0))
+    assert [each.choice.method for each in turns] == [
+        *("probe", "lora", "full", "bitfit"),  # until half of the six seconds
+        *("bitfit", "bitfit"),
+    ]
+    clock.now = 0.0
+    found = [on_dev(name, rung=-1) for name in scores]
+    turns = list(successive_halving.search(found, Scripted(scores, clock, 1.3), 10.4))
+    assert [each.choice.method for each in turns] == [
+        *("probe", "lora", "full", "bitfit"),
+        *("bitfit", "bitfit"),
+    ]
+
+
+def test_the_best_beside_the_floor_is_trained_to_the_end_while_there_is_time(clock: Clock) -> None:
+    scores = {"probe": [0.90], "lora": [0.6] * 3, "full": [0.7] * 3}
+    found = [on_dev(name, rung=-1) for name in scores]
+    turns = list(successive_halving.search(found, Scripted(scores, clock, 3.0), 16.0))
+    assert [(each.choice.method, each.is_complete) for each in turns[-1:]] == [("full", True)]
+    assert selection.best(found).choice.method == "probe"
+
+
 def test_nothing_but_a_floor_is_a_search_too(clock: Clock) -> None:
     found = [on_dev("probe")]
     assert list(successive_halving.search(found, Scripted(SCORES, clock, 1.0), 10)) == found
@@ -180,47 +184,46 @@ def test_without_dev_rows_all_are_judged_on_the_same_folds(folded: Describe) -> 
     found = candidates_of(folded, ["lora", "head", "adapter", "bitfit"], 1e-3, 5e-3)
     judging = judge(found)
     assert isinstance(judging, FoldJudge)
-    assert [rung.trainings for rung in judging.rungs] == [1, 3, 5]
+    assert [rung.trainings for rung in judging.rungs] == [1, 2, 3]
     turns = list(successive_halving.search(found, judging, 1000))
     assert len(turns) >= 9 + 3 + 3
     (floor,) = selection.floors(found)
     assert (floor.rows, turns.count(floor)) == (60, 1)
-    assert {each.rows for each in found if each.rung == 0} == {12}
+    assert {each.rows for each in found if each.rung == 0} == {20}
     for each in found:
         answers = [trial.predicted for trial in each.trials if trial.predicted is not None]
         expected = np.concatenate(judging.expected[: len(answers)])
         right = np.concatenate(answers) == expected
-        assert len(right) == each.rows == 12 * len(each.trials)
+        assert len(right) == each.rows == 20 * len(each.trials)
         assert each.score == pytest.approx(right.mean())
-        assert each.pooled[0] == pytest.approx(right[:12].mean())
+        assert each.pooled[0] == pytest.approx(right[:20].mean())
         assert each.epochs == (1 if each is floor else 2), "whole schedules, none cut short"
     assert selection.best(found).is_complete
 
 
-def test_a_fold_is_scored_as_a_run_of_it_would_be(
-    folded: Describe, tmp_path: Path, backbone_dir: Backbones, rows_file: Path
+@pytest.mark.parametrize("method", ["lora", "head", "probe"])
+def test_a_fold_is_judged_as_a_run_of_it_would_be(
+    method: str, backbone_dir: Backbones, rows_file: Path, tmp_path: Path
 ) -> None:
-    (_, candidate) = candidates_of(folded, ["lora"], 5e-3)
-    judging = judge([candidate])
-    assert isinstance(judging, FoldJudge)
-    judging.advance(candidate, Rung(None, None, 1), time.monotonic() + 1000)
-    part = judging.parts[0]
-    held = set(part.splits["test"][:]["row"])
-    lines = rows_file.read_text().splitlines()
-    for name, keep in (("train", lambda row: row not in held), ("test", held.__contains__)):
-        kept = [line for row, line in enumerate(lines[1:]) if keep(row)]
-        (tmp_path / f"{name}.csv").write_text("\n".join([lines[0], *kept]) + "\n")
-    data = {"test_file": str(tmp_path / "test.csv"), "dev_size": 0}
-    described = describing(backbone_dir("bert"), tmp_path / "train.csv", data, epochs=2)
-    for _ in execution.execute(described(candidate.choice), tmp_path / "run"):
+    described = describing(backbone_dir("bert"), rows_file, {"folds": FOLDS}, epochs=2)
+    (candidate,) = make_candidates([Choice(method, 5e-3)], described)
+    shared = Shared()
+    (whole,) = shared.prepare(candidate.experiment.data)
+    seed = whole.manifest["data_seed"]  # the one before it makes the folds those of a run
+    earlier = Prepared(whole.task, whole.splits, {**whole.manifest, "data_seed": seed - 1})
+    judging = FoldJudge(earlier, shared)
+    judging.advance(candidate, judging.rungs[-1], time.monotonic() + 1000)
+    experiment = candidate.experiment.replace("data", fold=2)
+    for _ in execution.execute(experiment, tmp_path / "run"):
         pass
     run = read_run(tmp_path / "run")
-    answers = run.predictions()
+    answers, trial = run.predictions(), candidate.trials[1]
     assert answers is not None
-    wanted = dict(zip(run.rows("test")[:]["text"], answers[1].tolist(), strict=True))
-    rows = part.splits["test"][:]
-    assert [wanted[text] for text in rows["text"]] == rows["label"]
-    assert part.splits["train"].num_rows == 48
+    assert trial.predicted is not None
+    assert run.rows("test")[:]["row"] == judging.parts[1].splits["test"][:]["row"]
+    assert trial.predicted.tolist() == answers[0].tolist()
+    assert trial.score == run.result["test"]["accuracy"]
+    assert candidate.stored_parameters == run.result["stored_parameters"]
 
 
 def test_test_rows_are_no_part_of_the_folds(backbone_dir: Backbones, tmp_path: Path) -> None:
@@ -243,14 +246,15 @@ def test_the_folds_are_not_those_that_a_run_is_scored_by(folded: Describe) -> No
     (whole,) = shared.prepare(experiment.data)
     judging = judge_of(experiment, shared)
     assert isinstance(judging, FoldJudge)
-    runs = assign_folds(whole.task, whole.splits["train"], 5, whole.manifest["data_seed"])
+    seed = whole.manifest["data_seed"]
+    runs = assign_folds(whole.task, whole.splits["train"], FOLDS, seed)
     rows = np.asarray(whole.splits["train"][:]["row"])
-    theirs = {frozenset(rows[runs == fold].tolist()) for fold in range(5)}
+    theirs = {frozenset(rows[runs == fold].tolist()) for fold in range(FOLDS)}
     ours = {frozenset(part.splits["test"][:]["row"]) for part in judging.parts}
-    assert len(ours) == 5
+    assert len(ours) == FOLDS
     assert not ours & theirs
     labels = [references(part.splits["test"]).tolist() for part in judging.parts]
-    assert {(own.count(0), own.count(1)) for own in labels} == {(6, 6)}
+    assert {(own.count(0), own.count(1)) for own in labels} == {(10, 10)}
 
 
 def test_the_time_ends_a_candidate_between_two_folds(folded: Describe) -> None:
@@ -258,17 +262,17 @@ def test_the_time_ends_a_candidate_between_two_folds(folded: Describe) -> None:
     judging = judge([candidate])
     for each in (floor, candidate):
         judging.advance(each, judging.rungs[-1], time.monotonic() - 1)
-    assert (candidate.rows, len(candidate.trials)) == (12, 1)
+    assert (candidate.rows, len(candidate.trials)) == (20, 1)
     assert floor.rows == 60, "what is fitted at once is always judged on all rows"
 
 
 def test_rows_that_cannot_be_folded_are_refused(backbone_dir: Backbones, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.csv", 12)
-    described = describing(backbone_dir("bert"), rows, {"dev_size": 0, "k": 3})
+    described = describing(backbone_dir("bert"), rows, {"dev_size": 0, "k": 2})
     with pytest.raises(ConfigError) as refused:
         judge_of(described(Choice("head", 1e-3)), Shared())
     assert refused.value.message == (
-        "no dev rows, and folds cannot be made: data.folds = 5: rows has 3 train rows of different "
+        "no dev rows, and folds cannot be made: data.folds = 3: rows has 2 train rows of different "
         "texts"
     )
     assert refused.value.hint == "give more rows, or --dev-size N: then dev rows decide"

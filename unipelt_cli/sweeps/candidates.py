@@ -96,7 +96,8 @@ class Candidate:
         """The mean over its seeds, or the score of all rows of its folds together."""
         if self.pooled:
             return self.pooled[-1]
-        return fmean(self.scores) if self.scores else None
+        # Means that are equal in decimals are a little apart in binary numbers.
+        return round(fmean(self.scores), 9) if self.scores else None
 
     @property
     def evidence(self) -> tuple[int, int, int]:

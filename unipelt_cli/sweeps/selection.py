@@ -8,7 +8,7 @@ from unipelt_cli.sweeps.candidates import Candidate
 
 HALF_A_POINT = 0.005
 """The chosen one is at most so much worse than any other, on the rows that both were judged on."""
-_ROUNDING = 1e-9
+ROUNDING = 1e-9  # so that a difference of half a point in decimals is one in binary numbers
 
 
 def margin(ahead: Candidate, behind: Candidate) -> float:
@@ -34,7 +34,7 @@ def ranked(candidates: Sequence[Candidate]) -> list[Candidate]:
         for each in scored
     }
     # Where folds contradict each other everyone may be beaten: then the one beaten least.
-    allowed = max(HALF_A_POINT if sign > 0 else 0.0, min(beaten_by.values())) + _ROUNDING
+    allowed = max(HALF_A_POINT if sign > 0 else 0.0, min(beaten_by.values())) + ROUNDING
 
     def order(each: Candidate) -> tuple[object, ...]:
         known = tuple(-number for number in each.evidence)

@@ -21,9 +21,8 @@ def search(candidates: Sequence[Candidate], judge: Judge, budget: float) -> Iter
     """Train candidates rung by rung; yield each one after its turn.
 
     What the budget, in seconds, does not reach is left out; the first rung goes on until one
-    candidate that trains inside the backbone has a score. While time is left after the last rung, whoever is
-    better than the one to choose, and was not trained to the end, is. Closing the iterator stops
-    at once.
+    candidate that trains inside the backbone has a score. What is left of the time after the last
+    rung is spent too: see `_next`. Closing the iterator stops at once.
     """
     start, length = time.monotonic(), budget * (1 - FINAL_SHARE)
     end = start + length
@@ -42,9 +41,25 @@ def search(candidates: Sequence[Candidate], judge: Judge, budget: float) -> Iter
             _climb(candidate, judge, level, end)
             yield candidate
         running = [each for each in running if each.rung == level and each.score is not None]
-    while time.monotonic() < end and (behind := contender(candidates)) is not None:
-        _climb(behind, judge, len(judge.rungs) - 1, end)
-        yield behind
+    while time.monotonic() < end and (following := _next(candidates, judge)) is not None:
+        _climb(following[0], judge, following[1], end)
+        yield following[0]
+
+
+def _next(candidates: Sequence[Candidate], judge: Judge) -> tuple[Candidate, int] | None:
+    """Return who is trained, and until which rung, while time is left; None where all is known.
+
+    First whoever must be trained to the end before anyone is chosen, then, where only floors were,
+    the best of the others, then what was not tried.
+    """
+    last = len(judge.rungs) - 1
+    if (ahead := contender(candidates)) is not None:
+        return ahead, last
+    rivals = ranked([each for each in candidates if not each.is_floor])
+    if rivals and not any(each.is_complete for each in rivals):
+        return rivals[0], last
+    untried = (each for each in candidates if each.rung < 0)
+    return next(((each, 0) for each in untried), None)
 
 
 def _rivals(candidates: Sequence[Candidate]) -> Sequence[Candidate]:

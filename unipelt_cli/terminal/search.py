@@ -22,8 +22,9 @@ def show_search(candidates: Sequence[Candidate], judge: Judge, budget: float) ->
     for candidate in successive_halving.search(candidates, judge, budget):
         console.say(_turn(candidate, judge))
     chosen = selection.best(candidates)
-    if warning := _early_end(candidates, chosen, judge):
-        console.say(("warning: ", "yellow"), warning)
+    for warning in (_early_end(candidates, chosen, judge), _undecided(candidates, chosen)):
+        if warning is not None:
+            console.say(("warning: ", "yellow"), warning)
     _show_table(candidates, chosen, judge)
     if line := floor_verdict(candidates):
         console.say(line)
@@ -64,6 +65,20 @@ def _early_end(candidates: Sequence[Candidate], chosen: Candidate, judge: Judge)
         rounds = f"the budget ended in round {reached + 1} of {len(judge.rungs)}"
         return f"{rounds}; {missed}" if names else rounds
     return f"the budget was too short for all; {missed}" if names else None
+
+
+def _undecided(candidates: Sequence[Candidate], chosen: Candidate) -> str | None:
+    """Say who is clearly better than the chosen one on the rows of both; None where nobody is.
+
+    That is so only where the budget ended before folds that contradict each other were all seen.
+    """
+    ahead = max(selection.ranked(candidates), key=lambda each: selection.margin(each, chosen))
+    if selection.margin(ahead, chosen) <= selection.HALF_A_POINT + selection.ROUNDING:
+        return None
+    theirs, score = chosen.beside(ahead)
+    rows = min(ahead.rows, chosen.rows)
+    better = f"on {rows} rows {ahead.name} has {score:.4f}, the chosen {chosen.name} {theirs:.4f}"
+    return f"{better}: the budget ended before more folds could decide"
 
 
 def _show_table(candidates: Sequence[Candidate], chosen: Candidate, judge: Judge) -> None:
