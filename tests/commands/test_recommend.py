@@ -62,9 +62,9 @@ def test_the_command_leaves_preset_evidence_and_a_run_that_saw_test_once(
     assert answer["floor"]["rungs"] == 3, "it stays to the end"
     chosen = answer["candidates"][0]
     assert chosen == answer["chosen"]
-    found = read_run(tmp_path / "chosen" / "run")
-    assert found.result == answer["result"]
-    assert found.experiment.method_name == chosen["method"]
+    run = read_run(tmp_path / "chosen" / "run")
+    assert run.result == answer["result"]
+    assert run.experiment.method_name == chosen["method"]
     preset = read_preset(answer["preset"])
     assert preset.get("train", {}).get("learning_rate") == chosen["learning_rate"]
     assert json.loads((tmp_path / "chosen" / "evidence.json").read_text())["chosen"] == chosen
@@ -125,17 +125,17 @@ def test_the_table_has_a_line_for_each_candidate_and_its_distance_to_the_chosen(
     on_two_backbones: tuple[dict[str, Any], list[str], Path],
 ) -> None:
     answer, lines, _ = on_two_backbones
-    first = next(place for place, line in enumerate(lines) if line.startswith("  method"))
+    first = next(row for row, line in enumerate(lines) if line.startswith("  method"))
     assert lines[first].split() == [
         *("method", "rate", "backbone", "accuracy", "rows", "to", "chosen"),
     ]
-    for place, (line, each) in enumerate(
+    for row, (line, each) in enumerate(
         zip(lines[first + 1 : first + 9], answer["candidates"], strict=True)
     ):
         few = [] if each["recipe"] == "default" else [each["recipe"]]
         difference = each["score"] - each["chosen_on_same_rows"]
         rate = "-" if each["learning_rate"] is None else f"{each['learning_rate']:g}"
-        assert line.removeprefix("* " if not place else "  ").split() == [
+        assert line.removeprefix("* " if not row else "  ").split() == [
             *(each["method"], *few, rate, Path(each["backbone"]).name, f"{each['score']:.4f}"),
             *(str(each["rows"]), f"{difference:+.4f}"),
         ]
@@ -191,8 +191,8 @@ def test_the_preset_of_another_recipe_holds_all_of_it(
     preset = read_preset(str(tmp_path / "chosen" / "preset.toml"))
     named = resolve([("", preset), ("", {"data": run.settings()["data"]})])
     # What a run writes down of what it found: the precision, the pooling, the scale.
-    found = {"pooling": run.model.pooling, "pairs": run.model.pairs}
-    assert named.model.model_copy(update=found) == run.model
+    settled_model = {"pooling": run.model.pooling, "pairs": run.model.pairs}
+    assert named.model.model_copy(update=settled_model) == run.model
     settled = {"precision": run.train.precision, "label_scale": run.train.label_scale}
     assert named.train.model_copy(update=settled) == run.train
     assert (named.method_name, named.method) == (chosen["method"], run.method)
@@ -309,8 +309,8 @@ def test_backbones_are_several_and_the_searchs_alone(own_rows: list[str]) -> Non
         "--models 'minilm,minilm': a backbone is there twice",
         "give each once",
     )
-    given = ("--models", "minilm,bert", "--set", "model.backbone=bert")
-    assert error_of(*own_rows, *given) == (
+    options = ("--models", "minilm,bert", "--set", "model.backbone=bert")
+    assert error_of(*own_rows, *options) == (
         "model.backbone = 'bert': `recommend` decides it",
         "give --models instead, with all that it may try",
     )
@@ -319,9 +319,9 @@ def test_backbones_are_several_and_the_searchs_alone(own_rows: list[str]) -> Non
 def test_several_tasks_have_no_folds_to_choose_by(bert: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.csv", 160)
     for name in ("one", "two"):
-        given = ("--train-file", rows, "--text", "text", "--label", "label", "--task", name)
+        options = ("--train-file", rows, "--text", "text", "--label", "label", "--task", name)
         drawn = ("--k", 20, "--dev-size", 0, "--out", tmp_path / name)
-        code, _, stderr = invoke("prepare", *given, *drawn)
+        code, _, stderr = invoke("prepare", *options, *drawn)
         assert code == 0, stderr
     directories = f"{tmp_path / 'one'},{tmp_path / 'two'}"
     out = tmp_path / "chosen"

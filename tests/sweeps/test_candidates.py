@@ -19,8 +19,8 @@ SUGGESTED = ("head", "unipelt-apl", "bitfit", "unipelt-ap", "adapter", "lora", "
 def test_every_suggested_method_is_tried_once_before_anything_is_tried_again() -> None:
     tried = [(choice.method, choice.recipe, choice.rate) for choice in choices()]
     assert len(tried) == len(set(tried)) == 33
-    own = [(name, "default", methods.get(name).learning_rate) for name in SUGGESTED]
-    assert tried[:8] == [("probe", "default", 0.001), *own]
+    defaults = [(name, "default", methods.get(name).learning_rate) for name in SUGGESTED]
+    assert tried[:8] == [("probe", "default", 0.001), *defaults]
     rates = {rate for name, recipe, rate in tried if (name, recipe) == ("lora", "default")}
     assert rates == {0.00017, 0.0005, 0.0015}
     assert [(recipe, rate) for name, recipe, rate in tried if name == "lora"][1:3] == [
@@ -110,20 +110,23 @@ def test_every_recipe_of_a_method_can_be_resolved(name: str) -> None:
             continue
         rate = {"train": {"learning_rate": recipes.rate_of(entry, recipe)}}
         layers = [("", recipe_settings(name, recipe)), ("", {"data": {"task": "mrpc"}}), ("", rate)]
-        found = resolve(layers)
+        resolved_by = resolve(layers)
         if recipe == "default":
-            assert found == resolved(method={"name": name})
+            assert resolved_by == resolved(method={"name": name})
         elif recipe == "published":
             paper = [("", read_preset(f"published/{name}")), ("", {"data": {"task": "mrpc"}})]
-            assert found == resolve(paper)
+            assert resolved_by == resolve(paper)
         else:
-            assert found.train.model_dump() | FEW_LABELS["train"] == found.train.model_dump()
-            assert found.model.normalise
-            assert found.train.learning_rate == entry.learning_rate
+            assert (
+                resolved_by.train.model_dump() | FEW_LABELS["train"]
+                == resolved_by.train.model_dump()
+            )
+            assert resolved_by.model.normalise
+            assert resolved_by.train.learning_rate == entry.learning_rate
 
 
 def test_the_recipe_for_few_labels_is_that_of_the_methods_that_it_was_made_for() -> None:
-    given = [("", recipe_settings("adapter", "few-labels")), ("", {"data": {"task": "mrpc"}})]
-    few, apl = resolve(given), resolved(method={"name": "unipelt-apl"})
+    layers = [("", recipe_settings("adapter", "few-labels")), ("", {"data": {"task": "mrpc"}})]
+    few, apl = resolve(layers), resolved(method={"name": "unipelt-apl"})
     assert few.model == apl.model
     assert few.train == apl.train.model_copy(update={"learning_rate": 1e-3})

@@ -16,12 +16,12 @@ def names(candidates: list[Candidate]) -> list[str]:
 
 
 def test_of_those_trained_to_the_end_the_best_mean_is_chosen() -> None:
-    found = [
+    candidates = [
         on_dev("lora", 0.70, 0.74, 0.72, is_complete=True),
         on_dev("full", 0.60, 0.90, 0.60, is_complete=True),
         on_dev("probe", 0.71, is_complete=True),
     ]
-    assert names(ranked(found)) == ["lora", "probe", "full"]
+    assert names(ranked(candidates)) == ["lora", "probe", "full"]
 
 
 @pytest.mark.parametrize("rung", [0, 1])
@@ -87,7 +87,7 @@ def test_no_candidate_beats_the_chosen_one_by_more_than_half_a_point_on_dev() ->
     drawn = random.Random(1)
     methods = ("lora", "full", "adapter", "bitfit", "head")
     for _ in range(300):
-        found = [
+        candidates = [
             on_dev(
                 method,
                 *(drawn.choice((0.7, 0.702, 0.71, 0.75)) for _ in range(drawn.randint(1, 3))),
@@ -97,16 +97,16 @@ def test_no_candidate_beats_the_chosen_one_by_more_than_half_a_point_on_dev() ->
             for method in methods
         ]
         floor = on_dev("probe", drawn.choice((0.7, 0.72)), is_complete=True)
-        chosen = best([*found, floor])
+        chosen = best([*candidates, floor])
         assert chosen.score is not None
-        scores = [each.score for each in [*found, floor] if each.score is not None]
+        scores = [each.score for each in [*candidates, floor] if each.score is not None]
         assert max(scores) - chosen.score <= HALF_A_POINT + 1e-9
 
 
 def test_no_order_of_candidates_changes_what_is_chosen() -> None:
-    found = [on_dev("lora", 0.70), on_dev("full", 0.72, rung=1), on_dev("probe", 0.71)]
-    for order in itertools.permutations(found):
-        assert best(order) is found[1]
+    candidates = [on_dev("lora", 0.70), on_dev("full", 0.72, rung=1), on_dev("probe", 0.71)]
+    for order in itertools.permutations(candidates):
+        assert best(order) is candidates[1]
 
 
 def test_what_failed_is_not_chosen_and_where_all_failed_the_first_reason_is_said() -> None:
@@ -128,5 +128,5 @@ def test_who_must_be_trained_before_anyone_is_chosen() -> None:
 
 
 def test_the_floor_of_several_backbones_is_the_best_one() -> None:
-    found = [on_dev("probe", 0.6), on_dev("lora", 0.9), on_dev("probe", 0.7)]
-    assert floors(found) == [found[2], found[0]]
+    candidates = [on_dev("probe", 0.6), on_dev("lora", 0.9), on_dev("probe", 0.7)]
+    assert floors(candidates) == [candidates[2], candidates[0]]

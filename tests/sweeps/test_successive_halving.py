@@ -67,9 +67,9 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 
 def test_a_third_goes_on_from_where_it_stood(describe: Describe) -> None:
-    found = candidates_of(describe, ["lora", "head", "adapter"], 1e-3, 5e-3, 1e-2)
-    turns = list(successive_halving.search(found, judge(found), 1000))
-    (floor,) = selection.floors(found)
+    tried = candidates_of(describe, ["lora", "head", "adapter"], 1e-3, 5e-3, 1e-2)
+    turns = list(successive_halving.search(tried, judge(tried), 1000))
+    (floor,) = selection.floors(tried)
     assert (floor.rung, floor.is_complete, len(floor.scores)) == (2, True, 1)
     assert turns.count(floor) == 1, "it is fitted at once: nothing is left to be known of it"
     assert len(turns) >= 10 + 3 + 3
@@ -83,9 +83,9 @@ def test_a_third_goes_on_from_where_it_stood(describe: Describe) -> None:
     list(loop.events())
     assert first.score == loop.progress.best_score, "as if it had trained in one go"
     assert first.epoch == loop.progress.epoch - 1
-    chosen = selection.best(found)
+    chosen = selection.best(tried)
     assert chosen.is_complete
-    assert all(selection.margin(each, chosen) <= 0 for each in found)
+    assert all(selection.margin(each, chosen) <= 0 for each in tried)
 
 
 def test_a_budget_ends_the_search_and_a_failure_does_not(
@@ -99,11 +99,11 @@ def test_a_budget_ends_the_search_and_a_failure_does_not(
         advance(self, candidate, *rest)
 
     monkeypatch.setattr(DevJudge, "advance", failing)
-    found = candidates_of(describe, ["head", "lora", "adapter"], 1e-3, 5e-3)
-    turns = list(successive_halving.search(found, judge(found), 1e-6))
+    tried = candidates_of(describe, ["head", "lora", "adapter"], 1e-3, 5e-3)
+    turns = list(successive_halving.search(tried, judge(tried), 1e-6))
     assert [each.choice.method for each in turns] == ["probe", "head", "lora"]
     assert turns[1].error == "the loss is nan at step 1"
-    ranked = selection.ranked(found)
+    ranked = selection.ranked(tried)
     assert {each.choice.method for each in ranked} == {"probe", "lora"}
 
 
@@ -124,36 +124,36 @@ SCORES = {
 
 
 def test_who_is_better_than_the_one_to_choose_is_trained_to_the_end_too(clock: Clock) -> None:
-    found = [on_dev(name, rung=-1) for name in SCORES]
-    turns = list(successive_halving.search(found, Scripted(SCORES, clock, 1.0), 1000))
+    tried = [on_dev(name, rung=-1) for name in SCORES]
+    turns = list(successive_halving.search(tried, Scripted(SCORES, clock, 1.0), 1000))
     names = [each.choice.method for each in turns]
     assert names[:5] == list(SCORES)
     assert names[5:] == ["lora", "full", "lora", "full"], "lora fell below full, and full went on"
-    chosen = selection.best(found)
+    chosen = selection.best(tried)
     assert (chosen.choice.method, chosen.is_complete) == ("full", True)
 
 
 def test_a_rung_leaves_time_for_the_next_ones(clock: Clock) -> None:
-    found = [on_dev(name, rung=-1) for name in SCORES]
-    turns = list(successive_halving.search(found, Scripted(SCORES, clock, 1.0), 6.0))
+    tried = [on_dev(name, rung=-1) for name in SCORES]
+    turns = list(successive_halving.search(tried, Scripted(SCORES, clock, 1.0), 6.0))
     names = [(each.choice.method, each.rung) for each in turns]
     assert [name for name, _ in names] == ["probe", "lora", "full", "lora", "lora"]
-    assert [each.choice.method for each in found if each.rung < 0] == ["adapter", "bitfit"]
-    chosen = selection.best(found)
+    assert [each.choice.method for each in tried if each.rung < 0] == ["adapter", "bitfit"]
+    chosen = selection.best(tried)
     assert chosen.choice.method == "full", "on one seed, yet clearly better than lora's mean"
 
 
 def test_time_that_the_rungs_leave_is_spent_on_what_was_not_tried(clock: Clock) -> None:
     scores = {"probe": [0.70], "lora": [0.6] * 3, "full": [0.6] * 3, "bitfit": [0.8] * 3}
-    found = [on_dev(name, rung=-1) for name in scores]
-    turns = list(successive_halving.search(found, Scripted(scores, clock, 1.0), 8.0))
+    tried = [on_dev(name, rung=-1) for name in scores]
+    turns = list(successive_halving.search(tried, Scripted(scores, clock, 1.0), 8.0))
     assert [each.choice.method for each in turns] == [
         *("probe", "lora", "full", "bitfit"),  # until half of the six seconds
         *("bitfit", "bitfit"),
     ]
     clock.now = 0.0
-    found = [on_dev(name, rung=-1) for name in scores]
-    turns = list(successive_halving.search(found, Scripted(scores, clock, 1.3), 10.4))
+    tried = [on_dev(name, rung=-1) for name in scores]
+    turns = list(successive_halving.search(tried, Scripted(scores, clock, 1.3), 10.4))
     assert [each.choice.method for each in turns] == [
         *("probe", "lora", "full", "bitfit"),
         *("bitfit", "bitfit"),
@@ -162,16 +162,16 @@ def test_time_that_the_rungs_leave_is_spent_on_what_was_not_tried(clock: Clock) 
 
 def test_the_best_beside_the_floor_is_trained_to_the_end_while_there_is_time(clock: Clock) -> None:
     scores = {"probe": [0.90], "lora": [0.6] * 3, "full": [0.7] * 3}
-    found = [on_dev(name, rung=-1) for name in scores]
-    turns = list(successive_halving.search(found, Scripted(scores, clock, 3.0), 16.0))
+    tried = [on_dev(name, rung=-1) for name in scores]
+    turns = list(successive_halving.search(tried, Scripted(scores, clock, 3.0), 16.0))
     assert [(each.choice.method, each.is_complete) for each in turns[-1:]] == [("full", True)]
-    assert selection.best(found).choice.method == "probe"
+    assert selection.best(tried).choice.method == "probe"
 
 
 def test_nothing_but_a_floor_is_a_search_too(clock: Clock) -> None:
-    found = [on_dev("probe")]
-    assert list(successive_halving.search(found, Scripted(SCORES, clock, 1.0), 10)) == found
-    assert found[0].is_complete
+    tried = [on_dev("probe")]
+    assert list(successive_halving.search(tried, Scripted(SCORES, clock, 1.0), 10)) == tried
+    assert tried[0].is_complete
 
 
 @pytest.fixture
@@ -181,16 +181,16 @@ def folded(backbone_dir: Backbones, rows_file: Path) -> Describe:
 
 
 def test_without_dev_rows_all_are_judged_on_the_same_folds(folded: Describe) -> None:
-    found = candidates_of(folded, ["lora", "head", "adapter", "bitfit"], 1e-3, 5e-3)
-    judging = judge(found)
+    tried = candidates_of(folded, ["lora", "head", "adapter", "bitfit"], 1e-3, 5e-3)
+    judging = judge(tried)
     assert isinstance(judging, FoldJudge)
     assert [rung.trainings for rung in judging.rungs] == [1, 2, 3]
-    turns = list(successive_halving.search(found, judging, 1000))
+    turns = list(successive_halving.search(tried, judging, 1000))
     assert len(turns) >= 9 + 3 + 3
-    (floor,) = selection.floors(found)
+    (floor,) = selection.floors(tried)
     assert (floor.rows, turns.count(floor)) == (60, 1)
-    assert {each.rows for each in found if each.rung == 0} == {20}
-    for each in found:
+    assert {each.rows for each in tried if each.rung == 0} == {20}
+    for each in tried:
         answers = [trial.predicted for trial in each.trials if trial.predicted is not None]
         expected = np.concatenate(judging.expected[: len(answers)])
         right = np.concatenate(answers) == expected
@@ -198,7 +198,7 @@ def test_without_dev_rows_all_are_judged_on_the_same_folds(folded: Describe) -> 
         assert each.score == pytest.approx(right.mean())
         assert each.pooled[0] == pytest.approx(right[:20].mean())
         assert each.epochs == (1 if each is floor else 2), "whole schedules, none cut short"
-    assert selection.best(found).is_complete
+    assert selection.best(tried).is_complete
 
 
 @pytest.mark.parametrize("method", ["lora", "head", "probe"])
@@ -234,7 +234,9 @@ def test_test_rows_are_no_part_of_the_folds(backbone_dir: Backbones, tmp_path: P
     (whole,) = shared.prepare(experiment.data)
     judging = judge_of(experiment, shared)
     assert isinstance(judging, FoldJudge)
-    seen = {row for part in judging.parts for own in part.splits.values() for row in own[:]["row"]}
+    seen = {
+        row for part in judging.parts for rows in part.splits.values() for row in rows[:]["row"]
+    }
     assert seen == set(whole.splits["train"][:]["row"])
     assert len(whole.splits["test"]) == 120
     assert seen.isdisjoint(whole.splits["test"][:]["row"])
@@ -254,7 +256,7 @@ def test_the_folds_are_not_those_that_a_run_is_scored_by(folded: Describe) -> No
     assert len(ours) == FOLDS
     assert not ours & theirs
     labels = [references(part.splits["test"]).tolist() for part in judging.parts]
-    assert {(own.count(0), own.count(1)) for own in labels} == {(10, 10)}
+    assert {(fold.count(0), fold.count(1)) for fold in labels} == {(10, 10)}
 
 
 def test_the_time_ends_a_candidate_between_two_folds(folded: Describe) -> None:

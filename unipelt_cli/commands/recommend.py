@@ -105,12 +105,8 @@ def recommend(
     shared_settings = command_line_settings(settings, flags)
     _refuse_decided(shared_settings, has_models=models is not None)
     backbones = _backbones(models)
-    tried = candidates.choices(
-        split_names("--methods", methods),
-        _rates(rates),
-        split_names("--recipes", recipes),
-        backbones,
-    )
+    words = split_names("--methods", methods), _rates(rates), split_names("--recipes", recipes)
+    tried = candidates.choices(*words, backbones)
     experiment_of = _experiments(with_columns([], shared_settings), backbones, offline)
     searched = candidates.make_candidates(tried, experiment_of)
     with atomic.new_directory(out) as directory:
