@@ -201,7 +201,7 @@ def test_without_dev_rows_all_are_judged_on_the_same_folds(folded: Describe) -> 
     assert selection.best(tried).is_complete
 
 
-@pytest.mark.parametrize("method", ["lora", "head", "probe"])
+@pytest.mark.parametrize("method", ["lora", "unipelt-apl", "head", "probe"])
 def test_a_fold_is_judged_as_a_run_of_it_would_be(
     method: str, backbone_dir: Backbones, rows_file: Path, tmp_path: Path
 ) -> None:
