@@ -190,7 +190,7 @@ class TrainSettings(Section):
     head_end: HeadEnd = Field(
         "trained",
         description="how a head over classes ends: as trained, or at the mean features of its "
-        "train rows as tuned, unless dev rows prefer the trained one",
+        "train rows as tuned (over pairs apart: fitted to them), unless dev prefers the trained",
     )
     averaging: float = Field(
         0.0, ge=0, lt=1, description="dev scores and keeps a running mean of the tensors; its decay"

@@ -102,13 +102,13 @@ def test_it_depends_on_nothing_but_the_rows() -> None:
 def test_the_strength_is_chosen_on_a_part_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "MOST_ROWS", 20)
     seen: list[int] = []
-    fit = probe._fit_classes
+    fit = probe.fit_classes
 
     def watched(x: Any, y: Any, strength: float, outputs: int) -> Any:
         seen.append(len(x))
         return fit(x, y, strength, outputs)
 
-    monkeypatch.setattr(probe, "_fit_classes", watched)
+    monkeypatch.setattr(probe, "fit_classes", watched)
     fitted(rows(100), np.arange(100) % 2, 2)
     assert max(seen[:-1]) <= 20
     assert seen[-1] == 100

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from support.backbones import WORDS, Backbones, save_backbone
 from support.models import experiment
 from torch import Tensor
 from torch.nn import functional
 
 from unipelt_cli.backbones.architectures import BACKBONES
+from unipelt_cli.methods.linear_fits import ABSENT
 from unipelt_cli.metrics import METRICS, Values
 from unipelt_cli.models import sharing
 from unipelt_cli.models.build import build
@@ -21,7 +23,7 @@ from unipelt_cli.models.evaluation import compute_features, compute_logits, enco
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import shared_passes
 from unipelt_cli.training.events import Course, Step
-from unipelt_cli.training.heads.start_and_end import ABSENT, fit, start_heads
+from unipelt_cli.training.heads.start_and_end import fit, start_heads
 from unipelt_cli.training.loop import Training
 
 APART = {"pairs": "apart", "pooling": "mean"}
@@ -36,10 +38,22 @@ def texts_of(seed: int, count: int) -> list[list[str]]:
 
 
 def loop_of(
-    backbone: Path, seed: int, count: int, name: str = "mrpc", start: str = "means", **model: Any
+    backbone: Path,
+    seed: int,
+    count: int,
+    name: str = "mrpc",
+    start: str = "means",
+    end: str = "trained",
+    **model: Any,
 ) -> Training:
-    options = {"seed": seed, "epochs": 8, "batch_size": 6, "patience": 8, "learning_rate": 1e-2}
-    options["head_start"] = start
+    options: dict[str, Any] = {
+        "seed": seed,
+        "epochs": 8,
+        "batch_size": 6,
+        "patience": 8,
+        "learning_rate": 1e-2,
+    }
+    options |= {"head_start": start, "head_end": end}
     settings = experiment(backbone, "unipelt-apl", model={**APART, **model}, train=options)
     task = get_task(name)
     tuned = build(settings, task.outputs, pairs=[True])
@@ -217,3 +231,21 @@ def test_a_trained_head_stays_where_dev_prefers_it(bert: Path) -> None:
     refused.progress.best_score = 2.0  # as if the trained head had been better than any
     list(events)
     assert torch.equal(refused.best["head.out.weight"], refused.tuned.classifier.head.out.weight)
+
+
+@pytest.mark.parametrize("labels", [(0, 1), (1,)])
+def test_a_head_over_pairs_ends_as_a_regression_on_the_tuned_rows(
+    bert: Path, labels: tuple[int, ...]
+) -> None:
+    loop = loop_of(bert, 2, 12, end="means")
+    loop.train[1][:] = np.resize(labels, 12)
+    loop.dev, loop.courses = None, (replace(loop.courses[0], dev=None),)
+    list(loop.events())
+    rows, numbers = loop.train
+    read = compute_features(loop.tuned, rows)
+    answers = compute_logits(loop.tuned, rows)
+    if len(labels) == 1:
+        assert set(answers.argmax(1).tolist()) == set(labels)
+        return
+    model = LogisticRegression(C=1.0, max_iter=1000).fit(read, numbers)
+    assert answers[:, 1] - answers[:, 0] == pytest.approx(model.decision_function(read), abs=1e-2)

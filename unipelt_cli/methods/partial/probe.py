@@ -1,8 +1,6 @@
 """The floor under every method: a linear model fitted at once to what the frozen backbone gives."""
 
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass as plain_dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -14,15 +12,14 @@ from torch import Tensor, nn
 
 from unipelt_cli.methods.base import CHECKS, Recipe, Site
 from unipelt_cli.methods.forms import LinearFit
+from unipelt_cli.methods.linear_fits import Linear, Matrix, fit_classes, fit_values
 from unipelt_cli.methods.partial.selective import Selective
 
-Matrix = NDArray[np.float64]
 FOLDS = 5
 MOST_ROWS = 2000  # that the strength is chosen on; the last fit is on all
 # 1 / the penalty, ten times apart. The first is taken where folds tell nothing.
 PLAIN_STRENGTHS = (10.0, 1.0, 100.0, 1e3, 1e4)
 STANDARDISED_STRENGTHS = (1e-2, 1e-4, 1e-3, 1e-1, 1.0)
-ABSENT = -30.0  # logit of a class without a train row: those of the others have a mean of 0
 LEAST = 1e-9  # probability that a held-out row is given at least
 NARROWEST = 1e-6  # added to a feature's deviation: some never vary
 
@@ -51,11 +48,11 @@ class Probe(Selective):
     ) -> LinearFit:
         x = features.detach().cpu().numpy().astype(np.float64)
         if is_regression:
-            chosen = _choose(x, labels.astype(np.float64), _fit_values, _squared_error)
+            chosen = _choose(x, labels.astype(np.float64), fit_values, _squared_error)
         else:
 
-            def fit(x: Matrix, y: NDArray[Any], strength: float) -> "_Linear":
-                return _fit_classes(x, y, strength, outputs)
+            def fit(x: Matrix, y: NDArray[Any], strength: float) -> "Linear":
+                return fit_classes(x, y, strength, outputs)
 
             chosen = _choose(x, labels.astype(np.int64), fit, _log_loss)
         return LinearFit(
@@ -64,26 +61,11 @@ class Probe(Selective):
         )
 
 
-@plain_dataclass(frozen=True)
-class _Linear:
-    weight: Matrix  # (outputs, features)
-    bias: Matrix  # (outputs,)
-
-    def __call__(self, x: Matrix) -> Matrix:  # (rows, features) -> (rows, outputs)
-        answers: Matrix = x @ self.weight.T + self.bias
-        return answers
-
-    def of_raw(self, mean: Matrix, deviation: Matrix) -> "_Linear":
-        """Return what gives the same on features that are not standardised."""
-        weight = self.weight / deviation
-        return _Linear(weight, self.bias - weight @ mean)
-
-
-_Fit = Callable[[Matrix, NDArray[Any], float], _Linear]
+_Fit = Callable[[Matrix, NDArray[Any], float], Linear]
 _Loss = Callable[[Matrix, NDArray[Any]], float]
 
 
-def _choose(x: Matrix, y: NDArray[Any], fit: _Fit, loss: _Loss) -> _Linear:
+def _choose(x: Matrix, y: NDArray[Any], fit: _Fit, loss: _Loss) -> Linear:
     """Fit with the normalisation and the strength that lose least on held-out train rows."""
     order = _dealt(y)
     few = np.sort(order[:: -(-len(order) // MOST_ROWS)])
@@ -111,7 +93,7 @@ def _held_out_loss(
 
 def _fit_scaled(
     x: Matrix, y: NDArray[Any], fit: _Fit, strength: float, standardised: bool
-) -> _Linear:
+) -> Linear:
     if not standardised:
         return fit(x, y, strength)
     mean, deviation = x.mean(axis=0), x.std(axis=0) + NARROWEST
@@ -132,34 +114,6 @@ def _folds(y: NDArray[Any]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int6
     turns[_dealt(y)] = np.arange(len(y)) % count
     for turn in range(count):
         yield np.flatnonzero(turns != turn), np.flatnonzero(turns == turn)
-
-
-def _fit_values(x: Matrix, y: NDArray[Any], strength: float) -> _Linear:
-    from sklearn.linear_model import Ridge
-
-    model = Ridge(alpha=1 / strength).fit(x, y)
-    return _Linear(np.reshape(model.coef_, (1, -1)), np.reshape(model.intercept_, (1,)))
-
-
-def _fit_classes(x: Matrix, y: NDArray[Any], strength: float, outputs: int) -> _Linear:
-    """Fit the classes that have a row; one without a row gets a logit that is never largest."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    weight, bias = np.zeros((outputs, x.shape[1])), np.full(outputs, ABSENT)
-    present = np.unique(y)
-    bias[present] = 0.0
-    if len(present) == 1:
-        return _Linear(weight, bias)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=strength, max_iter=1000).fit(x, y)
-    # Of two classes there is one logit, their difference; of more their mean is taken out.
-    halves = np.array([[-0.5], [0.5]]) if len(present) == 2 else np.eye(len(present))
-    own, offsets = halves @ model.coef_, halves @ model.intercept_
-    weight[present] = own - own.mean(axis=0)
-    bias[present] = offsets - offsets.mean()
-    return _Linear(weight, bias)
 
 
 def _log_loss(logits: Matrix, y: NDArray[Any]) -> float:

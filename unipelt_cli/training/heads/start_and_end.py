@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from unipelt_cli.methods.linear_fits import ABSENT, fit_classes, fit_values
 from unipelt_cli.models.classifier import STEEPNESS, Head
 from unipelt_cli.models.evaluation import fill
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.training.events import Course
 
 RIDGE = 1e-3  # on the mean loss of a row, by squared weight on the standardised cosine
-STEPS = 100  # of L-BFGS, which stops by itself before
-ABSENT = -3 * STEEPNESS
-"""Logit of a class without a train row: below what any other can have."""
+STRENGTH = 1.0
+"""scikit-learn's C of a head's last fit over pairs: rows that were tuned lie far apart by then."""
 
 
 def start_heads(
@@ -45,13 +45,18 @@ def end_heads(tuned: Tuned, courses: Sequence[Course], features: Sequence[Tensor
     """Set each head over classes to its train rows' means as training left them.
 
     A trained head has learned few rows by heart, and its rare classes least well: where a class has
-    a handful of rows, the means of what they have become tell others apart far better. Heads over
-    pairs read apart, and of regressions, stay as trained.
+    a handful of rows, the means of what they have become tell others apart far better. Over pairs
+    read apart, whose features are no means of classes, it is fitted to them by logistic regression.
+    Heads of regressions stay as trained.
     """
     for task_index, course in enumerate(courses):
-        head = tuned.classifier.heads[task_index]
-        if not (course.task.is_regression or tuned.classifier.apart[task_index]):
-            set_to_means(head, course, _read(tuned, course, task_index, features))
+        if course.task.is_regression:
+            continue
+        head, read = tuned.classifier.heads[task_index], _read(tuned, course, task_index, features)
+        if tuned.classifier.apart[task_index]:
+            _fit_to_classes(head, course, read)
+        else:
+            set_to_means(head, course, read)
 
 
 def _read(tuned: Tuned, course: Course, place: int, features: Sequence[Tensor]) -> Tensor:
@@ -93,6 +98,14 @@ def set_to_means(head: Head, course: Course, read: Tensor) -> None:
         head.out.bias.copy_(bias)
 
 
+def _fit_to_classes(head: Head, course: Course, read: Tensor) -> None:
+    outputs = head.out.out_features
+    fitted = fit_classes(read.double().numpy(), course.train[1], STRENGTH, outputs)
+    with torch.no_grad():
+        head.out.weight.copy_(torch.from_numpy(fitted.weight))
+        head.out.bias.copy_(torch.from_numpy(fitted.bias))
+
+
 def _start_at_cosine(head: Head, course: Course, read: Tensor) -> None:
     cosines, labels = read[:, -1].double(), course.train[1]
     if course.task.is_regression:
@@ -112,23 +125,11 @@ def fit(cosines: Tensor, targets: Tensor, outputs: int) -> tuple[Tensor, Tensor]
     Floating-point targets are values, learned by squared error; others are places of labels.
     """
     mean, deviation = cosines.mean(), cosines.std(correction=0).clamp(min=1e-6)
-    inputs = (cosines - mean) / deviation
-    fitted = torch.zeros(2, outputs, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([fitted], max_iter=STEPS, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        search.zero_grad()
-        logits = inputs[:, None] * fitted[0] + fitted[1]
-        is_values = targets.is_floating_point()
-        error = (
-            functional.mse_loss(logits[:, 0], targets)
-            if is_values
-            else functional.cross_entropy(logits, targets)
-        )
-        total = error + RIDGE * fitted[0].square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
-
-    search.step(loss)  # type: ignore[no-untyped-call]
-    slopes = fitted.detach()[0] / deviation
-    return slopes, fitted.detach()[1] - slopes * mean
+    inputs = ((cosines - mean) / deviation)[:, None].numpy()
+    strength = 1 / (RIDGE * len(inputs))
+    if targets.is_floating_point():
+        line = fit_values(inputs, targets.numpy(), strength)
+    else:
+        line = fit_classes(inputs, targets.numpy(), strength, outputs)
+    slopes = torch.from_numpy(line.weight[:, 0]) / deviation
+    return slopes, torch.from_numpy(line.bias) - slopes * mean
