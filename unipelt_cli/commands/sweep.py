@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unipelt_cli.commands.shared import options
+from unipelt_cli.commands.shared.data_flags import DataFlags, takes_data
 from unipelt_cli.commands.shared.settings import (
     command_line_settings,
     complete,
-    data_flags,
     preset_layers,
     refuse_processes,
     settle,
-    split_directories,
     with_absolute_paths,
     with_columns,
 )
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from unipelt_cli.sweeps.sweep import Sweep
 
 
+@takes_data("task", "tasks", "k", "data_seed", "data_seeds")
 def sweep(
     grid: Annotated[
         str | None,
@@ -70,18 +70,8 @@ def sweep(
         ),
     ] = None,
     preset: options.PresetOption = None,
-    source: options.SourceOption = None,
-    prepared: options.PreparedOption = None,
-    dev_size: options.DevSizeOption = None,
-    folds: options.FoldsOption = None,
-    dataset: options.DatasetOption = None,
-    train_file: options.TrainFileOption = None,
-    dev_file: options.DevFileOption = None,
-    test_file: options.TestFileOption = None,
-    encoding: options.EncodingOption = None,
-    text: options.TextOption = None,
-    text_pair: options.TextPairOption = None,
-    label: options.LabelOption = None,
+    *,
+    data: DataFlags,
     device: options.DeviceOption = None,
     precision: options.PrecisionOption = None,
     out: Annotated[
@@ -141,9 +131,7 @@ def sweep(
     """
     refuse_processes("sweep")
     _check_engine(engine, workers, address, cpus, gpus)
-    flags = data_flags(locals() | {"task": None, "k": None, "data_seed": None})
-    flags["data"]["prepared"] = split_directories(prepared)
-    flags["train"] = {"device": device, "precision": precision}
+    flags = data.settings() | {"train": {"device": device, "precision": precision}}
     asked = _grid(grid, settings, _axes(tasks, k, methods, data_seeds, seeds, backbones), flags)
     cells = _cells(asked, preset, offline)
     with importing():

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unipelt_cli.commands.shared import options
+from unipelt_cli.commands.shared.data_flags import DataFlags, takes_data
 from unipelt_cli.commands.shared.settings import (
-    data_flags,
     flag_text,
     refuse_pairs,
     refuse_processes,
     resolve_settings,
-    split_directories,
 )
 from unipelt_cli.commands.shared.track_option import check_trackers
 from unipelt_cli.errors import CheckError, RunError, UnipeltError
@@ -27,30 +26,15 @@ if TYPE_CHECKING:
     from unipelt_cli.training.session import Mode
 
 
+@takes_data()
 def train(
-    task: options.TaskOption = None,
-    tasks: options.TasksOption = None,
-    k: options.KOption = None,
+    data: DataFlags,
     method: options.MethodOption = None,
     model: options.ModelOption = None,
-    data_seed: options.DataSeedOption = None,
-    data_seeds: options.DataSeedsOption = None,
     seed: options.SeedOption = None,
     seeds: options.SeedsOption = None,
     preset: options.PresetOption = None,
     settings: options.SettingsOption = None,
-    source: options.SourceOption = None,
-    prepared: options.PreparedOption = None,
-    dev_size: options.DevSizeOption = None,
-    folds: options.FoldsOption = None,
-    dataset: options.DatasetOption = None,
-    train_file: options.TrainFileOption = None,
-    dev_file: options.DevFileOption = None,
-    test_file: options.TestFileOption = None,
-    encoding: options.EncodingOption = None,
-    text: options.TextOption = None,
-    text_pair: options.TextPairOption = None,
-    label: options.LabelOption = None,
     device: options.DeviceOption = None,
     precision: options.PrecisionOption = None,
     out: options.RunOption = None,
@@ -67,9 +51,7 @@ def train(
 
     Example: unipelt train --task mrpc --k 500 --data-seeds 111,222,333,444,555
     """
-    flags = data_flags(locals())
-    flags["data"] |= {"tasks": tasks, "prepared": split_directories(prepared)}
-    flags |= {
+    flags = data.settings() | {
         "model": {"backbone": model},
         "method": {"name": method},
         "train": {"seed": seed, "device": device, "precision": precision},
@@ -79,10 +61,10 @@ def train(
     def resolve() -> "Experiment":
         refuse_pairs(
             ("--resume" if resume else None, "--overwrite" if overwrite else None),
-            (flag_text("--data-seed", data_seed), flag_text("--data-seeds", data_seeds)),
+            (flag_text("--data-seed", data.data_seed), flag_text("--data-seeds", data.data_seeds)),
             (flag_text("--seed", seed), flag_text("--seeds", seeds)),
         )
-        if flag := flag_text("--data-seeds", data_seeds) or flag_text("--seeds", seeds):
+        if flag := flag_text("--data-seeds", data.data_seeds) or flag_text("--seeds", seeds):
             refuse_processes(flag)
         trackers.extend(check_trackers(track, offline))
         return resolve_settings([preset] if preset else [], settings, flags, offline=offline)
@@ -92,15 +74,15 @@ def train(
     with processes.joined() as joined:
         if not joined.is_main:
             console.hush()
-        grid = joined.each(lambda: _over_seeds(resolved(), data_seeds, seeds))
-        directories = _directories(grid, out, is_one=data_seeds is None and seeds is None)
+        grid = joined.each(lambda: _over_seeds(resolved(), data.data_seeds, seeds))
+        directories = _directories(grid, out, is_one=data.data_seeds is None and seeds is None)
         if dry_run:
             first = next(iter(grid.values()))
             joined.each(lambda: show_dry_run(first, directories, mode, as_json))
             return
         from unipelt_cli.commands.shared import live_training
 
-        if data_seeds is None and seeds is None:
+        if data.data_seeds is None and seeds is None:
             (experiment,) = grid.values()
             answer = live_training.train(experiment, directories[0], mode, joined, trackers)
         else:

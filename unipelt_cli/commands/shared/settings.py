@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.system import processes
@@ -13,22 +13,6 @@ from unipelt_cli.terminal import console
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.config.sections import Settings
-
-
-def data_flags(values: dict[str, Any]) -> "Settings":
-    """Take a command's data options out of its arguments."""
-    keys = (
-        *("task", "k", "data_seed", "dev_size", "folds", "source", "dataset"),
-        *("train_file", "dev_file", "test_file", "encoding", "text", "text_pair", "label"),
-    )
-    return {"data": {key: values.get(key) for key in keys}}
-
-
-def split_directories(prepared: str | None) -> str | list[str] | None:
-    """Take directories with commas between them apart, unless one is called so."""
-    if prepared is None or "," not in prepared or Path(prepared).is_dir():
-        return prepared
-    return [path.strip() for path in prepared.split(",")]
 
 
 def absolute(path: str | None) -> str | None:
