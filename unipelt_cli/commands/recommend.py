@@ -13,11 +13,11 @@ from unipelt_cli.commands.shared.settings import (
     complete,
     refuse_pairs,
     refuse_processes,
-    settle,
     with_absolute_paths,
     with_columns,
 )
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.runs.opening import settle_network
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal.command_group import print_json
 
@@ -144,7 +144,8 @@ def _experiments(
     from unipelt_cli.training.planning import with_drawn_rows
 
     layers = [{"model": {"backbone": backbone}} for backbone in backbones] or [{}]
-    settle([complete([], merge_settings([settings, layer])) for layer in layers], offline)
+    planned = [complete([], merge_settings([settings, layer])) for layer in layers]
+    settle_network(planned, offline=offline)
 
     def experiment_of(choice: "Choice") -> "Experiment":
         changed: Settings = {

@@ -13,11 +13,11 @@ from unipelt_cli.commands.shared.settings import (
     complete,
     preset_layers,
     refuse_processes,
-    settle,
     with_absolute_paths,
     with_columns,
 )
 from unipelt_cli.errors import ConfigError, SweepError, UnipeltError, nearest
+from unipelt_cli.runs.opening import settle_network
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import tables
 from unipelt_cli.terminal.command_group import print_json
@@ -227,7 +227,7 @@ def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
     shared = [*layers, ("", asked.settings)]
     asked = replace(asked, flags=with_columns(shared, asked.flags))
     cells = asked.cells(lambda own: with_drawn_rows(complete(layers, merge_settings(own))))
-    settle((cell.experiment for cell in cells), offline)
+    settle_network((cell.experiment for cell in cells), offline=offline)
     return cells
 
 

@@ -1,11 +1,12 @@
 """From what a command was given to a checked Experiment."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.runs.opening import settle_network
 from unipelt_cli.system import processes
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import console
@@ -51,7 +52,7 @@ def resolve_settings(
     """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
     layers = preset_layers(presets)
     experiment = complete(layers, with_columns(layers, command_line_settings(assignments, flags)))
-    settle([experiment], offline, data_only=data_only)
+    settle_network([experiment], offline=offline, needs_backbone=not data_only)
     return experiment
 
 
@@ -114,21 +115,6 @@ def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Expe
     data = {key: value for key, value in own.get("data", {}).items() if key != "source"}
     data["prepared" if is_prepared else "source"] = source
     return resolve([*layers, ("", with_absolute_paths({**own, "data": data}))])
-
-
-def settle(experiments: Iterable["Experiment"], offline: bool, *, data_only: bool = False) -> None:
-    """Decide about the network before any hub library is imported."""
-    from unipelt_cli import tasks
-    from unipelt_cli.system import network
-
-    needs = set()
-    for experiment in experiments:
-        data, name = experiment.data, experiment.model.backbone
-        dataset = data.dataset or (tasks.HUB_GLUE if data.source == "hub" else None)
-        needs.add((dataset, name if network.names_hub(name) and not data_only else None))
-    network.settle(offline=offline, needed=any(map(any, needs)))
-    for dataset, backbone in sorted(needs, key=str):
-        network.require_cached(backbone=backbone, dataset=dataset and dataset.partition(":")[0])
 
 
 def settle_backbone(name: str, offline: bool) -> None:
