@@ -32,14 +32,14 @@ def prepare(
 
     Example: unipelt prepare --task mrpc --k 500 --source glue/
     """
-    experiment = resolve_settings([], settings, data.settings(), offline=offline, data_only=True)
+    resolved = resolve_settings([], settings, data.settings(), offline=offline, data_only=True)
     from unipelt_cli.data import preparation
     from unipelt_cli.data.prepared_directory import save_prepared
 
-    if len(experiment.data.each()) > 1:
+    chosen = resolved.experiment.data
+    if len(chosen.each()) > 1:
         raise ConfigError("`prepare` draws one task's rows", "run it for each task, with --task")
-    prepared = preparation.prepare(experiment.data)
-    chosen = experiment.data
+    prepared = preparation.prepare(chosen, resolved.files)
     name = f"{prepared.task.name}-k{chosen.k or 'all'}-d{chosen.data_seed}"
     # A task's name may be a stranger's, and say "../".
     target = out or Path("prepared") / re.sub(r"[^\w.-]+", "-", name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from unipelt_cli.commands.shared import options
 from unipelt_cli.commands.shared.data_flags import DataFlags, takes_data
 from unipelt_cli.commands.shared.settings import (
+    Resolved,
     flag_text,
     refuse_pairs,
     refuse_processes,
@@ -23,6 +24,7 @@ from unipelt_cli.terminal.command_group import print_json
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.training.estimate import Outlook
+    from unipelt_cli.training.planning import Shared
     from unipelt_cli.training.session import Mode
 
 
@@ -58,7 +60,7 @@ def train(
     }
     trackers: list[str] = []
 
-    def resolve() -> "Experiment":
+    def resolve() -> Resolved:
         refuse_pairs(
             ("--resume" if resume else None, "--overwrite" if overwrite else None),
             (flag_text("--data-seed", data.data_seed), flag_text("--data-seeds", data.data_seeds)),
@@ -74,19 +76,21 @@ def train(
     with processes.joined() as joined:
         if not joined.is_main:
             console.hush()
-        grid = joined.each(lambda: _over_seeds(resolved(), data.data_seeds, seeds))
+        grid = joined.each(lambda: _over_seeds(resolved().experiment, data.data_seeds, seeds))
         directories = _directories(grid, out, is_one=data.data_seeds is None and seeds is None)
+        from unipelt_cli.commands.shared import live_training
+        from unipelt_cli.training.planning import Shared
+
+        shared = Shared(files=resolved().files)
         if dry_run:
             first = next(iter(grid.values()))
-            joined.each(lambda: show_dry_run(first, directories, mode, as_json))
+            joined.each(lambda: show_dry_run(first, directories, mode, shared, as_json))
             return
-        from unipelt_cli.commands.shared import live_training
-
         if data.data_seeds is None and seeds is None:
             (experiment,) = grid.values()
-            answer = live_training.train(experiment, directories[0], mode, joined, trackers)
+            answer = live_training.train(experiment, directories[0], mode, joined, trackers, shared)
         else:
-            answer = live_training.train_together(grid, directories, mode, trackers)
+            answer = live_training.train_together(grid, directories, mode, trackers, shared)
     if as_json and not console.is_hushed():
         print_json(answer)
     if failed := answer.get("failed"):
@@ -104,7 +108,10 @@ def _over_seeds(
         from unipelt_cli.sweeps.grid import over_seeds
         from unipelt_cli.training.planning import with_drawn_rows
 
-    return over_seeds(with_drawn_rows(experiment), data_seeds, seeds)
+    drawn = with_drawn_rows(experiment)
+    if data_seeds is None and seeds is None:
+        return {"": drawn}
+    return over_seeds(drawn, data_seeds, seeds)
 
 
 def _directories(grid: "dict[str, Experiment]", out: Path | None, *, is_one: bool) -> list[Path]:
@@ -117,13 +124,17 @@ def _directories(grid: "dict[str, Experiment]", out: Path | None, *, is_one: boo
 
 
 def show_dry_run(
-    experiment: "Experiment", directories: Sequence[Path], mode: "Mode", as_json: bool
+    experiment: "Experiment",
+    directories: Sequence[Path],
+    mode: "Mode",
+    shared: "Shared",
+    as_json: bool,
 ) -> None:
     """Say what a run would train on, what it would take and where it would be; write nothing."""
     from unipelt_cli.commands.shared import live_training
     from unipelt_cli.training import estimate
 
-    found = estimate.outlook(experiment)
+    found = estimate.outlook(experiment, shared)
     problem = _problem(directories[0], mode)
     manifests = [own.manifest for own in found.prepared]
     counts = found.tuned.parameter_counts()

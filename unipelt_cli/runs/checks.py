@@ -70,7 +70,7 @@ def as_started(experiment: Experiment, directory: Path) -> Experiment:
         changes["kind"] = "classification" if labels else "regression"
     if data.positive is None and len(labels) == 2 and "positive" not in manifest:
         changes["positive"] = labels[1]
-    return experiment.replace("data", **changes)
+    return experiment.with_("data", **changes)
 
 
 def check_same(there: Experiment, asked: Experiment, directory: Path) -> None:

@@ -127,7 +127,7 @@ class Run:
     ) -> tuple[Tuned, Likeness]:
         """Do what `build` does, and return how far its logits are from the stored ones as well."""
         experiment = self.experiment
-        experiment = experiment.replace("train", device=device, precision=precision)
+        experiment = experiment.with_("train", device=device, precision=precision)
         pretrained = find(backbone or experiment.model.backbone)
         self.check_backbone(pretrained)
         tuned = _load(self.directory, experiment, self.tasks, pretrained)
@@ -221,7 +221,7 @@ class Run:
             changes["kind"] = self.data_settings().kind
             if own.positive is None and "positive" not in self.header["task"]:
                 changes["positive"] = self.task.positive_label
-        return self.experiment.replace("data", **changes)
+        return self.experiment.with_("data", **changes)
 
     def digest_of(self, split: str, place: int = 0) -> str:
         """Return the recorded hash of the rows of a task's split."""
@@ -328,9 +328,9 @@ def _where_runs_are(directory: Path) -> str:
 
 def copied(run: Run, tuned: Tuned, *, hasten: bool = True) -> Tuned:
     """Build a model once more, in float32 on the CPU."""
-    experiment = run.experiment.replace("train", device="cpu", precision="fp32")
+    experiment = run.experiment.with_("train", device="cpu", precision="fp32")
     if not hasten:
-        experiment = experiment.replace("model", attention="auto")  # plain, on a CPU
+        experiment = experiment.with_("model", attention="auto")  # plain, on a CPU
     copy = build(
         experiment,
         run.task.outputs,

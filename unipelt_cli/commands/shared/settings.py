@@ -1,9 +1,10 @@
 """From what a command was given to a checked Experiment."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.runs.opening import settle_network
@@ -14,6 +15,23 @@ from unipelt_cli.terminal import console
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.config.sections import Settings
+    from unipelt_cli.data.own_files import OwnFiles
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An experiment, and its own rows where they were read to guess their columns."""
+
+    experiment: "Experiment"
+    files: "OwnFiles | None"
+
+
+@dataclass(frozen=True)
+class _GuessedColumns:
+    """The command line's settings with the columns of own rows, and the files that were read."""
+
+    settings: "Settings"
+    files: "OwnFiles"
 
 
 def absolute(path: str | None) -> str | None:
@@ -48,12 +66,13 @@ def resolve_settings(
     *,
     offline: bool,
     data_only: bool = False,
-) -> "Experiment":
+) -> Resolved:
     """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
-    layers = preset_layers(presets)
-    experiment = complete(layers, with_columns(layers, command_line_settings(assignments, flags)))
+    layers, own = preset_layers(presets), command_line_settings(assignments, flags)
+    guess = _guess_columns(layers, own)
+    experiment = complete(layers, own if guess is None else guess.settings)
     settle_network([experiment], offline=offline, needs_backbone=not data_only)
-    return experiment
+    return Resolved(experiment, None if guess is None else guess.files)
 
 
 def preset_layers(presets: Sequence[str]) -> list[tuple[str, "Settings"]]:
@@ -78,7 +97,15 @@ def command_line_settings(assignments: Sequence[str] | None, flags: "Settings") 
 
 
 def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Settings":
-    """Guess which columns of own rows hold text and label, where no layer says so, and say it."""
+    """Return settings with the columns of own rows, which are guessed where no layer says them."""
+    guess = _guess_columns(layers, own)
+    return own if guess is None else guess.settings
+
+
+def _guess_columns(
+    layers: Sequence[tuple[str, "Settings"]], own: "Settings"
+) -> _GuessedColumns | None:
+    """Guess which columns of own rows hold text and label, and say it; None where that is said."""
     from unipelt_cli.config.experiment import merge_settings
 
     data = merge_settings([*(layer for _, layer in layers), own]).get("data", {})
@@ -87,34 +114,41 @@ def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "
     named = {key: data.get(key) for key in ("text", "text_pair", "label")}
     kind = data.get("kind", "auto")
     if not isinstance(path, str) or elsewhere or (named["text"] and named["label"]):
-        return own
+        return None
     named["encoding"] = data.get("encoding")
     if not all(value is None or isinstance(value, str) for value in (*named.values(), kind)):
-        return own  # said by the check of each key
+        return None  # said by the check of each key
     from unipelt_cli.data import column_guess
+    from unipelt_cli.data.own_files import OwnFiles
 
-    found = column_guess.columns(Path(path), **named, kind=kind)
+    files = OwnFiles()
+    found = column_guess.columns(Path(path), **named, kind=kind, files=files)
     if processes.is_first():
         console.say(("note: ", "yellow"), found.said)
     guessed = {
         key: value for key, value in found.settings.items() if key != "kind" or kind == "auto"
     }
-    return merge_settings([{"data": guessed}, own])
+    return _GuessedColumns(merge_settings([{"data": guessed}, own]), files)
 
 
 def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Experiment":
     """Resolve layers of settings, `own` the last; where rows come from is always written down."""
-    from unipelt_cli.config.checks import reads_source
-    from unipelt_cli.config.experiment import resolve
+    from unipelt_cli.config.experiment import merge_settings, resolve
 
-    experiment = resolve([*layers, ("", own)])
-    if not reads_source(experiment.data):
-        return experiment
-    source = experiment.data.source or os.environ.get("UNIPELT_DATA") or "hub"
-    is_prepared = source != "hub" and (Path(source) / "manifest.json").is_file()
-    data = {key: value for key, value in own.get("data", {}).items() if key != "source"}
-    data["prepared" if is_prepared else "source"] = source
-    return resolve([*layers, ("", with_absolute_paths({**own, "data": data}))])
+    data = merge_settings([*(layer for _, layer in layers), own]).get("data", {})
+    return resolve([*layers, ("", own), ("", _source_layer(data))])
+
+
+def _source_layer(data: Mapping[str, Any]) -> "Settings":
+    """Return where the rows of a task of the table are, by merged settings of the data section."""
+    from unipelt_cli.config.checks import reads_source
+
+    source = data.get("source") or os.environ.get("UNIPELT_DATA") or "hub"
+    if not reads_source(data) or not isinstance(source, str):
+        return {}
+    if source != "hub" and (Path(source) / "manifest.json").is_file():
+        return {"data": {"prepared": absolute(source), "source": None}}
+    return {"data": {"source": absolute(source)}}
 
 
 def settle_backbone(name: str, offline: bool) -> None:
