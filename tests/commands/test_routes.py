@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command import FAST, invoke
+from support.command import FAST, error_of, invoke
+from support.runs import reseal
 
 import unipelt_cli
 from unipelt_cli import methods
+from unipelt_cli.commands.shared.settings import complete
 from unipelt_cli.config import experiment
+from unipelt_cli.config.checks import resolve_method
 from unipelt_cli.runs.names import EXPERIMENT
 
 _opened: list[str] | None = None
@@ -36,7 +39,8 @@ sys.addaudithook(_note_opened)
 def counting_reads() -> Iterator[list[str]]:
     """Collect the real paths of the files that are opened for reading inside."""
     global _opened
-    _opened = opened = []
+    opened: list[str] = []
+    _opened = opened
     try:
         yield opened
     finally:
@@ -47,7 +51,6 @@ def counting_reads() -> Iterator[list[str]]:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collect the method of each experiment that is checked as a whole, in order."""
     names: list[str] = []
-    resolve_method = experiment.resolve_method
 
     def resolved(name: str, *arguments: Any) -> Any:
         names.append(name)
@@ -125,3 +128,38 @@ def test_python_opens_a_run_as_commands_do(run: Path, checked: list[str]) -> Non
         unipelt_cli.load_run(run)
     assert len(checked) == 1
     assert opened.count(os.path.realpath(run / EXPERIMENT)) == 1
+
+
+def test_what_reads_no_rows_of_the_run_asks_the_hub_for_none(
+    copy: Path, rows_file: Path, run: Path
+) -> None:
+    path = copy / EXPERIMENT
+    lines = path.read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("train_file = ")]
+    lines.insert(lines.index("[data]") + 1, 'dataset = "owner/name"')
+    path.write_text("\n".join(lines) + "\n")
+    reseal(copy)
+    assert error_of("eval", copy) == (
+        "data set 'owner/name': not in the local cache, and the hub cannot be reached",
+        "give files on disk with --source DIR or --train-file; "
+        "`unipelt train --task demo` works offline",
+    )
+    for command in (["predict"], ["eval", "--file"]):
+        expected = invoke(command[0], run, *command[1:], rows_file, "--offline")
+        assert invoke(command[0], copy, *command[1:], rows_file, "--offline") == expected
+        assert expected[0] == 0
+
+
+@pytest.mark.parametrize("where", ["preset", "flag", "environment"])
+def test_a_source_that_is_prepared_rows_is_taken_as_such_wherever_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "manifest.json").write_text("{}")  # only looked for here
+    named = {"data": {"source": str(rows)}}
+    monkeypatch.setenv("UNIPELT_DATA", str(rows if where == "environment" else tmp_path))
+    layers = [(" (from p)", named)] if where == "preset" else []
+    own = {"data": {"task": "sst2"} | (named["data"] if where == "flag" else {})}
+    data = complete(layers, own).data
+    assert (data.prepared, data.source) == (str(rows), None)
