@@ -77,18 +77,17 @@ def train(
         if not joined.is_main:
             console.hush()
         grid = joined.each(lambda: _over_seeds(resolved().experiment, data.data_seeds, seeds))
-        directories = _directories(grid, out, is_one=data.data_seeds is None and seeds is None)
+        is_one = data.data_seeds is None and seeds is None
+        directories = _directories(grid, out, is_one=is_one)
         from unipelt_cli.commands.shared import live_training
         from unipelt_cli.training.planning import Shared
 
-        shared = Shared(files=resolved().files)
+        first, shared = next(iter(grid.values())), Shared(files=resolved().files)
         if dry_run:
-            first = next(iter(grid.values()))
             joined.each(lambda: show_dry_run(first, directories, mode, shared, as_json))
             return
-        if data.data_seeds is None and seeds is None:
-            (experiment,) = grid.values()
-            answer = live_training.train(experiment, directories[0], mode, joined, trackers, shared)
+        if is_one:
+            answer = live_training.train(first, directories[0], mode, joined, trackers, shared)
         else:
             answer = live_training.train_together(grid, directories, mode, trackers, shared)
     if as_json and not console.is_hushed():
