@@ -221,14 +221,17 @@ def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Se
 def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
     """Resolve all cells, and settle whether the network is used."""
     from unipelt_cli.config.experiment import merge_settings
-    from unipelt_cli.training.planning import with_drawn_rows
 
     layers = preset_layers([preset] if preset else [])
     shared = [*layers, ("", asked.settings)]
     asked = replace(asked, flags=with_columns(shared, asked.flags))
-    cells = asked.cells(lambda own: with_drawn_rows(complete(layers, merge_settings(own))))
+    cells = asked.cells(lambda own: complete(layers, merge_settings(own)))
     settle_network((cell.experiment for cell in cells), offline=offline)
-    return cells
+    if all(cell.experiment.data.prepared is None for cell in cells):
+        return cells
+    from unipelt_cli.training.planning import with_drawn_rows  # reads the switches: settled by now
+
+    return asked.cells(lambda own: with_drawn_rows(complete(layers, merge_settings(own))))
 
 
 def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
