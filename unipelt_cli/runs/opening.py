@@ -95,8 +95,9 @@ def settle_network(
     needed = any(map(any, needs))
     if needed or not is_guest:
         network.settle(offline=offline, needed=needed)
-    for rows, model in sorted(needs, key=str):
-        network.require_cached(backbone=model, dataset=rows and rows.partition(":")[0])
+    for hub_rows, hub_model in sorted(needs, key=str):
+        dataset = hub_rows and hub_rows.partition(":")[0]
+        network.require_cached(backbone=hub_model, dataset=dataset)
 
 
 def _is_cached(backbone: str) -> bool:

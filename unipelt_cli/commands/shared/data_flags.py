@@ -118,7 +118,7 @@ def takes_data(*left_out: str) -> Callable[[Command], Command]:
 
         expanded = [*parameters()]
         with_options.__dict__["__signature__"] = inspect.Signature(expanded)
-        with_options.__annotations__ = {own.name: own.annotation for own in expanded}
+        with_options.__annotations__ = {option.name: option.annotation for option in expanded}
         return with_options
 
     return decorate

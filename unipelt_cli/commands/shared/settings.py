@@ -68,9 +68,9 @@ def resolve_settings(
     data_only: bool = False,
 ) -> Resolved:
     """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
-    layers, own = preset_layers(presets), command_line_settings(assignments, flags)
-    guess = _guess_columns(layers, own)
-    experiment = complete(layers, own if guess is None else guess.settings)
+    layers, command_line = preset_layers(presets), command_line_settings(assignments, flags)
+    guess = _guess_columns(layers, command_line)
+    experiment = complete(layers, command_line if guess is None else guess.settings)
     settle_network([experiment], offline=offline, needs_backbone=not data_only)
     return Resolved(experiment, None if guess is None else guess.files)
 
@@ -96,19 +96,19 @@ def command_line_settings(assignments: Sequence[str] | None, flags: "Settings") 
     return with_absolute_paths(merge_settings([*sets, own]))
 
 
-def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Settings":
+def with_columns(layers: Sequence[tuple[str, "Settings"]], command_line: "Settings") -> "Settings":
     """Return settings with the columns of own rows, which are guessed where no layer says them."""
-    guess = _guess_columns(layers, own)
-    return own if guess is None else guess.settings
+    guess = _guess_columns(layers, command_line)
+    return command_line if guess is None else guess.settings
 
 
 def _guess_columns(
-    layers: Sequence[tuple[str, "Settings"]], own: "Settings"
+    layers: Sequence[tuple[str, "Settings"]], command_line: "Settings"
 ) -> _GuessedColumns | None:
     """Guess which columns of own rows hold text and label, and say it; None where that is said."""
     from unipelt_cli.config.experiment import merge_settings
 
-    data = merge_settings([*(layer for _, layer in layers), own]).get("data", {})
+    data = merge_settings([*(layer for _, layer in layers), command_line]).get("data", {})
     path = data.get("train_file")
     elsewhere = any(data.get(key) for key in ("dataset", "prepared", "tasks"))
     named = {key: data.get(key) for key in ("text", "text_pair", "label")}
@@ -122,21 +122,21 @@ def _guess_columns(
     from unipelt_cli.data.own_files import OwnFiles
 
     files = OwnFiles()
-    found = column_guess.columns(Path(path), **named, kind=kind, files=files)
+    guess = column_guess.columns(Path(path), **named, kind=kind, files=files)
     if processes.is_first():
-        console.say(("note: ", "yellow"), found.said)
+        console.say(("note: ", "yellow"), guess.said)
     guessed = {
-        key: value for key, value in found.settings.items() if key != "kind" or kind == "auto"
+        key: value for key, value in guess.settings.items() if key != "kind" or kind == "auto"
     }
-    return _GuessedColumns(merge_settings([{"data": guessed}, own]), files)
+    return _GuessedColumns(merge_settings([{"data": guessed}, command_line]), files)
 
 
-def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Experiment":
-    """Resolve layers of settings, `own` the last; where rows come from is always written down."""
+def complete(layers: Sequence[tuple[str, "Settings"]], command_line: "Settings") -> "Experiment":
+    """Resolve presets and the command line; where rows come from is always written down."""
     from unipelt_cli.config.experiment import merge_settings, resolve
 
-    data = merge_settings([*(layer for _, layer in layers), own]).get("data", {})
-    return resolve([*layers, ("", own), ("", _source_layer(data))])
+    data = merge_settings([*(layer for _, layer in layers), command_line]).get("data", {})
+    return resolve([*layers, ("", command_line), ("", _source_layer(data))])
 
 
 def _source_layer(data: Mapping[str, Any]) -> "Settings":
