@@ -253,10 +253,10 @@ def runs(work: Work, rounds: int, scratch: str) -> Result:
 
 def saving(work: Work, rounds: int, scratch: str) -> Result:
     """Time what keeping the state takes of a run, epoch by epoch as a user's run keeps it."""
-    experiment = work.experiment().replace("train", epochs=EPOCHS_KEPT, patience=EPOCHS_KEPT)
+    experiment = work.experiment().with_("train", epochs=EPOCHS_KEPT, patience=EPOCHS_KEPT)
     if work.source is None:
         rows = {"task": "demo", "k": min(work.k, 100), "dev_size": min(work.dev_size, 200)}
-        experiment = experiment.replace("data", **rows)
+        experiment = experiment.with_("data", **rows)
     spent: list[float] = []
     save = Session._save
 

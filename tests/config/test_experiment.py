@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from support.models import resolved
 
-from unipelt_cli.config.experiment import resolve
+from unipelt_cli.config.experiment import SectionName, resolve
 from unipelt_cli.errors import ConfigError
 
 
@@ -118,3 +118,50 @@ def test_a_wrong_setting_is_named_with_its_value(
         resolved(**sections)
     assert caught.value.message == message
     assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("data", {"k": 7, "data_seed": 3}),
+        ("data", {"folds": 4, "dev_size": 0}),
+        ("model", {"pooling": "cls", "max_length": 32}),
+        ("method", {"rank": 2}),
+        ("train", {"seed": 1, "label_scale": "raw", "device": None}),
+    ],
+)
+def test_a_changed_section_is_what_all_of_it_would_resolve_to(
+    section: SectionName, values: dict[str, Any]
+) -> None:
+    before = resolved(data={"task": "rte"}, method={"name": "lora"})
+    after = before.with_(section, **values)
+    settings = before.settings()
+    settings[section] |= {key: value for key, value in values.items() if value is not None}
+    assert after == resolve([("", settings)])
+    assert after != before
+    others = {"data", "model", "method", "train"} - {section}
+    assert all(getattr(after, name) is getattr(before, name) for name in others)
+
+
+def test_a_change_to_nothing_is_no_change() -> None:
+    experiment = resolved()
+    assert experiment.with_("train", device=None) is experiment
+    assert experiment.moved(None, None) is experiment
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("train", {"epochs": 0}, "train.epochs = 0 is not allowed"),
+        ("train", {"epoch": 1}, "train.epoch = 1: no such setting"),
+        ("method", {"rank": 0}, "method.rank = 0 is not allowed"),
+        ("data", {"fold": 2}, "data.fold = 2 is set without data.folds"),
+        ("data", {"k": 0, "tasks": ("rte", "rte")}, "3 settings are wrong: (1) data.k = 0 is not"),
+    ],
+)
+def test_a_changed_section_is_checked(
+    section: SectionName, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(data={"task": "rte"}, method={"name": "lora"}).with_(section, **values)
+    assert caught.value.message.startswith(message)

@@ -200,10 +200,10 @@ def test_rows_are_the_runs_own_and_made_up_where_they_are_too_few(
         "text": "text",
         "label": "label",
     }
-    found = preparation.prepare(run.experiment.replace("data", **settings).data)
+    found = preparation.prepare(run.experiment.with_("data", **settings).data)
     run = replace(
         run,
-        experiment=run.experiment.replace("data", **settings),
+        experiment=run.experiment.with_("data", **settings),
         environment={"data": found.manifest},
         header={"task": {**run.header["task"], "text": ["text"]}},
     )

@@ -219,7 +219,7 @@ def test_two_builds_from_one_seed_are_equal_and_leave_the_generator_alone(
     second = build(settings, 2).classifier.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = build(settings.replace("train", seed=43), 2).classifier.state_dict()
+    other = build(settings.with_("train", seed=43), 2).classifier.state_dict()
     assert not torch.equal(first["head.out.weight"], other["head.out.weight"])
 
 

@@ -209,7 +209,7 @@ def test_runs_that_share_passes_survive_as_well(
     planned: Experiment, tmp_path: Path, share: float
 ) -> None:
     """Within rounding: who shares a pass decides how sums are rounded, and that has changed."""
-    plans = [planned.replace("train", seed=seed) for seed in (1, 2, 3)]
+    plans = [planned.with_("train", seed=seed) for seed in (1, 2, 3)]
 
     def together(root: Path, watch: Watch | None) -> None:
         session.STATE_SECONDS, session.STATE_SHARE = 0.0, float("inf")
@@ -368,7 +368,7 @@ def test_a_backbone_that_changed_since_a_run_began_is_named(
     planned: Experiment, tmp_path: Path
 ) -> None:
     backbone = Path(shutil.copytree(planned.model.backbone, tmp_path / "bert"))
-    changed = planned.replace("model", backbone=str(backbone))
+    changed = planned.with_("model", backbone=str(backbone))
     out = tmp_path / "run"
     assert finish(changed, out, "new", killed_at(60))[0] == -signal.SIGKILL
     words = (backbone / "vocab.txt").read_text()

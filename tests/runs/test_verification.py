@@ -244,7 +244,7 @@ def test_nothing_that_ran_before_in_the_process_changes_a_byte(
     plan = read_experiment(trained / "run")
     other = save_backbone(tmp_path / "roberta", "roberta")
     for number, changed in enumerate(
-        (plan.replace("train", seed=1), plan.replace("model", backbone=str(other)), plan)
+        (plan.with_("train", seed=1), plan.with_("model", backbone=str(other)), plan)
     ):
         for _ in execution.execute(changed, tmp_path / str(number)):
             pass

@@ -121,7 +121,7 @@ def tell(joined: Processes) -> dict[str, Any]:
 def full_disk(backbone: str, rows: str, out: Path, joined: Processes) -> str:
     """Let the main process find the disk full at the first epoch."""
     own = {"task": None, "folds": 0, "train_file": rows, "text": "text", "label": "label", "k": 24}
-    planned = settings(backbone, "lora").replace("data", **own)
+    planned = settings(backbone, "lora").with_("data", **own)
     if joined.is_main:
 
         def refuse(self: Writer, kind: str, values: Any) -> None:

@@ -213,7 +213,7 @@ def test_a_fold_is_judged_as_a_run_of_it_would_be(
     earlier = Prepared(whole.task, whole.splits, {**whole.manifest, "data_seed": seed - 1})
     judging = FoldJudge(earlier, shared)
     judging.advance(candidate, judging.rungs[-1], time.monotonic() + 1000)
-    experiment = candidate.experiment.replace("data", fold=2)
+    experiment = candidate.experiment.with_("data", fold=2)
     for _ in execution.execute(experiment, tmp_path / "run"):
         pass
     run = read_run(tmp_path / "run")

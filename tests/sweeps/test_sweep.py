@@ -36,9 +36,9 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
     drawn, tokenized = [], []
     draw, tokenize = preparation.prepare_each, planning.encode_rows
 
-    def drawing(settings: Any) -> Any:
+    def drawing(settings: Any, files: Any) -> Any:
         drawn.append(settings)
-        return draw(settings)
+        return draw(settings, files)
 
     def tokenizing(tuned: Any, columns: Any, limit: int) -> Any:
         tokenized.append(len(columns[0]))

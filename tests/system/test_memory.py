@@ -81,7 +81,7 @@ def test_parts_add_up_to_the_whole_step(
     """Of a loss that is a mean over rows: one that compares them does so within a part."""
     zero = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     calm = planned(save_backbone(tmp_path / "calm", "bert", **zero), rows_file)
-    calm = calm.replace("train", contrast=0.0)
+    calm = calm.with_("train", contrast=0.0)
     losses = []
     for name, limit in (("whole", 99), ("parts", 3)):
         with monkeypatch.context() as patch:
@@ -170,7 +170,7 @@ def test_a_batch_that_may_not_fit_is_doubted_before_training(
     assert next(execution.execute(plan, tmp_path / "a")).doubt is None
     free = 1_000_000  # enough for the backbone
     monkeypatch.setattr(memory, "available", lambda device: free)
-    plan = plan.replace("train", batch_size=24)
+    plan = plan.with_("train", batch_size=24)
     doubt = next(execution.execute(plan, tmp_path / "b")).doubt
     assert doubt.startswith("a batch of 24 rows of ")
     assert doubt.endswith("are free: lower train.batch_size or model.max_length")

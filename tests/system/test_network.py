@@ -91,3 +91,39 @@ def test_the_probe_goes_where_the_library_will_go(
     for name, value in {"HF_ENDPOINT": endpoint, **proxies}.items():
         monkeypatch.setenv(name, value)
     assert network._address() == expected
+
+
+SETTLED = """
+import sys
+from unipelt_cli.cli import app
+from unipelt_cli.system import network
+
+def settle(**needs):
+    print(sorted({"datasets", "huggingface_hub", "transformers"} & sys.modules.keys()))
+    raise SystemExit
+
+network.settle = settle
+app(sys.argv[1:], standalone_mode=False)
+"""
+
+
+@pytest.mark.parametrize("command", ["train", "prepare", "sweep", "predict", "verify", "doctor"])
+def test_the_network_is_settled_before_a_library_reads_the_switches(
+    command: str, run: Path, bert: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    rows = ["--train-file", str(rows_file)]
+    arguments = {
+        "train": [*rows, "--model", str(bert)],
+        "prepare": rows,
+        "sweep": [*rows, "--methods", "lora", "--model", str(bert)],
+        "predict": [str(run), str(rows_file)],
+        "verify": [str(run)],
+        "doctor": [str(bert)],
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", SETTLED, command, *arguments[command]],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.stdout == "[]\n", result.stderr

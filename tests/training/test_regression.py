@@ -248,7 +248,7 @@ def test_equal_labels_are_said_before_and_predicted_exactly(
 
 def test_one_train_row_is_enough(calm_bert: Path, tmp_path: Path) -> None:
     rows = write_values(tmp_path / "rows.csv", 16, 84)
-    planned = plan(calm_bert, rows, epochs=1).replace("data", k=1)
+    planned = plan(calm_bert, rows, epochs=1).with_("data", k=1)
     result = finish(planned, tmp_path / "run")
     assert result["collapsed"]
     (label,) = read_run(tmp_path / "run").rows("train")["label"]

@@ -8,6 +8,7 @@ import typer
 
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.runs.opening import open_run
 from unipelt_cli.terminal import console, summaries, tables
 from unipelt_cli.terminal.command_group import print_json
 
@@ -52,7 +53,13 @@ def evaluate(
         if value is not None and file is None:
             raise ConfigError(f"{flag} {value!r}: the run knows its own", "drop it, or give --file")
     split = split or "test"
-    found = run_argument.read_run(run, offline, source, model)
+    found = open_run(
+        run_argument.locate(run, offline),
+        offline=offline,
+        source=source,
+        model=model,
+        needs_rows=file is None,
+    )
     each = task is None and file is None
     places = list(range(len(found.tasks))) if each else [found.place(task)]
     tuned = found.build(device, model, precision)

@@ -9,6 +9,7 @@ import typer
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import CheckError, ConfigError
 from unipelt_cli.exports import formats
+from unipelt_cli.runs.opening import open_run
 from unipelt_cli.terminal import console, summaries
 from unipelt_cli.terminal.command_group import print_json
 
@@ -74,7 +75,9 @@ def export(
     """
     name = _check_options(to, part, fp16, tolerance, None if static_gates else cost)
     directory = out or run_argument.default_output(run, name)
-    finished = run_argument.read_run(run, offline, source, model)
+    finished = open_run(
+        run_argument.locate(run, offline), offline=offline, source=source, model=model
+    )
     tuned = finished.build("cpu", model)
     from unipelt_cli.exports.export import export_run
     from unipelt_cli.files import atomic

@@ -9,6 +9,7 @@ import typer
 
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import ConfigError, RunError
+from unipelt_cli.runs.opening import open_run
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import console
 from unipelt_cli.terminal.command_group import print_json
@@ -63,7 +64,9 @@ def inspect_gates(
         settings.refuse_pairs(*said)
         answer = _epochs(run, plot)
     else:
-        found = run_argument.read_run(run, offline, source, model)
+        found = open_run(
+            run_argument.locate(run, offline), offline=offline, source=source, model=model
+        )
         wanted = "dev" if ablate else "test"
         split = split or (wanted if wanted in found.splits else "train")
         from unipelt_cli.gates import ablation

@@ -14,6 +14,7 @@ import typer
 
 from unipelt_cli.commands.shared import options, run_argument
 from unipelt_cli.errors import ConfigError, DataError
+from unipelt_cli.runs.opening import open_run
 from unipelt_cli.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ def predict(
     if file is None and not several:
         raise ConfigError("predict: there is no FILE|-", "name a file of rows, or - for stdin")
     given, rows = (several, run) if several else ([Path(run)], str(file))
-    found = [run_argument.read_run(path, offline, model=model) for path in given]
+    found = [
+        open_run(run_argument.locate(path, offline), offline=offline, model=model, needs_rows=False)
+        for path in given
+    ]
     from unipelt_cli.data import readers, unusable
     from unipelt_cli.runs import loaded_runs
 

@@ -7,27 +7,16 @@ from typing import Annotated
 import typer
 
 from unipelt_cli.commands.shared import options
-from unipelt_cli.commands.shared.settings import data_flags, resolve_settings
+from unipelt_cli.commands.shared.data_flags import DataFlags, takes_data
+from unipelt_cli.commands.shared.settings import resolve_settings
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.terminal import console, summaries
 from unipelt_cli.terminal.command_group import print_json
 
 
+@takes_data("tasks", "data_seeds", "prepared")
 def prepare(
-    task: options.TaskOption = None,
-    k: options.KOption = None,
-    data_seed: options.DataSeedOption = None,
-    source: options.SourceOption = None,
-    dev_size: options.DevSizeOption = None,
-    folds: options.FoldsOption = None,
-    dataset: options.DatasetOption = None,
-    train_file: options.TrainFileOption = None,
-    dev_file: options.DevFileOption = None,
-    test_file: options.TestFileOption = None,
-    encoding: options.EncodingOption = None,
-    text: options.TextOption = None,
-    text_pair: options.TextPairOption = None,
-    label: options.LabelOption = None,
+    data: DataFlags,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="data.KEY=VALUE", help="Any other data setting."),
@@ -43,15 +32,14 @@ def prepare(
 
     Example: unipelt prepare --task mrpc --k 500 --source glue/
     """
-    flags = data_flags(locals())
-    experiment = resolve_settings([], settings, flags, offline=offline, data_only=True)
+    resolved = resolve_settings([], settings, data.settings(), offline=offline, data_only=True)
     from unipelt_cli.data import preparation
     from unipelt_cli.data.prepared_directory import save_prepared
 
-    if len(experiment.data.each()) > 1:
+    chosen = resolved.experiment.data
+    if len(chosen.each()) > 1:
         raise ConfigError("`prepare` draws one task's rows", "run it for each task, with --task")
-    prepared = preparation.prepare(experiment.data)
-    chosen = experiment.data
+    prepared = preparation.prepare(chosen, resolved.files)
     name = f"{prepared.task.name}-k{chosen.k or 'all'}-d{chosen.data_seed}"
     # A task's name may be a stranger's, and say "../".
     target = out or Path("prepared") / re.sub(r"[^\w.-]+", "-", name)

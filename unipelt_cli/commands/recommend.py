@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unipelt_cli.commands.shared import options
+from unipelt_cli.commands.shared.data_flags import DataFlags, takes_data
 from unipelt_cli.commands.shared.settings import (
     command_line_settings,
     complete,
-    data_flags,
     refuse_pairs,
     refuse_processes,
-    settle,
-    split_directories,
     with_absolute_paths,
     with_columns,
 )
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.runs.opening import settle_network
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal.command_group import print_json
 
@@ -35,14 +34,13 @@ TRIED = {
 """Settings that the search decides, and the options that say what it tries."""
 
 
+@takes_data("tasks", "data_seeds")
 def recommend(
-    task: options.TaskOption = None,
-    k: options.KOption = None,
+    data: DataFlags,
     model: options.ModelOption = None,
     models: Annotated[
         str | None, typer.Option(metavar="A,B", help="Backbones to try. (default --model alone)")
     ] = None,
-    data_seed: options.DataSeedOption = None,
     seed: options.SeedOption = None,
     methods: Annotated[
         str | None, typer.Option(metavar="A,B", help="Methods to try. (default eight)")
@@ -59,18 +57,6 @@ def recommend(
         str, typer.Option(metavar="TIME", help="90s, 10m or 1.5h, for the search and the run.")
     ] = "10m",
     settings: options.SettingsOption = None,
-    source: options.SourceOption = None,
-    prepared: options.PreparedOption = None,
-    dev_size: options.DevSizeOption = None,
-    folds: options.FoldsOption = None,
-    dataset: options.DatasetOption = None,
-    train_file: options.TrainFileOption = None,
-    dev_file: options.DevFileOption = None,
-    test_file: options.TestFileOption = None,
-    encoding: options.EncodingOption = None,
-    text: options.TextOption = None,
-    text_pair: options.TextPairOption = None,
-    label: options.LabelOption = None,
     device: options.DeviceOption = None,
     precision: options.PrecisionOption = None,
     out: Annotated[
@@ -86,9 +72,7 @@ def recommend(
     """
     refuse_processes("recommend")
     refuse_pairs((model and "--model", models and "--models"))
-    flags = data_flags(locals())
-    flags["data"]["prepared"] = split_directories(prepared)
-    flags |= {
+    flags = data.settings() | {
         "model": {"backbone": model},
         "train": {"seed": seed, "device": device, "precision": precision},
     }
@@ -160,7 +144,8 @@ def _experiments(
     from unipelt_cli.training.planning import with_drawn_rows
 
     layers = [{"model": {"backbone": backbone}} for backbone in backbones] or [{}]
-    settle([complete([], merge_settings([settings, layer])) for layer in layers], offline)
+    planned = [complete([], merge_settings([settings, layer])) for layer in layers]
+    settle_network(planned, offline=offline)
 
     def experiment_of(choice: "Choice") -> "Experiment":
         changed: Settings = {

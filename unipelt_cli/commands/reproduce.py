@@ -7,6 +7,7 @@ import typer
 
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import CheckError
+from unipelt_cli.runs.opening import open_run
 from unipelt_cli.terminal import console, tables
 from unipelt_cli.terminal.command_group import print_json
 
@@ -26,7 +27,7 @@ def reproduce(
     Example: unipelt reproduce runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
     settings.refuse_processes("reproduce")
-    found = run_argument.read_run(run, offline, source, model)
+    found = open_run(run_argument.locate(run, offline), offline=offline, source=source, model=model)
     from unipelt_cli.commands.shared import live_training
     from unipelt_cli.runs import verification
     from unipelt_cli.runs.names import RESULT

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unipelt_cli.commands.shared import options
+from unipelt_cli.commands.shared.data_flags import DataFlags, takes_data
 from unipelt_cli.commands.shared.settings import (
     command_line_settings,
     complete,
-    data_flags,
     preset_layers,
     refuse_processes,
-    settle,
-    split_directories,
     with_absolute_paths,
     with_columns,
 )
 from unipelt_cli.errors import ConfigError, SweepError, UnipeltError, nearest
+from unipelt_cli.runs.opening import settle_network
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import tables
 from unipelt_cli.terminal.command_group import print_json
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from unipelt_cli.sweeps.sweep import Sweep
 
 
+@takes_data("task", "tasks", "k", "data_seed", "data_seeds")
 def sweep(
     grid: Annotated[
         str | None,
@@ -70,18 +70,8 @@ def sweep(
         ),
     ] = None,
     preset: options.PresetOption = None,
-    source: options.SourceOption = None,
-    prepared: options.PreparedOption = None,
-    dev_size: options.DevSizeOption = None,
-    folds: options.FoldsOption = None,
-    dataset: options.DatasetOption = None,
-    train_file: options.TrainFileOption = None,
-    dev_file: options.DevFileOption = None,
-    test_file: options.TestFileOption = None,
-    encoding: options.EncodingOption = None,
-    text: options.TextOption = None,
-    text_pair: options.TextPairOption = None,
-    label: options.LabelOption = None,
+    *,
+    data: DataFlags,
     device: options.DeviceOption = None,
     precision: options.PrecisionOption = None,
     out: Annotated[
@@ -141,9 +131,7 @@ def sweep(
     """
     refuse_processes("sweep")
     _check_engine(engine, workers, address, cpus, gpus)
-    flags = data_flags(locals() | {"task": None, "k": None, "data_seed": None})
-    flags["data"]["prepared"] = split_directories(prepared)
-    flags["train"] = {"device": device, "precision": precision}
+    flags = data.settings() | {"train": {"device": device, "precision": precision}}
     asked = _grid(grid, settings, _axes(tasks, k, methods, data_seeds, seeds, backbones), flags)
     cells = _cells(asked, preset, offline)
     with importing():
@@ -233,14 +221,17 @@ def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Se
 def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
     """Resolve all cells, and settle whether the network is used."""
     from unipelt_cli.config.experiment import merge_settings
-    from unipelt_cli.training.planning import with_drawn_rows
 
     layers = preset_layers([preset] if preset else [])
     shared = [*layers, ("", asked.settings)]
     asked = replace(asked, flags=with_columns(shared, asked.flags))
-    cells = asked.cells(lambda own: with_drawn_rows(complete(layers, merge_settings(own))))
-    settle((cell.experiment for cell in cells), offline)
-    return cells
+    cells = asked.cells(lambda own: complete(layers, merge_settings(own)))
+    settle_network((cell.experiment for cell in cells), offline=offline)
+    if all(cell.experiment.data.prepared is None for cell in cells):
+        return cells
+    from unipelt_cli.training.planning import with_drawn_rows  # reads the switches: settled by now
+
+    return asked.cells(lambda own: with_drawn_rows(complete(layers, merge_settings(own))))
 
 
 def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unipelt_cli.commands.shared import options
+from unipelt_cli.commands.shared.data_flags import DataFlags, takes_data
 from unipelt_cli.commands.shared.settings import (
-    data_flags,
+    Resolved,
     flag_text,
     refuse_pairs,
     refuse_processes,
     resolve_settings,
-    split_directories,
 )
 from unipelt_cli.commands.shared.track_option import check_trackers
 from unipelt_cli.errors import CheckError, RunError, UnipeltError
@@ -24,33 +24,19 @@ from unipelt_cli.terminal.command_group import print_json
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.training.estimate import Outlook
+    from unipelt_cli.training.planning import Shared
     from unipelt_cli.training.session import Mode
 
 
+@takes_data()
 def train(
-    task: options.TaskOption = None,
-    tasks: options.TasksOption = None,
-    k: options.KOption = None,
+    data: DataFlags,
     method: options.MethodOption = None,
     model: options.ModelOption = None,
-    data_seed: options.DataSeedOption = None,
-    data_seeds: options.DataSeedsOption = None,
     seed: options.SeedOption = None,
     seeds: options.SeedsOption = None,
     preset: options.PresetOption = None,
     settings: options.SettingsOption = None,
-    source: options.SourceOption = None,
-    prepared: options.PreparedOption = None,
-    dev_size: options.DevSizeOption = None,
-    folds: options.FoldsOption = None,
-    dataset: options.DatasetOption = None,
-    train_file: options.TrainFileOption = None,
-    dev_file: options.DevFileOption = None,
-    test_file: options.TestFileOption = None,
-    encoding: options.EncodingOption = None,
-    text: options.TextOption = None,
-    text_pair: options.TextPairOption = None,
-    label: options.LabelOption = None,
     device: options.DeviceOption = None,
     precision: options.PrecisionOption = None,
     out: options.RunOption = None,
@@ -67,22 +53,20 @@ def train(
 
     Example: unipelt train --task mrpc --k 500 --data-seeds 111,222,333,444,555
     """
-    flags = data_flags(locals())
-    flags["data"] |= {"tasks": tasks, "prepared": split_directories(prepared)}
-    flags |= {
+    flags = data.settings() | {
         "model": {"backbone": model},
         "method": {"name": method},
         "train": {"seed": seed, "device": device, "precision": precision},
     }
     trackers: list[str] = []
 
-    def resolve() -> "Experiment":
+    def resolve() -> Resolved:
         refuse_pairs(
             ("--resume" if resume else None, "--overwrite" if overwrite else None),
-            (flag_text("--data-seed", data_seed), flag_text("--data-seeds", data_seeds)),
+            (flag_text("--data-seed", data.data_seed), flag_text("--data-seeds", data.data_seeds)),
             (flag_text("--seed", seed), flag_text("--seeds", seeds)),
         )
-        if flag := flag_text("--data-seeds", data_seeds) or flag_text("--seeds", seeds):
+        if flag := flag_text("--data-seeds", data.data_seeds) or flag_text("--seeds", seeds):
             refuse_processes(flag)
         trackers.extend(check_trackers(track, offline))
         return resolve_settings([preset] if preset else [], settings, flags, offline=offline)
@@ -92,19 +76,20 @@ def train(
     with processes.joined() as joined:
         if not joined.is_main:
             console.hush()
-        grid = joined.each(lambda: _over_seeds(resolved(), data_seeds, seeds))
-        directories = _directories(grid, out, is_one=data_seeds is None and seeds is None)
-        if dry_run:
-            first = next(iter(grid.values()))
-            joined.each(lambda: show_dry_run(first, directories, mode, as_json))
-            return
+        grid = joined.each(lambda: _over_seeds(resolved().experiment, data.data_seeds, seeds))
+        is_one = data.data_seeds is None and seeds is None
+        directories = _directories(grid, out, is_one=is_one)
         from unipelt_cli.commands.shared import live_training
+        from unipelt_cli.training.planning import Shared
 
-        if data_seeds is None and seeds is None:
-            (experiment,) = grid.values()
-            answer = live_training.train(experiment, directories[0], mode, joined, trackers)
+        first, shared = next(iter(grid.values())), Shared(files=resolved().files)
+        if dry_run:
+            joined.each(lambda: show_dry_run(first, directories, mode, shared, as_json))
+            return
+        if is_one:
+            answer = live_training.train(first, directories[0], mode, joined, trackers, shared)
         else:
-            answer = live_training.train_together(grid, directories, mode, trackers)
+            answer = live_training.train_together(grid, directories, mode, trackers, shared)
     if as_json and not console.is_hushed():
         print_json(answer)
     if failed := answer.get("failed"):
@@ -122,7 +107,10 @@ def _over_seeds(
         from unipelt_cli.sweeps.grid import over_seeds
         from unipelt_cli.training.planning import with_drawn_rows
 
-    return over_seeds(with_drawn_rows(experiment), data_seeds, seeds)
+    drawn = with_drawn_rows(experiment)
+    if data_seeds is None and seeds is None:
+        return {"": drawn}
+    return over_seeds(drawn, data_seeds, seeds)
 
 
 def _directories(grid: "dict[str, Experiment]", out: Path | None, *, is_one: bool) -> list[Path]:
@@ -135,13 +123,17 @@ def _directories(grid: "dict[str, Experiment]", out: Path | None, *, is_one: boo
 
 
 def show_dry_run(
-    experiment: "Experiment", directories: Sequence[Path], mode: "Mode", as_json: bool
+    experiment: "Experiment",
+    directories: Sequence[Path],
+    mode: "Mode",
+    shared: "Shared",
+    as_json: bool,
 ) -> None:
     """Say what a run would train on, what it would take and where it would be; write nothing."""
     from unipelt_cli.commands.shared import live_training
     from unipelt_cli.training import estimate
 
-    found = estimate.outlook(experiment)
+    found = estimate.outlook(experiment, shared)
     problem = _problem(directories[0], mode)
     manifests = [own.manifest for own in found.prepared]
     counts = found.tuned.parameter_counts()

@@ -2,6 +2,7 @@
 
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import CheckError, UnipeltError
+from unipelt_cli.runs.opening import settle_run
 from unipelt_cli.terminal import tables
 from unipelt_cli.terminal.command_group import print_json
 
@@ -21,7 +22,7 @@ def verify(
 
     directory = run_argument.locate(run, offline)
     try:
-        run_argument.settle_run(directory, offline, source, model)
+        settle_run(directory, offline=offline, source=source, model=model)
     except UnipeltError:  # the checks will say what is wrong
         network.settle(offline=True, needed=False)
     from unipelt_cli.runs import verification

@@ -30,9 +30,26 @@ def table_tasks(data: DataSettings) -> tuple[str, ...]:
     return tuple(str(name) for name in names if name is not None)
 
 
-def reads_source(data: DataSettings) -> bool:
-    """Say whether rows come from `data.source`: a task of the table that is not packaged."""
-    return any(isinstance(get_task(name).source, Glue) for name in table_tasks(data))
+def reads_source(data: Mapping[str, Any]) -> bool:
+    """Say whether rows come from `data.source`: a task of the table that is not packaged.
+
+    Of settings that are not checked yet: of what is wrong with them the check of all will tell.
+    """
+    if not isinstance(data.get("tasks"), str | list | tuple | None):
+        return False
+    names = table_tasks(_unchecked(data))
+    is_known = all(name in TASKS for name in names)
+    return is_known and any(isinstance(get_task(name).source, Glue) for name in names)
+
+
+def unchecked_data_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what keys of the data section get wrong together, beside what each gets wrong."""
+    yield from data_problems(_unchecked(values))
+
+
+def _unchecked(values: Mapping[str, Any]) -> DataSettings:
+    known = {key: value for key, value in values.items() if key in DataSettings.model_fields}
+    return DataSettings.model_construct(**known)
 
 
 def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:

@@ -3,15 +3,15 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from unipelt_cli import methods
 from unipelt_cli.config.checks import (
     MOST_PROBLEMS,
     combine_problems,
-    data_problems,
     resolve_method,
     table_tasks,
+    unchecked_data_problems,
     validate_section,
 )
 from unipelt_cli.config.sections import (
@@ -26,6 +26,8 @@ from unipelt_cli.methods import Method
 from unipelt_cli.tasks import get_task
 from unipelt_cli.text import cut, shown
 
+SectionName = Literal["data", "model", "method", "train"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -37,20 +39,46 @@ class Experiment:
     method: Method
     train: TrainSettings
 
-    def replace(self, section: str, **changes: object) -> "Experiment":
-        """Return the experiment with some keys of one section changed, checked again."""
-        settings = self.settings()
-        settings[section] |= {key: value for key, value in changes.items() if value is not None}
-        return resolve([("", settings)])
+    def with_(self, section: SectionName, **values: object) -> "Experiment":
+        """Return the experiment with some keys of one section changed; None leaves one as it is.
+
+        That section alone is checked again. Raises ConfigError with all that is wrong with it.
+        """
+        changes = {key: value for key, value in values.items() if value is not None}
+        if not changes:
+            return self
+        if section == "method":
+            return self._with_method(dataclasses.asdict(self.method) | changes)
+        return self._with_section(
+            section, getattr(self, section).model_dump(exclude_none=True) | changes
+        )
 
     def moved(self, source: str | None, backbone: str | None) -> "Experiment":
         """Return the experiment with its rows, its backbone or both somewhere else."""
-        settings = self.settings()
-        if source is not None:
-            settings["data"] = self.data.moved(source).model_dump(exclude_none=True)
-        if backbone is not None:
-            settings["model"]["backbone"] = backbone
-        return resolve([("", settings)])
+        moved = self.with_("model", backbone=backbone)
+        if source is None:
+            return moved
+        return moved._with_section("data", self.data.moved(source).model_dump(exclude_none=True))
+
+    def _with_section(self, section: str, values: Mapping[str, Any]) -> "Experiment":
+        problems: list[tuple[str, str]] = []
+        checked = validate_section(SECTIONS[section], values, section, problems)
+        if section == "data":
+            problems += unchecked_data_problems(values)
+        if problems:
+            raise combine_problems(problems)
+        if isinstance(checked, DataSettings):
+            checked = checked.with_folds()
+        changes: dict[str, Any] = {section: checked}
+        return dataclasses.replace(self, **changes)
+
+    def _with_method(self, values: Mapping[str, Any]) -> "Experiment":
+        problems: list[tuple[str, str]] = []
+        method = resolve_method(self.method_name, values, problems)
+        if problems:
+            raise combine_problems(problems)
+        assert method is not None
+        return dataclasses.replace(self, method=method)
 
     def settings(self) -> Settings:
         """Return the nested dictionary that `resolve` reads; unset keys are left out."""
@@ -83,10 +111,7 @@ def resolve(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Experiment:
     }
     name = str(merged["method"].pop("name", methods.DEFAULT))
     method = resolve_method(name, merged["method"], problems)
-    # Unchecked on purpose: what keys get wrong together is said beside what each gets wrong.
-    keys = DataSettings.model_fields
-    unchecked = {key: value for key, value in merged["data"].items() if key in keys}
-    problems += data_problems(DataSettings.model_construct(**unchecked))
+    problems += unchecked_data_problems(merged["data"])
     if problems:
         raise combine_problems(problems)
     data, train = sections["data"], sections["train"]

@@ -119,24 +119,42 @@ def read_settings(
     """
     path = Path(name)
     try:
-        if not path.is_file():
-            if name not in shipped:
-                raise ConfigError(
-                    f"preset {shown(name)}: no such file or preset",
-                    nearest(name, known or [*shipped], listed_by),
-                )
-            path = shipped[name]
+        is_file = path.is_file()
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not is_file and name not in shipped:
+        raise ConfigError(
+            f"preset {shown(name)}: no such file or preset",
+            nearest(name, known or [*shipped], listed_by),
+        )
+    path = path if is_file else shipped[name]
+    return parse_settings(path, read_content(path))
+
+
+def read_content(path: Path) -> bytes:
+    """Read the bytes of a settings file; raise ConfigError where they cannot be."""
+    try:
         if path.stat().st_size > LARGEST_FILE:
             raise ConfigError(f"{path}: larger than a settings file can be", "give a TOML preset")
         with path.open("rb") as file:
-            settings: Settings = parse_toml(file.read(LARGEST_FILE).decode())
+            return file.read(LARGEST_FILE)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path}: {error.strerror}", "check the path and its rights")
+
+
+def parse_settings(path: Path, content: bytes) -> Settings:
+    """Return what the TOML file at `path` says; raise ConfigError where it is none."""
+    try:
+        settings: Settings = parse_toml(content.decode())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
         said = f"{path}: not TOML ({toml_reason(error)})"
         raise ConfigError(said, "mend the line it names") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", "check the path and its rights") from None
     return settings
 
 

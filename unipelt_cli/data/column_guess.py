@@ -20,7 +20,7 @@ from unipelt_cli.data.label_kind import (
     label_number,
     one_spelling,
 )
-from unipelt_cli.data.readers import read_cells
+from unipelt_cli.data.own_files import OwnFiles
 from unipelt_cli.errors import DataError
 from unipelt_cli.text import short
 
@@ -122,12 +122,14 @@ def columns(
     label: str | None = None,
     kind: Kind = "auto",
     encoding: str | None = None,
+    files: OwnFiles | None = None,
 ) -> Guess:
     """Guess what is not given: the text column, or the two of a pair, and the label column.
 
-    Raises DataError where nothing looks like one, where several do, and for a file without names.
+    `files` hold what was read, for who draws its rows. Raises DataError where nothing looks like
+    one, where several do, and for a file without names.
     """
-    cells = read_cells(path, encoding=encoding)
+    cells = (files or OwnFiles()).look_at(path, encoding)
     cells.require(name for name in cells.shared if name.casefold() in (*TEXTS, *LABELS))
     found = [own for name in cells.columns if (own := _column(cells, name)) is not None]
     _check_header(path, list(cells.columns), found)

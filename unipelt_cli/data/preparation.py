@@ -12,6 +12,7 @@ from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.cells import FILL_IN, RowError, encode_labelled
 from unipelt_cli.data.folds import fold_of
 from unipelt_cli.data.manifest import make_manifest, seal_manifest
+from unipelt_cli.data.own_files import OwnFiles
 from unipelt_cli.data.prepared_directory import (
     Prepared,
     has_manifest,
@@ -30,32 +31,34 @@ from unipelt_cli.tasks import Task, joint_positive
 PASS_OVER = "fill it in, or pass over such rows with --skip-unusable"
 
 
-def prepare(settings: DataSettings) -> Prepared:
+def prepare(settings: DataSettings, files: OwnFiles | None = None) -> Prepared:
     """Find the rows that `settings` name and draw the splits, or those of one fold.
 
+    `files` may hold own files that were read already.
     Raises DataError for a source that cannot be read, rows that cannot be used or too few rows,
     and ConfigError for an unknown task.
     """
     datasets.disable_progress_bars()
     if settings.fold is not None:
-        return fold_of(prepare(settings.model_copy(update={"fold": None})), settings.fold)
+        whole = prepare(settings.model_copy(update={"fold": None}), files)
+        return fold_of(whole, settings.fold)
     assert not isinstance(settings.prepared, tuple)
     directory = Path(settings.prepared) if settings.prepared else glue_root(settings)
     if directory and (settings.prepared or has_manifest(directory)):
         return _reopen(directory, settings)
-    found = find(settings)
+    found = find(settings, files)
     task = with_positive(with_metric(found.task, settings.metric), settings.positive)
     found = replace(found, task=task)
     settled, splits, notes = draw_splits(found, settings)
     return Prepared(found.task, splits, make_manifest(found, settled, splits, notes))
 
 
-def prepare_each(settings: DataSettings) -> tuple[Prepared, ...]:
-    """Prepare every task that `settings` name, each as if it were alone.
+def prepare_each(settings: DataSettings, files: OwnFiles | None = None) -> tuple[Prepared, ...]:
+    """Prepare every task that `settings` name, each as if it were alone; see `prepare`.
 
     Raises DataError as `prepare` does, and for tasks that cannot be trained and scored together.
     """
-    found = tuple(prepare(alone) for alone in settings.each())
+    found = tuple(prepare(alone, files) for alone in settings.each())
     _check_together([prepared.manifest for prepared in found])
     return found
 

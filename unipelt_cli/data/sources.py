@@ -18,6 +18,7 @@ from datasets import Dataset
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.cells import Cells, encode_labelled, require
 from unipelt_cli.data.label_kind import LabelKind, alike, are_too_many, decide, one_spelling
+from unipelt_cli.data.own_files import OwnFiles
 from unipelt_cli.data.readers import read_cells
 from unipelt_cli.data.unusable import refuse_repeated_header, without_unusable
 from unipelt_cli.errors import DataError
@@ -37,14 +38,14 @@ class Found:
     own: bool = False
 
 
-def find(settings: DataSettings) -> Found:
-    """Read the rows that `settings` name, wherever they are.
+def find(settings: DataSettings, files: OwnFiles | None = None) -> Found:
+    """Read the rows that `settings` name, wherever they are; own `files` may be read already.
 
     Raises DataError for a source that cannot be read or rows that cannot be used, and ConfigError
     for an unknown task.
     """
     if settings.train_file:
-        return _own_files(settings, settings.train_file)
+        return _own_files(settings, settings.train_file, files or OwnFiles())
     if settings.dataset:
         return _own_hub(settings, settings.dataset)
     task = get_task(settings.task or "")
@@ -150,13 +151,11 @@ def _glue_hub(task: Task, glue: Glue) -> Found:
     return _found(task, source, cells, glue.hub_columns, "label")
 
 
-def _own_files(settings: DataSettings, train_file: str) -> Found:
+def _own_files(settings: DataSettings, train_file: str, files: OwnFiles) -> Found:
     text, label = _own_columns(settings)
     paths = {"train": train_file, "dev": settings.dev_file, "test": settings.test_file}
     named = {split: path for split, path in paths.items() if path}
-    cells = {
-        split: read_cells(Path(path), encoding=settings.encoding) for split, path in named.items()
-    }
+    cells = {split: files.take(Path(path), settings.encoding) for split, path in named.items()}
     source = {"kind": "files", **named, "text": list(text), "label": label}
     source |= {"encoding": settings.encoding} if settings.encoding else {}
     return _own(settings, Path(train_file).stem, source, cells)

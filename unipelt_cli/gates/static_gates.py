@@ -181,8 +181,8 @@ def _too_dear(dev: _Split, what: str, lost: float, most: float) -> CheckError:
 
 def _with_method(run: Run, method: Method) -> Run:
     """Return the run as if it had been trained with this method, in float32 on the CPU."""
-    experiment = run.experiment.replace("method", **dataclasses.asdict(method))
-    experiment = experiment.replace("train", device="cpu", precision="fp32")
+    experiment = run.experiment.with_("method", **dataclasses.asdict(method))
+    experiment = experiment.with_("train", device="cpu", precision="fp32")
     return dataclasses.replace(run, experiment=experiment)
 
 

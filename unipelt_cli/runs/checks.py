@@ -28,7 +28,12 @@ def check_seal(path: Path, value: Mapping[str, Any]) -> None:
 
 def check_file(path: Path, sha256: str) -> None:
     """Raise RunError when a file of a finished run is not what was written."""
-    if sealed.file_digest(path) != sha256:
+    check_digest(path, sealed.file_digest(path), sha256)
+
+
+def check_digest(path: Path, there: str, written: str) -> None:
+    """Raise RunError when the sha256 of a file of a finished run is not the one written down."""
+    if there != written:
         raise RunError(
             f"{path}: changed since it was written",
             "restore it, or train the run again; for a backbone or data that moved "
@@ -65,7 +70,7 @@ def as_started(experiment: Experiment, directory: Path) -> Experiment:
         changes["kind"] = "classification" if labels else "regression"
     if data.positive is None and len(labels) == 2 and "positive" not in manifest:
         changes["positive"] = labels[1]
-    return experiment.replace("data", **changes)
+    return experiment.with_("data", **changes)
 
 
 def check_same(there: Experiment, asked: Experiment, directory: Path) -> None:

@@ -21,9 +21,9 @@ from unipelt_cli.models import evaluation, sharing
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Gates, Logits
 from unipelt_cli.models.tuned import Tuned
-from unipelt_cli.runs import hub
+from unipelt_cli.runs.opening import open_run
 from unipelt_cli.runs.row_windows import Row, columns_without_names, windows_of_rows
-from unipelt_cli.runs.run import Run, read_run, without_gates
+from unipelt_cli.runs.run import Run, without_gates
 from unipelt_cli.system import memory, network
 from unipelt_cli.tasks import Task
 
@@ -201,19 +201,17 @@ def load_runs(
     """
     if not paths:
         raise ConfigError("load_runs: no run was given", "give the directories of some")
-    found = {
-        name: read_run(hub.directory_of(path, offline=offline))
-        for name, path in named(paths).items()
-    }
-    first = next(iter(found.values()))
-    where = str(model) if model is not None else first.experiment.model.backbone
-    if network.names_hub(where):
-        there = pretrained.cached(where)
-        if there is None:
-            network.settle(offline=offline, needed=True)
-            network.require_cached(backbone=where, dataset=None)
-        where = str(there or where)
-    return load(found, task, device, where, precision)
+    backbone = None if model is None else str(model)
+    runs: dict[str, Run] = {}
+    for name, path in named(paths).items():
+        runs[name] = open_run(
+            path, offline=offline, model=backbone, needs_rows=False, is_guest=True
+        )
+        backbone = backbone or runs[name].experiment.model.backbone
+    assert backbone is not None
+    if network.names_hub(backbone):
+        backbone = str(pretrained.cached(backbone) or backbone)
+    return load(runs, task, device, backbone, precision)
 
 
 def named(paths: Sequence[str | Path]) -> dict[str, str | Path]:

@@ -37,7 +37,7 @@ def fold_experiments(experiment: Experiment, directory: Path) -> Iterator[tuple[
     if folds == "auto" or experiment.data.fold is not None:
         return
     for fold in range(1, folds + 1):
-        yield experiment.replace("data", fold=fold), fold_directory(directory, fold)
+        yield experiment.with_("data", fold=fold), fold_directory(directory, fold)
 
 
 def read_folds(directory: Path, prepared: Prepared) -> OutOfFold:

@@ -13,11 +13,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained, find
-from unipelt_cli.config.earlier import EARLIER
-from unipelt_cli.config.experiment import Experiment, resolve
-from unipelt_cli.config.presets import read_preset
+from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.recorded import RecordedExperiment, read_recorded
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data import preparation
 from unipelt_cli.data.manifest import digest_rows
@@ -31,6 +29,7 @@ from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs import schema
 from unipelt_cli.runs.checks import (
     check_backbone,
+    check_digest,
     check_file,
     check_seal,
     recorded_files,
@@ -128,7 +127,7 @@ class Run:
     ) -> tuple[Tuned, Likeness]:
         """Do what `build` does, and return how far its logits are from the stored ones as well."""
         experiment = self.experiment
-        experiment = experiment.replace("train", device=device, precision=precision)
+        experiment = experiment.with_("train", device=device, precision=precision)
         pretrained = find(backbone or experiment.model.backbone)
         self.check_backbone(pretrained)
         tuned = _load(self.directory, experiment, self.tasks, pretrained)
@@ -222,7 +221,7 @@ class Run:
             changes["kind"] = self.data_settings().kind
             if own.positive is None and "positive" not in self.header["task"]:
                 changes["positive"] = self.task.positive_label
-        return self.experiment.replace("data", **changes)
+        return self.experiment.with_("data", **changes)
 
     def digest_of(self, split: str, place: int = 0) -> str:
         """Return the recorded hash of the rows of a task's split."""
@@ -254,8 +253,11 @@ def _answers(tensor: Tensor | None, task: Task) -> Values | None:
     return values if values.min() >= 0 and values.max() < task.outputs else None
 
 
-def read_run(directory: Path) -> Run:
-    """Read a finished run; raise RunError when it is absent, unfinished, damaged or newer."""
+def read_run(directory: Path, recorded: RecordedExperiment | None = None) -> Run:
+    """Read a finished run; raise RunError when it is absent, unfinished, damaged or newer.
+
+    `recorded` is what its experiment file says, where that was read already.
+    """
     if not (directory / EXPERIMENT).is_file():
         raise RunError(f"{directory}: not a run directory", _where_runs_are(directory))
     if not os.path.lexists(directory / RESULT):
@@ -267,7 +269,9 @@ def read_run(directory: Path) -> Run:
     schema.shaped(directory / RESULT, result, schema.Result)
     check_seal(directory / RESULT, result)
     for name in recorded_files(result):
-        if name != METRICS:
+        if name == EXPERIMENT and recorded is not None:
+            check_digest(directory / name, recorded.sha256, result["files"][name])
+        elif name != METRICS:
             check_file(directory / name, result["files"][name])
     header = sealed.read_header(directory / MODEL)
     environment = sealed.read_object(directory / ENVIRONMENT)
@@ -275,7 +279,8 @@ def read_run(directory: Path) -> Run:
     schema.shaped(directory / MODEL, header, schema.JointHeader if joint else schema.Header)
     expected = schema.JointEnvironment if joint else schema.Environment
     schema.shaped(directory / ENVIRONMENT, environment, expected)
-    return Run(directory, read_experiment(directory), environment, header, result)
+    recorded = recorded or read_recorded(directory / EXPERIMENT)
+    return Run(directory, recorded.experiment, environment, header, result)
 
 
 def read_stored(
@@ -306,17 +311,8 @@ def _load(
 
 
 def read_experiment(directory: Path) -> Experiment:
-    """Read the resolved experiment of a run directory.
-
-    What an earlier version had no setting for is what that version did, not today's default.
-    """
-    settings = read_preset(str(sealed.own_file(directory / EXPERIMENT)))
-    section = settings.get("method")
-    if isinstance(section, dict) and section.get("name") in [*methods.table()]:
-        default = methods.get(section["name"]).method
-        method = {**default.earlier, **default.unwritten(section), **section}
-        settings = {**settings, "method": method}
-    return resolve([("", EARLIER), ("", settings)])
+    """Read the resolved experiment of a run directory, finished or not."""
+    return read_recorded(directory / EXPERIMENT).experiment
 
 
 def _where_runs_are(directory: Path) -> str:
@@ -332,9 +328,9 @@ def _where_runs_are(directory: Path) -> str:
 
 def copied(run: Run, tuned: Tuned, *, hasten: bool = True) -> Tuned:
     """Build a model once more, in float32 on the CPU."""
-    experiment = run.experiment.replace("train", device="cpu", precision="fp32")
+    experiment = run.experiment.with_("train", device="cpu", precision="fp32")
     if not hasten:
-        experiment = experiment.replace("model", attention="auto")  # plain, on a CPU
+        experiment = experiment.with_("model", attention="auto")  # plain, on a CPU
     copy = build(
         experiment,
         run.task.outputs,

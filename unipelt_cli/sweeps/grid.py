@@ -95,7 +95,7 @@ def groups(cells: Sequence[Cell], size: int) -> list[list[Cell]]:
 
 
 def _without_seeds(experiment: Experiment) -> str:
-    return dump(experiment.replace("data", data_seed=0).replace("train", seed=0))
+    return dump(experiment.with_("data", data_seed=0).with_("train", seed=0))
 
 
 def read_grid(name: str) -> Grid:
@@ -200,11 +200,11 @@ def over_seeds(
         )
     grid = {}
     for data_seed in split_numbers("--data-seeds", data_seeds) or [experiment.data.data_seed]:
+        drawn = experiment.with_("data", data_seed=data_seed)
         for seed in split_numbers("--seeds", seeds) or [experiment.train.seed]:
             varied = (("d", data_seed, data_seeds), ("s", seed, seeds))
             label = " ".join(f"{letter}{n}" for letter, n, given in varied if given is not None)
-            one = experiment.replace("data", data_seed=data_seed)
-            grid[label] = one.replace("train", seed=seed)
+            grid[label] = drawn.with_("train", seed=seed)
     return grid
 
 

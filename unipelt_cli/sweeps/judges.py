@@ -62,7 +62,7 @@ class DevJudge:
         candidate.rows = self.rows
         while len(candidate.trials) < rung.trainings:
             seed = first + len(candidate.trials)
-            candidate.trials.append(Trial(candidate.experiment.replace("train", seed=seed)))
+            candidate.trials.append(Trial(candidate.experiment.with_("train", seed=seed)))
         for count, trial in enumerate(candidate.trials):
             if count and time.monotonic() > end:
                 break

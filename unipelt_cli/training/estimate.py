@@ -125,12 +125,11 @@ def estimate(
         yield name, _cost(experiment, speeds[key], sizes[place])
 
 
-def outlook(experiment: Experiment) -> Outlook:
+def outlook(experiment: Experiment, shared: Shared) -> Outlook:
     """Make everything ready that a run needs, and take a few steps; write nothing.
 
     Raises what the run itself would raise before it trains.
     """
-    shared = Shared()
     shared.prepare(experiment.data)
     imports.transformers()
     device = choose_device(experiment.train.device)

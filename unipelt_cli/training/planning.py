@@ -7,6 +7,7 @@ from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data import preparation
 from unipelt_cli.data.folds import fold_of
+from unipelt_cli.data.own_files import OwnFiles
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.build import build
@@ -25,8 +26,8 @@ class Shared:
     It is let go with the runs it was made for: files are taken to stay as they are meanwhile.
     """
 
-    def __init__(self, most: int = 16) -> None:
-        self.most = most
+    def __init__(self, most: int = 16, files: OwnFiles | None = None) -> None:
+        self.most, self.files = most, files or OwnFiles()
         self._prepared: dict[DataSettings, Prepared] = {}
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._features: dict[tuple[Any, ...], Features] = {}
@@ -39,7 +40,7 @@ class Shared:
             whole = self.prepare(settings.model_copy(update={"fold": None}))
             return tuple(fold_of(own, settings.fold) for own in whole)
         if any(own not in self._prepared for own in settings.each()):
-            drawn = preparation.prepare_each(settings)
+            drawn = preparation.prepare_each(settings, self.files)
             self._prepared |= zip(settings.each(), drawn, strict=True)
         found = tuple(self._prepared[own] for own in settings.each())
         _drop_oldest(self._prepared, self.most)
@@ -107,7 +108,9 @@ def with_drawn_rows(experiment: Experiment) -> Experiment:
     if len(manifests) > 1:
         del drawn["task"]
         drawn["tasks"] = tuple(manifest["task"] for manifest in manifests)
-    return experiment.replace("data", **drawn)
+    if all(getattr(experiment.data, key) == value for key, value in drawn.items()):
+        return experiment
+    return experiment.with_("data", **drawn)
 
 
 def plan(
@@ -118,19 +121,18 @@ def plan(
     tasks = [own.task for own in prepared]
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
     tuned = build(experiment, outputs, pairs=pairs)
-    experiment = experiment.replace("model", pooling=tuned.pooling, pairs=tuned.pairs)
-    experiment = experiment.replace("train", precision=tuned.precision)
+    drawn = dict[str, Any]()
     if experiment.data.train_file or experiment.data.dataset:
         is_regression = prepared[0].task.is_regression
-        kind = "regression" if is_regression else "classification"
-        experiment = experiment.replace("data", kind=kind)
+        drawn["kind"] = "regression" if is_regression else "classification"
     if experiment.data.folds == "auto":
-        drawn = prepared[0].manifest
-        experiment = experiment.replace(
-            "data", folds=drawn.get("folds", 0), dev_size=drawn["dev_size"]
-        )
-    if experiment.train.label_scale == "auto":
-        experiment = experiment.replace("train", label_scale=_label_scale(prepared))
+        manifest = prepared[0].manifest
+        drawn |= {"folds": manifest.get("folds", 0), "dev_size": manifest["dev_size"]}
+    is_open = experiment.train.label_scale == "auto"
+    scale = _label_scale(prepared) if is_open else None
+    experiment = experiment.with_("data", **drawn)
+    experiment = experiment.with_("model", pooling=tuned.pooling, pairs=tuned.pairs)
+    experiment = experiment.with_("train", precision=tuned.precision, label_scale=scale)
     return experiment, prepared, tuned
 
 

@@ -295,7 +295,7 @@ def _exact_probe(
     """
     if trained.precision == EXACT:
         return None
-    experiment = experiment.replace("train", precision=EXACT)
+    experiment = experiment.with_("train", precision=EXACT)
     try:
         return torch.from_numpy(probe(read_stored(directory, experiment, tasks, trained)))
     except BackboneError:

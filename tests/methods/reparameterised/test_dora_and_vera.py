@@ -62,7 +62,7 @@ def test_vera_scales_matrices_that_all_layers_share_and_no_run_stores(
     tuned = disturbed(build(settings, 2))
     updates = tuned.classifier.backbone.updates
     folded = build(settings, 2, folded=True).classifier.backbone.updates
-    other = build(settings.replace("train", seed=43), 2).classifier.backbone.updates
+    other = build(settings.with_("train", seed=43), 2).classifier.backbone.updates
     for name in ("a", "b"):
         matrix = getattr(updates.shared, name)
         assert torch.equal(matrix, getattr(folded.shared, name))

@@ -76,7 +76,7 @@ def test_features_of_equal_rows_are_computed_once(
 ) -> None:
     shared, counted = Shared(), list[int]()
     for method, seed in (("head", 42), ("head", 43), ("probe", 42)):
-        settings = own_rows(bert, rows_file, method).replace("train", seed=seed, epochs=1)
+        settings = own_rows(bert, rows_file, method).with_("train", seed=seed, epochs=1)
         planned, prepared, tuned = plan(settings, shared)
         features = tuned.classifier.features
 
@@ -108,7 +108,7 @@ def test_a_run_notes_what_the_probe_gives_on_its_rows(bert: Path, tmp_path: Path
     rows = write_rows(tmp_path / "rows.csv", 40)
     results = {}
     for method in ("lora", "probe"):
-        settings = own_rows(bert, rows, method).replace("train", epochs=1)
+        settings = own_rows(bert, rows, method).with_("train", epochs=1)
         *_, last = execution.execute(settings, tmp_path / method)
         assert isinstance(last, Finished)
         results[method] = last.result
@@ -130,7 +130,7 @@ def test_a_sweep_pays_once_for_each_set_of_rows(
 
     monkeypatch.setattr(floor, "build", watched)
     grid = [
-        own_rows(bert, rows_file, method, data_seed=data_seed).replace("train", epochs=1)
+        own_rows(bert, rows_file, method, data_seed=data_seed).with_("train", epochs=1)
         for data_seed in (1, 2)
         for method in ("lora", "bitfit")
     ]
@@ -143,7 +143,7 @@ def test_a_sweep_pays_once_for_each_set_of_rows(
 def test_the_same_rows_in_other_folds_have_another_probe(bert: Path, rows_file: Path) -> None:
     shared = Shared()
     for folds in (2, 3):
-        settings = own_rows(bert, rows_file, "lora").replace("data", folds=folds, dev_size=0)
+        settings = own_rows(bert, rows_file, "lora").with_("data", folds=folds, dev_size=0)
         settings, prepared, tuned = plan(settings, shared)
         noted = floor.beside(settings, prepared, tuned.pretrained, shared)
         assert noted == floor.beside(settings, prepared, tuned.pretrained, Shared())
@@ -204,8 +204,8 @@ def test_pairs_are_noted_as_the_run_reads_them(bert: Path, tmp_path: Path) -> No
     results = {}
     for method in ("lora", "probe"):
         settings = own_rows(bert, tmp_path / "pairs.csv", method, text="a", text_pair="b")
-        settings = settings.replace("train", epochs=1).replace("model", pairs="apart")
-        settings = settings.replace("model", pooling="mean")
+        settings = settings.with_("train", epochs=1).with_("model", pairs="apart")
+        settings = settings.with_("model", pooling="mean")
         *_, last = execution.execute(settings, tmp_path / method)
         assert isinstance(last, Finished)
         results[method] = last.result

@@ -14,6 +14,7 @@ from unipelt_cli.terminal.interrupts import stop_on_request
 from unipelt_cli.text import shown_score
 from unipelt_cli.training import execution
 from unipelt_cli.training.events import Epoch, Failed, Finished, Folded, Halved, Ready, Step
+from unipelt_cli.training.planning import Shared
 from unipelt_cli.training.session import Mode
 from unipelt_cli.training.trackers import Tracking
 
@@ -24,14 +25,15 @@ def train(
     mode: Mode,
     processes: Processes = ALONE,
     trackers: Sequence[str] = (),
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Carry one run out and return its result; a request to stop any process stops them all.
 
     Raises KeyboardInterrupt after a request to stop: then the run can go on from there.
     """
     hint = f"--resume --out {directory}"
-    given = ({"": experiment}, [directory], mode, hint, processes, trackers)
-    (ended,) = _watch(*given).values()
+    runs = {"": experiment}
+    (ended,) = _watch(runs, [directory], mode, hint, processes, trackers, shared).values()
     if isinstance(ended, Failed):
         raise ended.error
     done, settings = ended.result["epochs"], experiment.train
@@ -49,13 +51,14 @@ def train_together(
     directories: Sequence[Path],
     mode: Mode,
     trackers: Sequence[str] = (),
+    shared: Shared | None = None,
 ) -> dict[str, Any]:
     """Carry several runs out; return their results by label, the means, and what failed.
 
     Raises KeyboardInterrupt after a request to stop: then the runs can go on from there.
     """
     hint = "the same command and --resume"
-    ended = _watch(grid, directories, mode, hint, trackers=trackers)
+    ended = _watch(grid, directories, mode, hint, trackers=trackers, shared=shared)
     finished = {
         label: {"run": str(event.directory), **event.result}
         for label, event in ended.items()
@@ -88,11 +91,12 @@ def _watch(
     hint: str,
     processes: Processes = ALONE,
     trackers: Sequence[str] = (),
+    shared: Shared | None = None,
 ) -> dict[str, Finished | Failed]:
     """Show the events of runs as they come; return how each ended, in the order of the grid."""
     labels, view = list(grid), None
     ended: dict[str, Finished | Failed] = {}
-    events = execution.execute_together(list(grid.values()), directories, mode, processes)
+    events = execution.execute_together(list(grid.values()), directories, mode, processes, shared)
     tracking = Tracking(trackers if processes.is_main else (), directories, console.say)
     stop_requests = stop_on_request(processes)
     with (

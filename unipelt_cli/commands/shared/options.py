@@ -26,54 +26,22 @@ SourceOption = Annotated[
 ]
 
 
-def _data(name: str, help: str, **kwargs: Any) -> Any:
+def data_option(name: str, help: str, **kwargs: Any) -> Any:
+    """Declare an option of the panel about rows."""
     return typer.Option(name, help=help, rich_help_panel=WHERE, **kwargs)
 
 
-TaskOption = Annotated[str | None, _data("--task", "A task: see `unipelt list tasks`.")]
-TasksOption = Annotated[
-    str | None,
-    _data("--tasks", "Several tasks at once, by one model with a head each.", metavar="A,B"),
-]
 OneTaskOption = Annotated[
     str | None,
     typer.Option("--task", metavar="NAME", help="Which task, of a run on several."),
 ]
-KOption = Annotated[int | None, _data("--k", "Train on so many rows. (default all)")]
-DataSeedOption = Annotated[
-    int | None, _data("--data-seed", "Draws the rows. (default 111)", show_default=False)
-]
-DataSeedsOption = Annotated[
-    str | None,
-    _data("--data-seeds", "A run for each, all in one pass where the method can.", metavar="A,B,…"),
-]
-DevSizeOption = Annotated[
-    int | None, _data("--dev-size", "Dev rows; 0: none. (default 1000)", show_default=False)
-]
-FoldsOption = Annotated[
-    str | None,
-    _data("--folds", "Test every train row, by N trainings without it.", metavar="N|none"),
-]
-DatasetOption = Annotated[
-    str | None, _data("--dataset", "Any hub data set.", metavar="NAME[:CONFIG]")
-]
-TrainFileOption = Annotated[
-    str | None,
-    _data("--train-file", "Your rows: .csv, .tsv, .jsonl, .json, .parquet.", metavar="FILE"),
-]
-DevFileOption = Annotated[str | None, _data("--dev-file", "Your dev rows.", metavar="FILE")]
-TestFileOption = Annotated[str | None, _data("--test-file", "Your test rows.", metavar="FILE")]
 EncodingOption = Annotated[
     str | None,
-    _data(
+    data_option(
         "--encoding",
         "Of your text files. (default: their byte-order mark says it, else UTF-8)",
         metavar="NAME",
     ),
-]
-TextOption = Annotated[str | None, _data("--text", "The text column.", metavar="COLUMN")]
-TextPairOption = Annotated[
-    str | None, _data("--text-pair", "The second text column, for pairs.", metavar="COLUMN")
 ]
 FileTextOption = Annotated[
     str | None, typer.Option("--text", metavar="COLUMN", help="What FILE calls the text column.")
@@ -82,7 +50,7 @@ FileTextPairOption = Annotated[
     str | None,
     typer.Option("--text-pair", metavar="COLUMN", help="What FILE calls the second text column."),
 ]
-LabelOption = Annotated[str | None, _data("--label", "The label column.", metavar="COLUMN")]
+LabelOption = Annotated[str | None, data_option("--label", "The label column.", metavar="COLUMN")]
 
 
 MethodOption = Annotated[
@@ -125,10 +93,6 @@ SettingsOption = Annotated[
         help="Any setting; may be repeated.",
         rich_help_panel=HOW,
     ),
-]
-PreparedOption = Annotated[
-    str | None,
-    _data("--prepared", "A directory that `prepare` wrote, or several with commas.", metavar="DIR"),
 ]
 PrecisionOption = Annotated[
     str | None,

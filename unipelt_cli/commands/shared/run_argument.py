@@ -2,31 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from unipelt_cli.commands.shared.settings import flag_text, settle
+from unipelt_cli.commands.shared.settings import flag_text
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.runs import hub
-from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import console
-
-if TYPE_CHECKING:
-    from unipelt_cli.runs.run import Run
-
-
-def read_run(
-    run: Path, offline: bool, source: str | None = None, model: str | None = None
-) -> "Run":
-    """Read a finished run, and settle whether the network is used to build its model."""
-    directory = locate(run, offline)
-    settle_run(directory, offline, source, model)
-    from unipelt_cli.runs.run import read_run
-
-    return read_run(directory)
 
 
 def locate(run: Path, offline: bool) -> Path:
-    """Return the directory of a run; one on the hub is fetched, unless it is in the cache."""
+    """Return the directory of a run; one on the hub is fetched, and its commit said."""
     directory = hub.directory_of(run, offline=offline)
     if hub.is_remote(run):
         console.say(f"{run}: commit {directory.name[:12]}")
@@ -60,15 +44,3 @@ def default_output(run: Path, what: str) -> Path:
         return Path(f"{hub.parse(str(run))[0].partition('/')[2]}-{what}")
     named = run if run.name not in ("", "..") else run.resolve()
     return named.with_name(f"{named.name}-{what}")
-
-
-def settle_run(directory: Path, offline: bool, source: str | None, model: str | None) -> None:
-    """Settle whether the network is used for a run's rows and backbone, or where they are now."""
-    with importing():
-        from unipelt_cli.config.experiment import resolve
-        from unipelt_cli.config.presets import read_preset
-
-    path = directory / "experiment.toml"
-    if path.is_file():
-        experiment = resolve([("", read_preset(str(path)))])
-        settle([experiment.moved(source, model)], offline)

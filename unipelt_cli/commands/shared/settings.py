@@ -1,11 +1,13 @@
 """From what a command was given to a checked Experiment."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.runs.opening import settle_network
 from unipelt_cli.system import processes
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import console
@@ -13,22 +15,23 @@ from unipelt_cli.terminal import console
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.config.sections import Settings
+    from unipelt_cli.data.own_files import OwnFiles
 
 
-def data_flags(values: dict[str, Any]) -> "Settings":
-    """Take a command's data options out of its arguments."""
-    keys = (
-        *("task", "k", "data_seed", "dev_size", "folds", "source", "dataset"),
-        *("train_file", "dev_file", "test_file", "encoding", "text", "text_pair", "label"),
-    )
-    return {"data": {key: values.get(key) for key in keys}}
+@dataclass(frozen=True)
+class Resolved:
+    """An experiment, and its own rows where they were read to guess their columns."""
+
+    experiment: "Experiment"
+    files: "OwnFiles | None"
 
 
-def split_directories(prepared: str | None) -> str | list[str] | None:
-    """Take directories with commas between them apart, unless one is called so."""
-    if prepared is None or "," not in prepared or Path(prepared).is_dir():
-        return prepared
-    return [path.strip() for path in prepared.split(",")]
+@dataclass(frozen=True)
+class _GuessedColumns:
+    """The command line's settings with the columns of own rows, and the files that were read."""
+
+    settings: "Settings"
+    files: "OwnFiles"
 
 
 def absolute(path: str | None) -> str | None:
@@ -63,12 +66,13 @@ def resolve_settings(
     *,
     offline: bool,
     data_only: bool = False,
-) -> "Experiment":
+) -> Resolved:
     """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
-    layers = preset_layers(presets)
-    experiment = complete(layers, with_columns(layers, command_line_settings(assignments, flags)))
-    settle([experiment], offline, data_only=data_only)
-    return experiment
+    layers, command_line = preset_layers(presets), command_line_settings(assignments, flags)
+    guess = _guess_columns(layers, command_line)
+    experiment = complete(layers, command_line if guess is None else guess.settings)
+    settle_network([experiment], offline=offline, needs_backbone=not data_only)
+    return Resolved(experiment, None if guess is None else guess.files)
 
 
 def preset_layers(presets: Sequence[str]) -> list[tuple[str, "Settings"]]:
@@ -92,59 +96,59 @@ def command_line_settings(assignments: Sequence[str] | None, flags: "Settings") 
     return with_absolute_paths(merge_settings([*sets, own]))
 
 
-def with_columns(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Settings":
-    """Guess which columns of own rows hold text and label, where no layer says so, and say it."""
+def with_columns(layers: Sequence[tuple[str, "Settings"]], command_line: "Settings") -> "Settings":
+    """Return settings with the columns of own rows, which are guessed where no layer says them."""
+    guess = _guess_columns(layers, command_line)
+    return command_line if guess is None else guess.settings
+
+
+def _guess_columns(
+    layers: Sequence[tuple[str, "Settings"]], command_line: "Settings"
+) -> _GuessedColumns | None:
+    """Guess which columns of own rows hold text and label, and say it; None where that is said."""
     from unipelt_cli.config.experiment import merge_settings
 
-    data = merge_settings([*(layer for _, layer in layers), own]).get("data", {})
+    data = merge_settings([*(layer for _, layer in layers), command_line]).get("data", {})
     path = data.get("train_file")
     elsewhere = any(data.get(key) for key in ("dataset", "prepared", "tasks"))
     named = {key: data.get(key) for key in ("text", "text_pair", "label")}
     kind = data.get("kind", "auto")
     if not isinstance(path, str) or elsewhere or (named["text"] and named["label"]):
-        return own
+        return None
     named["encoding"] = data.get("encoding")
     if not all(value is None or isinstance(value, str) for value in (*named.values(), kind)):
-        return own  # said by the check of each key
+        return None  # said by the check of each key
     from unipelt_cli.data import column_guess
+    from unipelt_cli.data.own_files import OwnFiles
 
-    found = column_guess.columns(Path(path), **named, kind=kind)
+    files = OwnFiles()
+    guess = column_guess.columns(Path(path), **named, kind=kind, files=files)
     if processes.is_first():
-        console.say(("note: ", "yellow"), found.said)
+        console.say(("note: ", "yellow"), guess.said)
     guessed = {
-        key: value for key, value in found.settings.items() if key != "kind" or kind == "auto"
+        key: value for key, value in guess.settings.items() if key != "kind" or kind == "auto"
     }
-    return merge_settings([{"data": guessed}, own])
+    return _GuessedColumns(merge_settings([{"data": guessed}, command_line]), files)
 
 
-def complete(layers: Sequence[tuple[str, "Settings"]], own: "Settings") -> "Experiment":
-    """Resolve layers of settings, `own` the last; where rows come from is always written down."""
+def complete(layers: Sequence[tuple[str, "Settings"]], command_line: "Settings") -> "Experiment":
+    """Resolve presets and the command line; where rows come from is always written down."""
+    from unipelt_cli.config.experiment import merge_settings, resolve
+
+    data = merge_settings([*(layer for _, layer in layers), command_line]).get("data", {})
+    return resolve([*layers, ("", command_line), ("", _source_layer(data))])
+
+
+def _source_layer(data: Mapping[str, Any]) -> "Settings":
+    """Return where the rows of a task of the table are, by merged settings of the data section."""
     from unipelt_cli.config.checks import reads_source
-    from unipelt_cli.config.experiment import resolve
 
-    experiment = resolve([*layers, ("", own)])
-    if not reads_source(experiment.data):
-        return experiment
-    source = experiment.data.source or os.environ.get("UNIPELT_DATA") or "hub"
-    is_prepared = source != "hub" and (Path(source) / "manifest.json").is_file()
-    data = {key: value for key, value in own.get("data", {}).items() if key != "source"}
-    data["prepared" if is_prepared else "source"] = source
-    return resolve([*layers, ("", with_absolute_paths({**own, "data": data}))])
-
-
-def settle(experiments: Iterable["Experiment"], offline: bool, *, data_only: bool = False) -> None:
-    """Decide about the network before any hub library is imported."""
-    from unipelt_cli import tasks
-    from unipelt_cli.system import network
-
-    needs = set()
-    for experiment in experiments:
-        data, name = experiment.data, experiment.model.backbone
-        dataset = data.dataset or (tasks.HUB_GLUE if data.source == "hub" else None)
-        needs.add((dataset, name if network.names_hub(name) and not data_only else None))
-    network.settle(offline=offline, needed=any(map(any, needs)))
-    for dataset, backbone in sorted(needs, key=str):
-        network.require_cached(backbone=backbone, dataset=dataset and dataset.partition(":")[0])
+    source = data.get("source") or os.environ.get("UNIPELT_DATA") or "hub"
+    if not reads_source(data) or not isinstance(source, str):
+        return {}
+    if source != "hub" and (Path(source) / "manifest.json").is_file():
+        return {"data": {"prepared": absolute(source), "source": None}}
+    return {"data": {"source": absolute(source)}}
 
 
 def settle_backbone(name: str, offline: bool) -> None:
