@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.rows import write_rows
 from support.runs import reseal
 
 from unipelt_cli.comparison import documents, gathering, plot, published, tables
+from unipelt_cli.comparison.results import Comparison
 from unipelt_cli.comparison.summary import summarise_directories
 from unipelt_cli.files import sealed
 from unipelt_cli.runs.names import PREDICTIONS, PROBE, RESULT
@@ -389,22 +391,30 @@ def test_documents_hold_the_tables(tmp_path: Path) -> None:
 
 def test_documents_are_safe_whatever_a_task_is_called(tmp_path: Path) -> None:
     forge(tmp_path / "a", "lora", 0.8)
-    answer = summarise_directories([tmp_path])
+    comparison = summarise_directories([tmp_path])
     names = ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\t=1", "\r=1", "a_b & 50% #1 {x} \\ ~^$"]
-    group = answer["groups"][0]
-    answer["groups"] = [group | {"task": name, "label": "<b>|x|"} for name in names]
-    read = list(csv.DictReader(io.StringIO(documents.csv_table(answer))))
+    group, table = comparison.groups[0], comparison.tables[0]
+    groups = tuple(replace(group, task=name, label="<b>|x|") for name in names)
+    read = list(
+        csv.DictReader(io.StringIO(documents.csv_table(replace(comparison, groups=groups))))
+    )
     kept = [*(f"'{name}" for name in names[:4]), r"'\t=1", r"'\r=1", names[-1]]
     assert [row["task"] for row in read] == kept
-    assert float(read[0]["mean"]) == group["mean"]
-    answer["groups"] = [group | {"label": names[-1]}]
-    answer["tables"][0]["methods"][0]["label"] = names[-1]
+    assert float(read[0]["mean"]) == group.mean
+
+    def labelled(label: str) -> Comparison:
+        methods = (replace(table.methods[0], label=label),)
+        return replace(
+            comparison,
+            groups=(replace(group, label=label),),
+            tables=(replace(table, methods=methods),),
+        )
+
     escaped = r"a\_b \& 50\% \#1 \{x\} \textbackslash{} \textasciitilde{}\textasciicircum{}\$"
-    assert escaped in documents.latex(answer)
-    answer["groups"] = [group | {"label": "<b>|x|\x1b"}]
-    answer["tables"][0]["methods"][0]["label"] = "<b>|x|\x1b"
-    assert r"| \<b\>\|x\|\\x1b |" in documents.markdown(answer)
-    plot.plot_comparison(answer, tmp_path / "picture.svg")
+    assert escaped in documents.latex(labelled(names[-1]))
+    hostile = labelled("<b>|x|\x1b")
+    assert r"| \<b\>\|x\|\\x1b |" in documents.markdown(hostile)
+    plot.plot_comparison(hostile, tmp_path / "picture.svg")
 
 
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])

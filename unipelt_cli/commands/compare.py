@@ -52,16 +52,16 @@ def compare(
     from unipelt_cli.terminal.console import say
 
     table = None if published is None else read_published(published)
-    answer = summary.summarise_directories(directories, margin, table)
-    for sheet in sheets(answer):
+    result = summary.summarise_directories(directories, margin, table)
+    for sheet in sheets(result):
         comparison.show(sheet)
-    for note in notes(answer):
+    for note in notes(result):
         say(("note: ", "yellow"), note)
     for path in write or ():
-        documents.write(answer, path)
+        documents.write(result, path)
         say("written: ", (str(path), "bold"))
     if plot is not None:
-        plot_comparison(answer, plot)
+        plot_comparison(result, plot)
         say("picture: ", (str(plot), "bold"))
     if as_json:
-        print_json(answer)
+        print_json(result)

@@ -3,103 +3,95 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from unipelt_cli.comparison.groups import Group
+from unipelt_cli.comparison.groups import Group, group_by
 from unipelt_cli.comparison.published import Table
+from unipelt_cli.comparison.results import (
+    GroupSummary,
+    PublishedAverage,
+    PublishedCell,
+    PublishedComparison,
+    PublishedCosts,
+)
 from unipelt_cli.tasks import TASKS
 
-Answer = dict[str, Any]
 
-
-def against(groups: Sequence[Group], answer: Answer, table: Table) -> Answer:
+def against(
+    groups: Sequence[Group], summaries: Sequence[GroupSummary], table: Table
+) -> PublishedComparison:
     """Set the groups of a comparison beside what was printed of the same methods."""
     known = [group for group in groups if _is_theirs(group)]
-    return {
-        "name": table.name,
-        "backbone": table.backbone,
-        "cells": list(_cells(known, table)),
-        "averages": list(_averages(known, table)),
-        "costs": list(_costs(answer["groups"], table)),
-        "notes": list(_notes(groups, table)),
-    }
+    return PublishedComparison(
+        name=table.name,
+        backbone=table.backbone,
+        cells=tuple(_cells(known, table)),
+        averages=tuple(_averages(known, table)),
+        costs=tuple(_costs(summaries, table)),
+        notes=tuple(_notes(groups, table)),
+    )
 
 
 def _is_theirs(group: Group) -> bool:
     """Say whether a group's task is the one of the table, and not only called like it."""
     if group.task not in TASKS:
         return False
-    (own,), theirs = group.tasks, TASKS[group.task]
-    return (own.text, own.labels, own.metric) == (theirs.text, theirs.labels, theirs.metric)
+    (ours,), theirs = group.tasks, TASKS[group.task]
+    return (ours.text, ours.labels, ours.metric) == (theirs.text, theirs.labels, theirs.metric)
 
 
-def _cells(groups: Sequence[Group], table: Table) -> Iterator[Answer]:
+def _cells(groups: Sequence[Group], table: Table) -> Iterator[PublishedCell]:
     for group in groups:
         score = table.score(group.task, group.k, group.method)
         if score is not None:
-            yield {
-                "backbone": group.backbone,
-                "k": group.k,
-                "task": group.task,
-                "label": group.label,
-                "seeds": len(group.members),
-                "ours": group.mean,
-                "theirs": score.mean,
-                "their_deviation": score.deviation,
-                "difference": group.mean - score.mean,
-            }
+            yield PublishedCell(
+                backbone=group.backbone,
+                k=group.k,
+                task=group.task,
+                label=group.label,
+                seeds=len(group.members),
+                ours=group.mean,
+                theirs=score.mean,
+                their_deviation=score.deviation,
+                difference=group.mean - score.mean,
+            )
 
 
-def _averages(groups: Sequence[Group], table: Table) -> Iterator[Answer]:
+def _averages(groups: Sequence[Group], table: Table) -> Iterator[PublishedAverage]:
     """Yield the averages of the methods that were run on all of their tasks."""
-    found: dict[tuple[str, int | None, str], dict[str, Group]] = {}
+    methods: dict[tuple[str, int | None, str], dict[str, Group]] = {}
     for group in groups:
-        found.setdefault((group.backbone, group.k, group.label), {})[group.task] = group
-    for (backbone, k, label), own in found.items():
-        theirs = table.average(k, next(iter(own.values())).method)
-        if theirs is not None and own.keys() >= set(table.tasks):
-            ours = fmean(own[task].mean for task in table.tasks)
-            yield {
-                "backbone": backbone,
-                "k": k,
-                "label": label,
-                "ours": ours,
-                "theirs": theirs,
-                "difference": ours - theirs,
-            }
+        methods.setdefault((group.backbone, group.k, group.label), {})[group.task] = group
+    for (backbone, k, label), by_task in methods.items():
+        theirs = table.average(k, next(iter(by_task.values())).method)
+        if theirs is not None and by_task.keys() >= set(table.tasks):
+            ours = fmean(by_task[task].mean for task in table.tasks)
+            yield PublishedAverage(backbone, k, label, ours, theirs, ours - theirs)
 
 
-def _costs(entries: Sequence[Answer], table: Table) -> Iterator[Answer]:
+def _costs(summaries: Sequence[GroupSummary], table: Table) -> Iterator[PublishedCosts]:
     """Yield what methods store; and their time as a share of the reference's in the same cell."""
     theirs = {costs.method: costs for costs in table.costs}
     reference = {
-        (entry["backbone"], entry["task"], entry["k"]): entry["median_seconds"]
-        for entry in entries
-        if entry["method"] == table.costs_relative_to and not entry["settings"]
+        (summary.backbone, summary.task, summary.k): summary.median_seconds
+        for summary in summaries
+        if summary.method == table.costs_relative_to and not summary.settings
     }
-    told: dict[tuple[str, str], Answer] = {}
-    for entry in entries:
-        if entry["method"] not in theirs:
-            continue
-        costs = theirs[entry["method"]]
-        own = told.setdefault(
-            (entry["backbone"], entry["label"]),
-            {
-                "backbone": entry["backbone"],
-                "label": entry["label"],
-                "ours_stored": entry["stored_parameters"],
-                "theirs_stored": costs.parameters,
-                "ours_train_time": None,
-                "theirs_train_time": costs.train_time / 100,
-                "shares": [],
-            },
+    known = [summary for summary in summaries if summary.method in theirs]
+    for same in group_by(lambda summary: (summary.backbone, summary.label), known).values():
+        first, costs = same[0], theirs[same[0].method]
+        shares = [
+            summary.median_seconds / seconds
+            for summary in same
+            if (seconds := reference.get((summary.backbone, summary.task, summary.k)))
+        ]
+        yield PublishedCosts(
+            backbone=first.backbone,
+            label=first.label,
+            ours_stored=first.stored_parameters,
+            theirs_stored=costs.parameters,
+            ours_train_time=sum(shares) / len(shares) if shares else None,
+            theirs_train_time=costs.train_time / 100,
         )
-        seconds = reference.get((entry["backbone"], entry["task"], entry["k"]))
-        if seconds:
-            own["shares"].append(entry["median_seconds"] / seconds)
-    for own in told.values():
-        shares = own.pop("shares")
-        yield own | {"ours_train_time": sum(shares) / len(shares) if shares else None}
 
 
 def _notes(groups: Sequence[Group], table: Table) -> Iterator[str]:

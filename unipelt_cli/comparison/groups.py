@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -45,7 +45,7 @@ class Member:
         return float(result["test"][result["metric"]])
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Mapping[str, object]:
         """The settings that a mean must not mix, by section.key."""
         sections = self.run.experiment.settings()
         flat = {
@@ -77,7 +77,7 @@ class Group:
     backbone: str
     method: str
     label: str
-    settings: dict[str, Any]
+    settings: Mapping[str, object]
     members: tuple[Member, ...]
 
     @property
@@ -120,7 +120,7 @@ class Group:
             for member in self.members
             if methods.FLOOR in member.run.result
         }
-        return {seed: float(own["test"][self.metric]) for seed, own in known.items()}
+        return {seed: float(floor["test"][self.metric]) for seed, floor in known.items()}
 
     @cached_property
     def scores(self) -> dict[Seed, float]:
@@ -134,8 +134,8 @@ def scored_label(task: Task) -> str | None:
 
 def scopes(groups: Sequence[Group]) -> Iterator[tuple[str, int | None, list[Group]]]:
     """Yield what stands in one table: the groups of a backbone and k."""
-    for (backbone, k), own in group_by(lambda group: (group.backbone, group.k), groups).items():
-        yield backbone, k, own
+    for (backbone, k), members in group_by(lambda group: (group.backbone, group.k), groups).items():
+        yield backbone, k, members
 
 
 def averaged_tasks(groups: Sequence[Group]) -> list[str]:
@@ -152,37 +152,39 @@ def _is_path(value: object) -> bool:
 
 def group_by(key: Callable[[_Item], Any], items: Iterable[_Item]) -> dict[Any, list[_Item]]:
     """Return items by key, both in the order in which they came."""
-    found = defaultdict(list)
+    grouped = defaultdict(list)
     for item in items:
-        found[key(item)].append(item)
-    return dict(found)
+        grouped[key(item)].append(item)
+    return dict(grouped)
 
 
 def identity(member: Member) -> tuple[object, ...]:
     """Return what runs of one group have in common: all but their seeds."""
     experiment = member.run.experiment
     settings = json.dumps(member.settings, sort_keys=True, default=str)
-    place = (member.task, experiment.data.k, member.fingerprint)
-    return *place, experiment.method_name, settings
+    cell = (member.task, experiment.data.k, member.fingerprint)
+    return *cell, experiment.method_name, settings
 
 
 def make_groups(members: Sequence[Member]) -> tuple[Group, ...]:
     """Group runs by all but their seeds, labelled by the settings in which they differ."""
     differing = _differing(members)
     groups = []
-    for own in group_by(identity, members).values():
-        first = own[0]
+    for alike in group_by(identity, members).values():
+        first = alike[0]
         name, k = first.run.experiment.method_name, first.run.experiment.data.k
-        told = {
+        differing_values = {
             key: value
             for key in sorted(differing[_kin(first)] | differing[_kin(first, first.task)])
             if (value := first.settings.get(key)) is not None
         }
-        words = [f"{key.partition('.')[2]}={_shown(value)}" for key, value in told.items()]
-        ordered = tuple(sorted(own, key=lambda member: member.seed))
+        words = [
+            f"{key.partition('.')[2]}={_shown(value)}" for key, value in differing_values.items()
+        ]
+        ordered = tuple(sorted(alike, key=lambda member: member.seed))
         label = " ".join([name, *words])
-        groups.append(Group(first.task, k, first.backbone, name, label, told, ordered))
-    return tuple(sorted(groups, key=_place))
+        groups.append(Group(first.task, k, first.backbone, name, label, differing_values, ordered))
+    return tuple(sorted(groups, key=_order))
 
 
 def _kin(member: Member, task: str | None = None) -> tuple[str | None, str, str]:
@@ -196,18 +198,18 @@ def _kin_on_task(member: Member) -> tuple[str | None, str, str]:
 
 def _differing(members: Sequence[Member]) -> dict[tuple[str | None, str, str], set[str]]:
     """Return the settings in which runs of a method differ: those of the rows task by task."""
-    found = {}
+    differing = {}
     for is_data in (False, True):
         key = _kin_on_task if is_data else _kin
-        for kin, own in group_by(key, members).items():
-            keys = {key for member in own for key in member.settings}
-            found[kin] = {
+        for kin, kindred in group_by(key, members).items():
+            keys = {key for member in kindred for key in member.settings}
+            differing[kin] = {
                 key
                 for key in keys
                 if key.startswith("data.") == is_data
-                and len({json.dumps(member.settings.get(key)) for member in own}) > 1
+                and len({json.dumps(member.settings.get(key)) for member in kindred}) > 1
             }
-    return found
+    return differing
 
 
 def _shown(value: object) -> str:
@@ -216,7 +218,7 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
-def _place(group: Group) -> tuple[object, ...]:
+def _order(group: Group) -> tuple[object, ...]:
     names = list(TASKS)
     known = names.index(group.task) if group.task in TASKS else len(names)
     return group.backbone, group.k is None, group.k or 0, known, group.task, group.label

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import ceil
 from statistics import fmean
-from typing import Any
 
 from unipelt_cli.comparison import significance
 from unipelt_cli.comparison.groups import Cell, Group, Seed, averaged_tasks, scopes
+from unipelt_cli.comparison.results import PairResult
 from unipelt_cli.comparison.significance import ALPHA
-
-Answer = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,19 +26,27 @@ class _Paired:
     """How many seeds they share on a task, at least."""
 
 
-def comparisons(groups: Sequence[Group], margin: float) -> Iterator[Answer]:
+@dataclass(frozen=True)
+class _Scope:
+    """What pairs of methods are compared on: a backbone, with one k or over all."""
+
+    backbone: str
+    ks: tuple[int | None, ...]
+
+
+def comparisons(groups: Sequence[Group], margin: float) -> Iterator[PairResult]:
     """Yield every pair of methods: for each backbone and k, then for each backbone over all k."""
-    found = [(backbone, [k], own) for backbone, k, own in scopes(groups)]
+    tables = list(scopes(groups))
+    for backbone, k, members in tables:
+        yield from _family(_Scope(backbone, (k,)), members, margin)
     for backbone in dict.fromkeys(group.backbone for group in groups):
-        ks = [k for name, (k,), _ in found if name == backbone]
+        ks = tuple(k for name, k, _ in tables if name == backbone)
         if len(ks) > 1:
-            found.append((backbone, ks, [own for own in groups if own.backbone == backbone]))
-    for backbone, ks, own in found:
-        for entry in _family(own, margin):
-            yield {"backbone": backbone, "ks": ks, **entry}
+            members = [group for group in groups if group.backbone == backbone]
+            yield from _family(_Scope(backbone, ks), members, margin)
 
 
-def _family(groups: Sequence[Group], margin: float) -> list[Answer]:
+def _family(scope: _Scope, groups: Sequence[Group], margin: float) -> Iterator[PairResult]:
     """Test all pairs of methods of one scope: their p values hold for all of them together."""
     tasks = averaged_tasks(groups)
     by_label: dict[str, dict[Cell, Group]] = {}
@@ -59,22 +65,22 @@ def _family(groups: Sequence[Group], margin: float) -> list[Answer]:
     }
     adjusted = dict(zip(tested, significance.holm(list(tested.values())), strict=True))
     alpha = ALPHA / max(1, len(pairs))  # what the smallest p value must reach
-    return [
-        _tested(names, paired, margin, (tested[names], adjusted[names]), alpha)
-        if names in tested
-        else _refused(names, paired, alpha)
-        for names, paired in pairs.items()
-    ]
+    for names, paired in pairs.items():
+        if names in tested:
+            p_values = tested[names], adjusted[names]
+            yield _tested(scope, names, paired, margin, p_values, alpha)
+        else:
+            yield _refused(scope, names, paired, alpha)
 
 
-def _pair(one: dict[Cell, Group], other: dict[Cell, Group]) -> _Paired:
+def _pair(first: dict[Cell, Group], second: dict[Cell, Group]) -> _Paired:
     """Pair two methods' runs: by task, then by seed over every k that both have."""
     strata: dict[str, list[float]] = {}
     cells: list[float] = []
-    most, tasks = 0, dict.fromkeys(task for task, k in one if (task, k) in other)
+    most, tasks = 0, dict.fromkeys(task for task, k in first if (task, k) in second)
     for task in tasks:
-        own = [cell for cell in one if cell[0] == task and cell in other]
-        differences = [_by_seed(one[cell], other[cell]) for cell in own]
+        shared = [cell for cell in first if cell[0] == task and cell in second]
+        differences = [_by_seed(first[cell], second[cell]) for cell in shared]
         seeds = sorted(set.intersection(*(set(each) for each in differences)))
         most = max(most, len(seeds))
         if len(seeds) > 1:
@@ -84,39 +90,48 @@ def _pair(one: dict[Cell, Group], other: dict[Cell, Group]) -> _Paired:
     return _Paired(strata, cells, len(tasks), min(map(len, strata.values()), default=most))
 
 
-def _by_seed(one: Group, other: Group) -> dict[Seed, float]:
-    theirs = other.scores
+def _by_seed(first: Group, second: Group) -> dict[Seed, float]:
     return {
-        seed: one.sign * (score - theirs[seed])
-        for seed, score in one.scores.items()
-        if seed in theirs
+        seed: first.sign * (score - second.scores[seed])
+        for seed, score in first.scores.items()
+        if seed in second.scores
     }
 
 
-def _refused(names: tuple[str, str], paired: _Paired, alpha: float) -> Answer:
+def _refused(scope: _Scope, names: tuple[str, str], paired: _Paired, alpha: float) -> PairResult:
     """Name no winner where no spread over seeds is known."""
     needed = max(2, ceil(significance.pairs_needed(alpha) / paired.tasks))
     shared = "from one seed" if paired.seeds else "without a shared seed"
-    unknown = ("difference", "interval", "p", "p_holm", "p_equivalence")
-    return {
-        "methods": list(names),
-        "tasks": [],
-        "seeds": paired.seeds,
-        "pairs": 0,
-        **dict.fromkeys((*unknown, "wins", "ties", "losses", "better")),
-        "verdict": "refused",
-        "seeds_needed": needed,
-        "said": f"no winner {shared}: at least {needed} would be needed",
-    }
+    return PairResult(
+        backbone=scope.backbone,
+        ks=scope.ks,
+        methods=names,
+        tasks=(),
+        seeds=paired.seeds,
+        pairs=0,
+        difference=None,
+        interval=None,
+        p=None,
+        p_holm=None,
+        p_equivalence=None,
+        wins=None,
+        ties=None,
+        losses=None,
+        better=None,
+        verdict="refused",
+        seeds_needed=needed,
+        conclusion=f"no winner {shared}: at least {needed} would be needed",
+    )
 
 
 def _tested(
+    scope: _Scope,
     names: tuple[str, str],
     paired: _Paired,
     margin: float,
     p_values: tuple[float, float],
     alpha: float,
-) -> Answer:
+) -> PairResult:
     """Say what a pair shows; of its two p values the second holds for the whole family."""
     strata = list(paired.strata.values())
     estimate = significance.stratified(strata)
@@ -126,26 +141,32 @@ def _tested(
     needed = None
     if equivalence <= ALPHA:
         verdict = "equivalent"
-        said = f"equivalent within {margin:g}" + (f", though {better} is ahead" if better else "")
+        ahead = f", though {better} is ahead" if better else ""
+        conclusion = f"equivalent within {margin:g}{ahead}"
     elif better:
-        verdict, said = "ahead", f"{better} is ahead"
+        verdict, conclusion = "ahead", f"{better} is ahead"
     else:
-        found = significance.seeds_needed(strata, alpha)
-        needed = found and max(found, paired.seeds + 1)
+        seeds = significance.seeds_needed(strata, alpha)
+        needed = seeds and max(seeds, paired.seeds + 1)
         about = f"about {needed:,}" if needed else f"more than {significance.MOST_SEEDS:,}"
-        verdict, said = "undecided", f"undecided: {about} seeds would be needed"
-    return {
-        "methods": list(names),
-        "tasks": list(paired.strata),
-        "seeds": paired.seeds,
-        "pairs": sum(map(len, strata)),
-        "difference": estimate.value,
-        "interval": list(estimate.interval()),
-        **dict(zip(("p", "p_holm"), p_values, strict=True)),
-        "p_equivalence": equivalence,
-        **{"wins": wins, "ties": ties, "losses": losses},
-        "better": better,
-        "verdict": verdict,
-        "seeds_needed": needed,
-        "said": said,
-    }
+        verdict, conclusion = "undecided", f"undecided: {about} seeds would be needed"
+    return PairResult(
+        backbone=scope.backbone,
+        ks=scope.ks,
+        methods=names,
+        tasks=tuple(paired.strata),
+        seeds=paired.seeds,
+        pairs=sum(map(len, strata)),
+        difference=estimate.value,
+        interval=estimate.interval(),
+        p=p_values[0],
+        p_holm=p_values[1],
+        p_equivalence=equivalence,
+        wins=wins,
+        ties=ties,
+        losses=losses,
+        better=better,
+        verdict=verdict,
+        seeds_needed=needed,
+        conclusion=conclusion,
+    )

@@ -59,9 +59,9 @@ class Table(_Part):
         row = self._row(k, method)
         if row is None or task not in self.tasks:
             return None
-        place = self.tasks.index(task)
-        deviation = row.deviations[place] / 100 if row.deviations else None
-        return Score(row.means[place] / 100, deviation)
+        task_index = self.tasks.index(task)
+        deviation = row.deviations[task_index] / 100 if row.deviations else None
+        return Score(row.means[task_index] / 100, deviation)
 
     def average(self, k: int | None, method: str) -> float | None:
         """Return the average over the tasks that is printed, as a fraction, or None."""

@@ -54,13 +54,13 @@ class Estimate:
 
 def stratified(strata: Sequence[ArrayLike]) -> Estimate:
     """Estimate the mean over strata of their means; each needs two values or more."""
-    own = [np.asarray(values, dtype=np.float64) for values in strata]
-    sizes = np.array([len(values) for values in own])
-    parts = np.array([values.var(ddof=1) for values in own]) / sizes
+    arrays = [np.asarray(values, dtype=np.float64) for values in strata]
+    sizes = np.array([len(values) for values in arrays])
+    parts = np.array([values.var(ddof=1) for values in arrays]) / sizes
     total, spread = parts.sum(), (parts**2 / (sizes - 1)).sum()
     degrees = total**2 / spread if spread > 0 else float((sizes - 1).sum())
-    mean = float(np.mean([values.mean() for values in own]))
-    return Estimate(mean, float(np.sqrt(total)) / len(own), float(degrees))
+    mean = float(np.mean([values.mean() for values in arrays]))
+    return Estimate(mean, float(np.sqrt(total)) / len(arrays), float(degrees))
 
 
 def sign_flip(strata: Sequence[ArrayLike], seed: int = 0) -> float:
@@ -68,8 +68,8 @@ def sign_flip(strata: Sequence[ArrayLike], seed: int = 0) -> float:
 
     Exact where all sign patterns can be tried, else over seeded random ones.
     """
-    own = [np.asarray(values, dtype=np.float64) for values in strata]
-    weighted = np.concatenate([values / (len(values) * len(own)) for values in own])
+    arrays = [np.asarray(values, dtype=np.float64) for values in strata]
+    weighted = np.concatenate([values / (len(values) * len(arrays)) for values in arrays])
     result = stats.permutation_test(
         (weighted,),
         lambda values, axis: values.sum(axis=axis),
@@ -85,9 +85,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Return p values that hold for the whole family (Holm 1979), in the order given."""
     count, largest = len(p_values), 0.0
     adjusted = [0.0] * count
-    for rank, place in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (count - rank) * p_values[place]))
-        adjusted[place] = largest
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (count - rank) * p_values[index]))
+        adjusted[index] = largest
     return adjusted
 
 

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from unipelt_cli.errors import UnipeltError
+from unipelt_cli.files.as_json import as_json
 from unipelt_cli.terminal import console
 from unipelt_cli.terminal.interrupts import INTERRUPTED, was_asked
 from unipelt_cli.terminal.usage_hints import explain_usage_error
@@ -70,9 +71,9 @@ class Commands(TyperGroup):
             return 0
 
 
-def print_json(value: dict[str, Any]) -> None:
+def print_json(value: object) -> None:
     """Write a command's answer to stdout."""
-    typer.echo(json.dumps(value, indent=2))
+    typer.echo(json.dumps(as_json(value), indent=2))
 
 
 def _flush() -> None:
