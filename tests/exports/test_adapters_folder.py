@@ -1,6 +1,7 @@
 """A folder for the adapters library computes what the run does."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,11 +150,11 @@ def test_adapters_folder_has_same_hidden_states_and_logits(
     run, tuned = make_run(backbone_dir(model_type), "unipelt-apl", paper, pooling=pooling)
     report = export.export_run(run, tuned, "adapters", tmp_path / "out")
 
-    assert export.holds(report)
-    assert report["parity"]["label_flips"] == 0
+    assert report.holds
+    assert report.parity.label_flips == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "model.load_adapter('out', use_safetensors=True, set_active=True)" in card
-    assert any("padding" in note for note in report["notes"])
+    assert any("padding" in note for note in report.notes)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "adapter.safetensors",
@@ -186,8 +187,8 @@ def test_adapters_holds_every_union(
     before = {name: tensor.clone() for name, tensor in tuned.stored().items()}
     report = export.export_run(run, tuned, "adapters", tmp_path / "out")
 
-    assert report["parity"]["max_abs_logit_diff"] <= 1e-5
-    padded = [note for note in report["notes"] if "padding" in note]
+    assert report.parity.max_abs_logit_diff <= 1e-5
+    padded = [note for note in report.notes if "padding" in note]
     assert bool(padded) == tuned.method.gated
     if settings.get("gate_pooling") == "all":
         assert "every row to 32 tokens" in padded[0]
@@ -212,8 +213,8 @@ def test_without_a_head_the_parity_is_of_hidden_states(
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", pooling=pooling)
     report = export.export_run(run, tuned, "adapters", tmp_path / "out")
 
-    assert export.holds(report)
-    assert any("hidden states" in note for note in report["notes"])
+    assert report.holds
+    assert any("hidden states" in note for note in report.notes)
     assert not (tmp_path / "out" / "head_config.json").exists()
     model = load_as_a_user(adapters, backbone_dir("bert"), tmp_path / "out")
     assert difference(hidden(tuned.classifier.backbone), hidden(model), rows_of(tuned)) <= 1e-5
@@ -225,7 +226,7 @@ def test_adapters_holds_a_regression(
     run, tuned = make_run(backbone_dir("roberta"), "unipelt-ap", labels=(), pooling="native")
     report = export.export_run(run, tuned, "adapters", tmp_path / "out")
 
-    assert export.holds(report)
+    assert report.holds
     model = load_as_a_user(adapters, backbone_dir("roberta"), tmp_path / "out")
     assert logits(model)(**rows_of(tuned)[0]).shape == (1, 1)
 
@@ -236,8 +237,8 @@ def test_bf16_run_is_exported_in_float32_and_says_so(
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl", {"precision": "bf16"}, pooling="cls")
     report = export.export_run(run, tuned, "adapters", tmp_path / "out")
 
-    assert report["parity"]["max_abs_logit_diff"] <= 1e-5
-    assert any("bf16" in note for note in report["notes"])
+    assert report.parity.max_abs_logit_diff <= 1e-5
+    assert any("bf16" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("lost", ["gates.lora", "adapter.up", "lora.value.b"])
@@ -264,13 +265,13 @@ def test_swapped_tensors_break_the_parity(
     monkeypatch.setattr(adapters_folder, "LAYER_NAMES", names)
 
     report = export.export_run(run, tuned, "adapters", tmp_path / "out")
-    assert not report["written"]
+    assert not report.written
     assert list(tmp_path.iterdir()) == []
     report = export.export_run(run, tuned, "adapters", tmp_path / "out", tolerance=1e3)
-    assert report["written"]
-    assert report["parity"]["max_abs_logit_diff"] > 0.01
-    parity = {"max_abs_logit_diff": float("nan")}
-    assert not export.holds({"parity": parity, "tolerance": 1e3})
+    assert report.written
+    assert report.parity.max_abs_logit_diff > 0.01
+    parity = replace(report.parity, max_abs_logit_diff=float("nan"))
+    assert not replace(report, parity=parity).holds
 
 
 def test_adapters_has_the_architectures_that_are_not_refused(adapters: Any) -> None:

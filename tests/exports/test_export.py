@@ -178,11 +178,11 @@ def test_trained_run_is_exported(
     run = read_run(tmp_path / "run")
     report = export.export_run(run, run.build(), to, tmp_path / "out")
 
-    assert export.holds(report)
-    assert report["parity"]["rows"] == 256
-    assert 0 < report["parity"]["test_rows"] == run.environment["data"]["splits"]["test"]["rows"]
-    assert report["format"] == to
-    assert report["path"] == str(tmp_path / "out")
+    assert report.holds
+    assert report.parity.rows == 256
+    assert 0 < report.parity.test_rows == run.environment["data"]["splits"]["test"]["rows"]
+    assert report.format == to
+    assert report.path == str(tmp_path / "out")
     json.dumps(report)
 
 

@@ -3,7 +3,6 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from support.rows import write_rows
 
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.exports import export, job, model_card
+from unipelt_cli.exports.report import ExportReport
 from unipelt_cli.gates.report import inspect_gates
 from unipelt_cli.runs.run import Run, read_run
 from unipelt_cli.training import execution
@@ -44,7 +44,7 @@ def table(text: str) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def exported(
     backbone_dir: Backbones, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Run, dict[str, Any], Path]:
+) -> tuple[Run, ExportReport, Path]:
     """A run of own rows, exported to `adapters` with the card that its data gives."""
     root = tmp_path_factory.mktemp("card")
     (root / "secret").mkdir()
@@ -58,11 +58,11 @@ def exported(
         pass
     run = read_run(root / "run")
     report = export.export_run(run, run.build(), "adapters", root / "out")
-    assert report["written"]
+    assert report.written
     return run, report, root / "out"
 
 
-def test_head_is_what_the_hub_reads(exported: tuple[Run, dict[str, Any], Path]) -> None:
+def test_head_is_what_the_hub_reads(exported: tuple[Run, ExportReport, Path]) -> None:
     run, _, out = exported
     data = ModelCard(card_of(out)).data
     assert data.library_name == "adapter-transformers"
@@ -75,7 +75,7 @@ def test_head_is_what_the_hub_reads(exported: tuple[Run, dict[str, Any], Path]) 
 
 
 def test_scores_have_the_interval_of_rows_drawn_anew(
-    exported: tuple[Run, dict[str, Any], Path],
+    exported: tuple[Run, ExportReport, Path],
 ) -> None:
     run, _, out = exported
     answers = run.predictions()
@@ -91,7 +91,7 @@ def test_scores_have_the_interval_of_rows_drawn_anew(
 
 
 def test_data_is_counted_and_hashed_and_no_text_or_path_is_in_it(
-    exported: tuple[Run, dict[str, Any], Path],
+    exported: tuple[Run, ExportReport, Path],
 ) -> None:
     run, _, out = exported
     text = card_of(out)
@@ -107,7 +107,7 @@ def test_data_is_counted_and_hashed_and_no_text_or_path_is_in_it(
 
 
 def test_gates_are_the_means_over_the_rows_compared(
-    exported: tuple[Run, dict[str, Any], Path],
+    exported: tuple[Run, ExportReport, Path],
 ) -> None:
     run, _, out = exported
     tuned = run.build()
@@ -120,26 +120,28 @@ def test_gates_are_the_means_over_the_rows_compared(
     drawn = len(parity.encoded) - parity.from_test
     for layer, line in zip(layers, lines, strict=True):
         for name, value in zip(header[1:], line[1:], strict=True):
-            assert float(value) == pytest.approx(layer[name]["mean"], abs=0.01 + 0.1 * bool(drawn))
+            assert float(value) == pytest.approx(
+                layer.gates[name].mean, abs=0.01 + 0.1 * bool(drawn)
+            )
 
 
 def test_parity_and_protocol_are_those_of_the_report(
-    exported: tuple[Run, dict[str, Any], Path],
+    exported: tuple[Run, ExportReport, Path],
 ) -> None:
     _, report, out = exported
     said = section(card_of(out), "Parity")
-    parity = report["parity"]
-    assert f"differ by {parity['max_abs_logit_diff']:.1e} at most" in said
-    assert f"over {parity['rows']} rows ({parity['test_rows']} of the test split" in said
+    parity = report.parity
+    assert f"differ by {parity.max_abs_logit_diff:.1e} at most" in said
+    assert f"over {parity.rows} rows ({parity.test_rows} of the test split" in said
     protocol = section(card_of(out), "Protocol")
     assert "k = all train rows, drawn by data seed 111; seed 42" in protocol
     assert "test was scored once" in protocol
-    for note in report["notes"]:
+    for note in report.notes:
         assert model_card.escaped(note) in section(card_of(out), "Notes")
 
 
 def test_same_run_gives_the_same_card(
-    exported: tuple[Run, dict[str, Any], Path], tmp_path: Path
+    exported: tuple[Run, ExportReport, Path], tmp_path: Path
 ) -> None:
     run, _, out = exported
     export.export_run(run, run.build(), "adapters", tmp_path / "out")

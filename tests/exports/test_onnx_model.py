@@ -48,8 +48,8 @@ def test_every_architecture_is_the_same_for_other_sizes_than_the_traced_one(
     run, tuned = make_run(backbone_dir(model_type), "unipelt-apl")
     report = export.export_run(run, tuned, "onnx", tmp_path / "out")
 
-    assert export.holds(report), report
-    assert report["parity"]["rows"] == 24 + 3
+    assert report.holds, report
+    assert report.parity.rows == 24 + 3
     names = run_snippet(tmp_path / "out", SENTENCES, monkeypatch)
     assert np.abs(names["logits"] - logits_of(tuned, [SENTENCES])).max() <= 2e-5
     expected = [LABELS[place] for place in logits_of(tuned, [SENTENCES]).argmax(1)]
@@ -82,7 +82,7 @@ def test_other_methods_and_poolings(
     run, tuned = make_run(backbone_dir("bert"), method, settings, pooling=pooling)
     report = export.export_run(run, tuned, "onnx", tmp_path / "out")
 
-    assert export.holds(report), report
+    assert report.holds, report
     names = run_snippet(tmp_path / "out", SENTENCES, monkeypatch)
     assert np.abs(names["logits"] - logits_of(tuned, [SENTENCES])).max() <= 2e-5
 
@@ -91,7 +91,7 @@ def test_native_head_of_bart_reads_the_last_token_of_each_row(
     backbone_dir: Backbones, tmp_path: Path
 ) -> None:
     run, tuned = make_run(backbone_dir("bart"), "unipelt-apl", pooling="native")
-    assert export.holds(export.export_run(run, tuned, "onnx", tmp_path / "out"))
+    assert export.export_run(run, tuned, "onnx", tmp_path / "out").holds
 
 
 def test_folder_holds_what_it_needs_and_nothing_of_this_machine(
@@ -118,9 +118,9 @@ def test_float16_is_half_as_large_and_has_its_own_tolerance(
 ) -> None:
     run, tuned = make_run(backbone_dir("bert"), "unipelt-apl")
     report = export.export_run(run, tuned, "onnx", tmp_path / "half", half=True)
-    assert report["written"], report
-    assert report["tolerance"] == onnx_model.HALF_TOLERANCE
-    assert report["parity"]["max_abs_logit_diff"] > 1e-6
+    assert report.written, report
+    assert report.tolerance == onnx_model.HALF_TOLERANCE
+    assert report.parity.max_abs_logit_diff > 1e-6
     export.export_run(run, tuned, "onnx", tmp_path / "whole")
     graphs = [onnx.load(tmp_path / name / "model.onnx").graph for name in ("half", "whole")]
     sizes = [sum(len(own.raw_data) for own in graph.initializer) for graph in graphs]
@@ -143,7 +143,7 @@ def test_size_that_was_traced_in_by_mistake_is_found(
 
     monkeypatch.setattr(onnx_model._Graph, "forward", fixed)
     report = export.export_run(run, tuned, "onnx", tmp_path / "out")
-    assert not report["written"]
+    assert not report.written
     assert list(tmp_path.iterdir()) == []
 
 

@@ -27,8 +27,8 @@ def test_onnx_takes_both_texts_under_names_of_their_own(
     run, tuned = make_run(backbone_dir(model_type), "unipelt-apl", pooling="mean", **APART)
     report = export.export_run(run, tuned, "onnx", tmp_path / "out")
 
-    assert export.holds(report), report
-    assert report["parity"]["rows"] == 8 + 3
+    assert report.holds, report
+    assert report.parity.rows == 8 + 3
     names = run_snippet(tmp_path / "out", list(zip(FIRST, SECOND, strict=True)), monkeypatch)
     expected = evaluation.compute_logits(tuned, evaluation.encode_rows(tuned, [FIRST, SECOND], 32))
     assert np.abs(names["logits"] - expected).max() <= 2e-5
@@ -62,8 +62,8 @@ def test_a_folder_beside_the_backbone_holds_its_part_without_a_head(
     run, tuned = make_run(backbone_dir("bert"), "lora", pooling=pooling, **changes)
     report = export.export_run(run, tuned, to, tmp_path / "out")
 
-    assert export.holds(report), report
-    (note,) = [own for own in report["notes"] if "and the parity is that of hidden states" in own]
+    assert report.holds, report
+    (note,) = [own for own in report.notes if "and the parity is that of hidden states" in own]
     both = f"mean pooling and {reads}" if pooling == "mean" else reads
     assert both in note
     written = {path.name for path in (tmp_path / "out").iterdir()}
@@ -110,8 +110,8 @@ def test_features_of_length_1_are_exported_as_onnx(
     backbone_dir: Backbones, tmp_path: Path, model_type: str
 ) -> None:
     run, tuned = make_run(backbone_dir(model_type), "lora", pooling="native", normalise=True)
-    assert export.holds(export.export_run(run, tuned, "onnx", tmp_path / "onnx"))
-    assert export.holds(export.export_run(run, tuned, "peft", tmp_path / "peft"))
+    assert export.export_run(run, tuned, "onnx", tmp_path / "onnx").holds
+    assert export.export_run(run, tuned, "peft", tmp_path / "peft").holds
 
 
 def test_a_part_of_the_gates_is_made_constant_for_pairs_too(

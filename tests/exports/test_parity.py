@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from unipelt_cli.exports.parity import compare, unpadded
+from unipelt_cli.exports.parity import Parity, compare, unpadded
 from unipelt_cli.exports.parity import padded as parity_padded
 from unipelt_cli.models.batches import Encoded
 
@@ -26,9 +26,6 @@ def test_parity_counts_differences_and_flips() -> None:
     def theirs(**batch: Tensor) -> Tensor:
         return ours(**batch) + torch.tensor([1.0, 0.0])
 
-    assert compare(rows, parity_padded(rows), ours, theirs) == {
-        "rows": 4,
-        "max_abs_logit_diff": 1.0,
-        "mean_abs_logit_diff": 0.5,
-        "label_flips": 1,
-    }
+    assert compare(rows, parity_padded(rows), ours, theirs) == Parity(
+        rows=4, max_abs_logit_diff=1.0, mean_abs_logit_diff=0.5, label_flips=1
+    )

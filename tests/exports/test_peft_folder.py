@@ -46,8 +46,8 @@ def test_library_head_and_submodules_have_same_logits(
     run, tuned = make_run(directory, method, pooling="native")
     report = export.export_run(run, tuned, "peft", tmp_path / "out")
 
-    assert export.holds(report), report
-    assert report["parity"]["label_flips"] == 0
+    assert report.holds, report
+    assert report.parity.label_flips == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "README.md",
         "adapter_config.json",
@@ -68,8 +68,8 @@ def test_without_a_head_hidden_states_are_the_same(
     run, tuned = make_run(directory, "lora", {"lora_scale": 0.7}, pooling="mean")
     report = export.export_run(run, tuned, "peft", tmp_path / "out")
 
-    assert export.holds(report), report
-    assert any("no head was written" in note for note in report["notes"])
+    assert report.holds, report
+    assert any("no head was written" in note for note in report.notes)
     names = load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
     assert all("lora_" in name for name in names)
     kind = tuned.pretrained.library_class
@@ -103,7 +103,7 @@ def test_pooler_that_the_run_trained_goes_along(backbone_dir: Backbones, tmp_pat
     save_file(kept, directory / "model.safetensors", {"format": "pt"})
     run, tuned = make_run(directory, "lora", pooling="native")
     assert tuned.untrained
-    assert export.holds(export.export_run(run, tuned, "peft", tmp_path / "out"))
+    assert export.export_run(run, tuned, "peft", tmp_path / "out").holds
     model = load_as_a_user(directory, tmp_path / "out", Library, num_labels=len(LABELS))
     assert difference(tuned.classifier, logits(model), rows_of(tuned)) <= 3e-5
 
@@ -117,13 +117,13 @@ def test_one_part_of_a_union_is_another_model_and_only_written_if_that_is_said(
     directory = backbone_dir("bert")
     run, tuned = make_run(directory, method, settings, pooling="native")
     refused = export.export_run(run, tuned, "peft", tmp_path / "out", part="lora")
-    assert not refused["written"]
+    assert not refused.written
     assert list(tmp_path.iterdir()) == []
     report = export.export_run(run, tuned, "peft", tmp_path / "out", part="lora", tolerance=1e3)
-    assert report["written"]
-    assert report["parity"] == refused["parity"]
-    assert report["parity"]["max_abs_logit_diff"] > 0.1
-    assert any("another model than the run's" in note for note in report["notes"])
+    assert report.written
+    assert report.parity == refused.parity
+    assert report.parity.max_abs_logit_diff > 0.1
+    assert any("another model than the run's" in note for note in report.notes)
     assert "another model than the run's" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -139,8 +139,8 @@ def test_part_is_exact_where_the_other_parts_do_nothing(
     with pytest.raises(RunError, match="its gates depend on the input"):
         export.export_run(run, tuned, "peft", tmp_path / "out")
     report = export.export_run(run, tuned, "peft", tmp_path / "out", part="lora")
-    assert export.holds(report), report
-    assert any("held at each layer's mean" in note for note in report["notes"])
+    assert report.holds, report
+    assert any("held at each layer's mean" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

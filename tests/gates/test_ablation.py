@@ -11,6 +11,7 @@ from support.command import FAST, error_of, invoke, rows_options
 from support.gates import inspected
 
 from unipelt_cli.gates import ablation
+from unipelt_cli.gates.results import Loss
 from unipelt_cli.models.evaluation import compute_with_gates, encode_rows, gate_means
 from unipelt_cli.runs.run import read_run
 
@@ -43,8 +44,8 @@ def test_what_closing_loses_is_what_a_pass_without_it_scores(run: Path) -> None:
     assert re.search(r"^run<i>, 6 test rows, accuracy \d\.\d{4}$", shown, re.MULTILINE)
 
 
-def loss(layer: int | None, part: str, gate: float | None, lost: float) -> ablation.Loss:
-    return ablation.Loss(layer, part, gate, 0.0, lost, 0)
+def loss(layer: int | None, part: str, gate: float | None, lost: float) -> Loss:
+    return Loss(layer, part, gate, 0.0, lost, 0)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +66,7 @@ def loss(layer: int | None, part: str, gate: float | None, lost: float) -> ablat
         ),
     ],
 )
-def test_one_line_says_what_is_open_and_what_is_needed(
-    losses: list[ablation.Loss], said: str
-) -> None:
+def test_one_line_says_what_is_open_and_what_is_needed(losses: list[Loss], said: str) -> None:
     assert ablation.verdict(losses) == said
 
 

@@ -12,6 +12,7 @@ from support.gates import LINES, gate_report, inspected
 from support.models import experiment
 from support.runs import reseal
 
+from unipelt_cli.gates.results import ClassMean, LayerGate, RowGate
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import compute_with_gates, encode_rows, gate_means
 from unipelt_cli.runs.names import METRICS
@@ -23,33 +24,33 @@ from unipelt_cli.training import execution
 def test_a_layer_says_how_much_a_gate_tells_and_how_undecided_it_is() -> None:
     half = gate_report([0.5] * 4, [0.0, 1.0] * 2, [0.05] * 4, labels=[0] * 4, names=("one",))
     (layer,) = half.by_layer()
-    found = {name: (layer[name]["entropy"], layer[name]["undecided"]) for name in "abc"}
+    found = {name: (layer.gates[name].entropy, layer.gates[name].undecided) for name in "abc"}
     assert found["a"] == (0.0, 1.0), "a constant, half open"
     assert found["b"] == (1.0, 0.0), "either open or closed, by row"
     assert found["c"] == (0.0, pytest.approx(0.286397, abs=1e-5))
-    assert half.nearly_closed() == [{"layer": 0, "gate": "c", "mean": 0.05}]
+    assert half.nearly_closed() == (LayerGate(0, "c", 0.05),)
 
 
 def test_classes_are_compared_by_what_their_rows_differ_by_anyway() -> None:
     steady, noisy = [0.50, 0.52, 0.60, 0.62, 0.9], [0.1, 0.5, 0.5, 0.9, 0.9]
     found = gate_report(steady, noisy, labels=[0, 0, 1, 1, 2], names=("x", "y", "alone"))
     first, second = found.differences()
-    assert (first["gate"], second["gate"]) == ("a", "b")
-    assert first["most"] == {"class": "y", "mean": 0.61}
-    assert first["least"] == {"class": "x", "mean": 0.51}
-    assert (first["difference"], first["spread"]) == (0.1, 0.01)
-    assert first["effect"] == pytest.approx(10, abs=1e-3)
-    assert second["effect"] == pytest.approx(2, abs=1e-3)
-    assert gate_report(steady, labels=[0] * 5, names=("x",)).differences() == []
+    assert (first.gate, second.gate) == ("a", "b")
+    assert first.most == ClassMean("y", 0.61)
+    assert first.least == ClassMean("x", 0.51)
+    assert (first.difference, first.spread) == (0.1, 0.01)
+    assert first.effect == pytest.approx(10, abs=1e-3)
+    assert second.effect == pytest.approx(2, abs=1e-3)
+    assert gate_report(steady, labels=[0] * 5, names=("x",)).differences() == ()
     flat = gate_report([0.5] * 4, labels=[0, 0, 1, 1], names=("x", "y")).differences()
-    assert flat[0]["effect"] is None
+    assert flat[0].effect is None
 
 
 def test_the_rows_at_both_ends_are_found() -> None:
     found = gate_report([0.1, 0.9, 0.5], [0.9, 0.8, 0.0], labels=[0, 1, 0], names=("x", "y")).top(1)
-    ends = {own["gate"]: (own["most"][0]["row"], own["least"][0]["row"]) for own in found}
+    ends = {gate.gate: (gate.most[0].row, gate.least[0].row) for gate in found}
     assert ends == {"a": (11, 10), "b": (10, 12), "all": (11, 12)}
-    assert found[0]["most"] == [{"row": 11, "label": "y", "value": 0.9}]
+    assert found[0].most == (RowGate(11, "y", 0.9),)
 
 
 def test_layers_show_spread_quantiles_and_both_lora_gates(run: Path) -> None:

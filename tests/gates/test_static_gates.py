@@ -18,6 +18,7 @@ from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.exports import formats
 from unipelt_cli.gates import static_gates
+from unipelt_cli.gates.results import Change
 from unipelt_cli.gates.static_gates import make_static
 from unipelt_cli.methods.unipelt.inspection import closed
 from unipelt_cli.models.build import build
@@ -84,13 +85,13 @@ def test_constant_gates_fold_exactly(
     made = make_static(run, tuned, rows, cost=0.0)
     report, method = made.report, made.tuned.method
     assert not method.gated
-    assert report["dev"] == {"before": 1.0, "after": 1.0}
-    places = {(int(n), part) for part, n in (place.split(".") for place in report["dropped"])}
+    assert report.dev == Change(1.0, 1.0)
+    places = {(int(n), part) for part, n in (place.split(".") for place in report.dropped)}
     with closed(tuned.classifier.backbone, places):
         expected = logits_of(tuned, SENTENCES)
     assert (expected - logits_of(made.tuned, SENTENCES)).abs().max() < 1e-5
     assert made.run.experiment.method == method
-    assert report["stored_parameters"]["after"] < report["stored_parameters"]["before"]
+    assert report.stored_parameters.after < report.stored_parameters.before
 
 
 def test_a_gate_becomes_its_mean_over_train(backbone_dir: Backbones) -> None:
@@ -107,23 +108,23 @@ def test_a_gate_becomes_its_mean_over_train(backbone_dir: Backbones) -> None:
     from unipelt_cli.gates.report import inspect_gates
 
     gates = inspect_gates(run, tuned, rows("train").select(range(8))).gates
-    for layer, said in zip(gates, made.report["gates"], strict=True):
+    for layer, said in zip(gates, made.report.gates, strict=True):
         for name, values in layer.items():
-            assert said[name] == pytest.approx(float(np.mean(values)), abs=1e-6)
+            assert said.gates[name] == pytest.approx(float(np.mean(values)), abs=1e-6)
 
 
 def test_what_goes_stays_within_the_cost_and_never_is_all(backbone_dir: Backbones) -> None:
     run, tuned = model_of(backbone_dir("bert"), **TINY)
     rows = own_labels(tuned)
     dear, cheap = (make_static(run, tuned, rows, cost=cost).report for cost in (1.0, 0.1))
-    assert len(dear["dropped"]) == 2 * 4 - 1
-    assert 1 <= len(cheap["dropped"]) < len(dear["dropped"])
-    assert 1.0 - cheap["dev"]["after"] <= 0.1
-    costs = {f"{own['part']}.{own['layer']}": own["cost"] for own in cheap["costs"]}
+    assert len(dear.dropped) == 2 * 4 - 1
+    assert 1 <= len(cheap.dropped) < len(dear.dropped)
+    assert 1.0 - cheap.dev.after <= 0.1
+    costs = {f"{each.part}.{each.layer}": each.cost for each in cheap.costs}
     assert len(costs) == 8
-    stay = costs.keys() - set(cheap["dropped"])
-    assert max(costs[place] for place in cheap["dropped"]) <= min(costs[place] for place in stay)
-    assert cheap["stored_parameters"]["after"] > dear["stored_parameters"]["after"]
+    stay = costs.keys() - set(cheap.dropped)
+    assert max(costs[place] for place in cheap.dropped) <= min(costs[place] for place in stay)
+    assert cheap.stored_parameters.after > dear.stored_parameters.after
 
 
 def test_a_cost_that_is_too_high_is_refused(backbone_dir: Backbones) -> None:
@@ -175,8 +176,8 @@ def test_a_regression_counts_a_higher_error_as_a_cost(backbone_dir: Backbones) -
     one = build(described, 1, folded=True)
     one.load({n: t[:1] if n.startswith("head.out") else t for n, t in tuned.stored().items()})
     report = make_static(run, one, lambda split: rows, cost=0.5).report
-    assert report["dev"]["before"] < 1e-6
-    assert 0 < report["dev"]["after"] <= 0.5
+    assert report.dev.before < 1e-6
+    assert 0 < report.dev.after <= 0.5
 
 
 @pytest.fixture(scope="module")

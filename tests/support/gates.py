@@ -19,7 +19,7 @@ def inspected(*arguments: str | Path) -> dict[str, Any]:
     return found
 
 
-def gate_report(*columns: list[float], labels: list[int], names: tuple[str, ...]) -> Any:
+def gate_report(*columns: list[float], labels: list[int], names: tuple[str, ...]) -> GateReport:
     """Make a report of one layer whose gates are called a, b, ... from their values by row."""
     gates = [{chr(97 + n): np.array(own, dtype=np.float32) for n, own in enumerate(columns)}]
     rows = Dataset.from_dict({"row": [10 + n for n in range(len(labels))], "label": labels})

@@ -26,8 +26,7 @@ def test_many_classes_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> Non
     names = tuple(f"class {n} {'of a long name ' * 4}" for n in range(40))
     values = list(np.linspace(0.1, 0.9, 80))
     found = gate_report(values, labels=[n // 2 for n in range(80)], names=names)
-    answer = {"rows": 80, "layers": found.by_layer(), "classes": found.by_class()}
-    show_classes(answer, "test")
+    show_classes(found.by_class(), 80, "test")
     show_differences(found.differences())
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 42 + 3

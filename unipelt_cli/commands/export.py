@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from unipelt_cli.terminal import console, summaries
 from unipelt_cli.terminal.command_group import print_json
 
 if TYPE_CHECKING:
+    from unipelt_cli.exports.report import ExportReport
     from unipelt_cli.gates.static_gates import Static
     from unipelt_cli.models.tuned import Tuned
     from unipelt_cli.runs.run import Run
@@ -101,10 +102,10 @@ def export(
     _show(report, name)
     if as_json:
         print_json(report)
-    if not report["written"]:
+    if not report.written:
         raise CheckError(
-            f"{report['path']}: not written, its logits differ by "
-            f"{report['parity']['max_abs_logit_diff']:.2g}, and {report['tolerance']:g} is allowed",
+            f"{report.path}: not written, its logits differ by "
+            f"{report.parity.max_abs_logit_diff:.2g}, and {report.tolerance:g} is allowed",
             _advice(part, fp16),
         )
 
@@ -146,15 +147,15 @@ def _fix_gates(
     return made
 
 
-def _show(report: dict[str, Any], name: str) -> None:
+def _show(report: "ExportReport", name: str) -> None:
     """Say where the export is, and how near it comes to its run."""
-    parity, path = report["parity"], (report["path"], "bold")
-    difference = f"largest logit difference {parity['max_abs_logit_diff']:.1e}"
-    flips = f"{parity['label_flips']} labels differ" if parity["label_flips"] else "same labels"
-    console.say(f"{name}: ", path, f", {difference} over {parity['rows']} rows, {flips}")
-    for note in report["notes"]:
+    parity, path = report.parity, (report.path, "bold")
+    difference = f"largest logit difference {parity.max_abs_logit_diff:.1e}"
+    flips = f"{parity.label_flips} labels differ" if parity.label_flips else "same labels"
+    console.say(f"{name}: ", path, f", {difference} over {parity.rows} rows, {flips}")
+    for note in report.notes:
         console.say(("note: ", "yellow"), note)
-    if report["written"]:
+    if report.written:
         console.say("its README.md is a model card, and says how to load it")
 
 

@@ -1,14 +1,15 @@
 """The command `inspect-gates`: which submodules a run really used."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import ConfigError, RunError
+from unipelt_cli.files.as_json import as_json as to_json
 from unipelt_cli.runs.opening import open_run
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import console
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from unipelt_cli.gates.ablation import Ablation
     from unipelt_cli.gates.report import GateReport
+    from unipelt_cli.gates.results import AblationReport, EpochsInspection, Inspection
 
 VIEWS = ("layer", "class", "example", "epoch")
 
@@ -62,7 +64,7 @@ def inspect_gates(
         given |= {"--source": source, "--device": device, "--model": model}
         said = ((f"--by {by}", settings.flag_text(flag, value)) for flag, value in given.items())
         settings.refuse_pairs(*said)
-        answer = _epochs(run, plot)
+        answer: Inspection | EpochsInspection = _epochs(run, plot)
     else:
         found = open_run(
             run_argument.locate(run, offline), offline=offline, source=source, model=model
@@ -86,12 +88,13 @@ def inspect_gates(
         view = _View(report, study, split, run.resolve().name)
         answer = view.show(by, top, found.tasks[place].text, as_json=as_json)
         if plot is not None:
-            view.plot(answer, by, plot)
+            view.plot(answer, plot)
         if html is not None:
             from unipelt_cli.gates import page
 
-            more = {"classes": report.by_class() if report.gates else [], "epochs": epochs}
-            page.write({**answer, **more}, f"gates of {run.resolve().name}", html)
+            classes = report.by_class() if report.gates else ()
+            full = replace(answer, classes=classes, epochs=epochs)
+            page.write(full, f"gates of {run.resolve().name}", html)
             console.say("page: ", (str(html), "bold"))
     if as_json:
         print_json(answer)
@@ -116,7 +119,7 @@ def _check(by: str, top: int | None, ablate: bool, plot: Path | None, html: Path
             page.check(html)
 
 
-def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
+def _epochs(run: Path, plot: Path | None) -> "EpochsInspection":
     """Show what training recorded; the model is not built."""
     from unipelt_cli.system import network
 
@@ -124,6 +127,7 @@ def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
     with importing():
         from unipelt_cli.gates import plots
         from unipelt_cli.gates.report import by_epoch
+        from unipelt_cli.gates.results import EpochsInspection, Layer, MeanGate
         from unipelt_cli.runs.run import read_run
         from unipelt_cli.terminal import gates
     found = read_run(run)
@@ -138,21 +142,22 @@ def _epochs(run: Path, plot: Path | None) -> dict[str, Any]:
             f"{run}: its epochs hold no gates",
             "train a gated method with this version: its epochs record them",
         )
-    best: list[dict[str, Any]] = next((own["layers"] for own in epochs if own["is_best"]), [])
+    best = next((epoch.layers for epoch in epochs if epoch.is_best), ())
     title = f"gates of {run.resolve().name}, mean over layers and dev rows"
     gates.show_epochs(epochs, found.result["metric"], title, found.result.get("positive"))
     if plot is not None:
         plots.plot_epochs(epochs, title, plot)
         console.say("picture: ", (str(plot), "bold"))
-    means = [{k: v if k == "layer" else {"mean": v} for k, v in own.items()} for own in best]
-    places = range(len(found.tasks))
-    return {
-        "rows": sum(found.count_of("dev", place) for place in places),
-        "split": "dev",
-        "layers": means,
-        "best_epoch": found.result["best_epoch"],
-        "epochs": epochs,
-    }
+    return EpochsInspection(
+        rows=sum(found.count_of("dev", task_index) for task_index in range(len(found.tasks))),
+        split="dev",
+        layers=[
+            Layer(layer.layer, {name: MeanGate(mean) for name, mean in layer.gates.items()})
+            for layer in best
+        ],
+        best_epoch=found.result["best_epoch"],
+        epochs=epochs,
+    )
 
 
 @dataclass(frozen=True)
@@ -174,38 +179,37 @@ class _View:
 
     def show(
         self, by: str, top: int | None, text: tuple[str, ...], *, as_json: bool
-    ) -> dict[str, Any]:
+    ) -> "Inspection":
         """Print a view and return it as an answer."""
+        from unipelt_cli.gates.results import Inspection
         from unipelt_cli.terminal import gates
 
         report = self.report
-        answer: dict[str, Any] = {
-            "rows": len(self.rows),
-            "split": self.split,
-            "layers": report.by_layer(),
-            "nearly_closed": report.nearly_closed(),
-        }
+        layers, nearly_closed = report.by_layer(), report.nearly_closed()
+        answer = Inspection(len(self.rows), self.split, layers, nearly_closed)
         if self.study is not None:
-            answer["ablation"] = self._ablate(self.study)
-        elif by == "class":
-            answer |= {"classes": report.by_class(), "differences": report.differences()}
-            gates.show_classes(answer, self.split)
-            gates.show_differences(answer["differences"])
-        elif by == "example" and top is not None:
-            answer["top"] = report.top(top)
+            return replace(answer, ablation=self._ablate(self.study))
+        if by == "class":
+            classes, differences = report.by_class(), report.differences()
+            gates.show_classes(classes, len(self.rows), self.split)
+            gates.show_differences(differences)
+            return replace(answer, classes=classes, differences=differences)
+        if by == "example" and top is not None:
+            extremes = report.top(top)
             texts = {row["row"]: " | ".join(str(row[c]) for c in text) for row in self.rows}
-            gates.show_top(answer["top"], texts)
-        elif by == "example":
-            answer["examples"] = report.by_example()
+            gates.show_top(extremes, texts)
+            return replace(answer, top=extremes)
+        if by == "example":
+            examples = report.by_example()
             if not as_json:
-                for example in answer["examples"]:
-                    typer.echo(json.dumps(example))
-        else:
-            gates.show_layers(answer["layers"], f"{self.title}, mean ± standard deviation")
-            gates.show_legend(answer["nearly_closed"])
+                for example in examples:
+                    typer.echo(json.dumps(to_json(example)))
+            return replace(answer, examples=examples)
+        gates.show_layers(layers, f"{self.title}, mean ± standard deviation")
+        gates.show_legend(nearly_closed)
         return answer
 
-    def _ablate(self, study: "Ablation") -> dict[str, Any]:
+    def _ablate(self, study: "Ablation") -> "AblationReport":
         from unipelt_cli.gates import ablation
         from unipelt_cli.terminal import gates, progress
         from unipelt_cli.text import shown_score
@@ -213,21 +217,21 @@ class _View:
         if self.split == "test":
             console.say(("warning: ", "yellow"), "these are test rows: choose nothing by them")
         losses = list(progress.tracked(study.losses(), study.passes, "closing submodules"))
-        answer = ablation.summary(study, losses)
+        answer = ablation.summarise(study, losses)
         metric = shown_score(study.task.metric, study.task.positive_label)
         score = f"{metric} {study.score:.4f}"
         title = f"{self.name}, {len(self.rows)} {self.split} rows, {score}"
         gates.show_ablation(answer, title, len(self.rows))
         return answer
 
-    def plot(self, answer: dict[str, Any], by: str, path: Path) -> None:
+    def plot(self, answer: "Inspection", path: Path) -> None:
         """Draw the view as a picture."""
         from unipelt_cli.gates import plots
 
-        if "ablation" in answer:
-            plots.plot_ablation(answer["ablation"], self.title, path)
-        elif by == "class":
-            plots.plot_classes(answer["classes"], self.title, path)
+        if answer.ablation is not None:
+            plots.plot_ablation(answer.ablation, self.title, path)
+        elif answer.classes is not None:
+            plots.plot_classes(answer.classes, self.title, path)
         else:
-            plots.plot_layers(answer["layers"], f"{self.title}, mean", path)
+            plots.plot_layers(answer.layers, f"{self.title}, mean", path)
         console.say("picture: ", (str(path), "bold"))

@@ -4,10 +4,10 @@ Scores are fractions, times seconds, memory bytes, sizes numbers. None stands fo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from unipelt_cli.files.as_json import keyed, optional
+from unipelt_cli.files.as_json import OPTIONAL, keyed
 
 if TYPE_CHECKING:
     from unipelt_cli.models.resampling import Interval
@@ -36,7 +36,7 @@ class GroupSummary:
     settings: Mapping[str, object]
     submodules: tuple[str, ...]
     metric: str
-    positive: str | None = optional()
+    positive: str | None = field(default=None, metadata=OPTIONAL)
     seeds: tuple[SeedScore, ...]
     mean: float
     standard_deviation: float | None
@@ -119,7 +119,7 @@ class PairResult:
     better: str | None
     verdict: str
     seeds_needed: int | None
-    conclusion: str = keyed("said")
+    conclusion: str = field(metadata=keyed("said"))
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,8 @@ def has_head(tuned: Tuned) -> bool:
 
 def plan(job: Job) -> Writer:
     """Check that a folder can hold the model; raise RunError where none can."""
-    if found := problem(job.run, job.tuned):
-        message, remedy = found
+    if obstacle := problem(job.run, job.tuned):
+        message, remedy = obstacle
         may_fold = isinstance(job.tuned.method, Submodules) and job.tuned.pretrained.layout.native
         raise RunError(message, f"{remedy}, or try --to hf" if may_fold else remedy)
     return lambda directory: _write(job, directory)
@@ -236,7 +236,7 @@ def _parts_config(tuned: Tuned) -> Any:
     parts = [
         config.replace(
             use_gating=method.gated,
-            leave_out=sorted(layer for layer, own in method.left_out if own == part),
+            leave_out=sorted(layer for layer, name in method.left_out if name == part),
         )
         for part, config in configs.items()
     ]
@@ -294,8 +294,8 @@ def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
         module, kind = (path, "") if path in LAYER_NAMES else path.rsplit(".", 1)
         if module.endswith(".b") and method.gated:
             tensor = tensor * method.lora_factor
-        for place in LAYER_NAMES[module]:
-            below = f"{place.format(**places)}.{kind}".rstrip(".")
+        for pattern in LAYER_NAMES[module]:
+            below = f"{pattern.format(**places)}.{kind}".rstrip(".")
             yield f"{layout.inside}.{layers[int(layer)]}.{below}", tensor.clone()
 
 
@@ -303,6 +303,6 @@ def _head_tensors(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors: a layer there is dropout, linear unit, and activation if inner."""
     head = tuned.classifier.head
     linears = {1: head.out} if head.dense is None else {1: head.dense, 4: head.out}
-    for place, linear in linears.items():
+    for module_name, linear in linears.items():
         for kind, tensor in linear.named_parameters():
-            yield f"heads.{name}.{place}.{kind}", tensor.detach()
+            yield f"heads.{name}.{module_name}.{kind}", tensor.detach()

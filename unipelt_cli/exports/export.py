@@ -2,15 +2,17 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from unipelt_cli.errors import RunError
 from unipelt_cli.exports import formats, model_card, parity
 from unipelt_cli.exports.job import Job, Written, find_rows
+from unipelt_cli.exports.report import CheckedParity, ExportReport
 from unipelt_cli.files import atomic
+from unipelt_cli.gates.results import StaticReport
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.run import Run, copied
 
@@ -29,8 +31,8 @@ def export_run(
     tolerance: float | None = None,
     part: str | None = None,
     half: bool = False,
-    static: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    static: StaticReport | None = None,
+) -> ExportReport:
     """Write a run's model to a new directory in a format of `formats`; return what was checked.
 
     The parity compares this model with the written one, loaded by its own library in float32 on
@@ -47,33 +49,29 @@ def export_run(
             "train one task alone, with --task, and export that run",
         )
     atomic.refuse_existing(directory)  # before all the work
-    own = copied(run, tuned)
-    job = Job(run, own, find_rows(run, own, source), directory, part, half)
-    report: dict[str, Any] = {"format": to, "path": str(directory), "written": True}
-    if static is not None:
-        report["static"] = static
+    exact = copied(run, tuned)
+    job = Job(run, exact, find_rows(run, exact, source), directory, part, half)
     with _quiet():
         write = target.plan(job)
         try:
             with atomic.new_directory(directory) as temporary:
                 written = write(temporary)
-                report |= {
-                    "parity": {**written.parity, "test_rows": job.rows.from_test},
-                    "tolerance": tolerance or _tolerance(run, written),
-                    "notes": [*written.notes, *_notes(job, tuned)],
-                }
-                if not holds(report):
+                report = ExportReport(
+                    format=to,
+                    path=str(directory),
+                    written=True,
+                    static=static,
+                    parity=CheckedParity(**asdict(written.parity), test_rows=job.rows.from_test),
+                    tolerance=tolerance or _tolerance(run, written),
+                    notes=[*written.notes, *_notes(job, tuned)],
+                )
+                if not report.holds:
                     raise _TooFar
                 model_card.write(job, report, written.snippet, temporary)
-                report["bytes"] = sum(path.stat().st_size for path in temporary.rglob("*"))
+                size = sum(path.stat().st_size for path in temporary.rglob("*"))
         except _TooFar:
-            report["written"] = False
-    return report
-
-
-def holds(report: dict[str, Any]) -> bool:
-    """Say whether the written model computes the same, as far as was asked for."""
-    return bool(report["parity"]["max_abs_logit_diff"] <= report["tolerance"])
+            return replace(report, written=False)
+    return replace(report, bytes=size)
 
 
 def _tolerance(run: Run, written: Written) -> float:
@@ -91,8 +89,8 @@ def _notes(job: Job, tuned: Tuned) -> Iterator[str]:
         apart = parity.compare(rows, parity.padded(rows), job.tuned.classifier, tuned.classifier)
         yield (
             f"this run computes in {tuned.precision}, where its own logits differ from these by up "
-            f"to {apart['max_abs_logit_diff']:.2g}, and {apart['label_flips']} of "
-            f"{apart['rows']} labels do; the parity is that of float32"
+            f"to {apart.max_abs_logit_diff:.2g}, and {apart.label_flips} of "
+            f"{apart.rows} labels do; the parity is that of float32"
         )
 
 

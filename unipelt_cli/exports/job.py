@@ -69,8 +69,8 @@ def find_rows(run: Run, tuned: Tuned, source: str | None = None) -> Rows:
         pad_to = longest
     texts = 1 + tuned.classifier.apart[0]
     try:
-        found = run.rows("test", source)
-        chosen = found.select(range(min(ROWS, len(found))))
+        test_rows = run.rows("test", source)
+        chosen = test_rows.select(range(min(ROWS, len(test_rows))))
         test = encode_rows(tuned, [chosen[column] for column in run.task.text], longest)
     except UnipeltError:  # the source is not there, or not the same
         test = Encoded([], [], tuned.tokenizer.pad_token_id, texts=texts)
@@ -90,7 +90,9 @@ def compare_library(
     def read(hidden: Any, mask: Tensor) -> Tensor:
         return classifier.read(classifier.features_of_states(hidden, mask))
 
-    ours, theirs = (_states_by_text(own, rows.texts) for own in (classifier.backbone, model))
+    ours, theirs = (
+        _states_by_text(backbone, rows.texts) for backbone in (classifier.backbone, model)
+    )
     return compare(rows, batches, ours, theirs, read)
 
 
@@ -103,10 +105,10 @@ def _states_by_text(model: Any, texts: int) -> Callable[..., Tensor]:
 
     def states(**inputs: Tensor) -> Tensor:
         length, each = inputs["attention_mask"].shape[1], []
-        for place in range(texts):
-            own = {name: tensor.chunk(texts)[place] for name, tensor in inputs.items()}
-            longest = length if texts == 1 else int(own["attention_mask"].sum(1).max())
-            cut = {name: tensor[:, :longest] for name, tensor in own.items()}
+        for text_index in range(texts):
+            of_text = {name: tensor.chunk(texts)[text_index] for name, tensor in inputs.items()}
+            longest = length if texts == 1 else int(of_text["attention_mask"].sum(1).max())
+            cut = {name: tensor[:, :longest] for name, tensor in of_text.items()}
             hidden = model(**cut).last_hidden_state
             each.append(functional.pad(hidden, (0, 0, 0, length - longest)))
         return torch.cat(each)

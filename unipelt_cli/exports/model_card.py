@@ -18,8 +18,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from unipelt_cli.backbones import pretrained
 from unipelt_cli.exports import formats
 from unipelt_cli.exports.job import Job
+from unipelt_cli.exports.report import ExportReport
 from unipelt_cli.files import atomic
 from unipelt_cli.gates.report import gates_of
+from unipelt_cli.gates.results import StaticReport
 from unipelt_cli.metrics import loses_to_mean
 from unipelt_cli.models.resampling import Sample, bootstrap_interval
 from unipelt_cli.models.weighted_metrics import weighted_metric
@@ -33,25 +35,25 @@ MOST_LABELS = 20  # whose counts are listed one by one
 FEW_ROWS = 1000  # below so many train rows the card warns
 
 
-def write(job: Job, report: Mapping[str, Any], snippet: str, directory: Path) -> None:
+def write(job: Job, report: ExportReport, snippet: str, directory: Path) -> None:
     """Write the card of a checked export as README.md of its folder."""
     text = "\n".join(lines(job, report, snippet)) + "\n"
     atomic.write(directory / FILE, text.encode())
 
 
-def lines(job: Job, report: Mapping[str, Any], snippet: str) -> Iterator[str]:
+def lines(job: Job, report: ExportReport, snippet: str) -> Iterator[str]:
     """Yield the card's lines."""
-    run, to = job.run, report["format"]
+    run, to = job.run, report.format
     yield from _head(run, job.directory.name, formats.TARGETS[to].library, to)
     yield f"{_kind(run)}, and exported as `{to}`."
     yield from _section("Load it", ["```python", snippet, "```"])
-    yield from _section("Constant gates", _static(report.get("static")))
+    yield from _section("Constant gates", _static(report.static))
     yield from _section("Scores", _scores(run))
     yield from _section("Data", _data(run))
     yield from _section("Protocol", _protocol(run))
     yield from _section("Gates", _gates(job))
     yield from _section("Parity", _parity(report))
-    yield from _section("Notes", [f"- {escaped(note)}" for note in report["notes"]])
+    yield from _section("Notes", [f"- {escaped(note)}" for note in report.notes])
     yield from _section("Limits", [f"- {limit}" for limit in _limits(run)])
 
 
@@ -80,7 +82,7 @@ def of_run(run: Run, repository: str) -> str:
 
 def _head(run: Run, name: str, library: str, *tags: str) -> Iterator[str]:
     yield from ("---", _metadata(run, name, library, tags), "---", "")
-    task = ", ".join(escaped(own.name) for own in run.tasks)
+    task = ", ".join(escaped(each.name) for each in run.tasks)
     yield f"# {task}: {run.experiment.method_name} on {escaped(_backbone(run))}"
     yield ""
 
@@ -101,18 +103,20 @@ def escaped(text: object) -> str:
     """Return somebody's text as one line that Markdown shows as it is."""
     line = re.sub(r"([\\`*_{}\[\]#!|~$])", r"\\\1", _one_line(text))
     # Nor do a bare address or tag become one.
-    return re.sub(r"[&<>@]|:(?=//)|(?<=www)\.", lambda own: f"&#{ord(own[0])};", line)
+    return re.sub(r"[&<>@]|:(?=//)|(?<=www)\.", lambda match: f"&#{ord(match[0])};", line)
 
 
 def _one_line(text: object) -> str:
     """Return somebody's text without line breaks, and without marks that turn it around."""
-    return "".join(own for own in " ".join(str(text).split()) if own.isprintable())
+    return "".join(
+        character for character in " ".join(str(text).split()) if character.isprintable()
+    )
 
 
 def _metadata(run: Run, name: str, library: str, tags: Sequence[str]) -> str:
     """Return the YAML that the hub reads."""
-    own = run.environment["backbone"]["name"]
-    is_public = network.names_hub(own) or _backbone(run) != Path(own).name
+    recorded_name = run.environment["backbone"]["name"]
+    is_public = network.names_hub(recorded_name) or _backbone(run) != Path(recorded_name).name
     results = [
         EvalResult(
             task_type="text-classification",
@@ -137,8 +141,8 @@ def _metadata(run: Run, name: str, library: str, tags: Sequence[str]) -> str:
 
 def _section(title: str, content: Sequence[str] | Iterator[str]) -> Iterator[str]:
     """Yield a section, unless there is nothing in it."""
-    if own := list(content):
-        yield from ("", f"## {title}", "", *own)
+    if content_lines := list(content):
+        yield from ("", f"## {title}", "", *content_lines)
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -192,23 +196,23 @@ def _tested(run: Run) -> str:
     return f"{folds['count']} folds" if folds else "test"
 
 
-def _static(report: Mapping[str, Any] | None) -> Iterator[str]:
+def _static(report: StaticReport | None) -> Iterator[str]:
     """Yield what became of the gates and of submodules that were left out."""
     if report is None:
         return
-    dropped = ", ".join(report["dropped"]) or "none"
+    dropped = ", ".join(report.dropped) or "none"
     yield (
         "Every gate of the run is a constant here, its mean over the train rows. Left out, as "
-        f"dev did not miss them: {dropped}. All of it could cost {report['cost']:g} of dev "
-        f"{report['metric']}. The scores below are those of the run, before."
+        f"dev did not miss them: {dropped}. All of it could cost {report.cost:g} of dev "
+        f"{report.metric}. The scores below are those of the run, before."
     )
     yield ""
     rows = [
-        [name, *(f"{report[key][when]:{form}}" for when in ("before", "after"))]
-        for name, key, form in (
-            (f"dev {report['metric']}", "dev", ".4f"),
-            (f"test {report['metric']}", "test", ".4f"),
-            ("numbers stored", "stored_parameters", ",.0f"),
+        [name, f"{change.before:{form}}", f"{change.after:{form}}"]
+        for name, change, form in (
+            (f"dev {report.metric}", report.dev, ".4f"),
+            (f"test {report.metric}", report.test, ".4f"),
+            ("numbers stored", report.stored_parameters, ",.0f"),
         )
     ]
     yield from _table(("", "before", "after"), rows)
@@ -225,14 +229,14 @@ def _data(run: Run) -> Iterator[str]:
     yield ""
     splits = _splits(run)
     rows = [
-        [name, f"{own['rows']:,}", _sha256(own["row_ids"]), own["digest"][:12]]
-        for name, own in splits.items()
+        [name, f"{described['rows']:,}", _sha256(described["row_ids"]), described["digest"][:12]]
+        for name, described in splits.items()
     ]
     yield from _table(("split", "rows", "sha256 of the row ids", "sha256 of the rows"), rows)
     if 0 < len(run.task.labels) <= MOST_LABELS:
         yield ""
         counts = [
-            [escaped(label), *(f"{own['labels'][label]:,}" for own in splits.values())]
+            [escaped(label), *(f"{described['labels'][label]:,}" for described in splits.values())]
             for label in run.task.labels
         ]
         yield from _table(("label", *splits), counts)
@@ -281,21 +285,21 @@ def _gates(job: Job) -> Iterator[str]:
     yield ""
     names = list(dict.fromkeys(name for layer in layers for name in layer))
     rows = [
-        [str(place), *(f"{float(own[n].mean()):.2f}" if n in own else "" for n in names)]
-        for place, own in enumerate(layers)
+        [str(number), *(f"{float(gates[n].mean()):.2f}" if n in gates else "" for n in names)]
+        for number, gates in enumerate(layers)
     ]
     yield from _table(("layer", *names), rows)
 
 
-def _parity(report: Mapping[str, Any]) -> Iterator[str]:
-    parity = report["parity"]
-    drawn = parity["rows"] - parity["test_rows"]
+def _parity(report: ExportReport) -> Iterator[str]:
+    parity = report.parity
+    drawn = parity.rows - parity.test_rows
     yield (
         f"The written files, loaded by their own library in float32 on a CPU, against the run: "
-        f"logits differ by {parity['max_abs_logit_diff']:.1e} at most and "
-        f"{parity['mean_abs_logit_diff']:.1e} on average, {parity['label_flips']} labels differ, "
-        f"over {parity['rows']} rows ({parity['test_rows']} of the test split, {drawn} made up). "
-        f"Allowed: {report['tolerance']:g}."
+        f"logits differ by {parity.max_abs_logit_diff:.1e} at most and "
+        f"{parity.mean_abs_logit_diff:.1e} on average, {parity.label_flips} labels differ, "
+        f"over {parity.rows} rows ({parity.test_rows} of the test split, {drawn} made up). "
+        f"Allowed: {report.tolerance:g}."
     )
 
 
@@ -304,8 +308,8 @@ def _limits(run: Run) -> Iterator[str]:
     splits = _splits(run)
     if run.result["collapsed"]:
         yield "**Collapsed**: it gives all test rows one answer. Do not use it."
-    for found in run.result.get("against_mean", {}).values():
-        if loses_to_mean(found):
+    for comparison in run.result.get("against_mean", {}).values():
+        if loses_to_mean(comparison):
             yield "Its squared error on test is not below that of always saying the train mean."
     if splits["train"]["rows"] < FEW_ROWS:
         yield f"It saw {_rows(run, 'train')} labelled rows; expect rows unlike these to go wrong."

@@ -39,8 +39,8 @@ class _Graph(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         count = len(self.names)
         pooled = [
-            self.classifier.pooled(**dict(zip(self.names, own, strict=True)))
-            for own in (tensors[text * count :][:count] for text in range(self.texts))
+            self.classifier.pooled(**dict(zip(self.names, inputs, strict=True)))
+            for inputs in (tensors[text * count :][:count] for text in range(self.texts))
         ]
         joined = pooled[0] if self.texts == 1 else torch.cat(pooled)
         return self.classifier.read(self.classifier.combine(joined))
@@ -65,7 +65,7 @@ def _write(job: Job, directory: Path) -> Written:
     session = _session(path)
 
     def theirs(**batch: Tensor) -> Tensor:
-        feeds = {name: own.numpy() for name, own in _by_name(batch, rows.texts).items()}
+        feeds = {name: tensor.numpy() for name, tensor in _by_name(batch, rows.texts).items()}
         return torch.from_numpy(session.run(None, feeds)[0])
 
     every = _with_edges(rows, longest)
@@ -81,8 +81,8 @@ def _write(job: Job, directory: Path) -> Written:
 def _by_name(batch: dict[str, Tensor], texts: int) -> dict[str, Tensor]:
     """Return a batch's tensors by the names of a graph's inputs: a second text has its own."""
     return {
-        f"{name}{SUFFIXES[place]}": tensor.chunk(texts)[place]
-        for place in range(texts)
+        f"{name}{SUFFIXES[text_index]}": tensor.chunk(texts)[text_index]
+        for text_index in range(texts)
         for name, tensor in batch.items()
     }
 
@@ -92,7 +92,7 @@ def _trace(job: Job, inputs: dict[str, Tensor], path: Path) -> None:
     names = list(inputs)
     traced = job.copy(hasten=False).classifier.eval()
     texts = job.rows.encoded.texts
-    lengths = [f"length{SUFFIXES[place * texts // len(names)]}" for place in range(len(names))]
+    lengths = [f"length{SUFFIXES[index * texts // len(names)]}" for index in range(len(names))]
     axes = {name: {0: "batch", 1: length} for name, length in zip(names, lengths, strict=True)}
     try:
         with torch.no_grad():
@@ -161,8 +161,8 @@ def _with_edges(rows: Encoded, longest: int) -> Encoded:
     """Add a row of one token, of two, and of as many as it may have, beside other second texts."""
     counts = [1, 2, longest] if rows.texts == 1 else [1, 2, longest, longest, 1, 2]
     ids = [[*rows.ids[0]] * -(-count // len(rows.ids[0])) for count in counts]
-    edges = [own[:count] for own, count in zip(ids, counts, strict=True)]
-    types = None if rows.types is None else [[0] * len(own) for own in edges]
+    edges = [tokens[:count] for tokens, count in zip(ids, counts, strict=True)]
+    types = None if rows.types is None else [[0] * len(tokens) for tokens in edges]
     return rows.with_rows(replace(rows, ids=edges, types=types))
 
 

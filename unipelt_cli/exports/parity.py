@@ -1,7 +1,7 @@
 """Whether an exported model computes what the run does."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,9 +13,18 @@ TOLERANCE = 1e-4
 SIZES = (1, 3, 32, 8)  # of the batches for a tool where padding must not matter
 CPU = torch.device("cpu")
 
-Parity = dict[str, Any]
 Model = Callable[..., Tensor]
 """From a batch's tensors by name to its logits (batch, outputs), or hidden states."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two models' logits are apart over rows (hidden states where one has no head)."""
+
+    rows: int
+    max_abs_logit_diff: float
+    mean_abs_logit_diff: float
+    label_flips: int
 
 
 def unpadded(rows: Encoded) -> Iterator[list[int]]:
@@ -53,19 +62,14 @@ def compare(
     for batch in batches:
         inputs = rows.batch(batch, CPU)
         with torch.inference_mode():
-            own, their = ours(**inputs), theirs(**inputs)
-            apart = (own - their).abs()
+            our, their = ours(**inputs), theirs(**inputs)
+            apart = (our - their).abs()
             if to_logits is not None:
                 mask = inputs["attention_mask"]
                 apart = apart[mask.bool()]
-                own, their = to_logits(own, mask), to_logits(their, mask)
+                our, their = to_logits(our, mask), to_logits(their, mask)
         differences.append(apart.flatten())
-        flips += int((own.argmax(1) != their.argmax(1)).sum())
+        flips += int((our.argmax(1) != their.argmax(1)).sum())
         count += len(batch)
     apart = torch.cat(differences)
-    return {
-        "rows": count,
-        "max_abs_logit_diff": float(apart.max()),
-        "mean_abs_logit_diff": float(apart.mean()),
-        "label_flips": flips,
-    }
+    return Parity(count, float(apart.max()), float(apart.mean()), flips)

@@ -41,7 +41,8 @@ def plan(job: Job) -> Writer:
     if job.part is not None:
         recorded = report.gates_of(tuned, job.rows.encoded)
         gates = [
-            {name: fmean(map(float, own)) for name, own in layer.items()} for layer in recorded
+            {name: fmean(map(float, values)) for name, values in layer.items()}
+            for layer in recorded
         ]
     try:
         form = tuned.method.known_form(tuned.classifier.backbone, job.part, gates or ())
@@ -140,19 +141,19 @@ def _saved(tuned: Tuned) -> set[str]:
     """Return the names of the modules outside the submodules that the run trained."""
     native = tuned.pretrained.layout.native
     assert native is not None
-    places = {place.split(".")[0] for place in (native.out, native.dense) if place}
+    places = {path.split(".")[0] for path in (native.out, native.dense) if path}
     return places | {name.split(".")[0] for name in tuned.untrained}
 
 
 def _head_tensors(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
     native, head = tuned.pretrained.layout.native, tuned.classifier.head
     assert native is not None
-    for place, linear in ((native.out, head.out), (native.dense, head.dense)):
+    for path, linear in ((native.out, head.out), (native.dense, head.dense)):
         for kind, tensor in [] if linear is None else linear.named_parameters():
-            yield f"{INSIDE}.{place}.{kind}", tensor.detach()
+            yield f"{INSIDE}.{path}.{kind}", tensor.detach()
     for name in tuned.untrained:
-        own = tuned.classifier.backbone.get_parameter(name)
-        yield f"{INSIDE}.{_inside(tuned)}{name}", own.detach()
+        parameter = tuned.classifier.backbone.get_parameter(name)
+        yield f"{INSIDE}.{_inside(tuned)}{name}", parameter.detach()
 
 
 def _load(job: Job, directory: Path) -> Any:

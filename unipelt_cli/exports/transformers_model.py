@@ -79,9 +79,9 @@ def classifier(run: Run, tuned: Tuned) -> Any:
         f"{layout.inside}.{name}": tensor
         for name, tensor in tuned.classifier.backbone.state_dict().items()
     }
-    for place, linear in ((layout.native.out, head.out), (layout.native.dense, head.dense)):
+    for path, linear in ((layout.native.out, head.out), (layout.native.dense, head.dense)):
         if linear is not None:
-            tensors |= {f"{place}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
+            tensors |= {f"{path}.{kind}": tensor for kind, tensor in linear.state_dict().items()}
     config = labelled_config(run, tuned)
     model = getattr(transformers, f"{layout.classes}ForSequenceClassification")(config)
     model.load_state_dict(tensors, strict=True)

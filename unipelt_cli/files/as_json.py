@@ -1,25 +1,25 @@
-"""Frozen values as the JSON that scripts read: a field is a key, in the fields' order."""
+"""Frozen values as the JSON that scripts read: a field is a key, in the fields' order.
+
+What JSON says otherwise than the code a field declares by its metadata.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
-_KEY, _INLINE, _OPTIONAL = "json_key", "json_inline", "json_optional"
+_KEY = "json_key"
+INLINE: Mapping[str, bool] = MappingProxyType({"json_inline": True})
+"""The field's mapping has its keys in the object itself, at the field's position."""
+OPTIONAL: Mapping[str, bool] = MappingProxyType({"json_optional": True})
+"""Where the field is None there is no such key."""
+LEFT_OUT: Mapping[str, bool] = MappingProxyType({"json_left_out": True})
+"""JSON says the field by where its object stands."""
 
 
-def keyed(key: str) -> Any:
-    """Declare a field that JSON calls otherwise than the code does."""
-    return field(metadata={_KEY: key})
-
-
-def inline() -> Any:
-    """Declare a field whose mapping's keys stand in the object itself, at the field's position."""
-    return field(metadata={_INLINE: True})
-
-
-def optional() -> Any:
-    """Declare a field that is None by default, and then is no key at all."""
-    return field(default=None, metadata={_OPTIONAL: True})
+def keyed(key: str) -> Mapping[str, str]:
+    """Return the metadata of a field that JSON calls otherwise than the code does."""
+    return {_KEY: key}
 
 
 def as_json(value: object) -> Any:
@@ -35,12 +35,12 @@ def as_json(value: object) -> Any:
 
 def _object(instance: Any) -> Mapping[str, Any]:
     result = {}
-    for attribute in fields(instance):
-        value = getattr(instance, attribute.name)
-        if attribute.metadata.get(_OPTIONAL) and value is None:
+    for declared in fields(instance):
+        value, metadata = getattr(instance, declared.name), declared.metadata
+        if metadata == LEFT_OUT or (metadata == OPTIONAL and value is None):
             continue
-        if attribute.metadata.get(_INLINE):
+        if metadata == INLINE:
             result.update(as_json(value))
         else:
-            result[attribute.metadata.get(_KEY, attribute.name)] = as_json(value)
+            result[metadata.get(_KEY, declared.name)] = as_json(value)
     return result

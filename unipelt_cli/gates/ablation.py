@@ -4,14 +4,13 @@ An open gate says that a submodule takes part, not that the answer needs it.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.gates.results import AblationReport, Layer, Loss
 from unipelt_cli.methods.unipelt.inspection import closed, places
 from unipelt_cli.metrics import Values, lost
 from unipelt_cli.models.batches import Encoded
@@ -29,28 +28,16 @@ LAST = ("adapter", "parallel")
 OPEN = 0.5  # a gate whose mean is at least this much says that its submodule takes part
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What closing one submodule costs, in one layer or (`layer` None) in all of them."""
-
-    layer: int | None
-    part: str
-    gate: float | None  # its mean over rows; None where nothing is gated
-    score: float
-    lost: float  # below 0 where the score rose
-    flips: int | None  # rows whose label changed; None in regression
-
-
 class Ablation:
     """One task's rows, passed through a run's model whole and with submodules closed."""
 
-    def __init__(self, run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> None:
-        self.tuned, self.task, self.place = tuned, run.tasks[place], place
+    def __init__(self, run: Run, tuned: Tuned, rows: Dataset, task_index: int = 0) -> None:
+        self.tuned, self.task, self.task_index = tuned, run.tasks[task_index], task_index
         columns = [rows[column] for column in self.task.text]
         self.encoded: Encoded = encode_rows(tuned, columns, run.experiment.model.max_length)
         self.references = references(rows)
-        self.places = places(tuned.classifier.backbone)
-        parts = dict.fromkeys(part for _, part in self.places)
+        self.submodules = places(tuned.classifier.backbone)
+        parts = dict.fromkeys(part for _, part in self.submodules)
         self.parts = sorted(parts, key=LAST.__contains__)  # in the order in which they act
         self.whole, self.gates = self._pass()
         self.score = self._score(self.whole)
@@ -58,14 +45,16 @@ class Ablation:
     @property
     def passes(self) -> int:
         """How many passes over the rows `losses` takes."""
-        return len(self.parts) + len(self.places)
+        return len(self.parts) + len(self.submodules)
 
     def losses(self) -> Iterator[Loss]:
         """Close each submodule in all layers, then in one layer at a time."""
         for part in self.parts:
-            everywhere = [place for place in self.places if place[1] == part]
+            everywhere = [(layer, name) for layer, name in self.submodules if name == part]
             yield self._loss(None, part, everywhere)
-        for layer, part in sorted(self.places, key=lambda own: (own[0], own[1] in LAST)):
+        for layer, part in sorted(
+            self.submodules, key=lambda module: (module[0], module[1] in LAST)
+        ):
             yield self._loss(layer, part, [(layer, part)])
 
     def _loss(self, layer: int | None, part: str, resting: Collection[tuple[int, str]]) -> Loss:
@@ -78,7 +67,7 @@ class Ablation:
         return Loss(layer, part, self._gate(layer, part), round(score, 6), round(worse, 6), flips)
 
     def _pass(self) -> tuple[Values, Gates]:
-        logits, gates = compute_with_gates(self.tuned, self.encoded, self.place)
+        logits, gates = compute_with_gates(self.tuned, self.encoded, self.task_index)
         return predictions(self.task, logits), gates
 
     def _score(self, predicted: Values) -> float:
@@ -86,20 +75,20 @@ class Ablation:
 
     def _gate(self, layer: int | None, part: str) -> float | None:
         """Return the mean of a part's gates: LoRA may have two; one module may serve all layers."""
-        modules = 1 + max(own for own, _ in self.places)
+        modules = 1 + max(number for number, _ in self.submodules)
         if layer is None or (modules == 1 and len(self.gates) > 1):
             chosen = self.gates
         elif len(self.gates) == modules:
             chosen = [self.gates[layer]]
         else:  # several modules are called several times each: whose gate is whose is not recorded
             return None
-        found = [
+        means = [
             float(values.mean())
-            for own in chosen
-            for name, values in own.items()
+            for gates in chosen
+            for name, values in gates.items()
             if name == part or name.startswith(f"{part}_")
         ]
-        return round(fmean(found), 6) if found else None
+        return round(fmean(means), 6) if means else None
 
 
 def refuse(run: Run) -> None:
@@ -111,23 +100,19 @@ def refuse(run: Run) -> None:
         )
 
 
-def summary(ablation: Ablation, losses: Sequence[Loss]) -> dict[str, Any]:
-    """Return as values for JSON what was lost, by layer and in all of them, and what that says."""
-    layers: dict[int, dict[str, Any]] = {}
+def summarise(ablation: Ablation, losses: Sequence[Loss]) -> AblationReport:
+    """Return what was lost, by layer and in all of them, and what that says."""
+    layers: dict[int, dict[str, Loss]] = {}
     for loss in losses:
         if loss.layer is not None:
-            layers.setdefault(loss.layer, {"layer": loss.layer})[loss.part] = _said(loss)
-    return {
-        "metric": ablation.task.metric,
-        "score": round(ablation.score, 6),
-        "all": {loss.part: _said(loss) for loss in losses if loss.layer is None},
-        "layers": list(layers.values()),
-        "says": verdict(losses),
-    }
-
-
-def _said(loss: Loss) -> dict[str, Any]:
-    return {key: value for key, value in asdict(loss).items() if key not in ("layer", "part")}
+            layers.setdefault(loss.layer, {})[loss.part] = loss
+    return AblationReport(
+        metric=ablation.task.metric,
+        score=round(ablation.score, 6),
+        everywhere={loss.part: loss for loss in losses if loss.layer is None},
+        layers=tuple(Layer(layer, by_part) for layer, by_part in layers.items()),
+        verdict=verdict(losses),
+    )
 
 
 def verdict(losses: Sequence[Loss]) -> str:

@@ -1,21 +1,31 @@
 """A run's gates as one HTML page that loads nothing and runs nothing: it opens anywhere, for ever.
 
-Which class is shown is the address's fragment (`#class=2`), by style alone. Every name is escaped.
+Which class is shown is the address's fragment (`#class=2`), by style alone. The template escapes
+every name; here are the numbers that it shows.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from string import Template
-from typing import Any
+
+from jinja2 import Environment, StrictUndefined
 
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.files import atomic
-from unipelt_cli.gates.report import Layers, gate_names, over_layers
+from unipelt_cli.files.as_json import as_json
+from unipelt_cli.gates.results import (
+    AblationReport,
+    EpochGates,
+    GateLayers,
+    GateStatistics,
+    Inspection,
+    Loss,
+    gate_names,
+    names_in,
+    over_layers,
+)
 from unipelt_cli.text import plain
 
-Answer = Mapping[str, Any]
 TEMPLATE = Path(__file__).with_name("page.html")
 FORMATS = (".html", ".htm")
 LEAST_LOSS = 0.01  # what the strongest cell of an ablation loses at least
@@ -25,188 +35,220 @@ LINE = 16  # between two names of lines
 STYLES = 5  # of lines, in the template
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A cell as dark as its percent, whose detail shows where it is pointed at or focused."""
+
+    text: str
+    percent: int
+    detail: str
+
+    @property
+    def style(self) -> str:
+        """The classes under which its text keeps apart from its ground."""
+        return " ".join(f"over{bound}" for bound in (45, 62) if self.percent >= bound)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Layers against gates or submodules; None is an empty cell."""
+
+    kind: str
+    names: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[_Cell | None]]]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A line of the chart's frame."""
+
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """A gate's mean over epochs as points, and the height of its name beside them."""
+
+    name: str
+    style: int
+    points: str
+    label_y: int
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """Gates over epochs, in the units of the picture."""
+
+    levels: Sequence[tuple[str, _Rule]]
+    best: Sequence[_Rule]
+    epochs: Sequence[tuple[int, int]]
+    curves: Sequence[_Curve]
+    width: int = WIDTH
+    height: int = HEIGHT
+    legend_x: int = WIDTH - RIGHT + 8
+    epochs_y: int = HEIGHT - BOTTOM + 18
+
+
 def check(path: Path) -> None:
     """Raise ConfigError for a file whose ending names no page."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"--html {str(path)!r}: no such format", "give a path ending in .html")
 
 
-def write(answer: Answer, title: str, path: Path) -> None:
-    """Write an answer's layers and classes, and the ablation and epochs that it may hold."""
-    classes = answer["classes"]
-    links = [f'a[href="#class={place}"]' for place in range(1, len(classes) + 1)]
-    chosen = [
-        f'body:has([id="class={place}"]:target) {link}' for place, link in enumerate(links, 1)
-    ]
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=_escaped(title),
-        chosen=", ".join(['body:not(:has(.class:target)) a[href="#all"]', *chosen]),
-        body="\n".join(_body(answer)),
-        data=_data(answer),
+def write(inspection: Inspection, title: str, path: Path) -> None:
+    """Write an inspection's layers and classes, and the ablation and epochs that it may hold."""
+    environment = Environment(
+        autoescape=True,
+        finalize=_visible,
+        keep_trailing_newline=True,
+        lstrip_blocks=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.policies["json.dumps_kwargs"] = {}  # keys in the answer's order
+    lost = _lost(inspection.ablation)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        rows=inspection.rows,
+        split=inspection.split,
+        classes=[(each, _gates(each.layers, lost)) for each in inspection.classes or ()],
+        gates=_gates(inspection.layers, lost) if inspection.layers else None,
+        ablation=inspection.ablation,
+        losses=inspection.ablation and _losses(inspection.ablation),
+        chart=_chart(inspection.epochs) if inspection.epochs else None,
+        answer=as_json(inspection),
     )
     atomic.write(path, page.encode())
 
 
-def _body(answer: Answer) -> Iterator[str]:
-    split = answer["split"]
-    yield (
-        f"<p>Mean gate of each layer's submodules over {answer['rows']} {split} rows: "
-        "0 is closed, 1 open. Point at a cell, or reach it with the Tab key, for more.</p>"
-    )
-    named = list(enumerate(answer["classes"], 1))
-    if named:
-        yield '<nav aria-label="rows"><a href="#all">all rows</a>'
-        yield from (f'<a href="#class={n}">{_escaped(own["class"])}</a>' for n, own in named)
-        yield "</nav>"
-    lost = _lost(answer)
-    for number, own in named:
-        heading = f"{own['class']}: {own['rows']} {split} rows"
-        yield f'<section class="class" id="class={number}"><h2>{_escaped(heading)}</h2>'
-        yield from _gates(own["layers"], lost)
-        yield "</section>"
-    if answer["layers"]:
-        yield f'<section id="all"><h2>all {answer["rows"]} {split} rows</h2>'
-        yield from _gates(answer["layers"], lost)
-        yield "</section>"
-    if "ablation" in answer:
-        yield from _ablation(answer["ablation"])
-    if answer.get("epochs"):
-        yield from _epochs(answer["epochs"])
+def _visible(value: object) -> object:
+    """Make control characters visible, line breaks kept, in all that the template did not make."""
+    if hasattr(value, "__html__") or not isinstance(value, str):
+        return value
+    return "\n".join(map(plain, value.split("\n")))
 
 
-def _gates(layers: Layers, lost: Mapping[tuple[int, str], str]) -> Iterator[str]:
-    names = gate_names(layers)
+def _gates(layers: GateLayers, lost: Mapping[tuple[int, str], str]) -> _Table:
+    names = names_in(layers)
     rows = []
-    for own in layers:
-        cells = []
+    for layer in layers:
+        cells: list[_Cell | None] = []
         for name in names:
-            if name in own:
-                place = own["layer"], name
-                detail = f"layer {place[0]} {name}\n{_numbers(own[name])}{lost.get(place, '')}"
-                cells.append(_cell(f"{own[name]['mean']:.2f}", own[name]["mean"], detail))
-            else:
-                cells.append('<td class="none"></td>')
-        rows.append((str(own["layer"]), cells))
-    yield _table("gates", names, rows)
+            gate = layer.gates.get(name)
+            if gate is None:
+                cells.append(None)
+                continue
+            line = lost.get((layer.layer, name), "")
+            detail = f"layer {layer.layer} {name}\n{_numbers(gate)}{line}"
+            cells.append(_Cell(f"{gate.mean:.2f}", round(100 * gate.mean), detail))
+        rows.append((str(layer.layer), cells))
+    return _Table("gates", names, rows)
 
 
-def _numbers(values: Mapping[str, float]) -> str:
-    quantiles = "  ".join(f"{n} {values[n]:.2f}" for n in ("min", "p05", "median", "p95", "max"))
+def _numbers(gate: GateStatistics) -> str:
     return (
-        f"mean {values['mean']:.3f} ± {values['std']:.3f}\n{quantiles}\n"
-        f"entropy {values['entropy']:.2f} bits, undecided {values['undecided']:.2f}"
+        f"mean {gate.mean:.3f} ± {gate.std:.3f}\n"
+        f"min {gate.min:.2f}  p05 {gate.p05:.2f}  median {gate.median:.2f}  "
+        f"p95 {gate.p95:.2f}  max {gate.max:.2f}\n"
+        f"entropy {gate.entropy:.2f} bits, undecided {gate.undecided:.2f}"
     )
 
 
-def _lost(answer: Answer) -> dict[tuple[int, str], str]:
+def _lost(ablation: AblationReport | None) -> dict[tuple[int, str], str]:
     """Return what closing a gate's submodule loses, as a line; LoRA's two gates share theirs."""
-    if "ablation" not in answer:
+    if ablation is None:
         return {}
-    ablation = answer["ablation"]
     return {
-        (own["layer"], name): f"\nclosed: {own[part]['lost']:.4f} {ablation['metric']} lost"
-        for own in ablation["layers"]
-        for part in own
-        if part != "layer"
+        (layer.layer, name): f"\nclosed: {loss.lost:.4f} {ablation.metric} lost"
+        for layer in ablation.layers
+        for part, loss in layer.gates.items()
         for name in (part, f"{part}_query", f"{part}_value")
     }
 
 
-def _ablation(ablation: Answer) -> Iterator[str]:
-    metric, names = ablation["metric"], list(ablation["all"])
-    rows = [{"layer": "all", **ablation["all"]}, *ablation["layers"]]
-    most = max(LEAST_LOSS, *(own[n]["lost"] for own in rows for n in names if n in own))
-    yield f"<h2>What closing a submodule loses</h2><p>{_escaped(ablation['says'])}.</p>"
-    shown = []
-    for own in rows:
-        cells = []
-        for name in names:
-            if name in own:
-                values = own[name]
-                flips = "" if values["flips"] is None else f"\n{values['flips']} labels change"
-                gate = "" if values["gate"] is None else f"\nmean gate {values['gate']:.3f}"
-                place = "all layers" if own["layer"] == "all" else f"layer {own['layer']}"
-                scores = f"{metric} {ablation['score']:.4f}, closed {values['score']:.4f}"
-                detail = f"{place} {name}\n{scores}{flips}{gate}"
-                lost = values["lost"]
-                cells.append(_cell(f"{lost + 0.0:.4f}", max(0.0, lost) / most, detail))
-            else:
-                cells.append('<td class="none"></td>')
-        shown.append((str(own["layer"]), cells))
-    yield _table("lost", names, shown)
+def _losses(ablation: AblationReport) -> _Table:
+    names, rows = list(ablation.everywhere), ablation.rows()
+    most = max(LEAST_LOSS, *(loss.lost for _, losses in rows for loss in losses.values()))
+    cells = [
+        (
+            label,
+            [
+                _loss(losses[name], f"{_layer(label)} {name}", ablation, most)
+                if name in losses
+                else None
+                for name in names
+            ],
+        )
+        for label, losses in rows
+    ]
+    return _Table("lost", names, cells)
 
 
-def _table(kind: str, names: Sequence[str], rows: Sequence[tuple[str, list[str]]]) -> str:
-    head = "".join(f'<th scope="col">{_escaped(name)}</th>' for name in names)
-    body = "\n".join(
-        f'<tr><th scope="row">{label}</th>{"".join(cells)}</tr>' for label, cells in rows
-    )
-    return f'<table class="{kind}">\n<tr><th scope="col">layer</th>{head}</tr>\n{body}\n</table>'
+def _layer(label: str) -> str:
+    return "all layers" if label == "all" else f"layer {label}"
 
 
-def _cell(text: str, share: float, detail: str) -> str:
-    """Return a cell as dark as its share, whose detail shows where it is pointed at or focused."""
-    percent = round(100 * share)
-    over = " ".join(f"over{bound}" for bound in (45, 62) if percent >= bound)
-    return (
-        f'<td tabindex="0" class="{over}" style="--share:{percent}">{text}'
-        f"<span>{_escaped(detail)}</span></td>"
-    )
+def _loss(loss: Loss, name: str, ablation: AblationReport, most: float) -> _Cell:
+    flips = "" if loss.flips is None else f"\n{loss.flips} labels change"
+    gate = "" if loss.gate is None else f"\nmean gate {loss.gate:.3f}"
+    scores = f"{ablation.metric} {ablation.score:.4f}, closed {loss.score:.4f}"
+    percent = round(100 * (max(0.0, loss.lost) / most))
+    return _Cell(f"{loss.lost + 0.0:.4f}", percent, f"{name}\n{scores}{flips}{gate}")
 
 
-def _epochs(epochs: Sequence[Answer]) -> Iterator[str]:
+def _chart(epochs: Sequence[EpochGates]) -> _Chart:
     """Draw each gate's mean over layers after each epoch, named at the line's end."""
-    shown = [(own["epoch"], over_layers(own["layers"])) for own in epochs if own["layers"]]
-    first, last = shown[0][0], shown[-1][0]
+    means = {
+        epoch.epoch: over_layers(layer.gates for layer in epoch.layers)
+        for epoch in epochs
+        if epoch.layers
+    }
+    first, last = min(means), max(means)
 
     def across(epoch: int) -> float:
         share = (epoch - first) / max(1, last - first)
         return LEFT + (WIDTH - LEFT - RIGHT) * float(share)
 
-    def down(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value)
+    best = [epoch.epoch for epoch in epochs if epoch.is_best]
+    points = {
+        name: [
+            (across(epoch), _down(gates[name])) for epoch, gates in means.items() if name in gates
+        ]
+        for name in gate_names(means.values())
+    }
+    return _Chart(
+        levels=[
+            (f"{value:g}", _rule(LEFT, _down(value), WIDTH - RIGHT, _down(value)))
+            for value in (0.0, 0.5, 1.0)
+        ],
+        best=[_rule(across(epoch), TOP, across(epoch), HEIGHT - BOTTOM) for epoch in best],
+        epochs=[(round(across(epoch)), epoch) for epoch in sorted({first, last, *best})],
+        curves=list(_curves(points)),
+    )
 
-    yield "<h2>Over epochs</h2>"
-    yield "<p>Mean over layers and dev rows; the upright line is the best epoch.</p>"
-    yield f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="gates over epochs">'
-    for value in (0.0, 0.5, 1.0):
-        yield _rule(LEFT, down(value), WIDTH - RIGHT, down(value))
-        yield f'<text x="{LEFT - 6}" y="{down(value) + 4:.0f}" text-anchor="end">{value:g}</text>'
-    best = [own["epoch"] for own in epochs if own["is_best"]]
-    for epoch in best:
-        yield _rule(across(epoch), TOP, across(epoch), HEIGHT - BOTTOM)
-    for epoch in sorted({first, last, *best}):
-        yield (
-            f'<text x="{across(epoch):.0f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-            f"{epoch}</text>"
-        )
-    ends: list[tuple[float, int, str]] = []
-    for number, name in enumerate(gate_names([means for _, means in shown])):
-        at = [(across(epoch), down(means[name])) for epoch, means in shown if name in means]
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        yield f'<polyline class="line{number % STYLES}" points="{points}"/>'
-        ends.append((at[-1][1], number, name))
-    free = float(TOP)
-    for y, number, name in sorted(ends):
+
+def _down(value: float) -> float:
+    return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value)
+
+
+def _rule(x1: float, y1: float, x2: float, y2: float) -> _Rule:
+    return _Rule(round(x1), round(y1), round(x2), round(y2))
+
+
+def _curves(points: Mapping[str, Sequence[tuple[float, float]]]) -> Iterator[_Curve]:
+    """Yield the gates' curves; names whose ends are near each other stand below one another."""
+    ends = sorted((at[-1][1], number, name) for number, (name, at) in enumerate(points.items()))
+    heights, free = {}, float(TOP)
+    for y, _, name in ends:
         free = max(y, free)
-        x = WIDTH - RIGHT + 8
-        yield (
-            f'<polyline class="line{number % STYLES}" points="{x},{free:.0f} {x + 20},{free:.0f}"/>'
-            f'<text x="{x + 26}" y="{free + 4:.0f}">{_escaped(name)}</text>'
-        )
+        heights[name] = round(free)
         free += LINE
-    yield "</svg>"
+    for number, (name, at) in enumerate(points.items()):
+        yield _Curve(name, number % STYLES, _joined(at), heights[name])
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line class="rule" x1="{x1:.0f}" y1="{y1:.0f}" x2="{x2:.0f}" y2="{y2:.0f}"/>'
-
-
-def _escaped(text: str) -> str:
-    """Make text safe inside an element or an attribute, line breaks kept."""
-    return "\n".join(escape(plain(line)) for line in text.split("\n"))
-
-
-def _data(answer: Answer) -> str:
-    """Return the answer as JSON in which nothing can end the element around it."""
-    return json.dumps(answer).replace("<", "\\u003c").replace(">", "\\u003e")
+def _joined(points: Iterable[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)

@@ -1,14 +1,26 @@
 """Which submodules a run really used: its gates by layer, class, example and epoch."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import SupportsFloat
 
 import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel, FiniteFloat
 
+from unipelt_cli.gates.results import (
+    ClassDifference,
+    ClassGates,
+    ClassMean,
+    EpochGates,
+    ExtremeRows,
+    GateStatistics,
+    Layer,
+    LayerGate,
+    RowGate,
+    RowGates,
+    gate_names,
+)
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Gates, compute_with_gates, encode_rows
 from unipelt_cli.models.tuned import Tuned
@@ -21,7 +33,6 @@ from unipelt_cli.runs.run import Run, without_gates
 NEARLY_CLOSED = 0.1  # a gate whose mean is below adds next to nothing of its submodule
 BINS = 50  # of [0, 1], for the entropy of a gate's values
 Values = NDArray[np.float32]
-Layers = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,104 +48,87 @@ class GateReport:
         """The names of all gates, in the order in which they act."""
         return gate_names(self.gates)
 
-    def by_layer(self) -> list[dict[str, Any]]:
+    def by_layer(self) -> tuple[Layer[GateStatistics], ...]:
         """Return mean, spread, quantiles and entropies of every gate in every layer."""
         return self._layers(np.ones(len(self.rows), dtype=np.bool_))
 
-    def nearly_closed(self) -> list[dict[str, Any]]:
-        """Return where a gate's mean is below NEARLY_CLOSED: layer, gate and mean."""
-        return [
-            {"layer": layer, "gate": name, "mean": mean}
+    def nearly_closed(self) -> tuple[LayerGate, ...]:
+        """Return where a gate's mean is below NEARLY_CLOSED."""
+        return tuple(
+            LayerGate(layer, name, mean)
             for layer, gates in enumerate(self.gates)
             for name, values in gates.items()
             if (mean := _rounded(values.mean())) < NEARLY_CLOSED
-        ]
+        )
 
-    def by_class(self) -> list[dict[str, Any]]:
+    def by_class(self) -> tuple[ClassGates, ...]:
         """Return what `by_layer` does for the rows of each label (regression: thirds by value)."""
-        return [
-            {"class": name, "rows": int(chosen.sum()), "layers": self._layers(chosen)}
+        return tuple(
+            ClassGates(name, int(chosen.sum()), self._layers(chosen))
             for name, chosen in self._classes()
             if chosen.any()
-        ]
+        )
 
-    def differences(self) -> list[dict[str, Any]]:
+    def differences(self) -> tuple[ClassDifference, ...]:
         """Return for every gate which class opens it most and which least, by what counts most.
 
         `effect` is the difference over the spread within classes (None where that is nothing): a
         gate that moves little from row to row tells classes apart by little. Classes of one row
         are left out.
         """
-        classes = [(name, chosen) for name, chosen in self._classes() if chosen.sum() > 1]
+        classes = {name: chosen for name, chosen in self._classes() if chosen.sum() > 1}
         if len(classes) < 2:
-            return []
-        found = []
-        for layer, gates in enumerate(self.gates):
-            for gate, values in gates.items():
-                means = {name: _rounded(values[chosen].mean()) for name, chosen in classes}
-                most, least = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
-                difference = _rounded(means[most] - means[least])
-                squares = sum(values[own].var() * own.sum() for _, own in classes)
-                spread = float(np.sqrt(squares / sum(own.sum() for _, own in classes)))
-                found.append(
-                    {
-                        "layer": layer,
-                        "gate": gate,
-                        "most": {"class": most, "mean": means[most]},
-                        "least": {"class": least, "mean": means[least]},
-                        "difference": difference,
-                        "spread": _rounded(spread),
-                        "effect": _rounded(difference / spread) if spread > 1e-6 else None,
-                    }
-                )
-        return sorted(found, key=lambda own: own["effect"] or 0.0, reverse=True)
-
-    def by_example(self) -> list[dict[str, Any]]:
-        """Return every row's gates, without its text: row number, label, gates by layer."""
-        return [
-            {
-                **self._row(place),
-                "layers": [
-                    {name: _rounded(values[place]) for name, values in gates.items()}
-                    for gates in self.gates
-                ],
-            }
-            for place in range(len(self.rows))
+            return ()
+        differences = [
+            _difference(layer, gate, {name: values[chosen] for name, chosen in classes.items()})
+            for layer, gates in enumerate(self.gates)
+            for gate, values in gates.items()
         ]
+        return tuple(sorted(differences, key=lambda gate: gate.effect or 0.0, reverse=True))
 
-    def top(self, count: int) -> list[dict[str, Any]]:
+    def by_example(self) -> tuple[RowGates, ...]:
+        """Return every row's gates, without its text: row number, label, gates by layer."""
+        return tuple(
+            RowGates(
+                *self._row(index),
+                tuple(
+                    {name: _rounded(values[index]) for name, values in gates.items()}
+                    for gates in self.gates
+                ),
+            )
+            for index in range(len(self.rows))
+        )
+
+    def top(self, count: int) -> tuple[ExtremeRows, ...]:
         """Return the rows that open each gate most and least, and all gates: means over layers."""
-        each = {
-            name: np.mean([own[name] for own in self.gates if name in own], axis=0)
+        means = {
+            name: np.mean([layer[name] for layer in self.gates if name in layer], axis=0)
             for name in self.names
         }
-        each["all"] = np.mean([values for own in self.gates for values in own.values()], axis=0)
-        return [
-            {
-                "gate": name,
-                **{
-                    end: [
-                        {**self._row(place), "value": _rounded(values[place])}
-                        for place in np.argsort(sign * values, kind="stable")[:count].tolist()
-                    ]
-                    for end, sign in (("most", -1), ("least", 1))
-                },
-            }
-            for name, values in each.items()
-        ]
+        means["all"] = np.mean(
+            [values for layer in self.gates for values in layer.values()], axis=0
+        )
+        return tuple(
+            ExtremeRows(
+                name, self._first(-values, values, count), self._first(values, values, count)
+            )
+            for name, values in means.items()
+        )
 
-    def _layers(self, chosen: NDArray[np.bool_]) -> list[dict[str, Any]]:
-        return [
-            {"layer": layer, **{name: _summary(values[chosen]) for name, values in gates.items()}}
+    def _first(self, order: Values, values: Values, count: int) -> tuple[RowGate, ...]:
+        """Return the rows that come first in an order, with their values."""
+        first = np.argsort(order, kind="stable")[:count].tolist()
+        return tuple(RowGate(*self._row(index), _rounded(values[index])) for index in first)
+
+    def _layers(self, chosen: NDArray[np.bool_]) -> tuple[Layer[GateStatistics], ...]:
+        return tuple(
+            Layer(layer, {name: _statistics(values[chosen]) for name, values in gates.items()})
             for layer, gates in enumerate(self.gates)
-        ]
+        )
 
-    def _row(self, place: int) -> dict[str, Any]:
-        label = self.rows["label"][place]
-        return {
-            "row": self.rows["row"][place],
-            "label": self.labels[label] if self.labels else float(label),
-        }
+    def _row(self, index: int) -> tuple[int, str | float]:
+        label = self.rows["label"][index]
+        return self.rows["row"][index], self.labels[label] if self.labels else float(label)
 
     def _classes(self) -> list[tuple[str, NDArray[np.bool_]]]:
         labels = np.asarray(self.rows["label"])
@@ -148,23 +142,23 @@ class GateReport:
         ]
 
 
-def inspect_gates(run: Run, tuned: Tuned, rows: Dataset, place: int = 0) -> GateReport:
+def inspect_gates(run: Run, tuned: Tuned, rows: Dataset, task_index: int = 0) -> GateReport:
     """Pass rows of one of a run's tasks through its model and collect its gates.
 
     Raises RunError for a method that has none.
     """
-    task = run.tasks[place]
+    task = run.tasks[task_index]
     columns = [rows[column] for column in task.text]
     encoded = encode_rows(tuned, columns, run.experiment.model.max_length)
-    return GateReport(collect(run, tuned, encoded, place), rows, task.labels)
+    return GateReport(collect(run, tuned, encoded, task_index), rows, task.labels)
 
 
-def collect(run: Run, tuned: Tuned, rows: Encoded, place: int = 0) -> Gates:
+def collect(run: Run, tuned: Tuned, rows: Encoded, task_index: int = 0) -> Gates:
     """Return how far every gate of every layer opens for each row.
 
     Raises RunError for a method that has none.
     """
-    _, gates = compute_with_gates(tuned, rows, place)
+    _, gates = compute_with_gates(tuned, rows, task_index)
     if not gates:
         raise without_gates(run)
     return gates
@@ -182,11 +176,6 @@ def sample(rows: Dataset, count: int | None) -> Dataset:
     return rows.select(sorted(np.random.default_rng(0).permutation(len(rows))[:count].tolist()))
 
 
-def gate_names(layers: Layers) -> list[str]:
-    """Return the names of the gates of all layers, each once; not every layer has each."""
-    return list(dict.fromkeys(name for own in layers for name in own if name != "layer"))
-
-
 class _Epoch(BaseModel):
     epoch: int
     is_best: bool
@@ -194,50 +183,59 @@ class _Epoch(BaseModel):
     gates: list[dict[str, FiniteFloat]] = []  # of an earlier version, or unselected: none
 
 
-def by_epoch(run: Run) -> list[dict[str, Any]]:
+def by_epoch(run: Run) -> tuple[EpochGates, ...]:
     """Return the gates' means over dev after each epoch, by layer, as training recorded them.
 
     No epochs where it recorded none. Raises RunError for a file that was changed.
     """
     path = run.directory / METRICS
     check_file(path, run.result["files"][METRICS])
-    events = [own for own in read_metrics(run.directory) if own.get("kind") == "epoch"]
-    epochs = [_Epoch.model_validate(schema.shaped(path, own, _Epoch)) for own in events]
-    if not any(own.gates for own in epochs):
-        return []
-    return [
-        {
-            "epoch": own.epoch,
-            "is_best": own.epoch == run.result["best_epoch"],
-            "dev": own.dev,
-            "layers": [{"layer": layer, **gates} for layer, gates in enumerate(own.gates)],
-        }
-        for own in epochs
-    ]
+    events = [event for event in read_metrics(run.directory) if event.get("kind") == "epoch"]
+    epochs = [_Epoch.model_validate(schema.shaped(path, event, _Epoch)) for event in events]
+    if not any(epoch.gates for epoch in epochs):
+        return ()
+    return tuple(
+        EpochGates(
+            epoch=epoch.epoch,
+            is_best=epoch.epoch == run.result["best_epoch"],
+            dev=epoch.dev,
+            layers=tuple(Layer(layer, gates) for layer, gates in enumerate(epoch.gates)),
+        )
+        for epoch in epochs
+    )
 
 
-def over_layers(layers: Layers) -> dict[str, float]:
-    """Return each gate's mean over the layers that have it."""
-    return {
-        name: float(np.mean([own[name] for own in layers if name in own]))
-        for name in gate_names(layers)
-    }
+def _difference(layer: int, gate: str, by_class: dict[str, Values]) -> ClassDifference:
+    """Compare a gate's values (rows,) of each class, of two rows or more each."""
+    means = {name: _rounded(values.mean()) for name, values in by_class.items()}
+    most, least = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+    difference = _rounded(means[most] - means[least])
+    squares = sum(float(values.var()) * len(values) for values in by_class.values())
+    spread = float(np.sqrt(squares / sum(map(len, by_class.values()))))
+    return ClassDifference(
+        layer=layer,
+        gate=gate,
+        most=ClassMean(most, means[most]),
+        least=ClassMean(least, means[least]),
+        difference=difference,
+        spread=_rounded(spread),
+        effect=_rounded(difference / spread) if spread > 1e-6 else None,
+    )
 
 
-def _summary(values: Values) -> dict[str, float]:
+def _statistics(values: Values) -> GateStatistics:
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95])
-    numbers = {
-        "mean": values.mean(),
-        "std": values.std(),
-        "min": values.min(),
-        "p05": low,
-        "median": middle,
-        "p95": high,
-        "max": values.max(),
-        "entropy": _entropy(values),
-        "undecided": _undecided(values),
-    }
-    return {name: _rounded(number) for name, number in numbers.items()}
+    return GateStatistics(
+        mean=_rounded(values.mean()),
+        std=_rounded(values.std()),
+        min=_rounded(values.min()),
+        p05=_rounded(low),
+        median=_rounded(middle),
+        p95=_rounded(high),
+        max=_rounded(values.max()),
+        entropy=_rounded(_entropy(values)),
+        undecided=_rounded(_undecided(values)),
+    )
 
 
 def _entropy(values: Values) -> float:
@@ -254,5 +252,5 @@ def _undecided(values: Values) -> float:
     return float(-(opened * np.log2(opened) + closed * np.log2(closed)).mean())
 
 
-def _rounded(number: Any) -> float:
+def _rounded(number: SupportsFloat) -> float:
     return round(float(number), 6)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.gates.report import inspect_gates
+from unipelt_cli.gates.results import Change, Layer, StaticReport, SubmoduleCost
 from unipelt_cli.methods.base import Method
 from unipelt_cli.methods.unipelt.constant_gates import with_constant_gates, without
 from unipelt_cli.methods.unipelt.inspection import closed, places
@@ -28,7 +29,8 @@ from unipelt_cli.runs.run import Run, copied
 
 COST = 0.01
 ROUNDS = 5  # of timing
-Place = tuple[int, str]
+Module = tuple[int, str]
+"""A layer, and the name of a submodule in it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Static:
 
     run: Run
     tuned: Tuned
-    report: dict[str, Any]
+    report: StaticReport
 
 
 @dataclass(frozen=True)
@@ -81,32 +83,32 @@ def make_static(
     constant = _rebuilt(run, tuned, ungated, stored)
     dev, test = (_split(run, gated, rows(name)) for name in ("dev", "test"))
     before = dev.score(gated)
-    there = places(constant.classifier.backbone)
-    forced = [place for place in there if only is not None and place[1] not in only]
-    if len(forced) == len(there):
+    modules = places(constant.classifier.backbone)
+    forced = [module for module in modules if only is not None and module[1] not in only]
+    if len(forced) == len(modules):
         raise RunError(
             f"{run.directory}: the format holds nothing of its {' and '.join(ungated.parts)}",
             "choose one that does, such as --to adapters or --to onnx",
         )
-    free = [] if only is not None else there  # such a format gains nothing by a layer's less
+    free = [] if only is not None else modules  # such a format gains nothing by a layer's less
     costs, dropped = _droppable(dev, before, constant, forced, free, cost)
     final, kept = without(ungated, stored, dropped, len(gates))
     pruned = _rebuilt(run, tuned, final, kept)
     changed = _with_method(run, final)
-    sizes = [one.parameter_counts()["stored_parameters"] for one in (gated, pruned)]
-    pair = ((run, gated), (changed, pruned))
-    plain = [copied(*own, hasten=False) for own in pair]  # as other tools compute them
-    report = {
-        "cost": cost,
-        "gates": [{"layer": layer, **own} for layer, own in enumerate(gates)],
-        "costs": [{"layer": n, "part": part, "cost": lost} for (n, part), lost in costs.items()],
-        "dropped": [f"{part}.{n}" for part, n in sorted((part, n) for n, part in dropped)],
-        "metric": run.task.metric,
-        "dev": _change(before, dev.score(pruned)),
-        "test": _change(test.score(gated), test.score(pruned)),
-        "stored_parameters": _change(*sizes),
-        "rows_per_second": _change(*_speeds(dev.rows, plain)),
-    }
+    sizes = [model.parameter_counts()["stored_parameters"] for model in (gated, pruned)]
+    # As other tools compute them.
+    plain = [copied(run, gated, hasten=False), copied(changed, pruned, hasten=False)]
+    report = StaticReport(
+        cost=cost,
+        gates=[Layer(layer, means) for layer, means in enumerate(gates)],
+        costs=[SubmoduleCost(layer, part, lost) for (layer, part), lost in costs.items()],
+        dropped=[f"{part}.{n}" for part, n in sorted((part, n) for n, part in dropped)],
+        metric=run.task.metric,
+        dev=Change(before, dev.score(pruned)),
+        test=Change(test.score(gated), test.score(pruned)),
+        stored_parameters=Change(*sizes),
+        rows_per_second=Change(*_speeds(dev.rows, plain)),
+    )
     return Static(changed, pruned, report)
 
 
@@ -145,14 +147,14 @@ def _droppable(
     dev: _Split,
     before: float,
     tuned: Tuned,
-    forced: Sequence[Place],
-    free: Sequence[Place],
+    forced: Sequence[Module],
+    free: Sequence[Module],
     most: float,
-) -> tuple[dict[Place, float], list[Place]]:
-    """Return what each place alone costs, and which go; those that are forced to go first."""
+) -> tuple[dict[Module, float], list[Module]]:
+    """Return what each submodule alone costs, and which go; those that are forced to go first."""
 
-    def without_these(places: Collection[Place]) -> float:
-        with closed(tuned.classifier.backbone, places):
+    def without_these(modules: Collection[Module]) -> float:
+        with closed(tuned.classifier.backbone, modules):
             return dev.lost(before, tuned)
 
     if (constant := without_these([])) > most:
@@ -160,8 +162,8 @@ def _droppable(
     if forced and (taken := without_these(forced)) > most:
         parts = " and ".join(sorted({part for _, part in forced}))
         raise _too_dear(dev, f"going without {parts} costs", taken, most)
-    costs = {place: without_these([place]) for place in free}
-    order = sorted(free, key=lambda place: costs[place])
+    costs = {module: without_these([module]) for module in free}
+    order = sorted(free, key=lambda module: costs[module])
     fits, beyond = 0, len(order)  # all of them are never dropped
     while beyond - fits > 1:
         middle = (fits + beyond) // 2
@@ -191,22 +193,18 @@ def _rebuilt(run: Run, tuned: Tuned, method: Method, stored: Mapping[str, Tensor
     experiment = _with_method(run, method).experiment
     pairs = [run.task.is_pair]
     rebuilt = build.build(experiment, run.task.outputs, tuned.pretrained, folded=True, pairs=pairs)
-    own = {f"backbone.{name}" for name in tuned.method.fold(tuned.classifier.backbone)}
-    others = {name: tensor for name, tensor in tuned.stored().items() if name not in own}
+    replaced = {f"backbone.{name}" for name in tuned.method.fold(tuned.classifier.backbone)}
+    others = {name: tensor for name, tensor in tuned.stored().items() if name not in replaced}
     rebuilt.load(others | {f"backbone.{name}": tensor for name, tensor in stored.items()})
     return rebuilt
-
-
-def _change(before: float, after: float) -> dict[str, float]:
-    return {"before": before, "after": after}
 
 
 def _speeds(rows: Encoded, models: Sequence[Tuned]) -> list[float]:
     """Return the rows a second of each model, measured in turns."""
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(ROUNDS):
-        for own, tuned in zip(seconds, models, strict=True):
+        for times, tuned in zip(seconds, models, strict=True):
             start = time.perf_counter()
             compute_logits(tuned, rows)
-            own.append(time.perf_counter() - start)
-    return [len(rows) / median(own) for own in seconds]
+            times.append(time.perf_counter() - start)
+    return [len(rows) / median(times) for times in seconds]

@@ -1,16 +1,27 @@
 """A run's gates on a terminal: readable in 80 columns, without colours, and in a pipe."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from unipelt_cli.gates.report import NEARLY_CLOSED, Layers, gate_names, over_layers
+from unipelt_cli.gates.report import NEARLY_CLOSED
+from unipelt_cli.gates.results import (
+    AblationReport,
+    ClassDifference,
+    ClassGates,
+    EpochGates,
+    ExtremeRows,
+    GateLayers,
+    GateStatistics,
+    LayerGate,
+    Loss,
+    names_in,
+    over_layers,
+)
 from unipelt_cli.terminal.console import console, say
 from unipelt_cli.text import plain, shown_score
 
-Answer = Mapping[str, Any]
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BAR_CELLS = 5
 GATE_CELLS = 18  # of a gate's column, with the gap
@@ -20,48 +31,48 @@ MOST_DIFFERENCES = 10
 MARK = "!"
 
 
-def show_layers(layers: Layers, title: str) -> None:
+def show_layers(layers: GateLayers, title: str) -> None:
     """Print layers x gates, two lines each: bar, mean and spread; quantiles and entropy."""
     say(title)
     room = max(1, (console().width - LAYER_CELLS) // GATE_CELLS)
-    names = gate_names(layers)
+    names = names_in(layers)
     for start in range(0, len(names), room):
         chosen = names[start : start + room]
         view = _table("layer", *chosen)
-        for own in layers:
-            cells = [_gate_cell(own[name]) if name in own else Text() for name in chosen]
-            view.add_row(str(own["layer"]), *cells)
+        for layer in layers:
+            gates = layer.gates
+            cells = [_gate_cell(gates[name]) if name in gates else Text() for name in chosen]
+            view.add_row(str(layer.layer), *cells)
         console().print(view)
 
 
-def show_legend(nearly_closed: Sequence[Answer]) -> None:
+def show_legend(nearly_closed: Sequence[LayerGate]) -> None:
     """Print what a cell's second line is, and name the gates that are nearly closed."""
     say("below: p05, median, p95 and the entropy of its values in bits")
     if nearly_closed:
-        named = ", ".join(f"layer {own['layer']} {own['gate']}" for own in nearly_closed)
+        named = ", ".join(f"layer {closed.layer} {closed.gate}" for closed in nearly_closed)
         say((f"{MARK} nearly closed", "yellow"), f" (mean below {NEARLY_CLOSED}): {named}")
 
 
-def show_classes(answer: Answer, split: str) -> None:
+def show_classes(classes: Sequence[ClassGates], rows: int, split: str) -> None:
     """Print the classes' gates: by layer where they are few, else means over layers."""
-    classes = answer["classes"]
     if len(classes) <= FEW_CLASSES:
-        for own in classes:
-            show_layers(own["layers"], f"{own['class']}: {own['rows']} {split} rows")
+        for each in classes:
+            show_layers(each.layers, f"{each.name}: {each.rows} {split} rows")
         return
-    names = gate_names(answer["layers"])
+    names = names_in(classes[0].layers)
     view = _table("class", "rows", *names, text=("class",))
-    for own in classes:
-        means = over_layers(_means(own["layers"]))
+    for each in classes:
+        means = over_layers(_means(each.layers))
         cells = [_level(means[name]) for name in names]
-        view.add_row(_cut(own["class"]), str(own["rows"]), *cells)
-    say(f"means over layers, {answer['rows']} {split} rows")
+        view.add_row(_cut(each.name), str(each.rows), *cells)
+    say(f"means over layers, {rows} {split} rows")
     console().print(view)
 
 
-def show_differences(found: Sequence[Answer]) -> None:
+def show_differences(differences: Sequence[ClassDifference]) -> None:
     """Print where classes open a gate most differently."""
-    if not found:
+    if not differences:
         say("the rows are of one class: nothing to compare")
         return
     say("which class opens what: the largest differences, measured in spreads within classes")
@@ -69,68 +80,68 @@ def show_differences(found: Sequence[Answer]) -> None:
     view = _table(
         "layer", "gate", "most open", "mean", "least open", "mean", "in spreads", text=texts
     )
-    for own in found[:MOST_DIFFERENCES]:
+    for difference in differences[:MOST_DIFFERENCES]:
         ends = [
             cell
-            for end in (own["most"], own["least"])
-            for cell in (_cut(end["class"]), f"{end['mean']:.2f}")
+            for end in (difference.most, difference.least)
+            for cell in (_cut(end.name), f"{end.mean:.2f}")
         ]
-        effect = "-" if own["effect"] is None else f"{own['effect']:.1f}"
-        view.add_row(str(own["layer"]), own["gate"], *ends, effect)
+        effect = "-" if difference.effect is None else f"{difference.effect:.1f}"
+        view.add_row(str(difference.layer), difference.gate, *ends, effect)
     console().print(view)
-    if len(found) > MOST_DIFFERENCES:
-        say(f"{len(found) - MOST_DIFFERENCES} smaller ones are in --json")
+    if len(differences) > MOST_DIFFERENCES:
+        say(f"{len(differences) - MOST_DIFFERENCES} smaller ones are in --json")
 
 
-def show_top(top: Sequence[Answer], texts: Mapping[int, str]) -> None:
+def show_top(top: Sequence[ExtremeRows], texts: Mapping[int, str]) -> None:
     """Print the rows that open each gate most and least, with as much of their text as fits."""
-    for own in top:
-        name = "all gates" if own["gate"] == "all" else own["gate"]
+    for extremes in top:
+        name = "all gates" if extremes.gate == "all" else extremes.gate
         say((f"{name}, mean over layers", "bold"))
         view = _table("", "value", "row", "label", "text", text=("label", "text"))
-        for end in ("most", "least"):
-            for row in own[end]:
-                cells = _cut(str(row["label"])), _cut(texts[row["row"]][: console().width])
-                view.add_row(end, f"{row['value']:.3f}", str(row["row"]), *cells)
+        for end, rows in (("most", extremes.most), ("least", extremes.least)):
+            for row in rows:
+                cells = _cut(str(row.label)), _cut(texts[row.row][: console().width])
+                view.add_row(end, f"{row.value:.3f}", str(row.row), *cells)
         console().print(view)
 
 
 def show_epochs(
-    epochs: Sequence[Answer],
+    epochs: Sequence[EpochGates],
     metric: str,
     title: str,
     positive: str | Mapping[str, str] | None = None,
 ) -> None:
     """Print the gates' means over layers after each epoch; the best one is marked."""
     say(title)
-    names = next(gate_names(own["layers"]) for own in epochs if own["layers"])
+    names = next(names_in(epoch.layers) for epoch in epochs if epoch.layers)
     view = _table("epoch", f"dev {shown_score(metric, positive)}", *names)
-    for own in epochs:
-        means = over_layers(own["layers"])
-        score = own["dev"].get(metric)
-        star = " *" if own["is_best"] else "  "
+    for epoch in epochs:
+        means = over_layers(layer.gates for layer in epoch.layers)
+        score = epoch.dev.get(metric)
+        star = " *" if epoch.is_best else "  "
         view.add_row(
-            f"{own['epoch']}{star}",
+            f"{epoch.epoch}{star}",
             "-" if score is None else f"{score:.4f}",
             *(_level(means[name]) if name in means else "-" for name in names),
-            style="bold" if own["is_best"] else "",
+            style="bold" if epoch.is_best else "",
         )
     console().print(view)
     say("* the best epoch by dev, which is the run's result")
 
 
-def show_ablation(ablation: Answer, title: str, rows: int) -> None:
+def show_ablation(ablation: AblationReport, title: str, rows: int) -> None:
     """Print layers x submodules: the mean gate, and the score lost where it is closed."""
-    row = f"; one row is {1 / rows:.4f}" if ablation["metric"] == "accuracy" else ""
+    row = f"; one row is {1 / rows:.4f}" if ablation.metric == "accuracy" else ""
     say(title)
     say(f"mean gate, and what closing it loses; below 0: the score rose{row}")
-    names = list(ablation["all"])
+    names = list(ablation.everywhere)
     view = _table("layer", *names)
-    for own in ({"layer": "all", **ablation["all"]}, *ablation["layers"]):
-        cells = [_loss_cell(own[name]) if name in own else Text() for name in names]
-        view.add_row(str(own["layer"]), *cells)
+    for label, losses in ablation.rows():
+        cells = [_loss_cell(losses[name]) if name in losses else Text() for name in names]
+        view.add_row(label, *cells)
     console().print(view)
-    say(ablation["says"])
+    say(ablation.verdict)
 
 
 def _table(*columns: str, text: Sequence[str] = ()) -> Table:
@@ -151,23 +162,23 @@ def _cut(text: str) -> Text:
     return Text(plain(text), no_wrap=True, overflow="ellipsis")
 
 
-def _means(layers: Layers) -> list[dict[str, Any]]:
-    return [{n: own[n]["mean"] for n in own if n != "layer"} for own in layers]
+def _means(layers: GateLayers) -> list[dict[str, float]]:
+    return [{name: gate.mean for name, gate in layer.gates.items()} for layer in layers]
 
 
-def _gate_cell(values: Mapping[str, float]) -> Text:
-    mark = MARK if values["mean"] < NEARLY_CLOSED else " "
-    quantiles = " ".join(_short(values[name]) for name in ("p05", "median", "p95"))
+def _gate_cell(gate: GateStatistics) -> Text:
+    mark = MARK if gate.mean < NEARLY_CLOSED else " "
+    quantiles = " ".join(map(_short, (gate.p05, gate.median, gate.p95)))
     return Text.assemble(
-        _bar(values["mean"]),
-        f"{mark}{values['mean']:.2f} ±{values['std']:.2f}\n",
-        (f"{quantiles} {values['entropy']:.1f}", "dim"),
+        _bar(gate.mean),
+        f"{mark}{gate.mean:.2f} ±{gate.std:.2f}\n",
+        (f"{quantiles} {gate.entropy:.1f}", "dim"),
     )
 
 
-def _loss_cell(values: Mapping[str, Any]) -> Text:
-    gate = "   -" if values["gate"] is None else f"{values['gate']:.2f}"
-    lost = round(values["lost"], 4) + 0.0  # no -0.0000
+def _loss_cell(loss: Loss) -> Text:
+    gate = "   -" if loss.gate is None else f"{loss.gate:.2f}"
+    lost = round(loss.lost, 4) + 0.0  # no -0.0000
     return Text.assemble((gate, "dim"), (f" {lost:7.4f}", "bold" if lost > 0 else ""))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -13,7 +13,9 @@ from unipelt_cli.terminal.console import console, say
 from unipelt_cli.terminal.tables import table
 from unipelt_cli.text import plain, rates, shown_score
 
-_CHANGE = ("before", "after")
+if TYPE_CHECKING:
+    from unipelt_cli.gates.results import StaticReport
+
 GAP = 2
 MOST_LABELS = 24
 WIDE = 100  # columns, from which on a table of methods shows rates
@@ -57,7 +59,7 @@ def data_summary(manifest: Mapping[str, Any]) -> None:
         counts.append(_counted(split["labels"]))
     used = sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))
     room = console().width - used
-    shown = [[*row, _packed(own, room)] for row, own in zip(rows, counts, strict=True)]
+    shown = [[*row, _packed(counted, room)] for row, counted in zip(rows, counts, strict=True)]
     table((*columns, "labels"), shown)
     for note in (*manifest["notes"], *_repeated(manifest)):
         say(("note: ", "yellow"), note)
@@ -87,9 +89,9 @@ def _repeated(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Say, where there are any, which texts the splits hold twice or with several labels."""
     within = ((f"within {name}", split["duplicates"]) for name, split in manifest["splits"].items())
     shared = ((pair.replace("_", " and "), count) for pair, count in manifest["leakage"].items())
-    found = [f"{count} {where}" for where, count in (*within, *shared) if count]
-    if found:
-        yield f"rows with equal texts: {', '.join(found)}"
+    repeated = [f"{count} {where}" for where, count in (*within, *shared) if count]
+    if repeated:
+        yield f"rows with equal texts: {', '.join(repeated)}"
     if manifest["conflicts"]:
         yield f"texts with more than one label: {manifest['conflicts']}"
 
@@ -151,7 +153,8 @@ def _floor_line(result: Mapping[str, Any]) -> None:
         name = shown_score(metric, result.get("positive"))
         words = {"test": _tested(result)}
         shown = ", ".join(
-            f"{words.get(split, split)} {name} {own[metric]:.4f}" for split, own in scores.items()
+            f"{words.get(split, split)} {name} {values[metric]:.4f}"
+            for split, values in scores.items()
         )
         say(f"{FLOOR} on the same rows: {shown}")
 
@@ -161,8 +164,8 @@ def _folds_table(result: Mapping[str, Any]) -> None:
     folds, positive = result["folds"], result.get("positive")
     names = list(folds["mean"])
     rows = [
-        [str(place), str(own["rows"]), *(f"{own['test'][name]:.4f}" for name in names)]
-        for place, own in enumerate(folds["each"], 1)
+        [str(number), str(fold["rows"]), *(f"{fold['test'][name]:.4f}" for name in names)]
+        for number, fold in enumerate(folds["each"], 1)
     ]
     spread = [f"{folds['mean'][name]:.4f} ±{folds['spread'][name]:.4f}" for name in names]
     rows.append(["mean", "", *spread])
@@ -173,12 +176,12 @@ def warn_of_mean(rows: str, against_mean: Mapping[str, Mapping[str, float]]) -> 
     """Warn of regressions whose error is no lower than that of saying the train rows' mean."""
     from unipelt_cli.metrics import loses_to_mean  # which imports numpy: help does not wait for it
 
-    for task, found in against_mean.items():
-        if loses_to_mean(found):
+    for task, error in against_mean.items():
+        if loses_to_mean(error):
             say(
                 ("warning: ", "yellow"),
-                f"{task}: the squared error on {rows}, {found['mse']:.4g}, is not below that of "
-                f"always saying the train rows' mean, {found['mse_of_mean']:.4g}",
+                f"{task}: the squared error on {rows}, {error['mse']:.4g}, is not below that of "
+                f"always saying the train rows' mean, {error['mse_of_mean']:.4g}",
             )
 
 
@@ -194,10 +197,11 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     scores = {
         label: [result[split][name] for split, name in shown] for label, result in results.items()
     }
-    rows = [[label, *(f"{value:.4f}" for value in own)] for label, own in scores.items()]
+    rows = [[label, *(f"{value:.4f}" for value in values)] for label, values in scores.items()]
     if len(rows) > 1:
         spread = [
-            f"{mean(own):.4f} ±{stdev(own):.4f}" for own in zip(*scores.values(), strict=True)
+            f"{mean(values):.4f} ±{stdev(values):.4f}"
+            for values in zip(*scores.values(), strict=True)
         ]
         rows.append(["mean", *spread])
     table(columns, rows)
@@ -205,8 +209,10 @@ def runs_summary(results: Mapping[str, Mapping[str, Any]]) -> None:
     for label, result in results.items():
         if result["collapsed"]:
             say(("warning: ", "yellow"), f"{label} predicts the same for every test row")
-        told = result.get("against_mean", {})
-        warn_of_mean(_tested_rows(result), {f"{label}, {task}": own for task, own in told.items()})
+        errors = result.get("against_mean", {})
+        warn_of_mean(
+            _tested_rows(result), {f"{label}, {task}": against for task, against in errors.items()}
+        )
 
 
 def _floor_means(results: Sequence[Mapping[str, Any]]) -> None:
@@ -220,16 +226,18 @@ def _floor_means(results: Sequence[Mapping[str, Any]]) -> None:
         say(f"{FLOOR} on the same rows: {_tested(results[0])} {name} {score:.4f}, the mean")
 
 
-def static_summary(report: Mapping[str, Any]) -> None:
+def static_summary(report: "StaticReport") -> None:
     """Print what constant gates and dropped submodules cost, and what they gain."""
+    changes = [
+        (f"dev {report.metric}", report.dev, ".4f"),
+        (f"test {report.metric}", report.test, ".4f"),
+        ("numbers stored", report.stored_parameters, ",.0f"),
+        ("rows/s", report.rows_per_second, ",.0f"),
+    ]
     rows = [
-        [f"{split} {report['metric']}", *(f"{report[split][when]:.4f}" for when in _CHANGE)]
-        for split in ("dev", "test")
+        [name, f"{change.before:{form}}", f"{change.after:{form}}"]
+        for name, change, form in changes
     ]
-    rows += [
-        [what, *(f"{report[key][when]:,.0f}" for when in _CHANGE)]
-        for what, key in (("numbers stored", "stored_parameters"), ("rows/s", "rows_per_second"))
-    ]
-    table(("constant gates", *_CHANGE), rows)
-    dropped = ", ".join(report["dropped"]) or "nothing"
+    table(("constant gates", "before", "after"), rows)
+    dropped = ", ".join(report.dropped) or "nothing"
     say(f"dropped: {dropped}")

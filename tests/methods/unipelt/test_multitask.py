@@ -437,7 +437,7 @@ def test_after_training_gates_differ_by_task_for_the_same_rows(
     rows = run.rows("test", place=1)
     assert rows.column_names == ["sentence1", "sentence2", "label", "row"]
     report = inspect_gates(run, tuned, rows, 1)
-    assert report.by_class()[0]["class"].startswith("below ")
+    assert report.by_class()[0].name.startswith("below ")
     assert inspect_gates(run, tuned, run.rows("test"), 0).labels == ("negative", "positive")
 
 
