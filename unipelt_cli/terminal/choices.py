@@ -44,7 +44,7 @@ def tasks() -> tuple[str, ...]:
 @cache
 def methods() -> Mapping[str, Method]:
     """Return the methods by name."""
-    found = {}
+    methods_by_name = {}
     for path in sorted((PACKAGE / "methods").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         _, start, table = text.partition("\nMETHODS")
@@ -58,17 +58,19 @@ def methods() -> Mapping[str, Method]:
                     assert isinstance(method, ast.Call)
                     name = str(_literal(key))
                     paper = _published(recipe, aliases)
-                    found[name] = Method(str(_literal(about)), method, path, paper)
-    return dict(sorted(found.items()))
+                    methods_by_name[name] = Method(str(_literal(about)), method, path, paper)
+    return dict(sorted(methods_by_name.items()))
 
 
 def _published(recipe: ast.Call, aliases: Mapping[str, ast.expr]) -> bool:
     """Say whether a recipe has its paper's numbers, and these are for AdamW."""
-    given = next((own.value for own in recipe.keywords if own.arg == "published"), None)
-    call = aliases.get(given.id) if isinstance(given, ast.Name) else given
+    published = next(
+        (keyword.value for keyword in recipe.keywords if keyword.arg == "published"), None
+    )
+    call = aliases.get(published.id) if isinstance(published, ast.Name) else published
     if not isinstance(call, ast.Call):
         return False
-    return not any(own.arg == "optimizer" for own in call.keywords)
+    return not any(keyword.arg == "optimizer" for keyword in call.keywords)
 
 
 @cache
@@ -96,9 +98,10 @@ def method_settings(name: str) -> Mapping[str, Setting]:
     """Return a method's own settings, by key, with the values that its entry of the table has."""
     method = methods()[name]
     fields, call = _fields(method.path, _name(method.made_by.func)), method.made_by
-    given = dict(zip(fields, call.args, strict=False)) | _keywords(call, method.path)
+    written = dict(zip(fields, call.args, strict=False)) | _keywords(call, method.path)
     changed = {
-        key: replace(fields[key], default=_written(_literal(value))) for key, value in given.items()
+        key: replace(fields[key], default=_written(_literal(value)))
+        for key, value in written.items()
     }
     return fields | changed
 
@@ -124,12 +127,12 @@ def _fields(path: Path, class_name: str) -> dict[str, Setting]:
     aliases = _assigned(tree)
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            found: dict[str, Setting] = {}
+            settings: dict[str, Setting] = {}
             for base in node.bases:
-                found |= _fields(path, _name(base))
-            own = (field for field in node.body if isinstance(field, ast.AnnAssign))
-            return found | {_name(field.target): _setting(field, aliases) for field in own}
-        if isinstance(node, ast.ImportFrom) and class_name in [own.name for own in node.names]:
+                settings |= _fields(path, _name(base))
+            annotated = (field for field in node.body if isinstance(field, ast.AnnAssign))
+            return settings | {_name(field.target): _setting(field, aliases) for field in annotated}
+        if isinstance(node, ast.ImportFrom) and class_name in [alias.name for alias in node.names]:
             source = PACKAGE.joinpath(*str(node.module).split(".")[1:]).with_suffix(".py")
             return _fields(source, class_name) if source.is_file() else {}
     return {}
@@ -155,8 +158,8 @@ def _setting(field: ast.AnnAssign, aliases: Mapping[str, ast.expr]) -> Setting:
         )
         if call is field.value:
             default = call.args[0] if call.args else None
-    said = default is not None and not isinstance(default, ast.Call)
-    value = _literal(default) if said else None
+    is_literal = default is not None and not isinstance(default, ast.Call)
+    value = _literal(default) if is_literal else None
     choices = tuple(_choices(field.annotation, aliases))
     return Setting(about, choices, _written(value))
 

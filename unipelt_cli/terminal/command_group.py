@@ -35,8 +35,8 @@ class Commands(TyperGroup):
         debug = "--debug" in (sys.argv[1:] if args is None else args)
         try:
             try:
-                given = (args, prog_name, complete_var, False, windows_expand_args)
-                code = super().main(*given, **extra)
+                positional = (args, prog_name, complete_var, False, windows_expand_args)
+                code = super().main(*positional, **extra)
                 _flush()
             except BaseException:
                 if was_asked():  # within an import, libraries make other errors of it

@@ -38,10 +38,10 @@ def _show(
 ) -> None:
     """Print rows; numbers stand right where all rows `like` these have numbers there."""
     view = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), show_header=header is not None)
-    for place, width in enumerate(widths):
-        numeric = all(is_number(row[place]) or row[place] == "-" for row in like or rows)
+    for index, width in enumerate(widths):
+        numeric = all(is_number(row[index]) or row[index] == "-" for row in like or rows)
         justify: JustifyMethod = "right" if numeric else "left"
-        heading = Text(header[place] if header else "")
+        heading = Text(header[index] if header else "")
         view.add_column(heading, width=width, justify=justify, overflow="fold")
     for row in rows:
         view.add_row(*map(Text, row))
@@ -55,20 +55,20 @@ def _show_groups(header: Row, rows: Sequence[Row], width: int) -> None:
     _show(header[1:], [], widths, indented)
     for name in dict.fromkeys(row[0] for row in rows):
         console().print(Text(name, style="bold"))
-        own = [told for row, told in zip(rows, indented, strict=True) if row[0] == name]
-        _show(None, own, widths, indented)
+        members = [cells for row, cells in zip(rows, indented, strict=True) if row[0] == name]
+        _show(None, members, widths, indented)
 
 
 def _widths(rows: Sequence[Row], room: int) -> list[int]:
     """Return the columns' widths: where they need more than there is, the widest text gives way."""
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     folds = [
-        place
-        for place, column in enumerate(zip(*rows[1:], strict=True))
+        index
+        for index, column in enumerate(zip(*rows[1:], strict=True))
         if any(" " in cell.strip() or not is_number(cell) for cell in column)
     ]
     while folds and sum(widths) + GAP * (len(widths) - 1) > room:
-        widest = max(folds, key=lambda place: widths[place])
+        widest = max(folds, key=lambda index: widths[index])
         if widths[widest] <= LEAST_CELLS:
             break
         widths[widest] -= 1
@@ -80,10 +80,10 @@ def _blocks(rows: Sequence[Row], width: int) -> Iterator[list[Row]]:
     sizes = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     sizes[0] = min(sizes[0], LABEL_CELLS)
     places: list[int] = []
-    for place in range(1, len(sizes)):
-        used = sizes[0] + sum(sizes[own] + GAP for own in places)
-        if places and used + sizes[place] + GAP > width:
-            yield [(row[0], *(row[own] for own in places)) for row in rows]
+    for index in range(1, len(sizes)):
+        used = sizes[0] + sum(sizes[column] + GAP for column in places)
+        if places and used + sizes[index] + GAP > width:
+            yield [(row[0], *(row[column] for column in places)) for row in rows]
             places = []
-        places.append(place)
-    yield [(row[0], *(row[own] for own in places)) for row in rows]
+        places.append(index)
+    yield [(row[0], *(row[column] for column in places)) for row in rows]

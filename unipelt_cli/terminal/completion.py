@@ -48,10 +48,10 @@ def _quiet(
 
     def complete(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
         try:
-            found = [pair for pair in find(context, incomplete) if pair[0].startswith(incomplete)]
+            fitting = [pair for pair in find(context, incomplete) if pair[0].startswith(incomplete)]
         except Exception:
             return []
-        return found[:MOST]
+        return fitting[:MOST]
 
     return complete
 
@@ -114,7 +114,9 @@ def _paths(incomplete: str, is_wanted: Callable[[Path], bool]) -> Iterator[tuple
     """Yield what is wanted beside the word typed so far, and directories to go on in."""
     before, slash, last = incomplete.rpartition("/")
     folder = Path(before + slash).expanduser()
-    for entry in sorted(os.scandir(folder) if folder.is_dir() else (), key=lambda own: own.name):
+    for entry in sorted(
+        os.scandir(folder) if folder.is_dir() else (), key=lambda entry: entry.name
+    ):
         if not entry.name.startswith(last) or entry.name.startswith(".") > last.startswith("."):
             continue
         if is_wanted(Path(entry.path)):
@@ -125,28 +127,35 @@ def _paths(incomplete: str, is_wanted: Callable[[Path], bool]) -> Iterator[tuple
 
 def _settings(context: typer.Context, incomplete: str) -> Iterator[tuple[str, str]]:
     """Offer `section.key=`; where the word leaves one key alone, its values too."""
-    found = {
+    known = {
         f"{section}.{key}": setting
         for section in SECTIONS
         for key, setting in settings(section).items()
     }
     for name in _chosen_methods(context.params):
-        own = method_settings(name)
-        found |= {f"method.{key}": setting for key, setting in own.items()}
+        of_method = method_settings(name)
+        known |= {f"method.{key}": setting for key, setting in of_method.items()}
     typed = incomplete.partition("=")[0]
-    close = {key: own for key, own in found.items() if key.startswith(typed)}
-    if typed in found or len(close) == 1:
-        ((key, setting),) = ((k, own) for k, own in close.items() if k == typed or len(close) == 1)
+    close = {key: setting for key, setting in known.items() if key.startswith(typed)}
+    if typed in known or len(close) == 1:
+        ((key, setting),) = (
+            (k, candidate) for k, candidate in close.items() if k == typed or len(close) == 1
+        )
         values = setting.choices or ("", setting.default) if setting.default else setting.choices
         yield from ((f"{key}={value}", setting.about) for value in values or ("",))
         return
     yield from ((f"{key}=", setting.about) for key, setting in close.items())
 
 
-def _chosen_methods(given: Mapping[str, Any]) -> list[str]:
+def _chosen_methods(parameters: Mapping[str, Any]) -> list[str]:
     """Return the methods that the words before this one ask for, as far as they are methods."""
-    said = given.get("methods") or given.get("method") or given.get("preset") or DEFAULT_METHOD
-    return [name for name in str(said).split(",") if name in methods()]
+    names = (
+        parameters.get("methods")
+        or parameters.get("method")
+        or parameters.get("preset")
+        or DEFAULT_METHOD
+    )
+    return [name for name in str(names).split(",") if name in methods()]
 
 
 VALUES: Mapping[str, Callable[[typer.Context, str], Found]] = {

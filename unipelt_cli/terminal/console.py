@@ -83,12 +83,12 @@ def console() -> Console:
 def _size() -> tuple[int, int]:
     """Return columns and lines; a terminal says them even where it can do nothing else."""
     try:
-        found = os.get_terminal_size(sys.stderr.fileno())
+        terminal = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):  # no terminal, or nothing at all
-        found = os.terminal_size((0, 0))
-    said = os.environ.get("COLUMNS", "")
-    columns = int(said) if said.isdecimal() else found.columns
-    return columns or COLUMNS, found.lines or LINES
+        terminal = os.terminal_size((0, 0))
+    setting = os.environ.get("COLUMNS", "")
+    columns = int(setting) if setting.isdecimal() else terminal.columns
+    return columns or COLUMNS, terminal.lines or LINES
 
 
 def _forced() -> bool | None:
@@ -109,9 +109,9 @@ def terminal() -> tuple[str, str | None]:
     """Return what talk is written to: width, colours, encoding; and how to mend the last."""
     out = console()
     where = f"{out.width} columns" + ("" if out.file.isatty() else ", no terminal")
-    found = f"{where}, {out.color_system or 'no'} colours, {out.encoding}"
+    description = f"{where}, {out.color_system or 'no'} colours, {out.encoding}"
     is_plain = not out.encoding.startswith("utf")
-    return found, "PYTHONIOENCODING=utf-8 shows bars as they are" if is_plain else None
+    return description, "PYTHONIOENCODING=utf-8 shows bars as they are" if is_plain else None
 
 
 def error(message: str, hint: str) -> None:

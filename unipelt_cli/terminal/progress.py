@@ -147,13 +147,13 @@ class SweepView:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
-    def end(self, name: str, said: str, *, failed: bool) -> None:
+    def end(self, name: str, outcome: str, *, failed: bool) -> None:
         """Print the line of a cell that ended."""
         self.ended += 1
         self.failed += failed
         self.done += not failed
         count = f"[{self.done + self.failed}/{self.total}]"
-        line = Text.assemble(f"{count} {plain(name)}  ", (plain(said), "red" if failed else ""))
+        line = Text.assemble(f"{count} {plain(name)}  ", (plain(outcome), "red" if failed else ""))
         self.console.print(line, soft_wrap=True)
 
     def show(
@@ -170,8 +170,8 @@ class SweepView:
         view.add_column("dev", no_wrap=True)
         for row in running:
             view.add_row(*map(plain, row))
-        for place, (method, score) in best.items():
-            view.add_row(Text(f"best so far on dev, {place}: {method}"), "", f"{score:.4f}")
+        for cell, (method, score) in best.items():
+            view.add_row(Text(f"best so far on dev, {cell}: {method}"), "", f"{score:.4f}")
         self.live.update(view, refresh=True)
 
     def _summary(self, running: int) -> str:

@@ -15,10 +15,10 @@ from unipelt_cli.text import plain
 def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
     """Print a plain table: first column left, numbers right."""
     out, view = console(), Table(box=None, pad_edge=False)
-    for place, column in enumerate(columns):
-        numeric = bool(rows) and all(is_number(str(row[place])) for row in rows)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(is_number(str(row[index])) for row in rows)
         justify: JustifyMethod = "right" if numeric else "left"
-        name = None if place or not rows else max(cell_len(plain(str(row[0]))) for row in rows)
+        name = None if index or not rows else max(cell_len(plain(str(row[0]))) for row in rows)
         least = None if name is None or name > out.width // 2 else name  # names stay whole
         view.add_column(Text(plain(column)), justify=justify, overflow="fold", min_width=least)
     for row in rows:
@@ -38,11 +38,11 @@ def check_table(
         None: Text(otherwise),
     }
     rows: list[tuple[str, Text, Text]] = []
-    for (what, passed, said), remedy in zip_longest(checks, remedies):
-        found = Text(plain(said))
+    for (what, passed, outcome), remedy in zip_longest(checks, remedies):
+        cell = Text(plain(outcome))
         if remedy is not None:
-            found = Text.assemble(found, "\n", ("fix: ", "cyan"), plain(remedy))
-        rows.append((what, words[passed], found))
+            cell = Text.assemble(cell, "\n", ("fix: ", "cyan"), plain(remedy))
+        rows.append((what, words[passed], cell))
     table(("check", "", "found"), rows)
 
 

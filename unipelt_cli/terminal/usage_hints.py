@@ -76,40 +76,40 @@ MISSING = {
 }
 
 
-def command(name: str, there: Sequence[str]) -> str:
+def command(name: str, commands: Sequence[str]) -> str:
     """Return the hint for a command that is not there."""
-    own = COMMANDS.get(name.casefold())
-    return f"did you mean {own}?" if own in there else nearest(name, there)
+    ours = COMMANDS.get(name.casefold())
+    return f"did you mean {ours}?" if ours in commands else nearest(name, commands)
 
 
-def option(name: str, given: Sequence[str], there: Sequence[str]) -> str | None:
+def option(name: str, words: Sequence[str], options: Sequence[str]) -> str | None:
     """Return what to write in place of an option that is not there; None where nobody knows.
 
-    `there` are the options of the command, `given` the words of the command line.
+    `options` are those of the command, `words` those of the command line.
     """
     plain = name.lstrip("-").casefold().replace("_", "-")
-    value = value_of(name, given)
+    value = value_of(name, words)
     target = FLAGS.get(plain)
     if target is None:
-        target = OPTIONS.get(plain) or (f"--{plain} " if f"--{plain}" in there else None)
+        target = OPTIONS.get(plain) or (f"--{plain} " if f"--{plain}" in options else None)
         target = target or _setting(plain.replace("-", "_"))
         target = target and target + ("VALUE" if value is None else value)
-    if target is None or target.split()[0] not in there:
+    if target is None or target.split()[0] not in options:
         return None
     return f"write {target}"
 
 
 def _setting(key: str) -> str | None:
-    sections = [own for own in choices.SECTIONS if key in choices.settings(own)]
+    sections = [section for section in choices.SECTIONS if key in choices.settings(section)]
     return f"--set {sections[0]}.{key}=" if sections else None
 
 
-def argument(word: str, given: Sequence[str], there: Sequence[str]) -> str | None:
+def argument(word: str, words: Sequence[str], options: Sequence[str]) -> str | None:
     """Return what to write in place of a word that no option takes; None where nobody knows."""
-    before = given[given.index(word) - 1] if word in given else ""
+    before = words[words.index(word) - 1] if word in words else ""
     places = {
         "--task": word in choices.tasks(),
-        "--tasks": all(own in choices.tasks() for own in word.split(",")),
+        "--tasks": all(name in choices.tasks() for name in word.split(",")),
         "--method": word in choices.methods(),
         "--train-file": Path(word).suffix in (".csv", ".tsv", ".jsonl", ".parquet"),
         "--preset": word.endswith(".toml")
@@ -117,8 +117,8 @@ def argument(word: str, given: Sequence[str], there: Sequence[str]) -> str | Non
     }
     if "." in before and before.partition(".")[0] in (*choices.SECTIONS, "method"):
         return f"write --set {before.rstrip('=')}={word}"
-    found = next((flag for flag, fits in places.items() if fits and flag in there), None)
-    return found and f"write {found} {word}"
+    flag_that_fits = next((flag for flag, fits in places.items() if fits and flag in options), None)
+    return flag_that_fits and f"write {flag_that_fits} {word}"
 
 
 def number(flag: str, value: str) -> str:
@@ -130,12 +130,12 @@ def number(flag: str, value: str) -> str:
     return "give a whole number"
 
 
-def value_of(flag: str, given: Sequence[str]) -> str | None:
+def value_of(flag: str, words: Sequence[str]) -> str | None:
     """Return what was written behind a flag, if anything was."""
-    for place, word in enumerate(given):
+    for index, word in enumerate(words):
         if word.startswith(f"{flag}="):
             return word.partition("=")[2]
-        following = given[place + 1 : place + 2]
+        following = words[index + 1 : index + 2]
         if word == flag and following and not _is_flag(following[0]):
             return following[0]
     return None
@@ -145,7 +145,7 @@ def _is_flag(word: str) -> bool:
     return word.startswith("-") and not word[1:2].isdigit()
 
 
-def explain_usage_error(error: Any, given: Sequence[str]) -> tuple[str, str]:
+def explain_usage_error(error: Any, words: Sequence[str]) -> tuple[str, str]:
     """Turn a parser's error into what is wrong and what to do."""
     message = " ".join(error.format_message().split())
     message = re.sub(r"\s*\(?Did you mean.*|\s*\(Possible options:.*", "", message).rstrip(".")
@@ -157,15 +157,15 @@ def explain_usage_error(error: Any, given: Sequence[str]) -> tuple[str, str]:
     name = getattr(error, "option_name", None)
     if name is not None:
         close = nearest(name, options).partition(" otherwise")[0]
-        known = option(name, given, options)
+        known = option(name, words, options)
         return message, known or (f"{close} {see}" if "?" in close else see)
     if unknown := re.match(r"No such command '(.*)'", message):
         return message, command(unknown[1], list(error.ctx.command.commands))
     if extra := re.match(r"Got unexpected extra argument\S* \(([^\s)]+)", message):
-        known = argument(extra[1], given, options)
+        known = argument(extra[1], words, options)
         return message.replace("(s)", ""), known or see
     if wrong := re.match(r"Invalid value for '(--\S+)'.*valid integer", message):
-        value = value_of(wrong[1], given) or ""
+        value = value_of(wrong[1], words) or ""
         return f"{wrong[1]} {value!r}: not a whole number", number(wrong[1], value)
     missing = getattr(error, "param", None)
     if message.startswith("Missing") and missing is not None and missing.name in MISSING:
