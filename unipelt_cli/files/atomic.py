@@ -41,15 +41,17 @@ def replacing(path: Path) -> Iterator[Path]:
     Nobody can have put a link there, and what a killed process leaves has a name of its own.
     """
     with writing(path):
-        own = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+        directory = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
         try:
-            yield own / path.name
-            (own / path.name).chmod(0o666 & ~_umask())  # the tensors' library lets nobody else in
-            sync(own / path.name)
-            (own / path.name).replace(path)
+            yield directory / path.name
+            (directory / path.name).chmod(
+                0o666 & ~_umask()
+            )  # the tensors' library lets nobody else in
+            sync(directory / path.name)
+            (directory / path.name).replace(path)
             sync(path.parent)
         finally:
-            shutil.rmtree(own, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
@@ -96,7 +98,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def writable(path: Path) -> Path:
     """Return the nearest directory that is there; raise RunError if `path` cannot be made in it."""
-    nearest = next(own for own in (path, *path.absolute().parents) if own.exists())
+    nearest = next(ancestor for ancestor in (path, *path.absolute().parents) if ancestor.exists())
     with writing(path):
         if not nearest.is_dir():
             raise NotADirectoryError(None, "Not a directory")

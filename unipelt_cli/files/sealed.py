@@ -27,15 +27,15 @@ _UNREADABLE = (
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write tensors as safetensors, atomically; the header is one JSON string, and seals them."""
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sealed = {**header, SEAL: digest(own, header)}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sealed = {**header, SEAL: digest(contiguous, header)}
     with replacing(path) as temporary:
-        save_file(own, temporary, {HEADER_KEY: json.dumps(sealed, sort_keys=True)})
+        save_file(contiguous, temporary, {HEADER_KEY: json.dumps(sealed, sort_keys=True)})
 
 
 def with_seal(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return a JSON object with the hash of all else in it, by which damage is told."""
-    content = {key: own for key, own in value.items() if key != SEAL}
+    content = {key: item for key, item in value.items() if key != SEAL}
     return content | {SEAL: hashlib.sha256(_canonical(content)).hexdigest()}
 
 
@@ -104,7 +104,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except _UNREADABLE:
         raise _foreign(path) from None
-    if digest(tensors, {key: own for key, own in header.items() if key != SEAL}) != header[SEAL]:
+    if digest(tensors, {key: item for key, item in header.items() if key != SEAL}) != header[SEAL]:
         raise RunError(f"{path}: its tensors are not those that were written", REMEDY)
     return tensors, header
 
@@ -146,12 +146,12 @@ def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
     return tensors
 
 
-def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
-    for name in sorted(expected.keys() - found.keys()):
+def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    for name in sorted(expected.keys() - tensors.keys()):
         yield f"tensor {name} is missing"
-    for name in sorted(found.keys() - expected.keys()):
+    for name in sorted(tensors.keys() - expected.keys()):
         yield f"tensor {name} is not part of this method"
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             yield f"tensor {name} is {tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
         elif tensor.dtype != expected[name].dtype:

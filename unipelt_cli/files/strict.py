@@ -62,12 +62,12 @@ def parse_toml(text: str) -> dict[str, Any]:
     if _DOTTED.search(bare):
         raise ValueError(f"nested more than {DEEPEST} levels deep")
     try:
-        found = tomllib.loads(text)
+        parsed = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         raise
     except ValueError:
         raise ValueError("an integer of more than 64 bits") from None
-    waiting: list[Any] = [found]
+    waiting: list[Any] = [parsed]
     while waiting:
         match waiting.pop():
             case int() as number if not -(2**63) <= number < 2**63:
@@ -76,7 +76,7 @@ def parse_toml(text: str) -> dict[str, Any]:
                 waiting += table.values()
             case list() as values:
                 waiting += values
-    return found
+    return parsed
 
 
 def _decoded(content: bytes) -> str:
@@ -101,14 +101,14 @@ def _check_depth(parts: re.Pattern[str], text: str) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
                 raise ValueError(f"key {short(key)} is there twice")
             seen.add(key)
-    return found
+    return result
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -55,7 +55,7 @@ class Commands(TyperGroup):
         except SystemExit as ended:  # the parser's own way out of a pipe that was closed
             code = 0 if isinstance(ended.__context__, BrokenPipeError) else ended.code
         except (KeyboardInterrupt, typer.Abort):
-            console.discard(sys.stdout)  # half an answer would look whole
+            console.discard_stream(sys.stdout)  # half an answer would look whole
             code = INTERRUPTED
         code = code if isinstance(code, int) else 0
         if standalone_mode:
@@ -67,7 +67,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            console.discard(sys.stdout)
+            console.discard_stream(sys.stdout)
             return 0
 
 
@@ -82,7 +82,7 @@ def _flush() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        console.discard(sys.stdout)
+        console.discard_stream(sys.stdout)
 
 
 def _system(error: OSError) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def _system(error: OSError) -> tuple[str, str]:
     reason = error.strerror or type(error).__name__
     if error.filename is not None:
         return f"{error.filename}: {reason}", "check the path and its rights"
-    console.discard(sys.stdout)  # most likely what failed: it must not fail again at the end
+    console.discard_stream(sys.stdout)  # most likely what failed: it must not fail again at the end
     return f"the output cannot be written: {reason}", "check the disk, and where the output goes"
 
 

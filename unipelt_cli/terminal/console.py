@@ -51,7 +51,7 @@ class _Talk(io.TextIOBase):
         try:
             return None if sys.stderr is None or _is_hushed else do()
         except (OSError, ValueError):
-            discard(sys.stderr)
+            discard_stream(sys.stderr)
             return None
 
 
@@ -66,7 +66,7 @@ def is_hushed() -> bool:
     return _is_hushed
 
 
-def discard(stream: Any) -> None:
+def discard_stream(stream: Any) -> None:
     """Send what a stream still holds, and all that comes, nowhere: Python ends without a word."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
