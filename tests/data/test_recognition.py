@@ -12,7 +12,7 @@ import pytest
 from support.command import error_of, invoke
 
 from unipelt_cli.data import readers
-from unipelt_cli.data.cells import Cells
+from unipelt_cli.data.cells import RawColumns
 from unipelt_cli.data.text_files import byte_sources, decoded_lines
 from unipelt_cli.data.unusable import windows_of_texts
 from unipelt_cli.errors import ConfigError, DataError
@@ -23,11 +23,11 @@ FLAT = [(text.replace("\n", " ").replace("\t", " "), label) for text, label in R
 OBJECTS = [{"text": text, "label": label} for text, label in ROWS]
 
 
-def of_cells(cells: Cells) -> list[tuple[str, str]]:
+def of_cells(cells: RawColumns) -> list[tuple[str, str]]:
     return list(zip(cells.texts("text"), cells.labels("label"), strict=True))
 
 
-def read(path: Path, content: str | bytes, encoding: str | None = None) -> Cells:
+def read(path: Path, content: str | bytes, encoding: str | None = None) -> RawColumns:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return readers.read_cells(path, encoding=encoding)
 
@@ -259,7 +259,7 @@ def test_damaged_gzip_is_told_after_the_rows_before_it(tmp_path: Path) -> None:
         ("text,label\n" + "".join(f"row {n},a\n" for n in range(99999))).encode()
     )
     path.write_bytes(packed[:-2000])
-    seen: list[Cells] = []
+    seen: list[RawColumns] = []
     with pytest.raises(DataError, match=r"damaged gzip \(it ends before its end\)"):
         seen.extend(readers.read_file(path, ["text"]))
     assert sum(len(cells.rows) for cells in seen) > 9000

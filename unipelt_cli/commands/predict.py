@@ -18,7 +18,7 @@ from unipelt_cli.runs.opening import open_run
 from unipelt_cli.terminal import console, progress
 
 if TYPE_CHECKING:
-    from unipelt_cli.data.cells import Cells
+    from unipelt_cli.data.cells import RawColumns
     from unipelt_cli.data.unusable import Window
     from unipelt_cli.runs.loaded_runs import LoadedRuns
 
@@ -146,7 +146,7 @@ class _Kept:
             name = min(taken)
             raise ConfigError(f"--keep {name}: answers have this name themselves", "rename it")
 
-    def remember(self, cells: "Cells") -> "Cells":
+    def remember(self, cells: "RawColumns") -> "RawColumns":
         """Keep the columns' values of some rows, and return the rows."""
         values = [map(_writable, cells.column(column)) for column in self.columns]
         self._rows.extend(

@@ -1,7 +1,7 @@
 """From the cells of any format to checked, encoded columns; every error names its row.
 
-CSV, TSV, JSONL and Parquet all become `Cells`, and the same content gives the same rows whatever
-the format. Nothing here knows which rows are wanted or why.
+CSV, TSV, JSONL and Parquet all become `RawColumns`, and the same content gives the same rows
+whatever the format. Nothing here knows which rows are wanted or why.
 """
 
 import math
@@ -38,7 +38,7 @@ class RowError(DataError):
 
 
 @dataclass(frozen=True)
-class Cells:
+class RawColumns:
     """The unchecked cells of a file or hub split, or of a part, and how an error names their rows.
 
     `published`: rows that the user cannot mend are taken as they are, empty texts too.
@@ -57,15 +57,15 @@ class Cells:
 
     def refuse(self, index: int, what: str, hint: str = FILL_IN) -> NoReturn:
         """Raise for a row: its line (from 1), or its place (from 0) where there are no lines."""
-        place = f"line {self.lines[index]}" if self.lines else f"row {self.rows[index]}"
-        raise RowError(f"{self.origin}, {place}: {what}", hint, index)
+        where = f"line {self.lines[index]}" if self.lines else f"row {self.rows[index]}"
+        raise RowError(f"{self.origin}, {where}: {what}", hint, index)
 
-    def first(self, count: int, names: Sequence[str]) -> "Cells":
+    def first(self, count: int, names: Sequence[str]) -> "RawColumns":
         """Return some columns of so many rows."""
         columns = {name: self.column(name)[:count] for name in names}
         return replace(self, columns=columns, rows=self.rows[:count], lines=self.lines[:count])
 
-    def renamed(self, names: Mapping[str, str]) -> "Cells":
+    def renamed(self, names: Mapping[str, str]) -> "RawColumns":
         """Return the same rows with columns under the names that a task has for them.
 
         `names` are those in the file, by the task's. Raises DataError for one that is missing.
@@ -106,12 +106,12 @@ class Cells:
         """Return text columns as strings; of the two of a pair one may be empty in a row."""
         if len(columns) == 1:
             return [self.texts(columns[0])]
-        found = [self.texts(column, or_empty=not self.published) for column in columns]
-        for index, texts in enumerate(zip(*found, strict=True)):
+        columns_of_texts = [self.texts(column, or_empty=not self.published) for column in columns]
+        for index, texts in enumerate(zip(*columns_of_texts, strict=True)):
             if not self.published and not any(text.strip() for text in texts):
                 named = " and ".join(map(short, columns))
                 self.refuse(index, f"{named} are {'both' if len(columns) == 2 else 'all'} empty")
-        return found
+        return columns_of_texts
 
     def texts(self, column: str, *, or_empty: bool = False) -> list[str]:
         """Return a column as strings: numbers are written out, nothing else is."""
@@ -176,23 +176,23 @@ def label_of(value: Any, names: Sequence[str] = ()) -> str:
     return "" if label.casefold() == "nan" else label
 
 
-def require(origin: str, names: Iterable[str], found: Iterable[str]) -> None:
+def require(origin: str, names: Iterable[str], present: Iterable[str]) -> None:
     """Raise DataError for the first of `names` that is no column."""
-    columns = list(found)
+    columns = list(present)
     for name in names:
         if name not in columns:
             listed = ", ".join(map(short, columns[:50]))
             raise DataError(f"{origin}: no column {short(name)}", f"columns found: {listed}")
 
 
-def encode_labelled(cells: Cells, task: Task, text: Sequence[str], label: str) -> "Dataset":
+def encode_labelled(cells: RawColumns, task: Task, text: Sequence[str], label: str) -> "Dataset":
     """Build the checked rows of a task from the columns that hold its texts and label."""
     cells.require((*text, label))
     return encode(cells, task.text, text, _codes(cells, label, task))
 
 
 def encode(
-    cells: Cells, names: Sequence[str], columns: Sequence[str], labels: pa.Array | None = None
+    cells: RawColumns, names: Sequence[str], columns: Sequence[str], labels: pa.Array | None = None
 ) -> "Dataset":
     """Build checked rows; `names` are our names of the text columns, `columns` the source's."""
     pairs = zip(names, cells.rows_of_texts(columns), strict=True)
@@ -210,7 +210,7 @@ def as_dataset(table: pa.Table) -> "Dataset":
     return Dataset(table.combine_chunks(), fingerprint=uuid.uuid4().hex[:16])
 
 
-def _codes(cells: Cells, column: str, task: Task) -> pa.Array:
+def _codes(cells: RawColumns, column: str, task: Task) -> pa.Array:
     """Return label indices (int64), or values (float64) in regression."""
     labels = cells.labels(column)
     if task.is_regression:
@@ -229,7 +229,7 @@ def _codes(cells: Cells, column: str, task: Task) -> pa.Array:
 
 
 def _values(
-    cells: Cells, column: str, labels: Sequence[str], decimal_comma: bool
+    cells: RawColumns, column: str, labels: Sequence[str], decimal_comma: bool
 ) -> Iterator[float]:
     """Yield the values of a regression's labels; only texts can be spelled with a decimal comma."""
     is_spelled_so = any("," in label for label in labels)
@@ -243,7 +243,7 @@ def _values(
         yield _value(cells, index, label, by_comma)
 
 
-def _value(cells: Cells, index: int, label: str, decimal_comma: bool) -> float:
+def _value(cells: RawColumns, index: int, label: str, decimal_comma: bool) -> float:
     value = label_number(label, decimal_comma)
     if value is None:
         hint = "mend the row, or train with --set data.kind=classification if labels are names"

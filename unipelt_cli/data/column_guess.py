@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from unipelt_cli.data.cells import Cells, LabelError, label_of
+from unipelt_cli.data.cells import LabelError, RawColumns, label_of
 from unipelt_cli.data.label_kind import (
     Kind,
     LabelKind,
@@ -85,8 +85,8 @@ class _Column:
     def numbers(self) -> list[float] | None:
         """The numbers, where they are all numbers."""
         comma = has_decimal_comma(self.values)
-        found = [label_number(value, comma) for value in self.values]
-        numbers = [number for number in found if number is not None]
+        readings = [label_number(value, comma) for value in self.values]
+        numbers = [number for number in readings if number is not None]
         return numbers if len(numbers) == len(self.values) else None
 
     @property
@@ -131,42 +131,46 @@ def columns(
     """
     cells = (files or OwnFiles()).look_at(path, encoding)
     cells.require(name for name in cells.shared if name.casefold() in (*TEXTS, *LABELS))
-    found = [own for name in cells.columns if (own := _column(cells, name)) is not None]
-    _check_header(path, list(cells.columns), found)
-    given = {"text": text, "text_pair": text_pair, "label": label}
-    settings = {key: value for key, value in given.items() if value is not None}
-    left = [own for own in found if own.name not in settings.values() and not own.is_id]
-    said, named = [], None
+    every = [column for name in cells.columns if (column := _column(cells, name)) is not None]
+    _check_header(path, list(cells.columns), every)
+    asked = {"text": text, "text_pair": text_pair, "label": label}
+    settings = {key: value for key, value in asked.items() if value is not None}
+    left = [column for column in every if column.name not in settings.values() and not column.is_id]
+    guesses, named = [], None
     decided: LabelKind | None = None
     if label is None:
         named = _named(left, LABELS, "label", path)
-        left = [own for own in left if own is not named]
+        left = [column for column in left if column is not named]
         if named is not None and named.name.casefold() not in SURE:
             _refuse_others(named, left, path)
     if text is None:
-        texts = _texts(path, left, found)
-        left = [own for own in left if own not in texts]
-        settings |= zip(("text", "text_pair"), [own.name for own in texts], strict=False)
-        names = " and ".join(short(own.name) for own in texts)
-        said.append(f"{'texts' if len(texts) > 1 else 'text'} {names}")
+        texts = _texts(path, left, every)
+        left = [column for column in left if column not in texts]
+        settings |= zip(("text", "text_pair"), [column.name for column in texts], strict=False)
+        names = " and ".join(short(column.name) for column in texts)
+        guesses.append(f"{'texts' if len(texts) > 1 else 'text'} {names}")
     if label is None:
-        chosen = named or _only([own for own in left if own.is_label], found, path)
+        chosen = named or _only([column for column in left if column.is_label], every, path)
         settings["label"] = chosen.name
         decided = decide(_labels(cells, chosen.name), kind)
-        said.append(f"label {short(chosen.name)} ({decided.words})")
+        guesses.append(f"label {short(chosen.name)} ({decided.words})")
     flags = [
-        f"--{key.replace('_', '-')} COLUMN" for key in FLAGS if settings.get(key) != given[key]
+        f"--{key.replace('_', '-')} COLUMN" for key in FLAGS if settings.get(key) != asked[key]
     ]
     if decided is not None and decided.doubtful:
         settings["kind"] = decided.name
         flags.append(decided.way_out)
-    sentence = f"{path.name}: guessed {', '.join(said)}; to choose: {' '.join(flags)}"
+    sentence = f"{path.name}: guessed {', '.join(guesses)}; to choose: {' '.join(flags)}"
     return Guess(settings, sentence)
 
 
 def _refuse_others(named: _Column, left: Sequence[_Column], path: Path) -> None:
     """Raise DataError where another column looks like a label as well: a name alone is no proof."""
-    others = [own.name for own in left if own.is_label and not own.is_values and not own.is_text]
+    others = [
+        column.name
+        for column in left
+        if column.is_label and not column.is_values and not column.is_text
+    ]
     if others:
         raise DataError(
             f"{path}: {_listed([named.name, *others])} could each be the label",
@@ -174,7 +178,7 @@ def _refuse_others(named: _Column, left: Sequence[_Column], path: Path) -> None:
         )
 
 
-def _column(cells: Cells, name: str) -> _Column | None:
+def _column(cells: RawColumns, name: str) -> _Column | None:
     """Return a column's first cells as strings; None where it holds neither text nor numbers."""
     try:
         names = dict(enumerate(cells.names.get(name, ())))
@@ -187,15 +191,15 @@ def _column(cells: Cells, name: str) -> _Column | None:
     return _Column(name, values) if values else None
 
 
-def _check_header(path: Path, names: Sequence[str], found: Sequence[_Column]) -> None:
+def _check_header(path: Path, names: Sequence[str], every: Sequence[_Column]) -> None:
     """Raise DataError where the names of the columns are the first row.
 
     Then one of them is among the values below it. Only a table's numbered columns are called so.
     """
     if path.suffix.lower() not in (".csv", ".tsv") or names == [str(n) for n in range(len(names))]:
         return
-    for own in found:
-        if own.name in own.values and own.distinct < len(own.values):
+    for column in every:
+        if column.name in column.values and column.distinct < len(column.values):
             listed = ", ".join(short(name) for name in names[:3])
             example = ",".join(["text", "label", "other"][: len(names)])
             raise DataError(
@@ -206,22 +210,22 @@ def _check_header(path: Path, names: Sequence[str], found: Sequence[_Column]) ->
 
 def _texts(path: Path, left: Sequence[_Column], every: Sequence[_Column]) -> list[_Column]:
     """Return the text column, or the two of a pair, of what is left of every column."""
-    by_name = {own.name.casefold(): own for own in left}
+    by_name = {column.name.casefold(): column for column in left}
     for pair in PAIRS:
         if all(name in by_name and not by_name[name].is_values for name in pair):
             return [by_name[name] for name in pair]
     named = _named(left, TEXTS, "text", path)
     if named is not None:
         return [named]
-    texts = sorted((own for own in left if own.is_text), key=lambda own: -own.words)
+    texts = sorted((column for column in left if column.is_text), key=lambda column: -column.words)
     if len(texts) > 1 and texts[0].words < LONGER * texts[1].words:
-        names = [own.name for own in texts]
+        names = [column.name for column in texts]
         raise DataError(
             f"{path}: {_listed(names)} could each be the text",
             f"give --text {_quoted(names[0])}, or both of a pair: "
             f"--text {_quoted(names[0])} --text-pair {_quoted(names[1])}",
         )
-    texts = texts or [own for own in left if own.numbers is None and not own.is_label]
+    texts = texts or [column for column in left if column.numbers is None and not column.is_label]
     if len(texts) == 1 or (texts and texts[0].is_text):
         return texts[:1]
     raise DataError(f"{path}: no column looks like the text", _name_it("text", every))
@@ -229,22 +233,22 @@ def _texts(path: Path, left: Sequence[_Column], every: Sequence[_Column]) -> lis
 
 def _named(left: Sequence[_Column], names: Sequence[str], what: str, path: Path) -> _Column | None:
     """Return the column that is called as such columns are; raise DataError for several."""
-    found = {own.name.casefold(): own for own in left if own.name.casefold() in names}
-    sure = next((found[name] for name in SURE if name in found), None)
-    if sure is None and len(found) > 1:
+    named = {column.name.casefold(): column for column in left if column.name.casefold() in names}
+    sure = next((named[name] for name in SURE if name in named), None)
+    if sure is None and len(named) > 1:
         raise DataError(
-            f"{path}: {_listed([own.name for own in found.values()])} could each be the {what}",
+            f"{path}: {_listed([each.name for each in named.values()])} could each be the {what}",
             f"give --{what} with one of them",
         )
-    return sure or next(iter(found.values()), None)
+    return sure or next(iter(named.values()), None)
 
 
-def _only(found: Sequence[_Column], every: Sequence[_Column], path: Path) -> _Column:
+def _only(labels: Sequence[_Column], every: Sequence[_Column], path: Path) -> _Column:
     """Return the one column that can be the label by what it holds."""
-    few = [own for own in found if not own.is_values] or found
+    few = [column for column in labels if not column.is_values] or labels
     if len(few) > 1:
         raise DataError(
-            f"{path}: {_listed([own.name for own in few])} could each be the label",
+            f"{path}: {_listed([column.name for column in few])} could each be the label",
             "give --label with one of them",
         )
     if not few:
@@ -252,7 +256,7 @@ def _only(found: Sequence[_Column], every: Sequence[_Column], path: Path) -> _Co
     return few[0]
 
 
-def _labels(cells: Cells, name: str) -> list[str]:
+def _labels(cells: RawColumns, name: str) -> list[str]:
     """Return the labels of all rows that have a usable one: what is wrong is said by who reads."""
     labels, names = [], cells.names.get(name, ())
     for value in cells.column(name):
@@ -264,7 +268,7 @@ def _labels(cells: Cells, name: str) -> list[str]:
 
 
 def _name_it(what: str, every: Sequence[_Column]) -> str:
-    names = ", ".join(short(own.name) for own in every[:20])
+    names = ", ".join(short(column.name) for column in every[:20])
     return f"name it with --{what}; columns found: {names}"
 
 

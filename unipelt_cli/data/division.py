@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.folds import assign_folds
-from unipelt_cli.data.sources import Found
+from unipelt_cli.data.sources import SourceRows
 from unipelt_cli.errors import DataError
 
 LARGEST_TEST = 1000
@@ -33,7 +33,7 @@ class Division:
     test: range = range(0)
 
 
-def settle(found: Found, settings: DataSettings, shuffled: Dataset) -> DataSettings:
+def settle(source: SourceRows, settings: DataSettings, shuffled: Dataset) -> DataSettings:
     """Return the settings with `folds`, and with the `dev_size` where `auto` decides it as well.
 
     Rows that cannot be folded are cut as larger files are.
@@ -46,26 +46,26 @@ def settle(found: Found, settings: DataSettings, shuffled: Dataset) -> DataSetti
     if rows > WITHOUT_DEV:
         return cut
     scored = cut.model_copy(update={"dev_size": 0})
-    if "test" in found.rows or (rows - k >= LEAST_TEST if k is not None else rows >= FOLDED_BELOW):
+    if "test" in source.rows or (rows - k >= LEAST_TEST if k is not None else rows >= FOLDED_BELOW):
         return scored
     folded = cut.model_copy(update={"folds": FOLDS, "dev_size": 0})
     train = shuffled.select(range(min(k or rows, rows)))
     try:
-        assign_folds(found.task, train, FOLDS, settings.data_seed)
+        assign_folds(source.task, train, FOLDS, settings.data_seed)
     except DataError:
         return cut
     return folded
 
 
-def divide(found: Found, settings: DataSettings) -> Division:
+def divide(source: SourceRows, settings: DataSettings) -> Division:
     """Say which of the shuffled rows train, and which are dev and test, where no file has those.
 
     Raises DataError for too few rows, and for a k that leaves none for what it must.
     """
-    rows, k, name = len(found.rows["train"]), settings.k, found.task.name
-    carves_dev = "dev" not in found.rows and settings.dev_size > 0
+    rows, k, name = len(source.rows["train"]), settings.k, source.task.name
+    carves_dev = "dev" not in source.rows and settings.dev_size > 0
     fifth = max(1, rows // 5)
-    carves_test = "test" not in found.rows and not settings.folds
+    carves_test = "test" not in source.rows and not settings.folds
     follows = carves_test and k is not None and settings.dev_size == 0
     test = 0 if not carves_test else 1 if follows else min(LARGEST_TEST, fifth)
     left = rows - test
@@ -82,7 +82,7 @@ def divide(found: Found, settings: DataSettings) -> Division:
         )
     if follows and k is not None:
         return Division(range(k), test=range(k, min(rows, k + LARGEST_TEST)))
-    largest = left - k if k is not None else fifth if found.own else max(1, left // 2)
+    largest = left - k if k is not None else fifth if source.is_own else max(1, left // 2)
     dev = min(settings.dev_size, largest) if carves_dev else 0
     first = test if k is None else test + k
     train = range(test + dev, rows) if k is None else range(test, first)
@@ -90,7 +90,7 @@ def divide(found: Found, settings: DataSettings) -> Division:
 
 
 def division_notes(
-    found: Found, asked: DataSettings, settled: DataSettings, division: Division
+    source: SourceRows, asked: DataSettings, settled: DataSettings, division: Division
 ) -> Iterator[str]:
     """Say in sentences what was held back, and why, where the settings alone do not tell."""
     test, dev = len(division.test), len(division.dev)
@@ -107,10 +107,10 @@ def division_notes(
         held = "test and dev rows" if settled.folds else "dev rows"
         chosen = asked.with_folds().folds == "auto"
         yield f"no dev set: trained to the end of its schedule{scored}" + (
-            f" (chosen for {len(found.rows['train'])} rows; --folds none holds {held} back)"
+            f" (chosen for {len(source.rows['train'])} rows; --folds none holds {held} back)"
             if chosen
             else ""
         )
-    if settled.folds and (left := len(found.rows["train"]) - len(division.train)):
+    if settled.folds and (left := len(source.rows["train"]) - len(division.train)):
         rows = "1 row is" if left == 1 else f"{left} rows are"
         yield f"beside the {len(division.train)} train rows {rows} left out of training and scoring"

@@ -25,23 +25,23 @@ def assign_folds(task: Task, train: Dataset, count: int, seed: int) -> NDArray[n
     """
     labels: Sequence[float] = train[:]["label"]
     alike = defaultdict(list)
-    for place, key in enumerate(text_keys(task, train)):
-        alike[key].append(place)
+    for index, key in enumerate(text_keys(task, train)):
+        alike[key].append(index)
     groups = list(alike.values())
     if len(groups) < count:
         what = f"data.folds = {count}: {task.name} has {len(groups)} train rows of different texts"
         raise DataError(what, GIVE_NONE)
     order = np.random.default_rng(seed).permutation(len(groups))
-    drawn = [groups[place] for place in order]
+    drawn = [groups[index] for index in order]
     folds = np.zeros(len(train), np.int64)
     sizes, by_class = [0] * count, defaultdict[float, list[int]](lambda: [0] * count)
     if not task.is_regression:  # the largest class first: the small ones even the sizes out
         counts = Counter(labels)
-        drawn.sort(key=lambda own: (-counts[labels[own[0]]], labels[own[0]]))
+        drawn.sort(key=lambda group: (-counts[labels[group[0]]], labels[group[0]]))
     for group in drawn:
-        own = by_class[0.0 if task.is_regression else labels[group[0]]]
-        chosen = min(range(count), key=lambda fold: (own[fold], sizes[fold], fold))
-        own[chosen] += len(group)
+        class_sizes = by_class[0.0 if task.is_regression else labels[group[0]]]
+        chosen = min(range(count), key=lambda fold: (class_sizes[fold], sizes[fold], fold))
+        class_sizes[chosen] += len(group)
         sizes[chosen] += len(group)
         folds[group] = chosen
     _check_classes(task, np.asarray(labels), folds)
@@ -64,8 +64,8 @@ def fold_of(whole: Prepared, fold: int) -> Prepared:
     folds = assign_folds(whole.task, train, recorded["folds"], recorded["data_seed"])
     places = {"train": folds != fold - 1, "test": folds == fold - 1}
     splits = {
-        split: as_dataset(train.select(np.flatnonzero(own)).with_format("arrow")[:])
-        for split, own in places.items()
+        split: as_dataset(train.select(np.flatnonzero(is_in_split)).with_format("arrow")[:])
+        for split, is_in_split in places.items()
     }
     manifest = {**recorded, "fold": fold, "notes": [], **describe_splits(whole.task, splits)}
     return Prepared(whole.task, splits, seal_manifest(manifest))

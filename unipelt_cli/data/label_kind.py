@@ -123,7 +123,7 @@ def _is_scale(values: Sequence[float]) -> bool:
     if len(values) < (steps + 1) / 2:
         return False
     places = [(value - low) / (high - low) * steps for value in values]
-    return all(abs(place - round(place)) <= SLACK for place in places)
+    return all(abs(position - round(position)) <= SLACK for position in places)
 
 
 def _is_whole(number: float) -> bool:
@@ -160,19 +160,19 @@ def label_number(text: str, decimal_comma: bool = False) -> float | None:
 
 def has_decimal_comma(labels: Iterable[str]) -> bool:
     """Say whether labels are numbers whose fraction follows a comma: 4,5 but never 1,234.5."""
-    found = False
+    is_decimal = False
     for label in labels:
         by_point, by_comma = (label_number(label, comma) for comma in (False, True))
         if by_point is not None and by_comma is None:
             return False
-        found |= by_point is None and by_comma is not None
-    return found
+        is_decimal |= by_point is None and by_comma is not None
+    return is_decimal
 
 
 def one_spelling(label: str) -> str:
     """Write a whole number without a fraction of zeros: 1.0 and 1 are one label."""
-    found = _POINT_ZERO.fullmatch(label)
-    return label if found is None else "0" if found[1] == "-0" else found[1]
+    match = _POINT_ZERO.fullmatch(label)
+    return label if match is None else "0" if match[1] == "-0" else match[1]
 
 
 def alike(labels: Iterable[str]) -> Iterator[str]:
@@ -181,15 +181,15 @@ def alike(labels: Iterable[str]) -> Iterator[str]:
     groups = defaultdict(list)
     for label in sorted(counts):
         groups[_looks(label)].append(label)
-    found = [names for names in groups.values() if len(names) > 1]
-    for names in found[:MOST_ALIKE]:
+    alike = [names for names in groups.values() if len(names) > 1]
+    for names in alike[:MOST_ALIKE]:
         listed = ", ".join(f"{_visible(name)} {counts[name]}" for name in names)
         yield (
             f"labels that differ only by case, spaces, invisible characters or Unicode form are "
             f"classes of their own: {listed}"
         )
-    if len(found) > MOST_ALIKE:
-        yield f"labels that look alike: {len(found) - MOST_ALIKE} more groups"
+    if len(alike) > MOST_ALIKE:
+        yield f"labels that look alike: {len(alike) - MOST_ALIKE} more groups"
 
 
 def _looks(label: str) -> str:

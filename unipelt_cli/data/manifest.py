@@ -13,7 +13,7 @@ from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from unipelt_cli.config.sections import MOST_FOLDS, DataSettings
-from unipelt_cli.data.sources import Found
+from unipelt_cli.data.sources import SourceRows
 from unipelt_cli.metrics import CLASSIFICATION_METRICS, REGRESSION_METRICS
 from unipelt_cli.tasks import Task, joint_positive
 
@@ -92,10 +92,10 @@ class _Manifest(_Part):
         ):
             raise ValueError(f"positive = {self.positive[:60]!r}: not one of two labels")
         names = set(self.labels) or {"min", "mean", "max"}
-        there = dict(self.splits)
+        by_name = dict(self.splits)
         lacking = {"dev": self.dev_size and not self.folds, "test": not self.folds}
         for name, is_needed in lacking.items():
-            if is_needed and there[name] is None:
+            if is_needed and by_name[name] is None:
                 raise ValueError(f"splits: no {name}")
         for name, split in self.splits:
             if split is None and name not in self.splits.model_fields_set:
@@ -135,13 +135,13 @@ def digest_rows(rows: Dataset) -> str:
 
 
 def make_manifest(
-    found: Found, settings: DataSettings, splits: Mapping[str, Dataset], notes: Sequence[str]
+    source: SourceRows, settings: DataSettings, splits: Mapping[str, Dataset], notes: Sequence[str]
 ) -> dict[str, Any]:
     """Record what was drawn and what is odd about it: the same settings give the same bytes.
 
     Of splits that there are not, such as a dev set of no rows, nothing is recorded.
     """
-    task = found.task
+    task = source.task
     content = {
         "format": FORMAT,
         "task": task.name,
@@ -151,7 +151,7 @@ def make_manifest(
         "also": list(task.also),
         **joint_positive([task]),
         **({"decimal_comma": True} if task.decimal_comma else {}),
-        "source": found.source,
+        "source": source.source,
         "k": settings.k,
         "data_seed": settings.data_seed,
         "dev_size": settings.dev_size,
@@ -165,7 +165,7 @@ def make_manifest(
 def describe_splits(task: Task, splits: Mapping[str, Dataset]) -> dict[str, Any]:
     """Record each split, the texts that two of them hold, and those with more labels than one."""
     keys = {split: text_keys(task, rows) for split, rows in splits.items()}
-    seen = {split: set(own) for split, own in keys.items()}
+    seen = {split: set(of_split) for split, of_split in keys.items()}
     labelled: set[tuple[tuple[str, ...], float]] = set()
     for split, rows in splits.items():
         labelled.update(zip(keys[split], rows[:]["label"], strict=True))

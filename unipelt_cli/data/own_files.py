@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from unipelt_cli.data.cells import Cells
+from unipelt_cli.data.cells import RawColumns
 from unipelt_cli.data.readers import read_cells
 
 Stamp = tuple[int, int, int, int, int]
@@ -13,16 +13,16 @@ class OwnFiles:
     """Files that were looked at, and whose rows nobody has taken yet: they are held until then."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[Path, str | None], tuple[Stamp | None, Cells]] = {}
+        self._held: dict[tuple[Path, str | None], tuple[Stamp | None, RawColumns]] = {}
 
-    def look_at(self, path: Path, encoding: str | None = None) -> Cells:
+    def look_at(self, path: Path, encoding: str | None = None) -> RawColumns:
         """Read a whole file, and hold it for who takes it; raise what `read_cells` does."""
         stamp = _stamp(path)  # before it is read: what is written meanwhile shows
         cells = read_cells(path, encoding=encoding)
         self._held[path, encoding] = stamp, cells
         return cells
 
-    def take(self, path: Path, encoding: str | None = None) -> Cells:
+    def take(self, path: Path, encoding: str | None = None) -> RawColumns:
         """Return a whole file and hold it no longer; it is read if it is not held, or changed."""
         stamp, cells = self._held.pop((path, encoding), (None, None))
         if cells is not None and stamp is not None and stamp == _stamp(path):

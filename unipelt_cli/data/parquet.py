@@ -88,7 +88,7 @@ class ParquetColumns(Mapping[str, pa.ChunkedArray]):
             most = min(most, max(1, largest // (len(names) * longest)))
         rows, unpacked = 0, dict.fromkeys(names, 0)
         for batch in self._file.iter_batches(most, columns=[*names], use_threads=False):
-            found = {}
+            columns = {}
             for name in names:
                 piece = batch.column(batch.schema.names.index(name))
                 piece.validate(full=True)
@@ -96,9 +96,9 @@ class ParquetColumns(Mapping[str, pa.ChunkedArray]):
                 unpacked[name] += plain.nbytes
                 if unpacked[name] > largest:
                     raise ValueError(_bomb(unpacked[name], len(self._content)))
-                found[name] = pa.chunked_array([plain])
+                columns[name] = pa.chunked_array([plain])
             rows += len(batch)
-            yield found
+            yield columns
         if rows != self.rows:
             raise ValueError(f"it holds {rows} of {self.rows} rows")
 
@@ -115,11 +115,11 @@ class ParquetColumns(Mapping[str, pa.ChunkedArray]):
     def _pages(self, name: str) -> Iterator["Page"]:
         """Yield the pages of a column and of those below its name, which are read with it."""
         metadata = self._file.metadata
-        paths = [metadata.schema.column(place).path for place in range(metadata.num_columns)]
+        paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
         places = [i for i, path in enumerate(paths) if f"{path}.".startswith(f"{name}.")]
         for group in range(metadata.num_row_groups):
-            for place in places:
-                chunk = metadata.row_group(group).column(place)
+            for index in places:
+                chunk = metadata.row_group(group).column(index)
                 first, dictionary = chunk.data_page_offset, chunk.dictionary_page_offset
                 start = min(first, dictionary) if dictionary else first
                 stop = start + chunk.total_compressed_size
@@ -179,11 +179,11 @@ class Page:
 
 def _walk(content: bytes, start: int, stop: int, values: int) -> Iterator[Page]:
     """Yield a column chunk's pages as the library would meet them: until all values are there."""
-    place = start
+    position = start
     while values > 0:
-        if place >= stop:
+        if position >= stop:
             raise ValueError("a column ends before its values")
-        header, place = _thrift(content, place, stop)
+        header, position = _thrift(content, position, stop)
         # Version 1 keeps a data page's number of values and encoding in field 5, version 2 in 8.
         data = header.get(5, header.get(8))
         data = data if isinstance(data, dict) else {}
@@ -193,21 +193,21 @@ def _walk(content: bytes, start: int, stop: int, values: int) -> Iterator[Page]:
             raise ValueError("a page's header is damaged")
         page = Page(packed, unpacked, count, encoding == DELTA_BYTE_ARRAY)
         yield page
-        place += page.packed
+        position += page.packed
         values -= page.values
 
 
-def _thrift(content: bytes, place: int, stop: int) -> tuple[dict[int, Any], int]:
+def _thrift(content: bytes, start: int, stop: int) -> tuple[dict[int, Any], int]:
     """Read one struct of Thrift's compact protocol, in which the pages' headers are written."""
-    reader = _Thrift(content, place, stop)
-    return reader.struct(), reader.place
+    reader = _Thrift(content, start, stop)
+    return reader.struct(), reader.position
 
 
 class _Thrift:
     """Thrift's compact protocol, as far as page headers use it; ValueError for anything else."""
 
-    def __init__(self, content: bytes, place: int, stop: int) -> None:
-        self.content, self.place, self.stop = content, place, stop
+    def __init__(self, content: bytes, start: int, stop: int) -> None:
+        self.content, self.position, self.stop = content, start, stop
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
         if depth > 8:
@@ -235,13 +235,13 @@ class _Thrift:
         raise ValueError("a page's header is damaged")
 
     def _skip(self, count: int) -> None:
-        self.place += count
+        self.position += count
 
     def _byte(self) -> int:
-        if self.place >= self.stop:
+        if self.position >= self.stop:
             raise ValueError("a page's header is cut off")
-        self.place += 1
-        return self.content[self.place - 1]
+        self.position += 1
+        return self.content[self.position - 1]
 
     def _varint(self) -> int:
         value = shift = 0

@@ -46,11 +46,11 @@ def prepare(settings: DataSettings, files: OwnFiles | None = None) -> Prepared:
     directory = Path(settings.prepared) if settings.prepared else glue_root(settings)
     if directory and (settings.prepared or has_manifest(directory)):
         return _reopen(directory, settings)
-    found = find(settings, files)
-    task = with_positive(with_metric(found.task, settings.metric), settings.positive)
-    found = replace(found, task=task)
-    settled, splits, notes = draw_splits(found, settings)
-    return Prepared(found.task, splits, make_manifest(found, settled, splits, notes))
+    source = find(settings, files)
+    task = with_positive(with_metric(source.task, settings.metric), settings.positive)
+    source = replace(source, task=task)
+    settled, splits, notes = draw_splits(source, settings)
+    return Prepared(source.task, splits, make_manifest(source, settled, splits, notes))
 
 
 def prepare_each(settings: DataSettings, files: OwnFiles | None = None) -> tuple[Prepared, ...]:
@@ -58,9 +58,9 @@ def prepare_each(settings: DataSettings, files: OwnFiles | None = None) -> tuple
 
     Raises DataError as `prepare` does, and for tasks that cannot be trained and scored together.
     """
-    found = tuple(prepare(alone, files) for alone in settings.each())
-    _check_together([prepared.manifest for prepared in found])
-    return found
+    every = tuple(prepare(alone, files) for alone in settings.each())
+    _check_together([prepared.manifest for prepared in every])
+    return every
 
 
 def read_drawn(settings: DataSettings) -> list[dict[str, Any]]:
@@ -85,9 +85,9 @@ def _check_together(manifests: Sequence[Mapping[str, Any]]) -> None:
             hint = "prepare own rows under other names, with --task NAME"
             raise DataError(f"two of the tasks are called {name!r}", hint)
         for key in ("k", "data_seed", "dev_size", "folds"):
-            asked, there = manifests[0].get(key), manifest.get(key)
-            if asked != there:
-                what = f"{names[0]} was drawn with {asked}, {name} with {there}"
+            asked, theirs = manifests[0].get(key), manifest.get(key)
+            if asked != theirs:
+                what = f"{names[0]} was drawn with {asked}, {name} with {theirs}"
                 raise DataError(f"data.{key}: {what}", "prepare all tasks with the same settings")
     for name, manifest in zip(names, manifests, strict=True):
         if len(manifests) > 1 and manifest["metric"] == "mse":
@@ -100,7 +100,7 @@ def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
     """Return what is recorded of a run's rows: one task's manifest, or those of several by name."""
     if len(prepared) == 1:
         return prepared[0].manifest
-    return {"tasks": {own.task.name: own.manifest for own in prepared}}
+    return {"tasks": {each.task.name: each.manifest for each in prepared}}
 
 
 def labelled_rows(

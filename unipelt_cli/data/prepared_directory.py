@@ -104,10 +104,10 @@ def _read_split(directory: Path, split: str, task: Task, recorded: Mapping[str, 
         table = read_stream(content, pa.schema(columns))
         _check_cells(table, task)
         rows = as_dataset(table)
-        found = (digest_rows(rows), rows[:]["row"])
+        read = (digest_rows(rows), rows[:]["row"])
     except parquet.ERRORS as error:
         _damaged(directory, f"{name}: {reason(error)}", error)
-    if found != (recorded["digest"], recorded["row_ids"]):
+    if read != (recorded["digest"], recorded["row_ids"]):
         _damaged(directory, f"{name} does not hold the rows of {MANIFEST}")
     return rows
 
@@ -131,24 +131,24 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise DataError(f"{directory}: not a prepared directory (no {MANIFEST})", GIVE_PREPARED)
     content = _read_file(directory, MANIFEST)
     try:
-        found = parse_json(content)
-        intact = isinstance(found, dict) and found == seal_manifest(found)
+        manifest = parse_json(content)
+        intact = isinstance(manifest, dict) and manifest == seal_manifest(manifest)
     except ValueError as error:
         _damaged(directory, f"{MANIFEST}: {reason(error)}", error)
-    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise DataError(f"{directory}: its {MANIFEST} is not one of unipelt's", GIVE_PREPARED)
-    if found["format"] != FORMAT:
+    if manifest["format"] != FORMAT:
         raise DataError(
-            f"{directory}: format {found['format']}, but this version reads format {FORMAT}",
+            f"{directory}: format {manifest['format']}, but this version reads format {FORMAT}",
             "update unipelt, or prepare the data again",
         )
     if not intact:
         _damaged(directory, f"{MANIFEST} was changed")
     try:
-        check_manifest(found)
+        check_manifest(manifest)
     except ValueError as error:
         _damaged(directory, f"{MANIFEST}: {reason(error)}", error)
-    return found
+    return manifest
 
 
 def _read_file(directory: Path, name: str) -> bytes:

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 from unipelt_cli.data import parquet
-from unipelt_cli.data.cells import Cells
+from unipelt_cli.data.cells import RawColumns
 from unipelt_cli.data.text_files import byte_sources, decoded_lines, json_values, recognition
 from unipelt_cli.data.text_files.decoded_lines import Lines
 from unipelt_cli.data.text_files.recognition import Layout, Quoting
 from unipelt_cli.data.text_files.records import (
     GIVE_ROWS,
+    DelimitedRecords,
     Fills,
-    Form,
-    Grid,
-    Objects,
-    Plain,
+    JsonRecords,
+    RecordCollector,
+    TextRecords,
     check_names,
 )
 from unipelt_cli.errors import ConfigError, DataError, nearest
@@ -46,7 +46,7 @@ def read_cells(
     published: bool = False,
     encoding: str | None = None,
     quotes: bool = True,
-) -> Cells:
+) -> RawColumns:
     """Read a whole file by its suffix; of a published one, or without `quotes`, a TSV keeps them.
 
     Raises ConfigError for an unknown encoding, and DataError for a file that cannot be read.
@@ -56,7 +56,7 @@ def read_cells(
     if kind == "parquet":
         columns, shared = _parquet(str(path), content)
         names = columns.class_names
-        return Cells(str(path), columns, range(columns.rows), shared=shared, names=names)
+        return RawColumns(str(path), columns, range(columns.rows), shared=shared, names=names)
 
     def text() -> Lines:
         return decoded_lines.of_bytes(str(path), content, encoding)
@@ -64,8 +64,8 @@ def read_cells(
     def again() -> Iterator[str]:
         yield from (line for _, line in text())
 
-    found = text()
-    reading = _Reading(found, recognition.of_kind(found, kind), (), header, published)
+    lines = text()
+    reading = _Reading(lines, recognition.of_kind(lines, kind), (), header, published)
     [cells] = reading.windows(
         lambda rows: False, _Look(str(path), again, is_off=published or not quotes)
     )
@@ -78,7 +78,7 @@ def read_file(
     kind: str | None = None,
     plain: Fills | None = None,
     encoding: str | None = None,
-) -> Iterator[Cells]:
+) -> Iterator[RawColumns]:
     """Read a file of any size a window at a time; its suffix says what it is, if nobody does.
 
     `plain` says which columns each text of a line without names fills: by default one each.
@@ -97,9 +97,9 @@ def read_file(
         with decoded_lines.of_file(path, encoding) as whole:
             yield from (line for _, line in whole)
 
-    with decoded_lines.of_file(path, encoding) as found:
-        reading = _Reading(found, recognition.of_kind(found, known), columns, plain=plain)
-        yield from reading.windows(_Pace(found), _Look(str(path), again))
+    with decoded_lines.of_file(path, encoding) as lines:
+        reading = _Reading(lines, recognition.of_kind(lines, known), columns, plain=plain)
+        yield from reading.windows(_Pace(lines), _Look(str(path), again))
 
 
 def read_input(
@@ -108,7 +108,7 @@ def read_input(
     kind: str | None = None,
     plain: Fills | None = None,
     encoding: str | None = None,
-) -> Iterator[Cells]:
+) -> Iterator[RawColumns]:
     """Read standard input, each row as soon as it is there.
 
     What it is, its beginning says, if nobody does: JSON, or a table with the names of the columns.
@@ -117,16 +117,16 @@ def read_input(
     known = None if kind is None else _format(kind)
     if known == "parquet":
         raise ConfigError("--format 'parquet': not for stdin", "name the FILE")
-    found = decoded_lines.of_pipe("stdin", stream, encoding)
+    lines = decoded_lines.of_pipe("stdin", stream, encoding)
     if known is None:
-        layout = recognition.of_pipe(found, columns, len(columns if plain is None else plain))
+        layout = recognition.of_pipe(lines, columns, len(columns if plain is None else plain))
     else:
-        layout = recognition.of_kind(found, known)
-    reading = _Reading(found, layout, columns, plain=plain)
-    yield from reading.windows(_Pace(found), _Look(found.origin))
+        layout = recognition.of_kind(lines, known)
+    reading = _Reading(lines, layout, columns, plain=plain)
+    yield from reading.windows(_Pace(lines), _Look(lines.origin))
 
 
-def noted(windows: Iterable[Cells], say: Callable[[str], object]) -> Iterator[Cells]:
+def noted(windows: Iterable[RawColumns], say: Callable[[str], object]) -> Iterator[RawColumns]:
     """Hand windows on; what they say of how they were read is said once, as it comes."""
     heard: set[str] = set()
     for cells in windows:
@@ -154,13 +154,13 @@ def _format(name: str) -> Format:
 class _Pace:
     """Where a window ends: few rows at first, then more, and never to wait for one."""
 
-    def __init__(self, found: Lines) -> None:
-        self.found, self.size, self.since = found, FIRST_WINDOW, 0
+    def __init__(self, lines: Lines) -> None:
+        self.lines, self.size, self.since = lines, FIRST_WINDOW, 0
 
     def __call__(self, rows: int) -> bool:
-        if rows < self.size and self.found.taken - self.since < WINDOW_CHARACTERS:
-            return not self.found.is_ready()
-        self.size, self.since = min(LARGEST_WINDOW, GROWTH * self.size), self.found.taken
+        if rows < self.size and self.lines.taken - self.since < WINDOW_CHARACTERS:
+            return not self.lines.is_ready()
+        self.size, self.since = min(LARGEST_WINDOW, GROWTH * self.size), self.lines.taken
         return True
 
 
@@ -172,13 +172,13 @@ class _Look:
     again: Callable[[], Iterator[str]] | None = None
     is_off: bool = False
 
-    def __call__(self, line: str, found: Lines) -> Quoting:
+    def __call__(self, line: str, lines: Lines) -> Quoting:
         """Decide where the first quote has come, in `line`."""
         if self.is_off:
             return Quoting(False)
         if self.again is None:
-            there = [line, *found.ahead(0)]
-            return recognition.quoting(self.origin, lambda: there, is_part=True)
+            sample = [line, *lines.ahead(0)]
+            return recognition.quoting(self.origin, lambda: sample, is_part=True)
         again = self.again
 
         def readable() -> Iterator[str]:
@@ -193,33 +193,33 @@ class _Reading:
 
     def __init__(
         self,
-        found: Lines,
+        lines: Lines,
         layout: Layout,
         columns: Sequence[str],
         header: bool = True,
         published: bool = False,
         plain: Fills | None = None,
     ) -> None:
-        self.found, self.layout = found, layout
-        self.form: Form
+        self.lines, self.layout = lines, layout
+        self.form: RecordCollector
         if layout.kind == "lines" and plain is not None and not plain:
             listed = ", ".join(map(short, columns))
-            what = f"{found.origin}: lines without names, and the runs read different columns"
+            what = f"{lines.origin}: lines without names, and the runs read different columns"
             raise DataError(what, f"give JSON lines, or CSV or TSV, with the columns {listed}")
         if layout.kind == "lines":
             fills = [[name] for name in columns] if plain is None else plain
-            self.form = Plain(found.origin, fills)
+            self.form = TextRecords(lines.origin, fills)
         elif layout.kind == "jsonl":
-            self.form = Objects(found.origin, columns)
+            self.form = JsonRecords(lines.origin, columns)
         else:
-            self.form = Grid(found.origin, header, published, columns, layout.names)
+            self.form = DelimitedRecords(lines.origin, header, published, columns, layout.names)
         self.form.notes += layout.notes
 
-    def windows(self, is_full: Callable[[int], bool], look: _Look) -> Iterator[Cells]:
+    def windows(self, is_full: Callable[[int], bool], look: _Look) -> Iterator[RawColumns]:
         """Group the rows into windows, each as soon as it is full."""
         form, failure = self.form, None
-        if not self.layout.spans and not self.found.first():
-            next(self.found, None)  # it may have a reason
+        if not self.layout.spans and not self.lines.first():
+            next(self.lines, None)  # it may have a reason
             form.refuse_empty()
         try:
             for line, record in self._records(look):
@@ -235,27 +235,27 @@ class _Reading:
             raise failure
 
     def _records(self, look: _Look) -> Iterator[Record]:
-        found, layout = self.found, self.layout
+        lines, layout = self.lines, self.layout
         if layout.skips:
-            next(line for _, line in found if line.strip())
+            next(line for _, line in lines if line.strip())
         if layout.kind == "csv":
-            return _csv_records(found, layout.mark)
+            return _csv_records(lines, layout.mark)
         if layout.kind == "tsv":
             return self._tab_records(look)
         if layout.spans:
-            found.cut_at(b"}")
-            return json_values.objects(found.origin, found)
-        return ((number, _bare(line)) for number, line in found)
+            lines.cut_at(b"}")
+            return json_values.objects(lines.origin, lines)
+        return ((number, _bare(line)) for number, line in lines)
 
     def _tab_records(self, look: _Look) -> Iterator[Record]:
         """Part lines at their tabs, unless quotes show that there is more to it."""
         is_open = True
-        for number, line in self.found:
+        for number, line in self.lines:
             if is_open and '"' in line:
-                is_open, quoting = False, look(line, self.found)
+                is_open, quoting = False, look(line, self.lines)
                 self.form.notes += quoting.notes
                 if quoting.is_on:
-                    yield from _csv_records(self.found, "\t", [(number, line)], quoting)
+                    yield from _csv_records(self.lines, "\t", [(number, line)], quoting)
                     return
             bare = _bare(line)
             yield number, bare.split("\t") if bare else []
@@ -266,7 +266,7 @@ def _bare(line: str) -> str:
 
 
 def _csv_records(
-    found: Lines, mark: str, taken: Sequence[tuple[int, str]] = (), quoting: Quoting = QUOTED
+    lines: Lines, mark: str, taken: Sequence[tuple[int, str]] = (), quoting: Quoting = QUOTED
 ) -> Iterator[Record]:
     """Yield each record with the line on which it starts; quoted fields may hold line ends.
 
@@ -277,9 +277,9 @@ def _csv_records(
 
     def pieces() -> Iterator[str]:
         nonlocal offset
-        for number, text in chain(taken, found):
+        for number, text in chain(taken, lines):
             offset = number - 1 if offset < 0 else offset
-            if found.taken - begun > decoded_lines.LONGEST_LINE:
+            if lines.taken - begun > decoded_lines.LONGEST_LINE:
                 raise csv.Error(f"a row of more than {decoded_lines.LONGEST_LINE} characters")
             text = recognition.doubled_quotes(text) if quoting.is_escaped else text
             if "\r" in text.rstrip("\r\n"):  # as lines of old files end
@@ -291,10 +291,10 @@ def _csv_records(
     try:
         for record in reader:
             yield offset + before + 1, record
-            before, begun = reader.line_num, found.taken
+            before, begun = reader.line_num, lines.taken
     except csv.Error as error:
         hint = "close the quotes; a quote inside a quoted field is written twice"
-        what = f"{found.origin}, line {max(0, offset) + before + 1}: malformed CSV ({error})"
+        what = f"{lines.origin}, line {max(0, offset) + before + 1}: malformed CSV ({error})"
         raise DataError(what, hint) from error
 
 
@@ -312,22 +312,22 @@ def _parquet(origin: str, content: bytes) -> tuple[parquet.ParquetColumns, dict[
     return columns, {name: count for name, count in counts.items() if count > 1}
 
 
-def _parquet_windows(origin: str, content: bytes, columns: Sequence[str]) -> Iterator[Cells]:
+def _parquet_windows(origin: str, content: bytes, columns: Sequence[str]) -> Iterator[RawColumns]:
     """Unpack a file's columns a window at a time; the packed file itself is held whole."""
-    found, shared = _parquet(origin, content)
+    table, shared = _parquet(origin, content)
     check_names(origin, shared, columns)
-    other, notes = recognition.matched(origin, columns, found.names)
+    other, notes = recognition.matched(origin, columns, table.names)
     names, start = {name: other.get(name, name) for name in columns}, 0
     try:
         class_names = {
-            name: found.class_names[other]
+            name: table.class_names[other]
             for name, other in names.items()
-            if other in found.class_names
+            if other in table.class_names
         }
-        for batch in found.batches(list(names.values()), LARGEST_WINDOW):
+        for batch in table.batches(list(names.values()), LARGEST_WINDOW):
             rows = range(start, start + len(batch[names[columns[0]]]))
-            window = {name: batch[own] for name, own in names.items()}
-            yield Cells(origin, window, rows, notes=notes, names=class_names)
+            window = {name: batch[column] for name, column in names.items()}
+            yield RawColumns(origin, window, rows, notes=notes, names=class_names)
             start = rows.stop
     except parquet.ERRORS as error:
         named = " and ".join(map(short, columns))

@@ -1,7 +1,7 @@
 """Where labelled rows come from, and what each source is called in the manifest.
 
 The packaged demo, GLUE's directory layout, GLUE on the hub, files of the user's own and the
-user's own hub data set all end as one value, `Found`: the draw needs to know no more of them.
+user's own hub data set all end as one value, `SourceRows`: the draw needs to know no more of them.
 """
 
 import os
@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset
 
 from unipelt_cli.config.sections import DataSettings
-from unipelt_cli.data.cells import Cells, encode_labelled, require
+from unipelt_cli.data.cells import RawColumns, encode_labelled, require
 from unipelt_cli.data.label_kind import LabelKind, alike, are_too_many, decide, one_spelling
 from unipelt_cli.data.own_files import OwnFiles
 from unipelt_cli.data.readers import read_cells
@@ -28,17 +28,17 @@ from unipelt_cli.text import reason, short
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceRows:
     """What a source offers before the draw: checked rows, by split; dev or test may lack."""
 
     task: Task
     source: dict[str, Any]
     rows: Mapping[str, Dataset]
     notes: tuple[str, ...] = ()
-    own: bool = False
+    is_own: bool = False
 
 
-def find(settings: DataSettings, files: OwnFiles | None = None) -> Found:
+def find(settings: DataSettings, files: OwnFiles | None = None) -> SourceRows:
     """Read the rows that `settings` name, wherever they are; own `files` may be read already.
 
     Raises DataError for a source that cannot be read or rows that cannot be used, and ConfigError
@@ -59,8 +59,8 @@ def find(settings: DataSettings, files: OwnFiles | None = None) -> Found:
 
 def glue_root(settings: DataSettings) -> Path | None:
     """Return the directory to take a task of GLUE from; None if the rows are elsewhere."""
-    own = settings.train_file or settings.dataset
-    if own or not isinstance(get_task(settings.task or "").source, Glue):
+    own_rows = settings.train_file or settings.dataset
+    if own_rows or not isinstance(get_task(settings.task or "").source, Glue):
         return None
     source = settings.source or os.environ.get("UNIPELT_DATA") or "hub"
     return None if source == "hub" else Path(source)
@@ -93,31 +93,39 @@ def with_positive(task: Task, positive: str | None) -> Task:
     return replace(task, positive=positive)
 
 
-def _found(
-    task: Task, source: dict[str, Any], cells: Mapping[str, Cells], text: Sequence[str], label: str
-) -> Found:
-    rows = {split: encode_labelled(found, task, text, label) for split, found in cells.items()}
-    return Found(
-        task, source, rows, tuple(note for found in cells.values() for note in found.notes)
+def _source_rows(
+    task: Task,
+    source: dict[str, Any],
+    cells: Mapping[str, RawColumns],
+    text: Sequence[str],
+    label: str,
+) -> SourceRows:
+    rows = {
+        split: encode_labelled(of_split, task, text, label) for split, of_split in cells.items()
+    }
+    return SourceRows(
+        task, source, rows, tuple(note for of_split in cells.values() for note in of_split.notes)
     )
 
 
-def _packaged(task: Task) -> Found:
+def _packaged(task: Task) -> SourceRows:
     assert isinstance(task.source, Packaged)
     folder = Path(__file__).parent / task.source.folder
     cells = {
         split: read_cells(folder / f"{split}.tsv", quotes=False) for split in ("train", "test")
     }
     source = {"kind": "packaged", "name": task.source.folder}
-    return _found(task, source, cells, task.text, "label")
+    return _source_rows(task, source, cells, task.text, "label")
 
 
-def _glue_directory(task: Task, glue: Glue, root: Path) -> Found:
+def _glue_directory(task: Task, glue: Glue, root: Path) -> SourceRows:
     header = isinstance(glue.label, str)
     files = glue_files(task, root)
     cells = {split: read_cells(path, header, published=True) for split, path in files.items()}
     source = {"kind": "directory", "path": str(root)}
-    return _found(task, source, cells, [str(column) for column in glue.columns], str(glue.label))
+    return _source_rows(
+        task, source, cells, [str(column) for column in glue.columns], str(glue.label)
+    )
 
 
 def glue_files(task: Task, root: Path) -> dict[str, Path]:
@@ -130,28 +138,28 @@ def glue_files(task: Task, root: Path) -> dict[str, Path]:
 def _glue_folder(name: str, folder: str, root: Path) -> Path:
     """Find a task's folder by GLUE's name in any case, or by the task's."""
     try:
-        found = sorted(path.name for path in root.iterdir() if path.is_dir())
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
     except (OSError, ValueError) as error:
         hint = "give a directory in GLUE's layout, one that `unipelt prepare` wrote, or 'hub'"
         raise DataError(f"data source {str(root)!r}: {reason(error)}", hint) from error
-    for candidate in (folder, *found):
-        if candidate in found and candidate.casefold() in (folder.casefold(), name):
+    for candidate in (folder, *folders):
+        if candidate in folders and candidate.casefold() in (folder.casefold(), name):
             return root / candidate
-    listed = f"folders found: {', '.join(found)}" if found else "it holds no folders"
+    listed = f"folders found: {', '.join(folders)}" if folders else "it holds no folders"
     raise DataError(f"{root}: no folder {folder!r} for task {name}", listed)
 
 
-def _glue_hub(task: Task, glue: Glue) -> Found:
+def _glue_hub(task: Task, glue: Glue) -> SourceRows:
     splits = _from_hub(HUB_GLUE, task.name, f"data.source = 'hub': {HUB_GLUE}:{task.name}")
     cells = {
         split: _hub_cells(f"{HUB_GLUE}:{task.name}, {theirs}", splits[theirs], glue.hub_columns)
         for split, theirs in (("train", "train"), ("test", glue.hub_dev))
     }
     source = {"kind": "hub", "dataset": HUB_GLUE, "config": task.name}
-    return _found(task, source, cells, glue.hub_columns, "label")
+    return _source_rows(task, source, cells, glue.hub_columns, "label")
 
 
-def _own_files(settings: DataSettings, train_file: str, files: OwnFiles) -> Found:
+def _own_files(settings: DataSettings, train_file: str, files: OwnFiles) -> SourceRows:
     text, label = _own_columns(settings)
     paths = {"train": train_file, "dev": settings.dev_file, "test": settings.test_file}
     named = {split: path for split, path in paths.items() if path}
@@ -161,7 +169,7 @@ def _own_files(settings: DataSettings, train_file: str, files: OwnFiles) -> Foun
     return _own(settings, Path(train_file).stem, source, cells)
 
 
-def _own_hub(settings: DataSettings, dataset: str) -> Found:
+def _own_hub(settings: DataSettings, dataset: str) -> SourceRows:
     """Take a hub data set's train split, and as test the first other one that is labelled."""
     text, label = _own_columns(settings)
     name, _, config = dataset.partition(":")
@@ -179,8 +187,8 @@ def _own_hub(settings: DataSettings, dataset: str) -> Found:
 
 
 def _own(
-    settings: DataSettings, name: str, source: dict[str, Any], cells: Mapping[str, Cells]
-) -> Found:
+    settings: DataSettings, name: str, source: dict[str, Any], cells: Mapping[str, RawColumns]
+) -> SourceRows:
     """Check the user's own cells, decide what their labels are, and encode them."""
     text, label = tuple(source["text"]), str(source["label"])
     for part in cells.values():
@@ -198,8 +206,8 @@ def _own(
             _refuse_unrepeated(cells["train"].origin, labels)
         notes += alike(labels)
     task = _own_task(settings, name, text, labels, decided)
-    found = _found(task, source, cells, text, label)
-    return replace(found, own=True, notes=(*found.notes, *notes))
+    rows = _source_rows(task, source, cells, text, label)
+    return replace(rows, is_own=True, notes=(*rows.notes, *notes))
 
 
 def _own_columns(settings: DataSettings) -> tuple[tuple[str, ...], str]:
@@ -267,11 +275,11 @@ def _from_hub(name: str, config: str | None, setting: str) -> dict[str, Dataset]
         ) from error
 
 
-def _hub_cells(origin: str, rows: Dataset, text: Sequence[str], label: str = "label") -> Cells:
+def _hub_cells(origin: str, rows: Dataset, text: Sequence[str], label: str = "label") -> RawColumns:
     """Take the columns of a hub split; rows without a label are left out and counted."""
     require(origin, (*text, label), rows.column_names)
     table = rows.select_columns([*text, label]).with_format("arrow")[:]
-    values = Cells(origin, {label: table[label]}, range(len(rows))).column(label)
+    values = RawColumns(origin, {label: table[label]}, range(len(rows))).column(label)
     feature = rows.features[label]
     if isinstance(feature, datasets.ClassLabel):
         named = dict(enumerate(feature.names))
@@ -283,4 +291,4 @@ def _hub_cells(origin: str, rows: Dataset, text: Sequence[str], label: str = "la
     notes = (f"{origin}: rows without a label left out: {skipped}",) if skipped else ()
     taken = table.take(pa.array(kept, pa.int64()))
     columns = {name: taken[name] for name in text} | {label: [values[index] for index in kept]}
-    return Cells(origin, columns, kept, published=True, notes=notes)
+    return RawColumns(origin, columns, kept, published=True, notes=notes)

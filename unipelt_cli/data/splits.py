@@ -11,36 +11,36 @@ from unipelt_cli.data.cells import as_dataset
 from unipelt_cli.data.division import divide, division_notes, settle
 from unipelt_cli.data.folds import assign_folds
 from unipelt_cli.data.manifest import SPLITS
-from unipelt_cli.data.sources import Found
+from unipelt_cli.data.sources import SourceRows
 from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import Task
 from unipelt_cli.text import short
 
 
 def draw_splits(
-    found: Found, settings: DataSettings
+    source: SourceRows, settings: DataSettings
 ) -> tuple[DataSettings, dict[str, Dataset], list[str]]:
     """Shuffle the train rows by the data seed and cut them: test (if none), train, dev.
 
     Without k, dev is cut before train, which is all the rest. Returns the settings with what
     `auto` became, the splits that there are, and what must be known of them.
     """
-    shuffled = found.rows["train"].shuffle(seed=settings.data_seed, keep_in_memory=True)
-    settled = settle(found, settings, shuffled)
-    division = divide(found, settled)
+    shuffled = source.rows["train"].shuffle(seed=settings.data_seed, keep_in_memory=True)
+    settled = settle(source, settings, shuffled)
+    division = divide(source, settled)
     splits = {"train": _part(shuffled, division.train)}
     for split, places in (("dev", division.dev), ("test", division.test)):
         if places:
             splits[split] = _part(shuffled, places)
-        elif split in found.rows and not settled.folds:
-            splits[split] = found.rows[split]
-    _check_classes(found.task, splits["train"], settled.k)
+        elif split in source.rows and not settled.folds:
+            splits[split] = source.rows[split]
+    _check_classes(source.task, splits["train"], settled.k)
     if settled.folds:
         assert settled.folds != "auto"
-        assign_folds(found.task, splits["train"], settled.folds, settled.data_seed)
-    odd = (*_unseen_labels(found.task, splits), *_flat_values(found.task, splits["train"]))
-    told = division_notes(found, settings, settled, division)
-    return settled, splits, [*found.notes, *told, *odd]
+        assign_folds(source.task, splits["train"], settled.folds, settled.data_seed)
+    odd = (*_unseen_labels(source.task, splits), *_flat_values(source.task, splits["train"]))
+    decided = division_notes(source, settings, settled, division)
+    return settled, splits, [*source.notes, *decided, *odd]
 
 
 def _part(rows: Dataset, places: range) -> Dataset:

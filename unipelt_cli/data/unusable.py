@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from unipelt_cli.data.cells import FILL_IN, Cells, LabelError, RowError, label_of
+from unipelt_cli.data.cells import FILL_IN, LabelError, RawColumns, RowError, label_of
 from unipelt_cli.errors import DataError
 
 DROP = "fill it in, or drop the row"
@@ -26,7 +26,7 @@ class LeftOut:
         self.kept = self.count = 0
         self.first: list[str] = []
 
-    def keep(self, cells: Cells, text: Sequence[str], label: str) -> Cells:
+    def keep(self, cells: RawColumns, text: Sequence[str], label: str) -> RawColumns:
         """Return the rows that have both; of a pair one text is enough."""
         cells.require((*text, label))
         names, has_text = cells.names.get(label, ()), _with_text(cells, text)
@@ -53,14 +53,14 @@ class LeftOut:
         return (f"{origin}: rows without a text or label left out: {self.count} ({what} {named})",)
 
 
-def without_unusable(cells: Cells, text: Sequence[str], label: str) -> Cells:
+def without_unusable(cells: RawColumns, text: Sequence[str], label: str) -> RawColumns:
     """Leave such rows out of a whole file, and count them in a note of its cells."""
     left_out = LeftOut()
     kept = left_out.keep(cells, text, label)
     return replace(kept, notes=(*cells.notes, *left_out.notes(cells.origin)))
 
 
-def refuse_repeated_header(cells: Cells, text: Sequence[str], label: str) -> None:
+def refuse_repeated_header(cells: RawColumns, text: Sequence[str], label: str) -> None:
     """Raise DataError for a row that holds the names of the columns, as in joined files."""
     for index, value in enumerate(cells.column(label)):
         if value == label and all(cells.column(name)[index] == name for name in text):
@@ -68,7 +68,7 @@ def refuse_repeated_header(cells: Cells, text: Sequence[str], label: str) -> Non
 
 
 def windows_of_texts(
-    windows: Iterable[Cells],
+    windows: Iterable[RawColumns],
     groups: Sequence[Sequence[str]],
     hint: str = DROP,
     *,
@@ -84,36 +84,36 @@ def windows_of_texts(
         if skip:
             each = [_with_text(cells, group) for group in groups]
             usable = tuple(map(all, zip(*each, strict=True)))
-            kept = [place for place, is_usable in enumerate(usable) if is_usable]
+            kept = [index for index, is_usable in enumerate(usable) if is_usable]
             cells = _chosen(cells, _columns(groups), kept)
         failure: RowError | None = None
         while True:
             try:
-                found = texts_by_column(cells, groups)
+                texts = texts_by_column(cells, groups)
                 break
             except RowError as error:
                 failure = error
                 usable = _up_to(usable, error.index)
                 cells = cells.first(error.index, _columns(groups))
         if usable:
-            yield Window(found, usable)
+            yield Window(texts, usable)
         if failure is not None:
             remedy = hint if failure.hint == FILL_IN else failure.hint
             raise RowError(failure.message, remedy, failure.index)
 
 
-def texts_by_column(cells: Cells, groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
+def texts_by_column(cells: RawColumns, groups: Sequence[Sequence[str]]) -> dict[str, list[str]]:
     """Return the checked texts of every column that a group reads; raise for the first bad row."""
-    found: dict[str, list[str]] = {}
+    texts_of: dict[str, list[str]] = {}
     failure: RowError | None = None
     for group in groups:
         try:
-            found |= zip(group, cells.rows_of_texts(group), strict=True)
+            texts_of |= zip(group, cells.rows_of_texts(group), strict=True)
         except RowError as error:
             failure = error if failure is None or error.index < failure.index else failure
     if failure is not None:
         raise failure
-    return found
+    return texts_of
 
 
 def _columns(groups: Sequence[Sequence[str]]) -> list[str]:
@@ -122,21 +122,21 @@ def _columns(groups: Sequence[Sequence[str]]) -> list[str]:
 
 def _up_to(usable: tuple[bool, ...], count: int) -> tuple[bool, ...]:
     """Cut what is said of rows before the usable one of this number (from 0)."""
-    places = [place for place, is_usable in enumerate(usable) if is_usable]
+    places = [index for index, is_usable in enumerate(usable) if is_usable]
     return usable[: places[count]]
 
 
-def _chosen(cells: Cells, names: Iterable[str], places: Sequence[int]) -> Cells:
+def _chosen(cells: RawColumns, names: Iterable[str], places: Sequence[int]) -> RawColumns:
     """Return some columns of the rows at some places."""
     columns = {}
     for name in names:
         values = cells.column(name)
-        columns[name] = [values[place] for place in places]
-    lines = [cells.lines[place] for place in places] if cells.lines else ()
+        columns[name] = [values[index] for index in places]
+    lines = [cells.lines[index] for index in places] if cells.lines else ()
     return replace(cells, columns=columns, rows=[cells.rows[p] for p in places], lines=lines)
 
 
-def _with_text(cells: Cells, columns: Sequence[str]) -> list[bool]:
+def _with_text(cells: RawColumns, columns: Sequence[str]) -> list[bool]:
     """Say of each row whether any of the columns holds a text."""
     each = zip(*map(cells.column, columns), strict=True)
     return [not all(map(_is_missing, values)) for values in each]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from unipelt_cli.data.cells import Cells
+from unipelt_cli.data.cells import RawColumns
 from unipelt_cli.data.unusable import DROP, windows_of_texts
 from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import Task
@@ -32,22 +32,22 @@ def windows_of_rows(rows: Iterable[Row], tasks: Sequence[Task]) -> Iterator[dict
     plain, start, rest = columns_without_names(tasks), 0, iter(rows)
     while some := list(islice(rest, WINDOW)):
         columns: dict[str, list[object]] = {name: [] for name in names}
-        for place, row in enumerate(some, start):
-            for name, text in _parts(place, row, names, plain):
+        for number, row in enumerate(some, start):
+            for name, text in _parts(number, row, names, plain):
                 columns[name].append(text)
-        cells = Cells("rows", columns, range(start, start + len(some)))
+        cells = RawColumns("rows", columns, range(start, start + len(some)))
         for window in windows_of_texts([cells], [task.text for task in tasks]):
             yield window.texts
         start += len(some)
 
 
 def _parts(
-    place: int, row: object, names: Sequence[str], plain: Sequence[Sequence[str]]
+    number: int, row: object, names: Sequence[str], plain: Sequence[Sequence[str]]
 ) -> Iterator[tuple[str, object]]:
     """Yield the cells of a row by column."""
     if isinstance(row, Mapping):
         if missing := [name for name in names if name not in row]:
-            raise DataError(f"rows, row {place}: {missing[0]!r} is missing", DROP)
+            raise DataError(f"rows, row {number}: {missing[0]!r} is missing", DROP)
         yield from ((name, row[name]) for name in names)
         return
     texts = [row] if isinstance(row, str) else row
@@ -55,7 +55,7 @@ def _parts(
         wanted = " and ".join(map(repr, names))
         expected = "a text" if len(plain) == 1 else "a pair of texts"
         hint = f"give a mapping with {wanted}" + (f", or {expected}" if plain else "")
-        raise DataError(f"rows, row {place}: {_kind(row)}", hint)
+        raise DataError(f"rows, row {number}: {_kind(row)}", hint)
     for each, text in zip(plain, texts, strict=True):
         yield from ((name, text) for name in each)
 

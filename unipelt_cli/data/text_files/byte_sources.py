@@ -141,10 +141,10 @@ def _usable(
 ) -> Iterator[bytes]:
     """Yield what comes before the wrong byte, and raise NotInEncoding for it."""
     texts: list[str] = []
-    for place in range(len(piece)):
+    for index in range(len(piece)):
         try:
-            texts.append(decoder.decode(piece[place : place + 1]))
+            texts.append(decoder.decode(piece[index : index + 1]))
         except UnicodeDecodeError as error:
             yield "".join(texts).encode("utf-8")
-            what = f"byte 0x{piece[place]:02x} at offset {offset + place}"
+            what = f"byte 0x{piece[index]:02x} at offset {offset + index}"
             raise NotInEncoding(f"not {encoding.replace('_', '-')} ({what})") from error

@@ -140,8 +140,8 @@ class Lines(Iterator[tuple[int, str]]):
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             text = content[: content.rfind(b"\n", 0, error.start) + 1].decode("utf-8")
-            byte, place = content[error.start], self._offset + error.start
-            what = f"not UTF-8 (byte 0x{byte:02x} at offset {place})"
+            byte, position = content[error.start], self._offset + error.start
+            what = f"not UTF-8 (byte 0x{byte:02x} at offset {position})"
             # As older spreadsheets write.
             hint = "save it as UTF-8, for example: iconv -f windows-1252 -t utf-8 FILE > NEW; "
             hint += "or give --encoding windows-1252"
@@ -243,11 +243,11 @@ def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
 
 def _size(path: Path) -> int:
     """Return a regular file's size in bytes."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        what = "Is a directory" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        what = "Is a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise DataError(f"{path}: {what}", "give the path of a file")
-    return found.st_size
+    return status.st_size
 
 
 @contextmanager

@@ -25,9 +25,9 @@ def objects(origin: str, parts: Iterable[tuple[int, str]]) -> Iterator[tuple[int
     depth = size = begun = number = 0
     in_string = False
     for number, text in parts:
-        start = place = 0
-        while match := (_REST.match if in_string else _TOKEN.search)(text, place):
-            place = match.end()
+        start = position = 0
+        while match := (_REST.match if in_string else _TOKEN.search)(text, position):
+            position = match.end()
             if match[2] is not None:
                 in_string = not match[2]
                 if in_string:
@@ -35,13 +35,13 @@ def objects(origin: str, parts: Iterable[tuple[int, str]]) -> Iterator[tuple[int
                 continue
             mark = match[0]
             if mark == "{" and not depth:
-                gaps.check("".join([*held, text[start : place - 1]]), number)
-                held, size, start, begun, depth = [], 0, place - 1, number, 1
+                gaps.check("".join([*held, text[start : position - 1]]), number)
+                held, size, start, begun, depth = [], 0, position - 1, number, 1
             elif depth:
                 depth += 1 if mark in "[{" else -1
                 if not depth:
-                    yield begun, "".join([*held, text[start:place]])
-                    held, size, start = [], 0, place
+                    yield begun, "".join([*held, text[start:position]])
+                    held, size, start = [], 0, position
         held.append(text[start:])
         size += len(held[-1])
         if size > decoded_lines.LONGEST_LINE:

@@ -72,10 +72,10 @@ def of_pipe(text: Lines, columns: Sequence[str], parts: int) -> Layout:
             return _marked(text, "tsv" if mark == "\t" else "csv", mark)
     if len(wanted) == 1 and {folded(name) for name in fields(first, ",")} == wanted:
         lines = text.ahead(2)[1:LOOKED_AT]
-        said = f"{text.origin}: its first line is taken for the name of the column"
+        decision = f"{text.origin}: its first line is taken for the name of the column"
         if lines:
             is_csv = all(len(fields(line, ",")) == 1 for line in lines)
-            notes = (f"{said}; --format lines if it is a text",)
+            notes = (f"{decision}; --format lines if it is a text",)
             return (
                 Layout("csv", notes=notes) if is_csv else Layout("lines", skips=True, notes=notes)
             )
@@ -90,11 +90,13 @@ def of_pipe(text: Lines, columns: Sequence[str], parts: int) -> Layout:
             )
     lines = text.ahead(1)[:LOOKED_AT]
     if len(wanted) == 1 and len(lines) > 1 and all(map(_is_quoted, lines)):
-        said = f"{text.origin}: one column of quoted texts without a name"
-        return Layout("csv", names=tuple(columns), notes=(f"{said}; --format lines keeps quotes",))
+        decision = f"{text.origin}: one column of quoted texts without a name"
+        return Layout(
+            "csv", names=tuple(columns), notes=(f"{decision}; --format lines keeps quotes",)
+        )
     what = "a text" if parts == 1 else f"{parts} texts with tabs between them"
-    said = f"{text.origin}: nothing looks like a table, so each line is {what}"
-    return Layout("lines", notes=(f"{said}; --format lines says so",) if lines else ())
+    decision = f"{text.origin}: nothing looks like a table, so each line is {what}"
+    return Layout("lines", notes=(f"{decision}; --format lines says so",) if lines else ())
 
 
 def _marked(text: Lines, kind: TextKind, mark: str, *, skips: bool = False) -> Layout:
@@ -130,19 +132,19 @@ def matched(
     for name in wanted:
         if name in every:
             continue
-        close = [own for own in every if folded(own) == folded(name)]
+        close = [column for column in every if folded(column) == folded(name)]
         if len(close) != 1 or close[0] in wanted:
             raise DataError(f"{origin}: no column {short(name)}", nearest_column(name, every))
         other[name] = close[0]
     file = Path(origin).name
-    pairs = ((short(own), short(name)) for name, own in other.items())
-    return other, tuple(f"{file}: column {own} is taken for {name}" for own, name in pairs)
+    pairs = ((short(column), short(name)) for name, column in other.items())
+    return other, tuple(f"{file}: column {column} is taken for {name}" for column, name in pairs)
 
 
 def nearest_column(name: str, names: Sequence[str]) -> str:
     """Return the hint for a column that is not there: those that are, and what to do."""
     listed = f"columns found: {', '.join(map(short, names[:50]))}"
-    by_fold = {folded(own): own for own in names}
+    by_fold = {folded(column): column for column in names}
     close = get_close_matches(folded(name), by_fold, n=1)
     if close:
         return f"did you mean {short(by_fold[close[0]])}? {listed}; rename it to {short(name)}"
@@ -196,12 +198,12 @@ def _is_table(text: Lines, mark: str) -> bool:
 
 
 def _are_names(names: Sequence[str]) -> bool:
-    given = [name.strip() for name in names if name.strip()]
-    if len(given) < 2 or len(set(given)) < len(given):
+    filled = [name.strip() for name in names if name.strip()]
+    if len(filled) < 2 or len(set(filled)) < len(filled):
         return False
     return all(
         len(name) <= LONGEST_NAME and len(name.split()) <= MOST_WORDS and not _is_number(name)
-        for name in given
+        for name in filled
     )
 
 
@@ -262,10 +264,14 @@ def quoting(origin: str, read: Callable[[], Iterable[str]], *, is_part: bool = F
         if not seen.begins:
             return Quoting(False)
         if is_sound and seen.cells:
-            said = f"{file}: quotes around cells are taken off, as in tables of pandas, R and Excel"
-            return Quoting(True, is_escaped, (said,))
-    said = f"{file}: quotes are kept as parts of the cells, because not all are around whole ones"
-    return Quoting(False, notes=(said,))
+            decision = (
+                f"{file}: quotes around cells are taken off, as in tables of pandas, R and Excel"
+            )
+            return Quoting(True, is_escaped, (decision,))
+    decision = (
+        f"{file}: quotes are kept as parts of the cells, because not all are around whole ones"
+    )
+    return Quoting(False, notes=(decision,))
 
 
 class _Seen:

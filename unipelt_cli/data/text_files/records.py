@@ -1,6 +1,7 @@
 """What the records of each text format become: columns of cells, as many rows as were added.
 
-A form takes records one by one and is asked for the rows since; a wrong record leaves it as it was.
+A collector takes records one at a time and returns the rows since; a wrong record leaves it as it
+was.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
-from unipelt_cli.data.cells import Cells
+from unipelt_cli.data.cells import RawColumns
 from unipelt_cli.data.text_files import decoded_lines
 from unipelt_cli.data.text_files.recognition import matched
 from unipelt_cli.errors import DataError
@@ -24,17 +25,17 @@ Fills = Sequence[Sequence[str]]
 """The columns that each text of a line without names fills."""
 
 
-class Form(Protocol):
+class RecordCollector(Protocol):
     """What is made of a format's records: the rows that were added and not taken yet."""
 
     notes: list[str]
 
     def __len__(self) -> int: ...
 
-    def add(self, line: int, found: Any) -> None:
+    def add(self, line: int, record: Any) -> None:
         """Take up a record; raise DataError, and change nothing, for a wrong one."""
 
-    def take(self) -> Cells:
+    def take(self) -> RawColumns:
         """Return the rows, and begin anew."""
 
     def finish(self) -> None:
@@ -44,7 +45,7 @@ class Form(Protocol):
         """Raise DataError for an input that holds nothing."""
 
 
-class Plain:
+class TextRecords:
     """Lines of texts that are not blank, a tab between each two texts."""
 
     def __init__(self, origin: str, names: Fills) -> None:
@@ -61,22 +62,22 @@ class Plain:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def add(self, line: int, found: str) -> None:
+    def add(self, line: int, text: str) -> None:
         is_alone = len(self.names) == 1
-        if not found.strip(" \r\n" if not is_alone else None):
+        if not text.strip(" \r\n" if not is_alone else None):
             return
-        parts = [found] if is_alone else found.split("\t")
+        parts = [text] if is_alone else text.split("\t")
         if len(parts) != len(self.names):
             what = f"texts between tabs: {len(parts)} instead of {len(self.names)}"
             raise DataError(f"{self.origin}, line {line}: {what}", self.hint)
         _append(self.columns, parts)
         self.numbers.append(line)
 
-    def take(self) -> Cells:
+    def take(self) -> RawColumns:
         filled = zip(self.names, self.columns, strict=True)
         columns = {name: column for names, column in filled for name in names}
         rows = range(self.start, self.start + len(self))
-        cells = Cells(self.origin, columns, rows, self.numbers, notes=tuple(self.notes))
+        cells = RawColumns(self.origin, columns, rows, self.numbers, notes=tuple(self.notes))
         self.start = rows.stop
         self._begin()
         return cells
@@ -88,7 +89,7 @@ class Plain:
         raise DataError(f"{self.origin}: empty", self.hint)
 
 
-class Grid:
+class DelimitedRecords:
     """Records under a header; blank lines, and empty rows at the end, are none of them.
 
     Of published files nothing is blank, and up to 1 % of garbled rows are left out.
@@ -119,23 +120,23 @@ class Grid:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, line: int, found: Sequence[str]) -> None:
-        if len(found) == self.width and (self.published or any(map(str.strip, found))):
+    def add(self, line: int, cells: Sequence[str]) -> None:
+        if len(cells) == self.width and (self.published or any(map(str.strip, cells))):
             if self.empty:
                 self._flush()
-            self._append(line, found)
-        elif self.published or not _is_blank(found, self.width):
-            self._add_other(line, found)
+            self._append(line, cells)
+        elif self.published or not _is_blank(cells, self.width):
+            self._add_other(line, cells)
 
-    def _add_other(self, line: int, found: Sequence[str]) -> None:
+    def _add_other(self, line: int, cells: Sequence[str]) -> None:
         """Take up a record that is not simply a row: the header, a wrong or an empty one."""
         if self.width is None:
-            self._name(found if self.has_header else [str(n) for n in range(len(found))])
+            self._name(cells if self.has_header else [str(n) for n in range(len(cells))])
             if not self.has_header:
-                self._append(line, found)
-        elif len(found) != self.width:
+                self._append(line, cells)
+        elif len(cells) != self.width:
             self._flush()
-            self._refuse(line, len(found), self.width)
+            self._refuse(line, len(cells), self.width)
             self.row += 1
         elif len(self.empty) < decoded_lines.MOST_EMPTY_LINES:
             self.empty.append(line)
@@ -150,16 +151,16 @@ class Grid:
         check_names(self.origin, self.shared, self.wanted)
         self.width = len(names)
         if self.shared:
-            self.kept = [place for place, name in enumerate(names) if counts[name] == 1]
-        own = [name for name in names if counts[name] == 1]
-        other, notes = matched(self.origin, self.wanted, own)
+            self.kept = [index for index, name in enumerate(names) if counts[name] == 1]
+        unique = [name for name in names if counts[name] == 1]
+        other, notes = matched(self.origin, self.wanted, unique)
         theirs = {theirs: name for name, theirs in other.items()}
-        self.names = [theirs.get(name, name) for name in own]
+        self.names = [theirs.get(name, name) for name in unique]
         self.notes += notes
         self._begin()
 
-    def _append(self, line: int, found: Sequence[str]) -> None:
-        kept = found if self.kept is None else [found[place] for place in self.kept]
+    def _append(self, line: int, cells: Sequence[str]) -> None:
+        kept = cells if self.kept is None else [cells[index] for index in self.kept]
         _append(self.columns, kept)
         self.lines.append(line)
         self.rows.append(self.row)
@@ -179,7 +180,7 @@ class Grid:
         if not self.published:
             raise self.wrong
 
-    def take(self) -> Cells:
+    def take(self) -> RawColumns:
         names = self.names or ()
         bad = (
             (f"{self.origin}: garbled rows left out: {self.bad}",)
@@ -188,7 +189,7 @@ class Grid:
         )
         notes = (*self.notes, *bad)
         columns = dict(zip(names, self.columns, strict=True))
-        cells = Cells(
+        cells = RawColumns(
             self.origin, columns, self.rows, self.lines, self.published, notes, shared=self.shared
         )
         self._begin()
@@ -206,12 +207,12 @@ class Grid:
         raise DataError(f"{self.origin}: empty file", GIVE_ROWS)
 
 
-def _is_blank(found: Sequence[str], width: int | None) -> bool:
+def _is_blank(cells: Sequence[str], width: int | None) -> bool:
     """Say whether a record is a blank line; in a single column quotes may hold an empty text."""
-    return not found or (width != 1 and len(found) == 1 and not found[0].strip())
+    return not cells or (width != 1 and len(cells) == 1 and not cells[0].strip())
 
 
-class Objects:
+class JsonRecords:
     """JSON objects, one a line that is not blank, or one after another."""
 
     def __init__(self, origin: str, wanted: Sequence[str]) -> None:
@@ -228,12 +229,12 @@ class Objects:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def add(self, line: int, found: str) -> None:
-        if not found.strip():
+    def add(self, line: int, text: str) -> None:
+        if not text.strip():
             return
         try:
-            row = parse_json(found, takes_constants=True)
-            if "\\u" in found:
+            row = parse_json(text, takes_constants=True)
+            if "\\u" in text:
                 json.dumps(row, ensure_ascii=False).encode()  # Refuses half a surrogate pair.
         except ValueError as error:
             what = f"malformed JSON ({reason(error)})"
@@ -259,8 +260,8 @@ class Objects:
         if self.wanted:
             raise self.wrapped
 
-    def take(self) -> Cells:
-        place = range(self.start, self.start + len(self.rows))
+    def take(self) -> RawColumns:
+        row_numbers = range(self.start, self.start + len(self.rows))
         # A column that the first window has is one of all: later its cells can only be missing.
         columns = Columns(self.rows, self.wanted if self.start else ())
         if self.wanted and not self.start:
@@ -268,9 +269,9 @@ class Objects:
             self.notes += notes
         if self.other:
             columns = Columns(self.rows, self.wanted, self.other)
-        lines, self.start = self.lines, place.stop
+        lines, self.start = self.lines, row_numbers.stop
         self._begin()
-        return Cells(self.origin, columns, place, lines, notes=tuple(self.notes))
+        return RawColumns(self.origin, columns, row_numbers, lines, notes=tuple(self.notes))
 
     def finish(self) -> None:
         if self.wrapped is not None and self.start + len(self.rows) == 1:
