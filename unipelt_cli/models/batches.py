@@ -74,7 +74,12 @@ class Encoded:
         """Return these rows and others with as many texts after them."""
         both, kept = (self, other), self.types is not None and other.types is not None
         ids = [ids for text in range(self.texts) for rows in both for ids in rows._text(text)[0]]
-        types = [own for text in range(self.texts) for rows in both for own in rows._text(text)[1]]
+        types = [
+            row_types
+            for text in range(self.texts)
+            for rows in both
+            for row_types in rows._text(text)[1]
+        ]
         return replace(self, ids=ids, types=types if kept else None)
 
     def _text(self, text: int) -> tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]:
@@ -94,10 +99,10 @@ class Encoded:
         mask = np.arange(length) < counts[:, None]
 
         def padded(values: Sequence[Sequence[int]], value: int) -> Tensor:
-            there = np.full(mask.shape, value)
+            padded = np.full(mask.shape, value)
             flat = chain.from_iterable(values[row] for row in rows)
-            there[mask] = np.fromiter(flat, np.int64, int(counts.sum()))
-            return torch.from_numpy(there)
+            padded[mask] = np.fromiter(flat, np.int64, int(counts.sum()))
+            return torch.from_numpy(padded)
 
         ids, real = padded(self.ids, self.pad_id), torch.from_numpy(mask.astype(np.int64))
         inputs = {"input_ids": ids, "attention_mask": real}
@@ -161,14 +166,14 @@ def interleaved(
     tasks whose rows' `classes` are given, as many rows, the same number of every class.
     """
     batches = [
-        shuffled(own, batch_size, seed, epoch, task)
+        shuffled(of_task, batch_size, seed, epoch, task)
         if labels is None
         else balanced(labels, batch_size, seed, epoch, task)
-        for task, (own, labels) in enumerate(zip_longest(lengths, classes))
+        for task, (of_task, labels) in enumerate(zip_longest(lengths, classes))
     ]
-    turns = np.repeat(np.arange(len(batches)), [len(own) for own in batches])
+    turns = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
     np.random.default_rng([seed, epoch, len(batches)]).shuffle(turns)
-    queues = [iter(own) for own in batches]
+    queues = [iter(of_task) for of_task in batches]
     return [(task, next(queues[task])) for task in turns.tolist()]
 
 
@@ -188,7 +193,7 @@ def shuffled(
         for part in parts
         for start in range(0, len(part), batch_size)
     ]
-    return [batches[place] for place in random.permutation(len(batches))]
+    return [batches[index] for index in random.permutation(len(batches))]
 
 
 def balanced(

@@ -206,7 +206,9 @@ def _attach(method: Method, backbone: "PreTrainedModel", site: Site, device: tor
     """Attach a method, and make sure that what it trains fits into memory."""
     method.attach(backbone, site)
     if not site.folded:
-        numbers = sum(own.numel() for own in backbone.parameters() if own.requires_grad)
+        numbers = sum(
+            parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad
+        )
         memory.require(numbers, OPTIMISED, f"training {numbers:,} numbers", device)
 
 

@@ -86,28 +86,28 @@ def compute_with_gates(
     tuned: Tuned, rows: Encoded, task: int = 0, processes: Processes = ALONE
 ) -> tuple[Logits, Gates]:
     """Return what `compute_logits` does, and how far each gate opened for each row."""
-    found: list[tuple[int, str]] = []  # (layer, gate)
+    names: list[tuple[int, str]] = []  # (layer, gate)
     values: list[NDArray[np.float32]] = []  # of each, (rows,)
 
     def keep(batch: list[int]) -> None:
-        if not found:
-            found.extend((layer, name) for layer, own in enumerate(recorded) for name in own)
-            values.extend(np.zeros((len(found), len(rows)), dtype=np.float32))
-        if found:  # one copy from the device; a row's gate is the mean over its texts
-            opened = torch.stack([value for own in recorded for value in own.values()]).cpu()
-            opened = opened.view(len(found), rows.texts, len(batch)).mean(1)
-            for own, value in zip(values, opened.numpy(), strict=True):
-                own[batch] = value
+        if not names:
+            names.extend((layer, name) for layer, gates in enumerate(recorded) for name in gates)
+            values.extend(np.zeros((len(names), len(rows)), dtype=np.float32))
+        if names:  # one copy from the device; a row's gate is the mean over its texts
+            opened = torch.stack([value for gates in recorded for value in gates.values()]).cpu()
+            opened = opened.view(len(names), rows.texts, len(batch)).mean(1)
+            for row_values, value in zip(values, opened.numpy(), strict=True):
+                row_values[batch] = value
 
     with record_gates(tuned.classifier.backbone) as recorded:
         logits = compute_logits(tuned, rows, task, processes, keep)
     # A process that had no row to compute does not know which gates there are.
-    shares = [share for share in processes.gather((found, values, len(recorded))) if share[0]]
+    shares = [share for share in processes.gather((names, values, len(recorded))) if share[0]]
     if not shares:
         return logits, []
     gates: Gates = [{} for _ in range(shares[0][2])]
-    for place, (layer, name) in enumerate(shares[0][0]):
-        gates[layer][name] = np.sum([own[1][place] for own in shares], axis=0, dtype=np.float32)
+    for index, (layer, name) in enumerate(shares[0][0]):
+        gates[layer][name] = np.sum([share[1][index] for share in shares], axis=0, dtype=np.float32)
     return logits, gates
 
 
@@ -115,10 +115,10 @@ def gate_means(each: Sequence[Gates]) -> tuple[dict[str, float], ...]:
     """Return by layer {gate: mean over all rows}, to six digits, of what passes recorded."""
     return tuple(
         {
-            name: round(float(np.concatenate([one[name] for one in own]).mean()), 6)
-            for name in own[0]
+            name: round(float(np.concatenate([gates[name] for gates in of_layer]).mean()), 6)
+            for name in of_layer[0]
         }
-        for own in zip(*each, strict=True)
+        for of_layer in zip(*each, strict=True)
     )
 
 
@@ -141,8 +141,8 @@ def fill(
             batch = waiting.pop()
             try:
                 answers = compute(rows.batch(batch, tuned.device))
-                for own, answer in zip(logits, answers, strict=True):
-                    own[batch] = answer.float().cpu().numpy()
+                for table, answer in zip(logits, answers, strict=True):
+                    table[batch] = answer.float().cpu().numpy()
                 if seen is not None:
                     seen(batch)
                 continue
@@ -157,16 +157,16 @@ def fill(
 
 
 def answers(
-    tuned: Tuned, task: Task, parts: Iterable[Any], max_length: int, place: int = 0
+    tuned: Tuned, task: Task, parts: Iterable[Any], max_length: int, task_index: int = 0
 ) -> tuple[Values, Values]:
     """Return predictions and references (rows,) of labelled rows that come part by part."""
-    told: list[Any] = []
+    predicted: list[Any] = []
     true: list[Any] = []
     for rows in parts:
         encoded = encode_rows(tuned, [rows[column] for column in task.text], max_length)
-        told.append(predictions(task, compute_logits(tuned, encoded, place)))
+        predicted.append(predictions(task, compute_logits(tuned, encoded, task_index)))
         true.append(references(rows))
-    return np.concatenate(told), np.concatenate(true)
+    return np.concatenate(predicted), np.concatenate(true)
 
 
 def predictions(task: Task, logits: Logits) -> Values:

@@ -50,7 +50,9 @@ def bootstrap_interval(
             weights = generator.multinomial(
                 counts.sum(), counts / counts.sum(), size=part.stop - part.start
             ).astype(np.float64)
-            each = [sample.metric(own, patterns[0], weights) for own in patterns[1:]]
+            each = [
+                sample.metric(predictions, patterns[0], weights) for predictions in patterns[1:]
+            ]
             scores[part] += sample.share * np.mean(each, axis=0)
     low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -59,8 +61,8 @@ def bootstrap_interval(
 def _patterns(sample: Sample) -> tuple[Values, NDArray[np.int64]]:
     """Return the distinct rows (references first, then each seed) and how often each occurs."""
     table = np.vstack([sample.references[None], sample.predictions])
-    found, counts = np.unique(table, axis=1, return_counts=True)
-    return cast(Values, found), counts.astype(np.int64)
+    distinct, counts = np.unique(table, axis=1, return_counts=True)
+    return cast(Values, distinct), counts.astype(np.int64)
 
 
 def score_interval(task: Task, predictions: Values, references: Values) -> Interval | None:

@@ -24,7 +24,7 @@ def share(first: Tuned, other: Tuned) -> None:
     for name, parameter in other.classifier.backbone.named_parameters():
         if not parameter.requires_grad:
             parameter.data = frozen[name]
-    joints = [one.method.joint(one.classifier.backbone) for one in (first, other)]
+    joints = [model.method.joint(model.classifier.backbone) for model in (first, other)]
     assert joints[0] is not None
     joints[0].lend(joints[1])
 
@@ -41,17 +41,17 @@ def can_join(first: Tuned, other: Tuned) -> bool:
 
 def hold_once(earlier: Sequence[Tuned], new: Tuned) -> None:
     """Let a model and earlier ones, none of which trains, hold once what is equal in them."""
-    for other in sorted(earlier, key=lambda one: _joint(one) is None):
+    for other in sorted(earlier, key=lambda model: _joint(model) is None):
         # Fused layers read the tensors that they were made of: they lend, and do not borrow.
         borrows = _joint(other) is None and _joint(new) is not None
         _lend(*((new, other) if borrows else (other, new)))
 
 
 def _lend(first: Tuned, other: Tuned) -> None:
-    there = dict(first.classifier.backbone.named_parameters())
+    lent = dict(first.classifier.backbone.named_parameters())
     for name, parameter in other.classifier.backbone.named_parameters():
-        if name in there and _is_same(there[name].data, parameter.data):
-            parameter.data = there[name].data
+        if name in lent and _is_same(lent[name].data, parameter.data):
+            parameter.data = lent[name].data
     joints = _joint(first), _joint(other)
     alike = (first.precision, first.device) == (other.precision, other.device)
     if joints[0] is not None and joints[1] is not None and alike:
@@ -62,9 +62,9 @@ def _joint(tuned: Tuned) -> Joint | None:
     return tuned.method.joint(tuned.classifier.backbone)
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    alike = (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device)
-    return alike and (one.data_ptr() == other.data_ptr() or torch.equal(one, other))
+def _is_same(first: Tensor, other: Tensor) -> bool:
+    alike = (first.dtype, first.shape, first.device) == (other.dtype, other.shape, other.device)
+    return alike and (first.data_ptr() == other.data_ptr() or torch.equal(first, other))
 
 
 def answer(tuned: Sequence[Tuned], inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -72,9 +72,9 @@ def answer(tuned: Sequence[Tuned], inputs: Mapping[str, Tensor]) -> list[Tensor]
     joints = list(map(_joint, tuned))
     assert joints[0] is not None
     rows = [len(inputs["attention_mask"])] * len(tuned)
-    joined = {name: own.repeat(len(tuned), 1) for name, own in inputs.items()}
+    joined = {name: tensor.repeat(len(tuned), 1) for name, tensor in inputs.items()}
     with joints[0].together(joints, rows):
         pooled = tuned[0].classifier.pooled(**joined)
-    classifiers = [own.classifier for own in tuned]
+    classifiers = [model.classifier for model in tuned]
     split = zip(classifiers, torch.split(pooled, rows), strict=True)
     return [classifier.read(classifier.combine(texts)) for classifier, texts in split]

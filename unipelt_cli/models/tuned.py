@@ -97,8 +97,8 @@ class Tuned:
 
     def parameter_counts(self) -> dict[str, int]:
         """Count what trains, what is stored (both without the head), and the head."""
-        own = dict(self.classifier.backbone.named_parameters())
-        lent = sum(own[name].numel() for name in self.untrained)
+        parameters = dict(self.classifier.backbone.named_parameters())
+        lent = sum(parameters[name].numel() for name in self.untrained)
         return {
             "trainable_parameters": self.method.trainable(self.classifier.backbone) - lent,
             "stored_parameters": count_stored(self._folded()),

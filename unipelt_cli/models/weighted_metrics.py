@@ -69,9 +69,9 @@ def _matthews(predictions: Values, references: Values, weights: Numbers, outputs
     """Gorodkin 2004: the correlation of two labellings from their confusion matrix."""
     counts = _confusion(predictions, references, weights, outputs)
     total, right = counts.sum(axis=(1, 2)), np.einsum("dii->d", counts)
-    true, told = counts.sum(axis=2), counts.sum(axis=1)
-    common = right * total - (true * told).sum(axis=1)
-    spread = (total**2 - (true**2).sum(axis=1)) * (total**2 - (told**2).sum(axis=1))
+    true, predicted = counts.sum(axis=2), counts.sum(axis=1)
+    common = right * total - (true * predicted).sum(axis=1)
+    spread = (total**2 - (true**2).sum(axis=1)) * (total**2 - (predicted**2).sum(axis=1))
     return _divide(common, np.sqrt(spread))
 
 
@@ -95,12 +95,12 @@ def _ranks(values: Values, weights: Numbers) -> Numbers:
     return ranks[places].T
 
 
-def _correlation(one: Numbers, other: Numbers, weights: Numbers) -> Numbers:
+def _correlation(first: Numbers, second: Numbers, weights: Numbers) -> Numbers:
     total = weights.sum(axis=1, keepdims=True)
-    one = one - (weights * one).sum(axis=1, keepdims=True) / total
-    other = other - (weights * other).sum(axis=1, keepdims=True) / total
-    squares = [(weights * values**2).sum(axis=1) for values in (one, other)]
-    return _divide((weights * one * other).sum(axis=1), np.sqrt(squares[0] * squares[1]))
+    first = first - (weights * first).sum(axis=1, keepdims=True) / total
+    second = second - (weights * second).sum(axis=1, keepdims=True) / total
+    squares = [(weights * values**2).sum(axis=1) for values in (first, second)]
+    return _divide((weights * first * second).sum(axis=1), np.sqrt(squares[0] * squares[1]))
 
 
 def _divide(numerator: Numbers, denominator: Numbers) -> Numbers:
