@@ -73,21 +73,21 @@ def as_started(experiment: Experiment, directory: Path) -> Experiment:
     return experiment.with_("data", **changes)
 
 
-def check_same(there: Experiment, asked: Experiment, directory: Path) -> None:
+def check_same(recorded: Experiment, asked: Experiment, directory: Path) -> None:
     """Raise RunError when a directory holds another experiment; `auto` matches what it became.
 
     So does a method's default where the run was begun before there was such a setting.
     """
-    found, wanted = there.settings(), asked.settings()
+    old_settings, wanted = recorded.settings(), asked.settings()
     defaults = asdict(methods.get(asked.method_name).method)
     later = {
         key
-        for key, value in there.method.earlier.items()
-        if found["method"].get(key) == value and wanted["method"].get(key) == defaults[key]
+        for key, value in recorded.method.earlier.items()
+        if old_settings["method"].get(key) == value and wanted["method"].get(key) == defaults[key]
     }
     for section, values in wanted.items():
-        for key in sorted(values.keys() | found[section].keys()):
-            old, new = found[section].get(key), values.get(key)
+        for key in sorted(values.keys() | old_settings[section].keys()):
+            old, new = old_settings[section].get(key), values.get(key)
             is_open = section == "data" and key == "dev_size" and asked.data.folds == "auto"
             if is_open or (section == "method" and key in later):
                 continue
@@ -127,16 +127,18 @@ def _rows_in(manifest: Any) -> Any:
     return {"splits": digests, **{key: manifest.get(key) for key in ("task", "labels", "text")}}
 
 
-def check_backbone(directory: Path, expected: Mapping[str, Any], found: Pretrained) -> None:
+def check_backbone(directory: Path, expected: Mapping[str, Any], backbone: Pretrained) -> None:
     """Raise RunError, with both names and the files that differ, for another backbone."""
-    if found.fingerprint == expected["fingerprint"]:
+    if backbone.fingerprint == expected["fingerprint"]:
         return
-    own, there = found.digests, expected["files"]
-    differ = ", ".join(n for n in sorted(own.keys() | there.keys()) if own.get(n) != there.get(n))
+    digests, recorded = backbone.digests, expected["files"]
+    differ = ", ".join(
+        n for n in sorted(digests.keys() | recorded.keys()) if digests.get(n) != recorded.get(n)
+    )
     raise RunError(
         f"{directory}: trained on backbone {expected['name']}{_revision(expected['revision'])} "
-        f"({expected['fingerprint'][:12]}), but {found.name}{_revision(found.revision)} is "
-        f"({found.fingerprint[:12]}): other {differ}",
+        f"({expected['fingerprint'][:12]}), but {backbone.name}{_revision(backbone.revision)} is "
+        f"({backbone.fingerprint[:12]}): other {differ}",
         "give the backbone that the run was trained on with --model",
     )
 

@@ -41,13 +41,13 @@ def directory_of(run: str | Path, *, offline: bool) -> Path:
 
 def parse(name: str) -> tuple[str, str | None]:
     """Return repository and revision of `hub:owner/name[@revision]`; raise RunError for another."""
-    found = _ADDRESS.fullmatch(name)
-    if found is None:
+    match = _ADDRESS.fullmatch(name)
+    if match is None:
         raise RunError(
             f"{name}: names no repository on the hub",
             "write hub:OWNER/NAME, or hub:OWNER/NAME@REVISION",
         )
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 def fetch(name: str, *, offline: bool) -> Path:
@@ -69,7 +69,7 @@ def fetch(name: str, *, offline: bool) -> Path:
             info = api.model_info(
                 repository, revision=revision, timeout=SECONDS, files_metadata=True
             )
-            _check(name, {own.rfilename: own.size or 0 for own in info.siblings or ()})
+            _check(name, {file.rfilename: file.size or 0 for file in info.siblings or ()})
             commit = info.sha
         names = [*_names()]
         snapshot = Path(api.snapshot_download(repository, revision=revision, allow_patterns=names))
@@ -84,12 +84,12 @@ def _kept(name: str, snapshot: Path, directory: Path) -> Path:
         return directory
     from unipelt_cli.files import atomic
 
-    found = {own: snapshot / own for own in _names() if (snapshot / own).is_file()}
-    _check(name, {own: path.stat().st_size for own, path in found.items()})
+    files = {file: snapshot / file for file in _names() if (snapshot / file).is_file()}
+    _check(name, {file: path.stat().st_size for file, path in files.items()})
     try:
         with atomic.new_directory(directory) as temporary:
-            for own, path in found.items():
-                shutil.copyfile(path, temporary / own)
+            for file, path in files.items():
+                shutil.copyfile(path, temporary / file)
     except RunError as error:
         if not directory.is_dir():  # else another process was faster
             raise RunError(error.message, "free space, or set HF_HOME to another place") from None
@@ -106,16 +106,16 @@ def _check(name: str, sizes: Mapping[str, int]) -> None:
     """Raise RunError for files that cannot be those of a run, by their names and sizes."""
     from unipelt_cli.runs.names import MODEL, PREDICTIONS
 
-    for own in _names():
-        if own not in sizes and own != PREDICTIONS:
+    for file in _names():
+        if file not in sizes and file != PREDICTIONS:
             raise RunError(
-                f"{name}: not a whole run, there is no {own}",
+                f"{name}: not a whole run, there is no {file}",
                 "give a repository that `unipelt push` wrote",
             )
-        most = LARGEST_MODEL if own == MODEL else LARGEST
-        if sizes.get(own, 0) > most:
+        most = LARGEST_MODEL if file == MODEL else LARGEST
+        if sizes.get(file, 0) > most:
             raise RunError(
-                f"{name}: {own} has {sizes[own]:,} bytes, a run's has {most:,} at most",
+                f"{name}: {file} has {sizes[file]:,} bytes, a run's has {most:,} at most",
                 "do not use this run: nothing of it was fetched",
             )
 
@@ -142,8 +142,8 @@ class Upload:
 
     def local_paths(self) -> list[str]:
         """Return the paths of this machine that the files name."""
-        said = [self.run.experiment.settings(), self.run.environment, self.run.header]
-        return sorted({text for text in _texts(said) if Path(text).is_absolute()})
+        recorded = [self.run.experiment.settings(), self.run.environment, self.run.header]
+        return sorted({text for text in _texts(recorded) if Path(text).is_absolute()})
 
     def send(self, card: str) -> dict[str, Any]:
         """Push the files and a README.md in one commit; return where they are. Raises RunError."""
@@ -199,13 +199,13 @@ def prepare(run: "Run", repository: str, *, private: bool, overwrite: bool) -> U
             info = HfApi().model_info(repository, timeout=SECONDS)
         except RepositoryNotFoundError:
             return Upload(run, repository, private, None, frozenset())
-    there = {own.rfilename for own in info.siblings or ()} - {ATTRIBUTES, CARD}
-    if foreign := sorted(there - {*_names()}):
+    present = {file.rfilename for file in info.siblings or ()} - {ATTRIBUTES, CARD}
+    if foreign := sorted(present - {*_names()}):
         raise RunError(
             f"{repository}: holds files that no run wrote, such as {foreign[0]}",
             "give another name",
         )
-    if there and not overwrite:
+    if present and not overwrite:
         raise RunError(
             f"{repository}: holds a run already",
             "replace it with --overwrite, or give another name",
@@ -215,15 +215,15 @@ def prepare(run: "Run", repository: str, *, private: bool, overwrite: bool) -> U
             f"{repository}: exists already, and is public",
             "make it private on its page first, or drop --private",
         )
-    return Upload(run, repository, bool(info.private), info.sha, frozenset(there))
+    return Upload(run, repository, bool(info.private), info.sha, frozenset(present))
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list | tuple):
-        for own in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(own)
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 @contextmanager

@@ -28,8 +28,8 @@ def fold_directory(directory: Path, fold: int) -> Path:
 def run_name(experiment: "Experiment") -> str:
     """Return what a run directory is called if nobody says so."""
     data, train = experiment.data, experiment.train
-    own = data.train_file or data.dataset or str(data.prepared or "data")
-    task = "+".join(data.tasks or ()) or data.task or Path(own).stem
+    source = data.train_file or data.dataset or str(data.prepared or "data")
+    task = "+".join(data.tasks or ()) or data.task or Path(source).stem
     backbone = Path(experiment.model.backbone).name
     name = (
         f"{task}-k{data.k or 'all'}-{experiment.method_name}-{backbone}"

@@ -60,20 +60,20 @@ def read_folds(directory: Path, prepared: Prepared) -> OutOfFold:
     return OutOfFold(predicted, expected, tuple(each))
 
 
-def describe_folds(found: OutOfFold, task: Task) -> dict[str, Any]:
+def describe_folds(folds: OutOfFold, task: Task) -> dict[str, Any]:
     """Return what a result says of its folds: the mean and spread of their scores, and each.
 
     The interval is that of the task's own metric over all rows, at 95 %, if rows are drawn anew.
     """
-    scores = [own["test"] for own in found.each]
-    interval = score_interval(task, found.predicted, found.expected)
+    scores = [fold["test"] for fold in folds.each]
+    interval = score_interval(task, folds.predicted, folds.expected)
     return {
-        "count": len(found.each),
-        "rows": len(found.expected),
-        "mean": {name: fmean(own[name] for own in scores) for name in scores[0]},
-        "spread": {name: stdev(own[name] for own in scores) for name in scores[0]},
+        "count": len(folds.each),
+        "rows": len(folds.expected),
+        "mean": {name: fmean(of_fold[name] for of_fold in scores) for name in scores[0]},
+        "spread": {name: stdev(of_fold[name] for of_fold in scores) for name in scores[0]},
         "interval": interval and list(interval),
-        "each": list(found.each),
+        "each": list(folds.each),
     }
 
 

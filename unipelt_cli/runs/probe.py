@@ -94,7 +94,7 @@ def read_probe(path: Path, precision: str, device: str, units: Tensor) -> Stored
     names = {precision: _LOGITS} | ({EXACT: _EXACT_LOGITS} if _EXACT_LOGITS in tensors else {})
     stored = {kind: tensors[name] for kind, name in names.items() if name in tensors}
     shape = (PROBE_ROWS, len(units))
-    if precision not in stored or not all(_is_whole(own, shape) for own in stored.values()):
+    if precision not in stored or not all(_is_whole(logits, shape) for logits in stored.values()):
         raise RunError(f"{path}: damaged", sealed.REMEDY)
     return StoredProbe(stored, device, units)
 
@@ -107,8 +107,14 @@ def _is_whole(logits: Tensor, shape: tuple[int, int]) -> bool:
 def probe(tuned: Tuned) -> Logits:
     """Return all heads' logits of the probe rows: a fingerprint without user text."""
     apart = tuned.classifier.apart
-    rows = {texts: probe_rows(tuned, texts=texts) for texts in {1 + own for own in apart}}
-    each = [compute_logits(tuned, rows[1 + own], task) for task, own in enumerate(apart)]
+    rows = {
+        texts: probe_rows(tuned, texts=texts)
+        for texts in {1 + second_texts for second_texts in apart}
+    }
+    each = [
+        compute_logits(tuned, rows[1 + second_texts], task)
+        for task, second_texts in enumerate(apart)
+    ]
     return np.concatenate(each, axis=1)
 
 
@@ -141,8 +147,8 @@ def probe_rows(
     native = tuned.pretrained.layout.native
     if native is not None and native.reads_last:  # its classifier looks for one end mark a row
         end = config.eos_token_id
-        own = [[token for token in row if token != end] for row in ids]
-        ids = [[*row[: limit and limit - 1], end] for row in own]
+        without_end = [[token for token in row if token != end] for row in ids]
+        ids = [[*row[: limit and limit - 1], end] for row in without_end]
     ids = [row[:limit] for row in ids]
     has_types = getattr(config, "type_vocab_size", 0) > 1
     return Encoded(

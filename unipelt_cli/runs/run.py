@@ -65,23 +65,25 @@ class Run:
         """The tasks as they were trained: text columns, labels and metric."""
         return tuple(
             Task(
-                said["name"],
-                tuple(said["text"]),
-                tuple(said["labels"]),
-                said["metric"],
-                tuple(said["also"]),
-                positive=said.get("positive"),
-                decimal_comma=said.get("decimal_comma", False),
+                description["name"],
+                tuple(description["text"]),
+                tuple(description["labels"]),
+                description["metric"],
+                tuple(description["also"]),
+                positive=description.get("positive"),
+                decimal_comma=description.get("decimal_comma", False),
             )
-            for said in self.header.get("tasks") or [self.header["task"]]
+            for description in self.header.get("tasks") or [self.header["task"]]
         )
 
     @property
     def scales(self) -> tuple[LabelScale, ...]:
         """The scale on which each task's labels were learned; the stored head gives labels."""
         described = self.header.get("tasks") or [self.header["task"]]
-        told = [said.get("label_scale") for said in described]
-        return tuple(LabelScale(own["mean"], own["deviation"]) if own else RAW for own in told)
+        scales = [description.get("label_scale") for description in described]
+        return tuple(
+            LabelScale(scale["mean"], scale["deviation"]) if scale else RAW for scale in scales
+        )
 
     @property
     def task(self) -> Task:
@@ -148,11 +150,11 @@ class Run:
         precision = str(self.header.get("precision", self.experiment.train.precision))
         return read_probe(self.directory / PROBE, precision, self.result["device"], units)
 
-    def check_backbone(self, found: Pretrained) -> None:
+    def check_backbone(self, backbone: Pretrained) -> None:
         """Raise RunError when a backbone is not the one that the run was trained on."""
-        check_backbone(self.directory, self.environment["backbone"], found)
+        check_backbone(self.directory, self.environment["backbone"], backbone)
 
-    def predictions(self, place: int = 0) -> tuple[Values, Values] | None:
+    def predictions(self, task_index: int = 0) -> tuple[Values, Values] | None:
         """Return a task's predictions and references on test, as label indices or values (rows,).
 
         None for a run of an earlier version, which stored none. Raises RunError for tensors that
@@ -160,55 +162,55 @@ class Run:
         """
         if PREDICTIONS not in self.result["files"]:
             return None
-        path, task = self.directory / PREDICTIONS, self.tasks[place]
+        path, task = self.directory / PREDICTIONS, self.tasks[task_index]
         tensors, _ = sealed.open_tensors(path)
-        pair = [tensors.get(f"{what}.{place}") for what in ("predictions", "references")]
+        pair = [tensors.get(f"{what}.{task_index}") for what in ("predictions", "references")]
         predicted, expected = (_answers(tensor, task) for tensor in pair)
         if predicted is None or expected is None or predicted.shape != expected.shape:
             raise RunError(f"{path}: damaged", sealed.REMEDY)
         return predicted, expected
 
-    def rows(self, split: str, source: str | None = None, place: int = 0) -> Dataset:
+    def rows(self, split: str, source: str | None = None, task_index: int = 0) -> Dataset:
         """Find the rows of a task's split again, by source and settings, and check them by hash."""
-        recorded = self._manifests[place]["splits"]
+        recorded = self._manifests[task_index]["splits"]
         if split not in recorded:
             raise without_split(self.directory, self.result, split, list(recorded))
-        found = self.prepared(source, place).splits[split]
-        if digest_rows(found) != self.digest_of(split, place):
+        rows = self.prepared(source, task_index).splits[split]
+        if digest_rows(rows) != self.digest_of(split, task_index):
             raise DataError(
                 f"the {split} rows found now are not those of {self.directory}",
-                self._where_rows_were(place),
+                self._where_rows_were(task_index),
             )
-        return found
+        return rows
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The names of the splits that the run's rows are in."""
         return tuple(self._manifests[0]["splits"])
 
-    def _where_rows_were(self, place: int) -> str:
+    def _where_rows_were(self, task_index: int) -> str:
         """Say what to do where the rows have changed."""
-        file = self.experiment.data.each()[place].train_file
+        file = self.experiment.data.each()[task_index].train_file
         if file is None:
             return "the source has changed; give the one that was used with --source"
         return f"{file} has changed: restore it, or score other rows with `unipelt eval --file`"
 
-    def prepared(self, source: str | None = None, place: int = 0) -> Prepared:
+    def prepared(self, source: str | None = None, task_index: int = 0) -> Prepared:
         """Find and draw a task's rows again; whether they are the same is not checked."""
-        settings = self.data_settings(place)
+        settings = self.data_settings(task_index)
         if source is not None:
             settings = settings.moved(source)
         return preparation.prepare(settings)
 
-    def data_settings(self, place: int = 0) -> DataSettings:
+    def data_settings(self, task_index: int = 0) -> DataSettings:
         """Return the settings of a task's rows, with what the run took its own labels for.
 
         Earlier versions decided that otherwise, and did not record it.
         """
-        settings = self.experiment.data.each()[place]
+        settings = self.experiment.data.each()[task_index]
         if settings.kind != "auto" or not (settings.train_file or settings.dataset):
             return settings
-        kind = "regression" if self.tasks[place].is_regression else "classification"
+        kind = "regression" if self.tasks[task_index].is_regression else "classification"
         return settings.model_copy(update={"kind": kind})
 
     def as_it_was(self) -> Experiment:
@@ -216,25 +218,25 @@ class Run:
 
         Then F1 was that of the second label, and the kind of own labels was decided otherwise.
         """
-        own, changes = self.experiment.data, dict[str, Any]()
-        if len(self.tasks) == 1 and (own.train_file or own.dataset):
+        data, changes = self.experiment.data, dict[str, Any]()
+        if len(self.tasks) == 1 and (data.train_file or data.dataset):
             changes["kind"] = self.data_settings().kind
-            if own.positive is None and "positive" not in self.header["task"]:
+            if data.positive is None and "positive" not in self.header["task"]:
                 changes["positive"] = self.task.positive_label
         return self.experiment.with_("data", **changes)
 
-    def digest_of(self, split: str, place: int = 0) -> str:
+    def digest_of(self, split: str, task_index: int = 0) -> str:
         """Return the recorded hash of the rows of a task's split."""
-        return str(self._manifests[place]["splits"][split]["digest"])
+        return str(self._manifests[task_index]["splits"][split]["digest"])
 
-    def train_mean(self, place: int = 0) -> float | None:
+    def train_mean(self, task_index: int = 0) -> float | None:
         """Return the recorded mean of a task's train labels; None where no such thing was."""
-        mean = self._manifests[place]["splits"]["train"].get("labels", {}).get("mean")
-        return mean if self.tasks[place].is_regression else None
+        mean = self._manifests[task_index]["splits"]["train"].get("labels", {}).get("mean")
+        return mean if self.tasks[task_index].is_regression else None
 
-    def count_of(self, split: str, place: int = 0) -> int:
+    def count_of(self, split: str, task_index: int = 0) -> int:
         """Return how many rows a task's split had, as it was recorded."""
-        return int(self._manifests[place]["splits"][split].get("rows", 0))
+        return int(self._manifests[task_index]["splits"][split].get("rows", 0))
 
     @property
     def _manifests(self) -> list[dict[str, Any]]:
@@ -320,9 +322,11 @@ def _where_runs_are(directory: Path) -> str:
     if below := sorted(path.parent for path in directory.glob(f"*/{RESULT}")):
         return f"it holds runs: give one of them, such as {below[0]}"
     beside = (directory.parent, Path("runs"))
-    found = {path.parent.name: path.parent for own in beside for path in own.glob(f"*/{RESULT}")}
-    if close := get_close_matches(directory.name, found, n=1):
-        return f"did you mean {found[close[0]]}? otherwise see `unipelt list runs`"
+    finished = {
+        path.parent.name: path.parent for folder in beside for path in folder.glob(f"*/{RESULT}")
+    }
+    if close := get_close_matches(directory.name, finished, n=1):
+        return f"did you mean {finished[close[0]]}? otherwise see `unipelt list runs`"
     return "give a directory that `train` wrote"
 
 

@@ -117,7 +117,7 @@ class Result(BaseModel):
     def _is_scored(self) -> Self:
         selected = self.metric in self.dev or self.selection == "schedule"
         tests = [self.test, *([] if self.probe is None else [self.probe.test])]
-        if not selected or any(self.metric not in own for own in tests):
+        if not selected or any(self.metric not in scores for scores in tests):
             raise ValueError(f"no {self.metric!r} among the scores")
         if (self.tested_on == "folds") != (self.folds is not None):
             raise ValueError("tested_on and folds contradict each other")
@@ -172,6 +172,6 @@ def shaped(path: Path, value: dict[str, Any], schema: type[BaseModel]) -> dict[s
         schema.model_validate(value, strict=True)
     except ValidationError as invalid:
         first = invalid.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise RunError(f"{path}: damaged, {place}: {first['msg'].lower()}", REMEDY) from None
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise RunError(f"{path}: damaged, {where}: {first['msg'].lower()}", REMEDY) from None
     return value

@@ -44,15 +44,15 @@ def verify(
     except UnipeltError as error:
         yield Check("contents", False, error.message)
         return
-    found = _try("backbone", lambda: _backbone(run, backbone))
-    yield found
-    if found.ok:
+    checked = _try("backbone", lambda: _backbone(run, backbone))
+    yield checked
+    if checked.ok:
         logits = _try("tensors and logits", lambda: _logits(run, backbone))
         yield logits
         if logits.ok:
             yield from _finer_logits(run, backbone)
-    for place in range(len(run.tasks)):
-        yield from _rows(run, source, place)
+    for task_index in range(len(run.tasks)):
+        yield from _rows(run, source, task_index)
 
 
 def _files(directory: Path) -> Iterator[Check]:
@@ -60,12 +60,12 @@ def _files(directory: Path) -> Iterator[Check]:
     path = directory / RESULT
     result: dict[str, Any] = {}
 
-    def own() -> str:
+    def check_result() -> str:
         result.update(schema.shaped(path, sealed.read_object(path), schema.Result))
         check_seal(path, result)
         return f"sha256 {result[sealed.SEAL][:12]}"
 
-    first = _try(RESULT, own)
+    first = _try(RESULT, check_result)
     yield first
     if first.ok:
         for name in recorded_files(result):
@@ -78,18 +78,18 @@ def _file(path: Path, sha256: str) -> str:
 
 
 def _backbone(run: Run, backbone: str | None) -> str:
-    found = find(backbone or run.experiment.model.backbone)
-    run.check_backbone(found)
-    return f"{found.name} ({found.fingerprint[:12]})"
+    pretrained = find(backbone or run.experiment.model.backbone)
+    run.check_backbone(pretrained)
+    return f"{pretrained.name} ({pretrained.fingerprint[:12]})"
 
 
 def _logits(run: Run, backbone: str | None, precision: str | None = None) -> str:
-    _, found = run.build_compared(backbone=backbone, precision=precision)
+    _, comparison = run.build_compared(backbone=backbone, precision=precision)
     then, now = run.environment["threads"], torch.get_num_threads()
     threads = "" if now == then else f", with {now} threads instead of {then}"
     return (
-        f"{PROBE_ROWS} rows differ by {found.difference:.1e} at most, "
-        f"{found.allowed:.0e} allowed{threads}"
+        f"{PROBE_ROWS} rows differ by {comparison.difference:.1e} at most, "
+        f"{comparison.allowed:.0e} allowed{threads}"
     )
 
 
@@ -100,21 +100,21 @@ def _finer_logits(run: Run, backbone: str | None) -> Iterator[Check]:
         yield _try(f"logits in {precision}", partial(_logits, run, backbone, precision))
 
 
-def _rows(run: Run, source: str | None, place: int) -> Iterator[Check]:
-    name = f"{run.tasks[place].name} rows"
+def _rows(run: Run, source: str | None, task_index: int) -> Iterator[Check]:
+    name = f"{run.tasks[task_index].name} rows"
     try:
-        found = run.prepared(source, place)
+        prepared = run.prepared(source, task_index)
     except UnipeltError as error:
         yield Check(name, None, f"not found: {error.message}")
         return
-    for split, rows in found.splits.items():
+    for split, rows in prepared.splits.items():
         if split not in run.splits:
             yield Check(f"{name}, {split}", False, "the run had none")
             continue
-        expected = run.digest_of(split, place)
+        expected = run.digest_of(split, task_index)
         passed = digest_rows(rows) == expected
-        said = f"{len(rows)}, sha256 {expected[:12]}" if passed else "not those of the run"
-        yield Check(f"{name}, {split}", passed, said)
+        outcome = f"{len(rows)}, sha256 {expected[:12]}" if passed else "not those of the run"
+        yield Check(f"{name}, {split}", passed, outcome)
 
 
 def _try(what: str, look: Callable[[], str]) -> Check:
@@ -135,33 +135,33 @@ def as_trained(run: Run) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def differences(there: Run, here: Run) -> list[dict[str, Any]]:
+def differences(original: Run, here: Run) -> list[dict[str, Any]]:
     """Return what differs between two runs: conditions first, then the outcome."""
-    described = _described(there), _described(here)
+    described = _described(original), _described(here)
     return [
-        {"what": what, "there": there, "here": described[1].get(what)}
-        for what, there in described[0].items()
-        if there != described[1].get(what)
+        {"what": what, "there": value, "here": described[1].get(what)}
+        for what, value in described[0].items()
+        if value != described[1].get(what)
     ]
 
 
-def is_equal(there: Run, here: Run) -> bool:
+def is_equal(original: Run, here: Run) -> bool:
     """Say whether two runs have the same scores and, to the byte, the same tensors."""
-    return all(_outcome(there)[what] == value for what, value in _outcome(here).items())
+    return all(_outcome(original)[what] == value for what, value in _outcome(here).items())
 
 
 def _described(run: Run) -> dict[str, Any]:
     environment, result = run.environment, run.result
-    own = {
+    described = {
         **{key: environment.get(key) for key in MACHINE},
         **environment.get("packages", {}),
         "backbone": environment["backbone"]["fingerprint"][:12],
         **{key: result.get(key) for key in CONDITIONS},
     }
-    for place, task in enumerate(run.tasks):
+    for task_index, task in enumerate(run.tasks):
         for split in run.splits:
-            own[f"{task.name} {split} rows"] = run.digest_of(split, place)[:12]
-    return own | _outcome(run)
+            described[f"{task.name} {split} rows"] = run.digest_of(split, task_index)[:12]
+    return described | _outcome(run)
 
 
 def _outcome(run: Run) -> dict[str, Any]:

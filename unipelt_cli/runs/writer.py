@@ -91,13 +91,13 @@ class Writer:
     def _check_content(self, overwrite: bool) -> None:
         directory = self.directory
         with atomic.writing(directory):
-            there = [path.name for path in directory.iterdir() if not _is_passing(path.name)]
-        if there and not overwrite:
+            present = [path.name for path in directory.iterdir() if not _is_passing(path.name)]
+        if present and not overwrite:
             raise RunError(
                 f"{directory}: exists already",
                 "go on with --resume, replace it with --overwrite, or give another --out",
             )
-        if foreign := sorted(set(there) - {*_FILES, *_folds(directory)}):
+        if foreign := sorted(set(present) - {*_FILES, *_folds(directory)}):
             raise RunError(
                 f"{directory}: holds files that no run wrote, such as {foreign[0]}",
                 "give another --out",
@@ -183,11 +183,11 @@ class Writer:
 
         They give values on the labels' scale; the scale is written for what compares them.
         """
-        said = [_described(task, scale) for task, scale in zip(tasks, scales, strict=True)]
+        descriptions = [_described(task, scale) for task, scale in zip(tasks, scales, strict=True)]
         header = {
             "format_version": FORMAT,
             "method": method,
-            **({"task": said[0]} if len(said) == 1 else {"tasks": said}),
+            **({"task": descriptions[0]} if len(descriptions) == 1 else {"tasks": descriptions}),
             "backbone": _backbone(tuned),
             "pooling": tuned.pooling,
             "precision": tuned.precision,
@@ -204,10 +204,11 @@ class Writer:
         when they differ: then what was stored is not what was trained.
         """
         logits, precision = torch.from_numpy(probe(reloaded)), reloaded.precision
-        found = likeness(logits / units, trained / units, precision, is_alike=True)
-        if not found.holds:
+        comparison = likeness(logits / units, trained / units, precision, is_alike=True)
+        if not comparison.holds:
             raise CheckError(
-                f"{self.directory}: the reloaded model's logits differ by {found.difference:.2g}",
+                f"{self.directory}: the reloaded model's logits differ by "
+                f"{comparison.difference:.2g}",
                 "this is a bug in unipelt: please report it with the experiment.toml",
             )
         write_probe(self.directory / PROBE, precision, logits, exact)
@@ -220,11 +221,11 @@ class Writer:
         Where folds are tested they are those of the train rows, in their order.
         """
         tensors = {
-            f"{what}.{place}": torch.from_numpy(values).to(
+            f"{what}.{task_index}": torch.from_numpy(values).to(
                 torch.float64 if values.dtype.kind == "f" else torch.int32
             )
             for what, each in (("predictions", predicted), ("references", expected))
-            for place, values in enumerate(each)
+            for task_index, values in enumerate(each)
         }
         write_tensors(self.directory / PREDICTIONS, tensors, {"split": split})
 

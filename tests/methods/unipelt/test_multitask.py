@@ -434,7 +434,7 @@ def test_after_training_gates_differ_by_task_for_the_same_rows(
     for layer in range(2):
         first, second = gates_of(tuned, 0)[layer], gates_of(tuned, 1)[layer]
         assert all((first[name] - second[name]).abs().max() > 1e-3 for name in first)
-    rows = run.rows("test", place=1)
+    rows = run.rows("test", task_index=1)
     assert rows.column_names == ["sentence1", "sentence2", "label", "row"]
     report = inspect_gates(run, tuned, rows, 1)
     assert report.by_class()[0].name.startswith("below ")
