@@ -129,21 +129,25 @@ def settings(config: Mapping[str, Any], layout: Layout, path: Path) -> dict[str,
     Each must be of the type that the library's own default has, and of a size that can be.
     """
     signature = inspect.signature(_config_class(layout).__init__).parameters
-    known = {name: own.default for name, own in signature.items() if name not in _NOT_SETTINGS}
+    known = {
+        name: parameter.default
+        for name, parameter in signature.items()
+        if name not in _NOT_SETTINGS
+    }
     known = {**_COMMON, **known, **layout.also_read}
-    found = {
+    known_settings = {
         key: value
         for key, value in config.items()
         if key in known and (value is not None or known[key] is None or key.endswith("_token_id"))
     }
-    for key, value in found.items():
+    for key, value in known_settings.items():
         if value is not None and (problem := _problem(key, value, known[key])):
-            said = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+            written = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
             raise BackboneError(
-                f"{path}: {key} = {said} is not {problem}",
+                f"{path}: {key} = {written} is not {problem}",
                 SAVED,
             )
-    return found
+    return known_settings
 
 
 def _config_class(layout: Layout) -> Any:
@@ -208,20 +212,23 @@ def read_shapes(path: Path) -> Shapes:
         if not isinstance(header, dict):
             raise ValueError("the header is not an object")
         header.pop("__metadata__", None)
-        return {name: _shape(name, said, size - 8 - length) for name, said in header.items()}
+        return {
+            name: _shape(name, description, size - 8 - length)
+            for name, description in header.items()
+        }
     except (OSError, ValueError) as error:
         raise BackboneError(f"{path}: the weights cannot be read ({error})", AGAIN) from None
 
 
-def _shape(name: str, said: Any, room: int) -> tuple[int, ...]:
+def _shape(name: str, description: Any, room: int) -> tuple[int, ...]:
     """Return one tensor's shape; raise ValueError where type, shape and place do not agree."""
-    if not isinstance(said, dict) or said.get("dtype") not in _TYPES:
+    if not isinstance(description, dict) or description.get("dtype") not in _TYPES:
         raise ValueError(f"tensor {name[:80]!r} is of no plain type")
-    shape, place = _numbers(said.get("shape")), _numbers(said.get("data_offsets"))
-    if shape is None or place is None or len(place) != 2:
+    shape, offsets = _numbers(description.get("shape")), _numbers(description.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2:
         raise ValueError(f"tensor {name[:80]!r} has no shape or place")
-    size = math.prod(shape) * _TYPES[said["dtype"]]
-    if place[1] - place[0] != size or place[1] > room:
+    size = math.prod(shape) * _TYPES[description["dtype"]]
+    if offsets[1] - offsets[0] != size or offsets[1] > room:
         raise ValueError(f"tensor {name[:80]!r} is not where its header says")
     return shape
 
@@ -254,8 +261,8 @@ def check_sizes(config: Any, shapes: Shapes, path: Path) -> None:
         "feed-forward size x hidden_size": (inner * width, numbers),
         "max_position_embeddings": (positions, largest if has_positions else 2**20),
     }
-    for name, (claimed, there) in claims.items():
-        if claimed > there:
+    for name, (claimed, available) in claims.items():
+        if claimed > available:
             raise BackboneError(
                 f"{path}: {name} is {claimed}, more than the weights beside it hold",
                 SAVED,

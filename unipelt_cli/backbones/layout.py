@@ -143,12 +143,12 @@ class Layout:
     def all_biased(self, backbone: nn.Module) -> list[nn.Module]:
         """Return the modules with a bias, in and outside the layers, without a pooler."""
         outside = (self.embedding_norm, *self.also_biased)
-        there = dict(backbone.named_modules())
+        modules = dict(backbone.named_modules())
         paths = list(outside)
         for row in (self, *self.more):
             inside = (*row.biased(), *row.also_biased_inside)
             paths += [f"{layer}.{path}" for layer in row.layer_paths(backbone) for path in inside]
-        return [there[path] for path in paths if path in there]
+        return [modules[path] for path in paths if path in modules]
 
     def biased(self) -> tuple[str, ...]:
         """Return the paths of a layer's modules that have a bias: 4d + f + d + 2d numbers."""

@@ -143,8 +143,8 @@ class Pretrained:
                 output_loading_info=True,
                 **arguments,
             )
-        for own, parameter in backbone.named_parameters():
-            self._refuse_endless(own, parameter.detach())
+        for parameter_name, parameter in backbone.named_parameters():
+            self._refuse_endless(parameter_name, parameter.detach())
         missing = frozenset(info["missing_keys"])
         lost = sorted(name for name in missing if not (has_pooler and name.startswith("pooler.")))
         if lost or info["mismatched_keys"]:
@@ -218,8 +218,8 @@ def find(name: str) -> Pretrained:
         raise BackboneError(
             f"{directory}: no config.json there", "give the directory of a saved encoder"
         )
-    said = file_checks.read_json(path)
-    file_checks.check_keys(said, path)
+    settings = file_checks.read_json(path)
+    file_checks.check_keys(settings, path)
     for tokenizer in (directory / name for name in TOKENIZER_SETTINGS):
         if tokenizer.is_file():
             file_checks.check_tokenizer(file_checks.read_json(tokenizer), tokenizer)
@@ -229,15 +229,15 @@ def find(name: str) -> Pretrained:
             f"{directory}: no model.safetensors there, and no other format is read",
             "save it with save_pretrained(..., safe_serialization=True), in one file",
         )
-    layout = get_layout(str(said.get("model_type")))
-    said = config_keys.translate(said, layout, path)
-    config = file_checks.settings(said, layout, path)
+    layout = get_layout(str(settings.get("model_type")))
+    settings = config_keys.translate(settings, layout, path)
+    config = file_checks.settings(settings, layout, path)
     refuse_unsound(config)
-    found = Pretrained(name, directory, layout, config, file_checks.read_shapes(weights))
-    library = found.library_config()
-    config_keys.refuse_unread(said, config, library, layout, path)
-    file_checks.check_sizes(library, found.shapes, path)
-    return found
+    pretrained = Pretrained(name, directory, layout, config, file_checks.read_shapes(weights))
+    library = pretrained.library_config()
+    config_keys.refuse_unread(settings, config, library, layout, path)
+    file_checks.check_sizes(library, pretrained.shapes, path)
+    return pretrained
 
 
 def _directory(name: str) -> Path:
