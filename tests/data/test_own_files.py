@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from unipelt_cli.data import own_files
-from unipelt_cli.data.cells import Cells
+from unipelt_cli.data.cells import RawColumns
 from unipelt_cli.data.own_files import OwnFiles
 from unipelt_cli.data.readers import read_cells
 from unipelt_cli.errors import DataError
@@ -34,7 +34,7 @@ def test_another_encoding_is_another_reading(rows: Path, encoding: str | None) -
     assert files.take(rows, "utf-8") is seen
 
 
-def labels(cells: Cells) -> list[str]:
+def labels(cells: RawColumns) -> list[str]:
     return list(cells.column("label"))
 
 
@@ -53,7 +53,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again(
 ) -> None:
     files = OwnFiles()
 
-    def changing(path: Path, encoding: str | None) -> Cells:
+    def changing(path: Path, encoding: str | None) -> RawColumns:
         cells = read_cells(path, encoding=encoding)
         with path.open("a") as file:
             file.write("a song,good\n")

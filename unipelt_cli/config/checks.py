@@ -54,13 +54,13 @@ def _unchecked(values: Mapping[str, Any]) -> DataSettings:
 
 def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
     """Yield what the data section's keys, each right by itself, get wrong together."""
-    own = data.train_file or data.dataset
+    own_rows = data.train_file or data.dataset
     if data.tasks is not None or isinstance(data.prepared, list | tuple):
         yield from _joint_problems(data)
         return
     if data.train_file and data.dataset:
         yield "data.train_file and data.dataset are both set", "keep one of them"
-    if not own and not data.prepared:
+    if not own_rows and not data.prepared:
         if data.task is None:
             yield (
                 "data.task is not set",
@@ -71,19 +71,19 @@ def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
                 get_task(str(data.task))
             except ConfigError as error:
                 yield cut(error.message), error.hint
-    if own and not data.prepared:
+    if own_rows and not data.prepared:
         for key in ("text", "label"):
             if getattr(data, key) is None:
                 flag = "--" + key
                 yield f"data.{key} is not set", f"name the column with {flag} COLUMN"
-    given = [key for key in _OWN_ROWS if getattr(data, key) is not None]
-    if data.prepared and given:
+    contradicting = [key for key in _OWN_ROWS if getattr(data, key) is not None]
+    if data.prepared and contradicting:
         yield (
-            f"data.{given[0]} = {shown(getattr(data, given[0]))}: "
+            f"data.{contradicting[0]} = {shown(getattr(data, contradicting[0]))}: "
             "the rows are those of data.prepared",
             "drop one of them",
         )
-    if data.source and (own or data.prepared):
+    if data.source and (own_rows or data.prepared):
         yield (
             f"data.source = {shown(data.source)}: the rows come from elsewhere",
             "drop --source, or --prepared, --train-file and --dataset",
@@ -92,7 +92,7 @@ def data_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
         if getattr(data, key) and not data.train_file:
             yield f"data.{key} is set without data.train_file", "give --train-file FILE as well"
     yield from _folds_problems(data)
-    yield from _label_problems(data, is_own=bool(own))
+    yield from _label_problems(data, is_own=bool(own_rows))
 
 
 def _folds_problems(data: DataSettings) -> Iterator[tuple[str, str]]:
@@ -209,18 +209,18 @@ def validate_section(
     keys = _keys(schema)
     # Before the schema is called: it has parameters of its own, which a file must not set.
     for key in islice((key for key in values if key not in keys), MOST_PROBLEMS):
-        said = f"{section}.{cut(key)} = {shown(values[key])}: no such setting"
-        problems.append((said, _hint(key, keys)))
+        problem = f"{section}.{cut(key)} = {shown(values[key])}: no such setting"
+        problems.append((problem, _hint(key, keys)))
     try:
         return schema(**{key: value for key, value in values.items() if key in keys})
     except ValidationError as invalid:
         wrong = dict[str, str]()
         for error in invalid.errors(include_url=False):
-            said = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            wrong.setdefault(str(error["loc"][0]) if error["loc"] else "?", said)
+            expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            wrong.setdefault(str(error["loc"][0]) if error["loc"] else "?", expected)
         problems += (
-            (f"{section}.{key} = {shown(values.get(key))} is not allowed", f"give {said}")
-            for key, said in wrong.items()
+            (f"{section}.{key} = {shown(values.get(key))} is not allowed", f"give {expected}")
+            for key, expected in wrong.items()
         )
         return None
 
@@ -241,7 +241,7 @@ def combine_problems(problems: Sequence[tuple[str, str]]) -> ConfigError:
     """Return one error that tells the first of the problems, numbered, and how many there are."""
     if len(problems) == 1:
         return ConfigError(*problems[0])
-    told = problems[:MOST_PROBLEMS]
-    lines = "; ".join(f"({n}) {text}" for n, (text, _) in enumerate(told, 1))
-    hints = "; ".join(f"({n}) {hint}" for n, (_, hint) in enumerate(told, 1))
+    shown_problems = problems[:MOST_PROBLEMS]
+    lines = "; ".join(f"({n}) {text}" for n, (text, _) in enumerate(shown_problems, 1))
+    hints = "; ".join(f"({n}) {hint}" for n, (_, hint) in enumerate(shown_problems, 1))
     return ConfigError(f"{len(problems)} settings are wrong: {lines}", hints)

@@ -153,8 +153,8 @@ def parse_settings(path: Path, content: bytes) -> Settings:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 ({error.reason})", "save it as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        said = f"{path}: not TOML ({toml_reason(error)})"
-        raise ConfigError(said, "mend the line it names") from None
+        problem = f"{path}: not TOML ({toml_reason(error)})"
+        raise ConfigError(problem, "mend the line it names") from None
     return settings
 
 

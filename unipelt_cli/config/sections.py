@@ -124,8 +124,8 @@ class DataSettings(Section):
         names = self.tasks or (self.task,) * count
         places = directories or (self.prepared,) * count
         return tuple(
-            self.model_copy(update={"task": name, "tasks": None, "prepared": place})
-            for name, place in zip(names, places, strict=True)
+            self.model_copy(update={"task": name, "tasks": None, "prepared": directory})
+            for name, directory in zip(names, places, strict=True)
         )
 
     def moved(self, source: str) -> "DataSettings":

@@ -27,8 +27,8 @@ def parse_assignment(text: str) -> Settings:
     except tomllib.TOMLDecodeError:
         return {section: {key: word}}
     except (ValueError, RecursionError) as error:
-        said = f"--set {section}.{key} = {cut(word)}: {toml_reason(error)}"
-        raise ConfigError(said, "give a value of TOML, or put quotes around a text") from None
+        problem = f"--set {section}.{key} = {cut(word)}: {toml_reason(error)}"
+        raise ConfigError(problem, "give a value of TOML, or put quotes around a text") from None
     # More keys than one: line ends made a word look like several settings.
     return {section: {key: parsed["value"] if len(parsed) == 1 else word}}
 
