@@ -12,6 +12,7 @@ from unipelt_cli.config.experiment import resolve
 from unipelt_cli.data import preparation
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.exports import export, job, transformers_model
+from unipelt_cli.files.as_json import as_json
 from unipelt_cli.runs.probe import probe_rows
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.training import execution
@@ -183,7 +184,7 @@ def test_trained_run_is_exported(
     assert 0 < report.parity.test_rows == run.environment["data"]["splits"]["test"]["rows"]
     assert report.format == to
     assert report.path == str(tmp_path / "out")
-    json.dumps(report)
+    json.dumps(as_json(report))
 
 
 def test_rows_are_the_runs_own_and_made_up_where_they_are_too_few(
