@@ -49,7 +49,7 @@ def nearest(name: str, choices: Iterable[str], shown_by: str | None = None) -> s
     Where they are many, `shown_by` is the command that shows them.
     """
     names = sorted(choices)
-    folded = {own.casefold(): own for own in names}
+    folded = {known.casefold(): known for known in names}
     close = get_close_matches(name.casefold(), folded, n=1)
     listed = f"choose one of {', '.join(names)}" if shown_by is None else f"see `{shown_by}`"
     return f"did you mean {folded[close[0]]}? otherwise {listed}" if close else listed

@@ -110,8 +110,8 @@ def joint_scores(tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]) -
     if len(tasks) == 1:
         return dict(scores[0])
     pairs = list(zip(tasks, scores, strict=True))
-    mean = sum(own[task.metric] for task, own in pairs) / len(pairs)
-    named = {f"{task.name}.{name}": own[name] for task, own in pairs for name in own}
+    mean = sum(of_task[task.metric] for task, of_task in pairs) / len(pairs)
+    named = {f"{task.name}.{name}": of_task[name] for task, of_task in pairs for name in of_task}
     return {MEAN: mean, **named}
 
 
@@ -228,7 +228,7 @@ def get_task(name: str) -> Task:
     """Return the task called `name`; raise ConfigError with the nearest name if there is none."""
     if name not in TASKS:
         hint = nearest(name, TASKS)
-        if "," in name and all(one in TASKS for one in name.split(",")):
+        if "," in name and all(part in TASKS for part in name.split(",")):
             hint = f"write --tasks {name} to train one model on them all"
         elif name.endswith((".csv", ".tsv", ".jsonl", ".parquet")):
             hint = f"write --train-file {name} for rows of your own"

@@ -13,11 +13,11 @@ def choose_device(wanted: str) -> torch.device:
         "cpu": True,
     }
     if wanted == "auto":
-        return torch.device(next(name for name, there in has.items() if there))
+        return torch.device(next(name for name, is_there in has.items() if is_there))
     if not has[wanted]:
-        there = ", ".join(name for name, is_there in has.items() if is_there)
+        available = ", ".join(name for name, is_there in has.items() if is_there)
         raise ConfigError(
-            f"train.device = {wanted!r}: this machine has none", f"choose one of auto, {there}"
+            f"train.device = {wanted!r}: this machine has none", f"choose one of auto, {available}"
         )
     return torch.device(wanted)
 

@@ -28,7 +28,7 @@ def is_exhausted(error: BaseException) -> bool:
 
 def says_exhausted(text: str) -> bool:
     """Say whether an error's words are those of a lack of memory."""
-    return any(said in text for said in _SAID)
+    return any(words in text for words in _SAID)
 
 
 def release() -> None:
@@ -106,8 +106,8 @@ def peak(device: torch.device) -> int:
     """Return the most bytes that this process had since it began, or since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def forget_peak() -> None:

@@ -41,7 +41,7 @@ def require_cached(*, backbone: str | None, dataset: str | None) -> None:
             hub / f"datasets--{dataset.replace('/', '--')}",
             data / dataset.replace("/", "___"),
         )
-        if not any(place.is_dir() for place in places):
+        if not any(folder.is_dir() for folder in places):
             raise DataError(
                 f"data set {dataset!r}: {lacks}",
                 "give files on disk with --source DIR or --train-file; "
@@ -67,8 +67,8 @@ def caches() -> tuple[Path, Path]:
 
 def cached_backbones() -> list[str]:
     """Return the hub names of the backbones that were fetched before."""
-    found = caches()[0].glob("models--*")
-    return sorted(path.name.removeprefix("models--").replace("--", "/") for path in found)
+    folders = caches()[0].glob("models--*")
+    return sorted(path.name.removeprefix("models--").replace("--", "/") for path in folders)
 
 
 def names_hub(backbone: str) -> bool:

@@ -109,7 +109,7 @@ class _Joined(Processes):
         except UnipeltError as error:
             failure = _told(error)
         if self.any(failure is not None):
-            first = next(found for found in self.gather(failure) if found is not None)
+            first = next(error for error in self.gather(failure) if error is not None)
             raise _retold(*first)
         return answer
 
@@ -179,11 +179,12 @@ def launched() -> int:
 
     Raises ConfigError where it contradicts itself.
     """
-    said = os.environ.get("WORLD_SIZE", "1")
-    rank = os.environ.get("RANK", "" if said != "1" else "0")
-    if not (said.isdecimal() and rank.isdecimal() and int(rank) < int(said)):
+    count_text = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "" if count_text != "1" else "0")
+    if not (count_text.isdecimal() and rank.isdecimal() and int(rank) < int(count_text)):
         raise ConfigError(
-            f"WORLD_SIZE={said!r} and RANK={rank!r}: no number of processes, and which this one is",
+            f"WORLD_SIZE={count_text!r} and RANK={rank!r}: no number of processes, and which this one "
+            "is",
             "launch them with `accelerate launch`, or unset both to train in one process",
         )
     if "RANK" not in os.environ and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
@@ -191,7 +192,7 @@ def launched() -> int:
             "accelerate launch started one process, though --num_processes says more",
             "add --multi_gpu, without GPUs too: then leave out --cpu, and end with --device cpu",
         )
-    return int(said)
+    return int(count_text)
 
 
 def is_first() -> bool:
@@ -229,9 +230,9 @@ def _state(count: int) -> Any:
     import torch
 
     gpus = torch.cuda.device_count()
-    own = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     # Two processes on one GPU must not speak NCCL; whatever lies on the CPU never does.
-    backend = None if not gpus else "cpu:gloo,cuda:nccl" if own <= gpus else "gloo"
+    backend = None if not gpus else "cpu:gloo,cuda:nccl" if on_this_host <= gpus else "gloo"
     try:
         return PartialState(cpu=not gpus, **({"backend": backend} if backend else {}))
     except (RuntimeError, ValueError) as error:
