@@ -179,12 +179,11 @@ def launched() -> int:
 
     Raises ConfigError where it contradicts itself.
     """
-    count_text = os.environ.get("WORLD_SIZE", "1")
-    rank = os.environ.get("RANK", "" if count_text != "1" else "0")
-    if not (count_text.isdecimal() and rank.isdecimal() and int(rank) < int(count_text)):
+    size = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "" if size != "1" else "0")
+    if not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
         raise ConfigError(
-            f"WORLD_SIZE={count_text!r} and RANK={rank!r}: no number of processes, and which this one "
-            "is",
+            f"WORLD_SIZE={size!r} and RANK={rank!r}: no number of processes, and which this one is",
             "launch them with `accelerate launch`, or unset both to train in one process",
         )
     if "RANK" not in os.environ and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys():
@@ -192,7 +191,7 @@ def launched() -> int:
             "accelerate launch started one process, though --num_processes says more",
             "add --multi_gpu, without GPUs too: then leave out --cpu, and end with --device cpu",
         )
-    return int(count_text)
+    return int(size)
 
 
 def is_first() -> bool:
