@@ -13,6 +13,7 @@ from unipelt_cli.methods import get
 from unipelt_cli.methods.unipelt.method import Submodules
 from unipelt_cli.models.build import build
 from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, METRICS, MODEL, PROBE
 from unipelt_cli.runs.probe import probe_rows
 from unipelt_cli.runs.run import Run
 
@@ -66,8 +67,11 @@ def make_run(
     environment = {"unipelt": "1", "backbone": own, "data": data | splits}
     result = {
         **{"k": 4, "data_seed": 111, "seed": 42, "metric": "accuracy", "collapsed": False},
-        **{"dev": {"accuracy": 0.5}, "test": {"accuracy": 0.25}, "files": {}},
-        **{"epochs": 3, "best_epoch": 2, "stored_parameters": 9, "pooling": tuned.pooling},
+        **{"dev": {"accuracy": 0.5}, "test": {"accuracy": 0.25}, "pooling": tuned.pooling},
+        **{"files": dict.fromkeys((EXPERIMENT, ENVIRONMENT, PROBE, METRICS, MODEL), "")},
+        **{"epochs": 3, "best_epoch": 2, "seconds": 1.0, "device": "cpu", "sha256": ""},
+        **{"trainable_parameters": 9, "stored_parameters": 9, "head_parameters": 9},
+        **{"artifact_bytes": 9, "peak_memory_bytes": 9},
     }
     return Run(Path("the-run"), experiment, environment, {"task": task}, result), tuned
 

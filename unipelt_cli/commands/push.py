@@ -58,6 +58,6 @@ def push(
     readers = "you and those you let in" if upload.private else "anyone"
     console.say(f"to {upload.repository}, which {readers} can read")
     answer = upload.send(text)
-    console.say("pushed: ", (answer["url"], "bold"), f", commit {answer['commit'][:12]}")
+    console.say("pushed: ", (answer.url, "bold"), f", commit {answer.commit[:12]}")
     if as_json:
         print_json(answer)

@@ -45,7 +45,7 @@ def reproduce(
         verification.is_equal(found, again),
     )
     if differences:
-        shown = [[d["what"], tables.cell(d["there"]), tables.cell(d["here"])] for d in differences]
+        shown = [[d.what, tables.cell(d.original), tables.cell(d.here)] for d in differences]
         tables.table(("", str(run), str(target)), shown)
     if is_equal:
         console.say("reproduced: the same scores and, to the byte, the same tensors")

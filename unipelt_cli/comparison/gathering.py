@@ -66,7 +66,7 @@ def gather(directories: Sequence[Path]) -> Gathered:
 
 def _is_consistent(run: Run) -> bool:
     """Say whether a run's predictions, where it stored them, give the scores of its result."""
-    test = run.result["test"]
+    test = run.outcome.test
     for task_index, task in enumerate(run.tasks):
         try:
             answers = run.predictions(task_index)
@@ -96,10 +96,10 @@ def _member(run: Run) -> Member:
 
 def _tested_rows(run: Run, task_index: int) -> str:
     """Name the rows that a task's score is of: the hash of its test rows, or of those in folds."""
-    folds = run.result.get("folds")
-    if not folds:
+    folds = run.outcome.folds
+    if folds is None:
         return run.digest_of("test", task_index)
-    return f"{run.digest_of('train', task_index)} in {folds['count']} folds"
+    return f"{run.digest_of('train', task_index)} in {folds.count} folds"
 
 
 def _with_distinct_backbones(members: Sequence[Member]) -> list[Member]:
@@ -132,8 +132,8 @@ def _with_distinct_tasks(members: Sequence[Member]) -> tuple[list[Member], list[
         for number, part in enumerate(parts.values(), 1):
             distinct += [replace(member, task=f"{name} #{number}") for member in part]
             labels = [label for task in part[0].run.tasks if (label := scored_label(task))]
-            if folds := part[0].run.result.get("folds"):
-                notes.append(f"{name} #{number} is scored by {folds['count']} folds of train rows")
+            if folds := part[0].run.outcome.folds:
+                notes.append(f"{name} #{number} is scored by {folds.count} folds of train rows")
             elif len({member.rows for member in of_name}) == 1 and labels:
                 notes.append(f"{name} #{number} is scored by f1 of {', '.join(map(short, labels))}")
             else:
@@ -142,8 +142,8 @@ def _with_distinct_tasks(members: Sequence[Member]) -> tuple[list[Member], list[
 
 
 def _kind(member: Member) -> tuple[object, ...]:
-    folds = member.run.result.get("folds") or {}
-    return folds.get("count"), *(
+    folds = member.run.outcome.folds
+    return folds and folds.count, *(
         (task.text, task.labels, task.metric, scored_label(task)) for task in member.run.tasks
     )
 

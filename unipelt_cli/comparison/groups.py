@@ -8,7 +8,6 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, TypeVar
 
-from unipelt_cli import methods
 from unipelt_cli.metrics import is_better
 from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import TASKS, Task
@@ -41,8 +40,8 @@ class Member:
     @property
     def score(self) -> float:
         """The test score in the task's own metric."""
-        result = self.run.result
-        return float(result["test"][result["metric"]])
+        outcome = self.run.outcome
+        return outcome.test[outcome.metric]
 
     @cached_property
     def settings(self) -> Mapping[str, object]:
@@ -82,7 +81,7 @@ class Group:
 
     @property
     def metric(self) -> str:
-        return str(self.members[0].run.result["metric"])
+        return self.members[0].run.outcome.metric
 
     @property
     def positive(self) -> str | None:
@@ -115,12 +114,8 @@ class Group:
     @cached_property
     def floors(self) -> dict[int, float]:
         """What the floor of all methods gives on the runs' rows, by data seed, where they know."""
-        known = {
-            member.seed[0]: member.run.result[methods.FLOOR]
-            for member in self.members
-            if methods.FLOOR in member.run.result
-        }
-        return {seed: float(floor["test"][self.metric]) for seed, floor in known.items()}
+        known = {member.seed[0]: member.run.outcome.probe for member in self.members}
+        return {seed: floor.test[self.metric] for seed, floor in known.items() if floor is not None}
 
     @cached_property
     def scores(self) -> dict[Seed, float]:

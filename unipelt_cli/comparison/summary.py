@@ -67,18 +67,18 @@ def summarise(gathered: Gathered, margin: float) -> Comparison:
 
 def _cost_notes(groups: Sequence[Group]) -> Iterator[str]:
     """Say where times and memory cannot be compared run by run."""
-    results = [member.run.result for group in groups for member in group.members]
-    if shared := sum(result.get("together", 1) != 1 for result in results):
+    outcomes = [member.run.outcome for group in groups for member in group.members]
+    if shared := sum(outcome.together != 1 for outcome in outcomes):
         yield f"seconds and memory of {shared} runs are those of several that shared their passes"
-    if len(devices := {result["device"] for result in results}) > 1:
+    if len(devices := {outcome.device for outcome in outcomes}) > 1:
         yield f"seconds and memory are of several kinds of device: {', '.join(sorted(devices))}"
 
 
 def _summary(group: Group) -> GroupSummary:
     """Describe one group: its scores, how sure they are, and what its runs cost."""
-    results = [member.run.result for member in group.members]
+    outcomes = [member.run.outcome for member in group.members]
     scores = [member.score for member in group.members]
-    standing = [m.score for m in group.members if not m.run.result["collapsed"]]
+    standing = [m.score for m in group.members if not m.run.outcome.collapsed]
     return GroupSummary(
         task=group.task,
         k=group.k,
@@ -96,17 +96,17 @@ def _summary(group: Group) -> GroupSummary:
         interval_by_rows=_interval_by_rows(group),
         collapsed=len(scores) - len(standing),
         mean_not_collapsed=fmean(standing) if standing else None,
-        trainable_parameters=results[0]["trainable_parameters"],
-        stored_parameters=results[0]["stored_parameters"],
-        head_parameters=results[0]["head_parameters"],
-        median_seconds=median(result["seconds"] for result in results),
-        peak_memory_bytes=max(result["peak_memory_bytes"] for result in results),
+        trainable_parameters=outcomes[0].trainable_parameters,
+        stored_parameters=outcomes[0].stored_parameters,
+        head_parameters=outcomes[0].head_parameters,
+        median_seconds=median(outcome.seconds for outcome in outcomes),
+        peak_memory_bytes=max(outcome.peak_memory_bytes for outcome in outcomes),
     )
 
 
 def _seed_score(member: Member) -> SeedScore:
     data_seed, seed = member.seed
-    collapsed = member.run.result["collapsed"]
+    collapsed = member.run.outcome.collapsed
     return SeedScore(data_seed, seed, str(member.run.directory), member.score, collapsed)
 
 

@@ -73,7 +73,7 @@ def of_run(run: Run, repository: str) -> str:
         content += _section("Protocol", _protocol(run))
         content += _section("Limits", [f"- {limit}" for limit in _limits(run)])
     else:
-        scores = run.result["test"].items()
+        scores = run.outcome.test.items()
         positive = joint_positive(run.tasks).get("positive")
         rows = [[escaped(shown_score(name, positive)), f"{value:.4f}"] for name, value in scores]
         content += _section("Scores", _table(("metric", "test"), rows))
@@ -126,7 +126,7 @@ def _metadata(run: Run, name: str, library: str, tags: Sequence[str]) -> str:
             metric_type=metric,
             metric_value=round(float(value), 4),
         )
-        for metric, value in run.result["test"].items()
+        for metric, value in run.outcome.test.items()
     ]
     data = ModelCardData(
         base_model=_backbone(run) if is_public else None,
@@ -168,7 +168,7 @@ def _scores(run: Run) -> Iterator[str]:
     """Yield the scores, on test with the interval of rows drawn anew."""
     answers = run.predictions()
     rows = []
-    for name, value in run.result["test"].items():
+    for name, value in run.outcome.test.items():
         between = ""
         if answers is not None:
             predicted, expected = answers
@@ -177,14 +177,14 @@ def _scores(run: Run) -> Iterator[str]:
             low, high = bootstrap_interval([sample], np.random.default_rng(0))
             between = f"{low:.4f} to {high:.4f}"
         shown = escaped(shown_score(name, run.task.positive_label))
-        dev = [f"{run.result['dev'][name]:.4f}"] if run.result["dev"] else []
+        dev = [f"{run.outcome.dev[name]:.4f}"] if run.outcome.dev else []
         rows.append([shown, *dev, f"{value:.4f}", between])
-    dev = ["dev"] if run.result["dev"] else []
+    dev = ["dev"] if run.outcome.dev else []
     yield from _table(("metric", *dev, _tested(run), "95 % of test rows drawn anew"), rows)
     yield ""
-    if folds := run.result.get("folds"):
+    if folds := run.outcome.folds:
         yield (
-            f"Each of the {folds['rows']:,} train rows was a test row once, for a model trained "
+            f"Each of the {folds.rows:,} train rows was a test row once, for a model trained "
             f"on the other folds; the model here was trained on all of them."
         )
     yield "The interval is that of the test rows; of one run nothing shows what another seed gives."
@@ -192,8 +192,8 @@ def _scores(run: Run) -> Iterator[str]:
 
 def _tested(run: Run) -> str:
     """Say on which rows the scores are."""
-    folds = run.result.get("folds")
-    return f"{folds['count']} folds" if folds else "test"
+    folds = run.outcome.folds
+    return f"{folds.count} folds" if folds else "test"
 
 
 def _static(report: StaticReport | None) -> Iterator[str]:
@@ -247,29 +247,31 @@ def _sha256(value: object) -> str:
 
 
 def _protocol(run: Run) -> Iterator[str]:
-    result, model = run.result, run.experiment.model
-    k = "all" if result["k"] is None else f"{result['k']:,}"
+    outcome, experiment, model = run.outcome, run.experiment, run.experiment.model
+    pooling = run.result["pooling"]
+    k = "all" if experiment.data.k is None else f"{experiment.data.k:,}"
     fingerprint = run.environment["backbone"]["fingerprint"][:12]
     yield f"- backbone {escaped(_backbone(run))}, fingerprint {fingerprint}"
-    yield f"- k = {k} train rows, drawn by data seed {result['data_seed']}; seed {result['seed']}"
+    seeds = f"drawn by data seed {experiment.data.data_seed}; seed {experiment.train.seed}"
+    yield f"- k = {k} train rows, {seeds}"
     if run.task.is_pair and model.pairs == "apart":
         yield (
             f"- each text of a pair cut to {model.max_length} tokens and read by itself, "
-            f"{result['pooling']} pooling; the head reads what their unit vectors u and v differ "
-            "by, what they multiply to, and their cosine: |u - v|, u * v, cos"
+            f"{pooling} pooling; the head reads what their unit vectors u and v differ by, "
+            "what they multiply to, and their cosine: |u - v|, u * v, cos"
         )
     else:
-        yield f"- rows cut to {model.max_length} tokens, {result['pooling']} pooling"
+        yield f"- rows cut to {model.max_length} tokens, {pooling} pooling"
     once = "test was scored once, after training"
-    if result["dev"]:
+    if outcome.dev:
         yield (
-            f"- the best of {result['epochs']} epochs by {result['metric']} on dev "
-            f"(epoch {result['best_epoch']}); {once}"
+            f"- the best of {outcome.epochs} epochs by {outcome.metric} on dev "
+            f"(epoch {outcome.best_epoch}); {once}"
         )
     else:
-        scored = f"scored by {_tested(run)}" if result.get("folds") else once
-        yield f"- no dev set: trained {result['epochs']} epochs, to the schedule's end; {scored}"
-    yield f"- {result['stored_parameters']:,} numbers stored beside the backbone and the head"
+        scored = f"scored by {_tested(run)}" if outcome.folds else once
+        yield f"- no dev set: trained {outcome.epochs} epochs, to the schedule's end; {scored}"
+    yield f"- {outcome.stored_parameters:,} numbers stored beside the backbone and the head"
 
 
 def _gates(job: Job) -> Iterator[str]:
@@ -306,9 +308,9 @@ def _parity(report: ExportReport) -> Iterator[str]:
 def _limits(run: Run) -> Iterator[str]:
     """Yield what the card's reader must not expect."""
     splits = _splits(run)
-    if run.result["collapsed"]:
+    if run.outcome.collapsed:
         yield "**Collapsed**: it gives all test rows one answer. Do not use it."
-    for comparison in run.result.get("against_mean", {}).values():
+    for comparison in run.outcome.against_mean.values():
         if loses_to_mean(comparison):
             yield "Its squared error on test is not below that of always saying the train mean."
     if splits["train"]["rows"] < FEW_ROWS:

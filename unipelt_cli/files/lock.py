@@ -5,15 +5,40 @@ import json
 import os
 import socket
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from unipelt_cli.errors import RunError
 from unipelt_cli.files.atomic import writing
 from unipelt_cli.files.strict import parse_json
 
 LOCK = ".lock"
+UNKNOWN = "another process"
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """The process that a lock file names."""
+
+    pid: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def may_live(self) -> bool:
+        """Whether it may still be there: of another host nobody can tell."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except PermissionError:
+            return True
+        return True
 
 
 class Claim:
@@ -31,7 +56,7 @@ class Claim:
             number = self._take()
             try:
                 os.ftruncate(number, 0)
-                os.pwrite(number, json.dumps(_here()).encode(), 0)
+                os.pwrite(number, json.dumps(asdict(_here())).encode(), 0)
             except OSError:
                 os.close(number)
                 raise
@@ -56,12 +81,12 @@ class Claim:
         except BlockingIOError:
             raise self._held(owner) from None
         except OSError:
-            if owner is not None and _may_live(owner):
+            if owner is not None and owner.may_live:
                 raise self._held(owner) from None
 
-    def _held(self, owner: dict[str, Any] | None) -> RunError:
+    def _held(self, owner: _Owner | None) -> RunError:
         return RunError(
-            f"{self.path.parent}: {_named(owner)} is writing there",
+            f"{self.path.parent}: {owner or UNKNOWN} is writing there",
             "wait until it has ended, or give another --out",
         )
 
@@ -94,7 +119,7 @@ def holder(directory: Path) -> str | None:
     try:
         fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _named(_owner(number))
+        return str(_owner(number) or UNKNOWN)
     except OSError:
         return None
     finally:
@@ -102,33 +127,17 @@ def holder(directory: Path) -> str | None:
     return None
 
 
-def _named(owner: dict[str, Any] | None) -> str:
-    return "another process" if owner is None else f"process {owner['pid']} on {owner['host']}"
+def _here() -> _Owner:
+    return _Owner(os.getpid(), socket.gethostname())
 
 
-def _here() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
-def _owner(number: int) -> dict[str, Any] | None:
+def _owner(number: int) -> _Owner | None:
     """Read who wrote a lock file; None where nobody did, or not whole."""
     try:
-        said = parse_json(os.pread(number, 1000, 0))
-        return {"pid": int(said["pid"]), "host": str(said["host"])}
+        recorded = parse_json(os.pread(number, 1000, 0))
+        return _Owner(int(recorded["pid"]), str(recorded["host"]))
     except (ValueError, KeyError, TypeError):
         return None
-
-
-def _may_live(owner: dict[str, Any]) -> bool:
-    if owner["host"] != socket.gethostname():
-        return True
-    try:
-        os.kill(owner["pid"], 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _is_at(number: int, path: Path) -> bool:

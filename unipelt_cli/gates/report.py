@@ -197,7 +197,7 @@ def by_epoch(run: Run) -> tuple[EpochGates, ...]:
     return tuple(
         EpochGates(
             epoch=epoch.epoch,
-            is_best=epoch.epoch == run.result["best_epoch"],
+            is_best=epoch.epoch == run.outcome.best_epoch,
             dev=epoch.dev,
             layers=tuple(Layer(layer, gates) for layer, gates in enumerate(epoch.gates)),
         )

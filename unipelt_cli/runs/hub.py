@@ -5,7 +5,7 @@ A repository holds the files of one run and a README.md. Of a stranger's, only t
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,17 @@ def _check(name: str, sizes: Mapping[str, int]) -> None:
 
 
 @dataclass(frozen=True)
+class Pushed:
+    """Where a run was pushed to."""
+
+    repository: str
+    url: str
+    commit: str
+    private: bool
+    files: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Upload:
     """A run that may be pushed to a repository, which is new or may be replaced."""
 
@@ -145,7 +156,7 @@ class Upload:
         recorded = [self.run.experiment.settings(), self.run.environment, self.run.header]
         return sorted({text for text in _texts(recorded) if Path(text).is_absolute()})
 
-    def send(self, card: str) -> dict[str, Any]:
+    def send(self, card: str) -> Pushed:
         """Push the files and a README.md in one commit; return where they are. Raises RunError."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -166,13 +177,13 @@ class Upload:
                 commit_message=f"{result['method']} on {result['task']}",
                 parent_commit=self.parent,
             )
-        return {
-            "repository": self.repository,
-            "url": f"{api.endpoint}/{self.repository}",
-            "commit": commit.oid,
-            "private": self.private,
-            "files": [*files, CARD],
-        }
+        return Pushed(
+            repository=self.repository,
+            url=f"{api.endpoint}/{self.repository}",
+            commit=commit.oid,
+            private=self.private,
+            files=[*files, CARD],
+        )
 
 
 def prepare(run: "Run", repository: str, *, private: bool, overwrite: bool) -> Upload:

@@ -13,12 +13,36 @@ from unipelt_cli.data.folds import assign_folds
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.errors import RunError
 from unipelt_cli.files import sealed
+from unipelt_cli.files.as_json import as_json
 from unipelt_cli.metrics import Values
 from unipelt_cli.models.evaluation import references
-from unipelt_cli.models.resampling import score_interval
+from unipelt_cli.models.resampling import Interval, score_interval
 from unipelt_cli.runs.names import fold_directory
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.tasks import Task
+
+
+@dataclass(frozen=True)
+class FoldScore:
+    """One fold: how many rows it tested, with which scores, after what training."""
+
+    rows: int
+    test: Mapping[str, float]
+    epochs: int
+    seconds: float
+    collapsed: bool
+
+
+@dataclass(frozen=True)
+class FoldsSummary:
+    """The mean and spread of the folds' scores, the interval over all rows, and each fold."""
+
+    count: int
+    rows: int
+    mean: Mapping[str, float]
+    spread: Mapping[str, float]
+    interval: Interval | None
+    each: Sequence[FoldScore]
 
 
 @dataclass(frozen=True)
@@ -27,8 +51,7 @@ class OutOfFold:
 
     predicted: Values
     expected: Values
-    each: tuple[Mapping[str, Any], ...]
-    """Every fold's own rows, scores and seconds."""
+    each: tuple[FoldScore, ...]
 
 
 def fold_experiments(experiment: Experiment, directory: Path) -> Iterator[tuple[Experiment, Path]]:
@@ -55,26 +78,33 @@ def read_folds(directory: Path, prepared: Prepared) -> OutOfFold:
         if answers is None or not np.array_equal(answers[1], expected[places == fold]):
             raise RunError(f"{run.directory}: not of the rows of this fold", sealed.REMEDY)
         predicted[places == fold] = answers[0]
-        kept = {key: run.result[key] for key in ("test", "epochs", "seconds", "collapsed")}
-        each.append({"rows": len(answers[0]), **kept})
+        outcome = run.outcome
+        each.append(
+            FoldScore(
+                rows=len(answers[0]),
+                test=outcome.test,
+                epochs=outcome.epochs,
+                seconds=outcome.seconds,
+                collapsed=outcome.collapsed,
+            )
+        )
     return OutOfFold(predicted, expected, tuple(each))
 
 
-def describe_folds(folds: OutOfFold, task: Task) -> dict[str, Any]:
+def summarise_folds(folds: OutOfFold, task: Task) -> FoldsSummary:
     """Return what a result says of its folds: the mean and spread of their scores, and each.
 
     The interval is that of the task's own metric over all rows, at 95 %, if rows are drawn anew.
     """
-    scores = [fold["test"] for fold in folds.each]
-    interval = score_interval(task, folds.predicted, folds.expected)
-    return {
-        "count": len(folds.each),
-        "rows": len(folds.expected),
-        "mean": {name: fmean(of_fold[name] for of_fold in scores) for name in scores[0]},
-        "spread": {name: stdev(of_fold[name] for of_fold in scores) for name in scores[0]},
-        "interval": interval and list(interval),
-        "each": list(folds.each),
-    }
+    scores = [fold.test for fold in folds.each]
+    return FoldsSummary(
+        count=len(folds.each),
+        rows=len(folds.expected),
+        mean={name: fmean(of_fold[name] for of_fold in scores) for name in scores[0]},
+        spread={name: stdev(of_fold[name] for of_fold in scores) for name in scores[0]},
+        interval=score_interval(task, folds.predicted, folds.expected),
+        each=folds.each,
+    )
 
 
 def describe_score(
@@ -82,11 +112,11 @@ def describe_score(
     predicted: Sequence[Values],
     expected: Sequence[Values],
     out_of_fold: OutOfFold | None,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Return what a result says of how sure its score is: an interval, and the folds if any."""
     if out_of_fold is not None:
-        described = describe_folds(out_of_fold, tasks[0])
-        return {"interval": described["interval"], "folds": described}
+        folds = as_json(summarise_folds(out_of_fold, tasks[0]))
+        return {"interval": folds["interval"], "folds": folds}
     if len(tasks) > 1:
         return {}
     interval = score_interval(tasks[0], predicted[0], expected[0])

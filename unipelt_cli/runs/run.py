@@ -61,6 +61,11 @@ class Run:
     result: dict[str, Any]
 
     @cached_property
+    def outcome(self) -> schema.Result:
+        """What reading relies on in the result; `result` is all of it, as it was recorded."""
+        return schema.Result.model_validate(self.result, strict=True)
+
+    @cached_property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks as they were trained: text columns, labels and metric."""
         return tuple(

@@ -79,7 +79,9 @@ class _Fold(BaseModel):
     test: dict[str, float]
 
 
-class _Folds(BaseModel):
+class Folds(BaseModel):
+    """What reading relies on in the folds of a run's train rows."""
+
     count: int
     rows: int
     mean: dict[str, float]
@@ -111,7 +113,10 @@ class Result(BaseModel):
     selection: Literal["dev", "schedule"] = "dev"
     tested_on: Literal["test", "folds"] = "test"
     interval: _Interval | None = None
-    folds: _Folds | None = None
+    folds: Folds | None = None
+    together: int = 1
+    """How many runs shared their passes."""
+    against_mean: dict[str, dict[str, float]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _is_scored(self) -> Self:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from unipelt_cli.backbones.pretrained import find
 from unipelt_cli.data.manifest import digest_rows
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.files import sealed
+from unipelt_cli.files.as_json import keyed
 from unipelt_cli.runs import schema
 from unipelt_cli.runs.checks import check_file, check_seal, recorded_files
 from unipelt_cli.runs.names import MODEL, RESULT
@@ -135,11 +137,20 @@ def as_trained(run: Run) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def differences(original: Run, here: Run) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Difference:
+    """What one run says otherwise than the other, and what each says."""
+
+    what: str
+    original: object = field(metadata=keyed("there"))
+    here: object
+
+
+def differences(original: Run, here: Run) -> list[Difference]:
     """Return what differs between two runs: conditions first, then the outcome."""
     described = _described(original), _described(here)
     return [
-        {"what": what, "there": value, "here": described[1].get(what)}
+        Difference(what, value, described[1].get(what))
         for what, value in described[0].items()
         if value != described[1].get(what)
     ]
@@ -150,7 +161,7 @@ def is_equal(original: Run, here: Run) -> bool:
     return all(_outcome(original)[what] == value for what, value in _outcome(here).items())
 
 
-def _described(run: Run) -> dict[str, Any]:
+def _described(run: Run) -> dict[str, object]:
     environment, result = run.environment, run.result
     described = {
         **{key: environment.get(key) for key in MACHINE},
@@ -164,7 +175,7 @@ def _described(run: Run) -> dict[str, Any]:
     return described | _outcome(run)
 
 
-def _outcome(run: Run) -> dict[str, Any]:
+def _outcome(run: Run) -> dict[str, object]:
     result = run.result
     scores = {f"{s} {name}": value for s in ("dev", "test") for name, value in result[s].items()}
     # Of the tensors alone: the file's header names the place where the backbone lies.
