@@ -97,7 +97,7 @@ _WHOLE_THETA = 160000.0  # the library's default
 _WHOLE, _SLIDING = "full_attention", "sliding_attention"
 
 
-def translate(config: Mapping[str, Any], layout: Layout, path: Path) -> dict[str, Any]:
+def translate(config: Mapping[str, Any], layout: Layout, path: Path) -> Mapping[str, Any]:
     """Return a config with what transformers 5 writes said in the words of version 4.
 
     Raises BackboneError for what version 4 cannot compute, and for keys that contradict each other.

@@ -46,7 +46,7 @@ BACKEND = "TokenizersBackend"  # what transformers 5 calls a PreTrainedTokenizer
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     """Read a JSON object of a backbone's folder; raise BackboneError for anything else."""
     value = _read(path)
     if not isinstance(value, dict):
@@ -123,7 +123,7 @@ def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
             yield from _pairs(item)
 
 
-def settings(config: Mapping[str, Any], layout: Layout, path: Path) -> dict[str, Any]:
+def settings(config: Mapping[str, Any], layout: Layout, path: Path) -> Mapping[str, Any]:
     """Return the settings that an architecture knows; raise BackboneError for one it cannot have.
 
     Each must be of the type that the library's own default has, and of a size that can be.

@@ -6,7 +6,7 @@ class sees it, only safetensors are read, and nothing in it can name code to run
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +59,7 @@ class Pretrained:
     name: str
     directory: Path
     layout: Layout
-    config: dict[str, Any]
+    config: Mapping[str, Any]
     shapes: file_checks.Shapes = field(default_factory=dict)
 
     @cached_property

@@ -5,7 +5,7 @@ folder of its own. Until 5.3 the pooling was a switch for each mode (`pooling_mo
 since 5.4 it is one word, or a list of them (`pooling_mode`). Both are read here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -137,7 +137,7 @@ def _module(entry: Any, path: Path) -> _Module:
     return _Module(name if kind.startswith("sentence_transformers.") else short(kind), folder)
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> Mapping[str, Any]:
     """Return an encoder's settings in its pipeline.
 
     Raises BackboneError where the pooling reads another output than the last hidden states.
@@ -176,7 +176,7 @@ def _mode(path: Path) -> str:
     return _OURS[modes[0]]
 
 
-def _words(settings: dict[str, Any], path: Path) -> list[str]:
+def _words(settings: Mapping[str, Any], path: Path) -> list[str]:
     value = settings.get("pooling_mode")
     words = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(word, str) for word in words):
@@ -184,7 +184,7 @@ def _words(settings: dict[str, Any], path: Path) -> list[str]:
     return words
 
 
-def _switched(settings: dict[str, Any], path: Path) -> Iterator[str]:
+def _switched(settings: Mapping[str, Any], path: Path) -> Iterator[str]:
     """Yield the modes that are switched on; one that nobody knows is yielded by its key."""
     for key, value in settings.items():
         if key.startswith("pooling_mode_"):

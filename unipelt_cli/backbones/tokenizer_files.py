@@ -78,7 +78,7 @@ def _check_files(directory: Path) -> None:
             )
 
 
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _special_tokens(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the special tokens beside the usual ones, in the words of this version.
 
     Version 5 lists them as `extra_special_tokens`, and names those of one model in

@@ -136,7 +136,7 @@ def digest_rows(rows: Dataset) -> str:
 
 def make_manifest(
     source: SourceRows, settings: DataSettings, splits: Mapping[str, Dataset], notes: Sequence[str]
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Record what was drawn and what is odd about it: the same settings give the same bytes.
 
     Of splits that there are not, such as a dev set of no rows, nothing is recorded.
@@ -162,7 +162,7 @@ def make_manifest(
     return seal_manifest(content)
 
 
-def describe_splits(task: Task, splits: Mapping[str, Dataset]) -> dict[str, Any]:
+def describe_splits(task: Task, splits: Mapping[str, Dataset]) -> Mapping[str, Any]:
     """Record each split, the texts that two of them hold, and those with more labels than one."""
     keys = {split: text_keys(task, rows) for split, rows in splits.items()}
     seen = {split: set(of_split) for split, of_split in keys.items()}
@@ -177,7 +177,7 @@ def describe_splits(task: Task, splits: Mapping[str, Dataset]) -> dict[str, Any]
     }
 
 
-def _describe(task: Task, rows: Dataset, keys: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+def _describe(task: Task, rows: Dataset, keys: Sequence[tuple[str, ...]]) -> Mapping[str, Any]:
     labels: list[float] = rows[:]["label"]
     words = [sum(len(text.split()) for text in key) for key in keys]
     quantiles = np.quantile(words, (0, 0.25, 0.5, 0.75, 0.95, 1), method="lower").tolist()
@@ -203,7 +203,7 @@ def text_keys(task: Task, rows: Dataset) -> list[tuple[str, ...]]:
     return list(zip(*columns, strict=True))
 
 
-def seal_manifest(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def seal_manifest(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     """Add the manifest's own checksum, so that a damaged or edited one is told."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return content | {"checksum": hashlib.sha256(dumps(content)).hexdigest()}

@@ -63,7 +63,7 @@ def prepare_each(settings: DataSettings, files: OwnFiles | None = None) -> tuple
     return every
 
 
-def read_drawn(settings: DataSettings) -> list[dict[str, Any]]:
+def read_drawn(settings: DataSettings) -> list[Mapping[str, Any]]:
     """Return the manifests of the prepared directories that `settings` name, without the rows.
 
     Raises DataError as `prepare_each` does, but for what is wrong with the rows.
@@ -96,7 +96,7 @@ def _check_together(manifests: Sequence[Mapping[str, Any]]) -> None:
             raise DataError(f"data.metric: {what}", hint)
 
 
-def joint_manifest(prepared: Sequence[Prepared]) -> dict[str, Any]:
+def joint_manifest(prepared: Sequence[Prepared]) -> Mapping[str, Any]:
     """Return what is recorded of a run's rows: one task's manifest, or those of several by name."""
     if len(prepared) == 1:
         return prepared[0].manifest
@@ -148,7 +148,7 @@ def _reopen(directory: Path, settings: DataSettings) -> Prepared:
 
 def _asked_for(
     manifest: Mapping[str, Any], task: Task, directory: Path, settings: DataSettings
-) -> tuple[Task, dict[str, Any]]:
+) -> tuple[Task, Mapping[str, Any]]:
     """Return a prepared task and its manifest with the metric that the settings ask for."""
     asked: dict[str, str | int | None] = {"task": settings.task, "k": settings.k}
     asked["folds"] = None if settings.folds == "auto" else settings.folds

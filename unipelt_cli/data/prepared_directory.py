@@ -43,7 +43,7 @@ class Prepared:
 
     task: Task
     splits: Mapping[str, Dataset]
-    manifest: dict[str, Any]
+    manifest: Mapping[str, Any]
 
 
 def save_prepared(prepared: Prepared, directory: Path) -> None:
@@ -125,7 +125,7 @@ def _check_cells(table: pa.Table, task: Task) -> None:
         raise ValueError(f"a label is none of {task.outputs}")
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Path) -> Mapping[str, Any]:
     """Read a prepared directory's manifest; raise DataError for one that is absent or changed."""
     if not has_manifest(directory):
         raise DataError(f"{directory}: not a prepared directory (no {MANIFEST})", GIVE_PREPARED)

@@ -32,7 +32,7 @@ class SourceRows:
     """What a source offers before the draw: checked rows, by split; dev or test may lack."""
 
     task: Task
-    source: dict[str, Any]
+    source: Mapping[str, Any]
     rows: Mapping[str, Dataset]
     notes: tuple[str, ...] = ()
     is_own: bool = False
@@ -95,7 +95,7 @@ def with_positive(task: Task, positive: str | None) -> Task:
 
 def _source_rows(
     task: Task,
-    source: dict[str, Any],
+    source: Mapping[str, Any],
     cells: Mapping[str, RawColumns],
     text: Sequence[str],
     label: str,
@@ -187,7 +187,7 @@ def _own_hub(settings: DataSettings, dataset: str) -> SourceRows:
 
 
 def _own(
-    settings: DataSettings, name: str, source: dict[str, Any], cells: Mapping[str, RawColumns]
+    settings: DataSettings, name: str, source: Mapping[str, Any], cells: Mapping[str, RawColumns]
 ) -> SourceRows:
     """Check the user's own cells, decide what their labels are, and encode them."""
     text, label = tuple(source["text"]), str(source["label"])

@@ -243,7 +243,7 @@ def _parts_config(tuned: Tuned) -> Any:
     return parts[0] if len(parts) == 1 else adapters.ConfigUnion(*parts)
 
 
-def _head_config(run: Run, tuned: Tuned) -> dict[str, Any]:
+def _head_config(run: Run, tuned: Tuned) -> Mapping[str, Any]:
     head, native = tuned.classifier.head, tuned.pretrained.layout.native
     return {
         "head_type": "classification",

@@ -93,7 +93,7 @@ def own_file(path: Path) -> Path:
     return path
 
 
-def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def open_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """Read all tensors and the header of a file that `write_tensors` wrote, and its seal.
 
     Raises RunError when it is missing, damaged, or foreign.
@@ -109,7 +109,7 @@ def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, header
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> Mapping[str, Any]:
     """Read a tensor file's header alone; raise RunError for a newer format or a foreign file."""
     try:
         with safe_open(own_file(path), "pt") as file:

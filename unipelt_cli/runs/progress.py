@@ -1,6 +1,7 @@
 """How far an unfinished run has come, and the events that it recorded."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ def describe_progress(directory: Path) -> str:
     return f"stopped after epoch {epochs[-1]['epoch']}" if epochs else "no epoch done"
 
 
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
+def read_metrics(directory: Path) -> list[Mapping[str, Any]]:
     """Return the events of metrics.jsonl; a last line cut short by a crash is left out."""
     path = directory / METRICS
-    events: list[dict[str, Any]] = []
+    events: list[Mapping[str, Any]] = []
     if not os.path.lexists(path):
         return events
     with sealed.own_file(path).open(encoding="utf-8", errors="replace") as file:
@@ -43,7 +44,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return events
 
 
-def read_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def read_state(directory: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]] | None:
     """Return the saved loop state of an interrupted run, or None where there is none."""
     path = directory / STATE
     if not os.path.lexists(path):

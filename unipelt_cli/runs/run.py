@@ -1,7 +1,7 @@
 """A finished run on disk: read, checked, and built again."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
@@ -56,8 +56,8 @@ class Run:
 
     directory: Path
     experiment: Experiment
-    environment: dict[str, Any]
-    header: dict[str, Any]
+    environment: Mapping[str, Any]
+    header: Mapping[str, Any]
     result: dict[str, Any]
 
     @cached_property
@@ -244,7 +244,7 @@ class Run:
         return int(self._manifests[task_index]["splits"][split].get("rows", 0))
 
     @property
-    def _manifests(self) -> list[dict[str, Any]]:
+    def _manifests(self) -> list[Mapping[str, Any]]:
         recorded = self.environment["data"]
         return list(recorded["tasks"].values()) if len(self.tasks) > 1 else [recorded]
 

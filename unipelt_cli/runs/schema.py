@@ -1,5 +1,6 @@
 """What reading relies on in a run's JSON: other keys may be there, these must be, and be right."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -155,7 +156,7 @@ class _Task(BaseModel):
 class State(BaseModel):
     """What going on relies on in the header of state.safetensors."""
 
-    counters: dict[str, Any]
+    counters: Mapping[str, Any]
     seconds: float = Field(ge=0)
 
 
@@ -171,7 +172,7 @@ class JointHeader(BaseModel):
     tasks: list[_Task] = Field(min_length=2)
 
 
-def shaped(path: Path, value: dict[str, Any], schema: type[BaseModel]) -> dict[str, Any]:
+def shaped(path: Path, value: Mapping[str, Any], schema: type[BaseModel]) -> Mapping[str, Any]:
     """Return a JSON object that has what reading relies on; raise RunError for another."""
     try:
         schema.model_validate(value, strict=True)

@@ -151,7 +151,7 @@ class Writer:
                 "processes": processes,
                 "device": _device_name(tuned.device),
                 "command": command,
-                "backbone": _backbone(tuned) | {"files": tuned.pretrained.digests},
+                "backbone": {**_backbone(tuned), "files": tuned.pretrained.digests},
                 "data": manifest,
             },
         )
@@ -254,7 +254,7 @@ def _is_passing(name: str) -> bool:
     return name == LOCK or name.startswith(atomic.TEMPORARY)
 
 
-def _backbone(tuned: Tuned) -> dict[str, Any]:
+def _backbone(tuned: Tuned) -> Mapping[str, Any]:
     pretrained = tuned.pretrained
     return {
         "name": pretrained.name,
@@ -275,7 +275,7 @@ def command_line() -> list[str]:
     return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
-def _described(task: Task, scale: LabelScale) -> dict[str, Any]:
+def _described(task: Task, scale: LabelScale) -> Mapping[str, Any]:
     """Return what a stored model says of a task."""
     kept = {key: value for key, value in asdict(task).items() if key in _TASK_KEYS}
     comma = {"decimal_comma": True} if task.decimal_comma else {}

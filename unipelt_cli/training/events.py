@@ -87,7 +87,7 @@ class Ready:
     """Data and model are there; training starts, or goes on after `resumed_epoch`."""
 
     experiment: Experiment
-    manifests: tuple[dict[str, Any], ...]
+    manifests: tuple[Mapping[str, Any], ...]
     metric: str
     parameters: dict[str, int]
     epochs: int

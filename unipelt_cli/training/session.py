@@ -200,7 +200,7 @@ def _restore(training: Training, writer: Writer) -> float:
     """Take up the state of an interrupted run; return the seconds it had taken."""
     directory, processes = writer.directory, training.processes
     saved = processes.main(lambda: read_state(directory))
-    header: dict[str, Any] = {"seconds": 0.0}
+    header: Mapping[str, Any] = {"seconds": 0.0}
     if saved is not None:
         tensors, header = saved
         try:
