@@ -166,7 +166,7 @@ def _own_files(settings: DataSettings, train_file: str, files: OwnFiles) -> Sour
     cells = {split: files.take(Path(path), settings.encoding) for split, path in named.items()}
     source = {"kind": "files", **named, "text": list(text), "label": label}
     source |= {"encoding": settings.encoding} if settings.encoding else {}
-    return _own(settings, Path(train_file).stem, source, cells)
+    return _user_rows(settings, Path(train_file).stem, source, cells)
 
 
 def _own_hub(settings: DataSettings, dataset: str) -> SourceRows:
@@ -183,10 +183,10 @@ def _own_hub(settings: DataSettings, dataset: str) -> SourceRows:
             labelled = _hub_cells(f"{dataset}, {split}", splits[split], text, label)
             cells |= {"test": labelled} if labelled.rows else {}
     source = {"kind": "hub", "dataset": dataset, "text": list(text), "label": label}
-    return _own(settings, name.rpartition("/")[2], source, cells)
+    return _user_rows(settings, name.rpartition("/")[2], source, cells)
 
 
-def _own(
+def _user_rows(
     settings: DataSettings, name: str, source: Mapping[str, Any], cells: Mapping[str, RawColumns]
 ) -> SourceRows:
     """Check the user's own cells, decide what their labels are, and encode them."""

@@ -180,10 +180,10 @@ def _load(job: Job, directory: Path) -> Any:
         str(directory),
     )
     # Without the last word it asks the hub whether the vocabulary has grown.
-    there = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    read_back = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     written = load_file(directory / WEIGHTS)
-    for name in sorted(there.keys() | written.keys()):
-        pair = there.get(name), written.get(name)
+    for name in sorted(read_back.keys() | written.keys()):
+        pair = read_back.get(name), written.get(name)
         if pair[0] is None or pair[1] is None or not torch.equal(pair[0], pair[1]):
             raise disagreement(f"PEFT {peft.__version__}", name)
     return model.eval()

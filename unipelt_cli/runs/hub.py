@@ -64,7 +64,7 @@ def fetch(name: str, *, offline: bool) -> Path:
     from huggingface_hub import HfApi
 
     api, commit = HfApi(), None
-    with _told(name):
+    with _naming_errors(name):
         if not network.is_offline():
             info = api.model_info(
                 repository, revision=revision, timeout=SECONDS, files_metadata=True
@@ -167,7 +167,7 @@ class Upload:
             CommitOperationAdd(CARD, card.encode()),
             *(CommitOperationDelete(name) for name in sorted(self.replaced - files.keys())),
         ]
-        with _told(self.repository):
+        with _naming_errors(self.repository):
             api = HfApi()
             if self.parent is None:
                 api.create_repo(self.repository, private=self.private or None, exist_ok=True)
@@ -205,7 +205,7 @@ def prepare(run: "Run", repository: str, *, private: bool, overwrite: bool) -> U
 
     if get_token() is None:
         raise RunError(f"{repository}: not logged in to the hub", LOGIN)
-    with _told(repository):
+    with _naming_errors(repository):
         try:
             info = HfApi().model_info(repository, timeout=SECONDS)
         except RepositoryNotFoundError:
@@ -238,7 +238,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
+def _naming_errors(name: str) -> Iterator[None]:
     """Turn what the hub's library raises into a RunError about `name`."""
     try:
         yield
@@ -246,10 +246,10 @@ def _told(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # as many kinds as there are ways for a server to answer
         cause = error.__cause__ if type(error) is RuntimeError else None
-        raise RunError(*_said(name, cause or error)) from None
+        raise RunError(*_explained(name, cause or error)) from None
 
 
-def _said(name: str, error: BaseException) -> tuple[str, str]:
+def _explained(name: str, error: BaseException) -> tuple[str, str]:
     """Say what is wrong and what to do, for an error of the hub's library."""
     from huggingface_hub import errors
     from requests import RequestException

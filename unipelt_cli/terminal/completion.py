@@ -24,7 +24,7 @@ from unipelt_cli.terminal.choices import (
     tasks,
 )
 
-Found = Iterable[tuple[str, str]]  # a value, and what it is
+Candidates = Iterable[tuple[str, str]]  # a value, and what it is
 DEFAULT_METHOD = "unipelt-apl"
 MOST = 200
 RESULT, CONFIG = "result.json", "config.json"  # what tells a finished run, and a backbone
@@ -42,7 +42,7 @@ def attach(app: typer.Typer) -> None:
 
 
 def _quiet(
-    find: Callable[[typer.Context, str], Found],
+    find: Callable[[typer.Context, str], Candidates],
 ) -> Callable[[typer.Context, str], list[tuple[str, str]]]:
     """Keep what begins as the word does; of what goes wrong a shell cannot be told."""
 
@@ -56,20 +56,20 @@ def _quiet(
     return complete
 
 
-def words(*choices: str) -> Callable[[typer.Context, str], Found]:
+def words(*choices: str) -> Callable[[typer.Context, str], Candidates]:
     """Offer a few words."""
     return lambda _, __: [(choice, "") for choice in choices]
 
 
-def _tasks(_: typer.Context, __: str) -> Found:
+def _tasks(_: typer.Context, __: str) -> Candidates:
     return [(name, "") for name in tasks()]
 
 
-def _methods(_: typer.Context, __: str) -> Found:
+def _methods(_: typer.Context, __: str) -> Candidates:
     return [(name, method.about) for name, method in methods().items()]
 
 
-def _presets(_: typer.Context, incomplete: str) -> Found:
+def _presets(_: typer.Context, incomplete: str) -> Candidates:
     yield from _methods(_, incomplete)
     yield from ((name, "") for name in presets() if name not in methods())
     yield from ((name, "the paper's own numbers") for name in published_presets())
@@ -77,8 +77,8 @@ def _presets(_: typer.Context, incomplete: str) -> Found:
 
 
 def _several(
-    find: Callable[[typer.Context, str], Found],
-) -> Callable[[typer.Context, str], Found]:
+    find: Callable[[typer.Context, str], Candidates],
+) -> Callable[[typer.Context, str], Candidates]:
     """Offer the next of several names with commas between them."""
 
     def complete(context: typer.Context, incomplete: str) -> Iterator[tuple[str, str]]:
@@ -91,17 +91,17 @@ def _several(
     return complete
 
 
-def _choices(section: str, key: str) -> Callable[[typer.Context, str], Found]:
+def _choices(section: str, key: str) -> Callable[[typer.Context, str], Candidates]:
     return lambda _, __: [(choice, "") for choice in settings(section)[key].choices]
 
 
-def _backbones(_: typer.Context, incomplete: str) -> Found:
+def _backbones(_: typer.Context, incomplete: str) -> Candidates:
     yield "minilm", "the packaged backbone"
     yield from ((name, "downloaded") for name in network.cached_backbones())
     yield from _paths(incomplete, lambda path: (path / CONFIG).is_file())
 
 
-def _runs(_: typer.Context, incomplete: str) -> Found:
+def _runs(_: typer.Context, incomplete: str) -> Candidates:
     """Offer the finished runs below runs/, and what lies where the word leads."""
     if "runs".startswith(incomplete):
         for pattern in ("*", "*/*"):
@@ -158,7 +158,7 @@ def _chosen_methods(parameters: Mapping[str, Any]) -> list[str]:
     return [name for name in str(names).split(",") if name in methods()]
 
 
-VALUES: Mapping[str, Callable[[typer.Context, str], Found]] = {
+VALUES: Mapping[str, Callable[[typer.Context, str], Candidates]] = {
     "task": _tasks,
     "tasks": _several(_tasks),
     "method": _methods,

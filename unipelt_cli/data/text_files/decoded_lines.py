@@ -180,7 +180,7 @@ def of_bytes(origin: str, content: bytes, encoding: str | None = None) -> Lines:
 @contextmanager
 def of_file(path: Path, encoding: str | None = None) -> Iterator[Lines]:
     """Give the lines of a regular file, as far as it goes now; raise DataError for another."""
-    with _told(path):
+    with _naming_errors(path):
         left = _size(path)
         stream = path.open("rb")
 
@@ -212,7 +212,7 @@ def read_bytes(path: Path, suffixes: Sequence[str]) -> bytes:
 
     What is no file, such as a pipe that nobody writes to or an endless device, is not opened.
     """
-    with _told(path):
+    with _naming_errors(path):
         check_suffix(path, suffixes)
         size = _size(path)
         if size > LARGEST_FILE:
@@ -232,7 +232,7 @@ def suffix_of(path: Path) -> str:
 def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
     """Raise DataError for a file whose name ends in none of these; a folder is told as such."""
     usable = (*suffixes, *JSON_SUFFIXES) if ".jsonl" in suffixes else suffixes
-    with _told(path):
+    with _naming_errors(path):
         if suffix_of(path) not in usable and not stat.S_ISDIR(path.stat().st_mode):
             what = f"unknown file type {path.suffix!r}"
             hint = f"give {', '.join(suffixes)}"
@@ -251,7 +251,7 @@ def _size(path: Path) -> int:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _naming_errors(path: Path) -> Iterator[None]:
     """Say of which file the system's error is."""
     try:
         yield
