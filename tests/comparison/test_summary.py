@@ -501,7 +501,8 @@ def test_what_a_lower_score_is_better_in_is_ranked_so(tmp_path: Path) -> None:
     forge(tmp_path / "a", "lora", 0.8)
     (group,) = gathering.gather([tmp_path]).groups
     assert group.sign == 1
-    result = group.members[0].run.result
-    result |= {"metric": "mse", "test": {"mse": 0.5}}
-    assert group.sign == -1
+    member = group.members[0]
+    scores = {"metric": "mse", "dev": {"mse": 0.5}, "test": {"mse": 0.5}}
+    run = replace(member.run, result={**member.run.result, **scores})
+    assert replace(group, members=(replace(member, run=run),)).sign == -1
     assert tables.score(None) == "-"
