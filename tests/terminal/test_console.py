@@ -8,6 +8,7 @@ import pytest
 from support.command import FAST, error_of, invoke, rows_options
 from support.rows import save_rows
 
+from unipelt_cli.gates.results import GateStatistics, Layer
 from unipelt_cli.terminal import console, gates
 
 
@@ -38,8 +39,18 @@ def test_signs_have_a_stand_in_where_the_encoding_lacks_them(
 ) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, "ascii", write_through=True))
-    gate = {"mean": 0.6, "std": 0.1, "p05": 0.5, "median": 0.6, "p95": 0.7, "entropy": 1.0}
-    gates.show_layers([{"layer": 0, "lora": gate}], "mean \xb1 deviation")
+    gate = GateStatistics(
+        mean=0.6,
+        std=0.1,
+        min=0.4,
+        p05=0.5,
+        median=0.6,
+        p95=0.7,
+        max=0.8,
+        entropy=1.0,
+        undecided=1.0,
+    )
+    gates.show_layers([Layer(0, {"lora": gate})], "mean \xb1 deviation")
     console.say("caf\xe9")
     assert [line.split() for line in written.getvalue().decode("ascii").splitlines()] == [
         ["mean", "~", "deviation"],
