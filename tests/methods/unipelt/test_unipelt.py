@@ -64,8 +64,8 @@ def test_a_free_union_has_the_gates_of_its_parts(backbone_dir: Backbones) -> Non
 
 def test_every_part_may_have_a_rate_of_its_own(backbone_dir: Backbones) -> None:
     factors = {"adapter": 0.2, "prefix": 0.4, "lora": 3.0, "bias": 5.0, "parallel": 7.0}
-    options = {f"{name}_rate": factor for name, factor in factors.items()}
-    options["parts"] = ",".join(factors)
+    options: dict[str, Any] = {f"{name}_rate": f for name, f in factors.items()}
+    options |= {"parts": ",".join(factors), "gate_rate": 9.0}
     tuned = build(experiment(backbone_dir("bert"), "union", options=options), 2)
     optimizer = loop_on_sixteen(tuned, epochs=1).stepper.optimizer
     names = {id(p): name for name, p in tuned.classifier.named_parameters()}
@@ -75,7 +75,8 @@ def test_every_part_may_have_a_rate_of_its_own(backbone_dir: Backbones) -> None:
             name = names[id(parameter)].removeprefix("backbone.submodules.")
             kind = next((k for k in ("head", "gates", *factors) if f".{k}." in f".{name}"), name)
             found.setdefault(kind, set()).add(group["factor"])
-    assert found == {"head": {1.0}, "gates": {1.0}, **{k: {f} for k, f in factors.items()}}
+    expected = {"head": {1.0}, "gates": {9.0}, **{k: {f} for k, f in factors.items()}}
+    assert found == expected
 
 
 def test_gates_start_where_their_bias_says(backbone_dir: Backbones) -> None:

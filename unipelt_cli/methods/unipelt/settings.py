@@ -78,6 +78,7 @@ class UnionSettings(Method):
     gate_bias: Annotated[
         float, Field(description="bias that every gate starts with: 0 is half open")
     ] = 0.0
+    gate_rate: Annotated[float, Field(gt=0, description="gates: factor on the rate")] = 1.0
     adapter_rate: Annotated[float, Field(gt=0, description="adapter: factor on the rate")] = 1.0
     prefix_rate: Annotated[float, Field(gt=0, description="prefix: factor on the rate")] = 1.0
     lora_rate: Annotated[float, Field(gt=0, description="LoRA: factor on the rate")] = 1.0
@@ -127,7 +128,7 @@ class UnionSettings(Method):
 
     @property
     def earlier(self) -> Mapping[str, Any]:
-        return {"parallel_dropout": 0.0, "prefix_start": "normal"}
+        return {"parallel_dropout": 0.0, "prefix_start": "normal", "gate_rate": 1.0}
 
     def unwritten(self, written: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.lora_scale is None:
@@ -139,9 +140,11 @@ class UnionSettings(Method):
         return self.gated and self.gate_pooling == "all"
 
     def rate(self, name: str) -> float:
-        """Return the factor of the part that a tensor belongs to; gates follow the run's rate."""
-        _, place, *rest = name.split(".")
-        part = place if place == "prefix" else rest[1]
+        """Return the factor of the part that a tensor belongs to, or of gates."""
+        _, holder, *rest = name.split(".")
+        part = holder if holder == "prefix" else rest[1]
+        if part in ("gates", "task_gates"):
+            return self.gate_rate
         return cast(float, getattr(self, f"{part}_rate", 1.0))
 
     @property
