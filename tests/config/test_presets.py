@@ -7,7 +7,7 @@ from support.models import resolved
 
 from unipelt_cli import methods
 from unipelt_cli.config.experiment import resolve
-from unipelt_cli.config.presets import presets, published_presets, read_preset
+from unipelt_cli.config.presets import few_labels_presets, presets, published_presets, read_preset
 from unipelt_cli.errors import ConfigError
 
 
@@ -88,6 +88,28 @@ def test_a_published_preset_is_not_mixed_with_our_other_defaults() -> None:
 @pytest.mark.parametrize("name", published_presets())
 def test_every_published_preset_is_an_experiment(name: str) -> None:
     resolve([("", read_preset(name)), ("", {"data": {"task": "mrpc"}})])
+
+
+def test_the_recipe_for_few_labels_is_a_preset_of_what_can_have_it() -> None:
+    union = resolved(method={"name": "unipelt-apl"})
+    for name in ("few-labels/lora", "few-labels/full"):
+        assert name in few_labels_presets()
+        run = resolve([("", read_preset(name)), ("", {"data": {"task": "mrpc"}})])
+        method = name.removeprefix("few-labels/")
+        assert run.method_name == method
+        assert run.model == union.model
+        rate = methods.get(method).learning_rate
+        assert run.train == union.with_("train", learning_rate=rate).train
+    again = resolve([("", read_preset("few-labels/unipelt-apl")), ("", {"data": {"task": "mrpc"}})])
+    assert again == union
+    assert "few-labels/probe" not in few_labels_presets()
+    with pytest.raises(ConfigError) as caught:
+        read_preset("few-labels/probe")
+    assert caught.value.message == "recipe 'few-labels': probe has no such recipe"
+    assert caught.value.hint == "it has default"
+    with pytest.raises(ConfigError, match="preset 'few-labels/lor': no such file") as caught:
+        read_preset("few-labels/lor")
+    assert caught.value.hint.startswith("did you mean few-labels/lora?")
 
 
 def test_published_presets_have_the_papers_numbers() -> None:

@@ -111,7 +111,10 @@ def test_words_are_those_that_the_commands_take(name: str, choices: set[str]) ->
         ),
         ("unipelt train --set train.precision=b", ["train.precision=bf16"]),
         ("unipelt train --set train.w", ["train.warmup=", "train.weight_decay="]),
-        ("unipelt train --set method.gate_", ["method.gate_pooling=", "method.gate_bias="]),
+        (
+            "unipelt train --set method.gate_",
+            ["method.gate_pooling=", "method.gate_bias=", "method.gate_rate="],
+        ),
         (
             "unipelt train --method coda --set method.att",
             ["method.attends=routed", "method.attends=all"],

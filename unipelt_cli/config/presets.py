@@ -13,6 +13,8 @@ from unipelt_cli.text import cut, shown
 LARGEST_FILE = 1_000_000
 PUBLISHED = "published/"
 """What stands before a method's name in the preset of its paper's own numbers."""
+FEW_LABELS = "few-labels/"
+"""What stands before it in the preset of the recipe for few labels, at the method's rate."""
 
 
 def preset_folder() -> Path:
@@ -84,7 +86,7 @@ def read_preset(name: str) -> Settings:
     """Read a preset by path or by name; raise ConfigError when it is absent or not TOML.
 
     A method's name is a preset too: its defaults, where no file says more. So is its name behind
-    `published/`: what its paper trains with.
+    `published/`: what its paper trains with, and behind `few-labels/`: our recipe for few labels.
     """
     if not Path(name).is_file() and name not in presets():
         if name in methods.table():
@@ -92,8 +94,28 @@ def read_preset(name: str) -> Settings:
             return {"method": {"name": name}, "train": {"learning_rate": rate}}
         if name.removeprefix(PUBLISHED) in methods.table():
             return _published(name)
-    known = [*presets(), *methods.table(), *published_presets()]
+        if name.removeprefix(FEW_LABELS) in methods.table():
+            return _few_labels(name.removeprefix(FEW_LABELS))
+    known = [*presets(), *methods.table(), *published_presets(), *few_labels_presets()]
     return read_settings(name, presets(), "unipelt list presets", known)
+
+
+def few_labels_presets() -> tuple[str, ...]:
+    """Return the names of the presets of the recipe for few labels: a method's that can have it."""
+    return tuple(
+        f"{FEW_LABELS}{name}"
+        for name, recipe in methods.table().items()
+        if recipes.is_for_few_labels(recipe) or recipes.FEW in recipes.recipes_of(recipe)
+    )
+
+
+def _few_labels(method: str) -> Settings:
+    """Return the recipe for few labels with a method; of some it is their default already."""
+    recipe = methods.get(method)
+    name = recipes.DEFAULT if recipes.is_for_few_labels(recipe) else recipes.FEW
+    settings = recipe_settings(method, name)
+    rate = {"learning_rate": recipe.learning_rate}
+    return {**settings, "train": {**settings.get("train", {}), **rate}}
 
 
 def _published(name: str) -> Settings:

@@ -22,9 +22,14 @@ def recipes_of(entry: Recipe) -> tuple[str, ...]:
     """
     if entry.method.has_closed_form:
         return (DEFAULT,)
-    has_few = not entry.method.reads_frozen_features and entry.settings is not FEW_LABELS
+    has_few = not (entry.method.reads_frozen_features or is_for_few_labels(entry))
     has_paper = entry.paper_rate is not None
     return (DEFAULT, *((FEW,) if has_few else ()), *((PUBLISHED,) if has_paper else ()))
+
+
+def is_for_few_labels(entry: Recipe) -> bool:
+    """Say whether a method's default recipe is the one for few labels."""
+    return entry.settings is FEW_LABELS
 
 
 def rate_of(entry: Recipe, name: str) -> float:

@@ -124,14 +124,14 @@ _GATED = Published(5e-4, _PAPERS, {"reduction": 16, "rank": 8, "lora_scale": 1.0
 _UNGATED = Published(5e-4, _PAPERS, {"reduction": 16, "rank": 8, "lora_scale": 2.0})
 _WIDE: dict[str, Any] = {"reduction": 4, "rank": 32, "lora_scale": 4.0}
 """What few labels on a small encoder want: the paper's sizes leave minilm a bottleneck of 24."""
-_GATES = 10.0
+_GATES: dict[str, Any] = {"gate_rate": 10.0}
 """The rate of gates beside that of what they open: at the same one 120 steps hardly move them."""
 _HE = {"epochs": 10, "batch_size": 32, "warmup": 0.06, "weight_decay": 0.1}
 _HES_PREFIX = {"prefix_width": 800, "prefix_std": 1.0, "prefix_start": "uniform"}
 METHODS = MappingProxyType(
     {
         "unipelt-ap": Recipe(
-            Submodules(("adapter", "prefix"), reduction=4, gate_rate=_GATES),
+            Submodules(("adapter", "prefix"), reduction=4, **_GATES),
             3e-4,
             "hybrid",
             "adapter + prefix, gated",
@@ -141,7 +141,7 @@ METHODS = MappingProxyType(
             settings=FEW_LABELS,
         ),
         "unipelt-apl": Recipe(
-            Submodules(**_WIDE, gate_rate=_GATES),
+            Submodules(**_WIDE, **_GATES),
             3e-4,
             "hybrid",
             "adapter + prefix + LoRA, gated",
@@ -151,7 +151,7 @@ METHODS = MappingProxyType(
             settings=FEW_LABELS,
         ),
         "unipelt-aplb": Recipe(
-            Submodules(("adapter", "prefix", "lora", "bias"), **_WIDE, gate_rate=_GATES),
+            Submodules(("adapter", "prefix", "lora", "bias"), **_WIDE, **_GATES),
             3e-4,
             "hybrid",
             "adapter + prefix + LoRA + bias, gated",
