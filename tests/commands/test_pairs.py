@@ -156,7 +156,8 @@ def test_a_run_of_an_earlier_version_is_joint_and_goes_on_so(
     )
     assert told == (
         f"{out}: holds another experiment, model.pairs = 'joint' there, 'apart' here",
-        "give another --out, or replace it with --overwrite",
+        "go on as it began with --set model.pairs=joint; else give another --out, or replace it "
+        "with --overwrite",
     )
 
 

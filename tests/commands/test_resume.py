@@ -37,7 +37,18 @@ def test_resume_starts_goes_on_and_returns(bert: Path, rows_file: Path, tmp_path
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     message, hint = error_of(*arguments, "--resume", "--set", "train.clip=2.0")
     assert message == f"{out}: holds another experiment, train.clip = 1.0 there, 2.0 here"
-    assert hint == "give another --out, or replace it with --overwrite"
+    assert hint == (
+        "go on as it began with --set train.clip=1.0; else give another --out, or replace it with "
+        "--overwrite"
+    )
+    assert invoke(*arguments, "--resume", "--set", "train.clip=1.0")[0] == 0
+    changed = ("--set", "train.balanced=false", "--set", "train.warmup=0.2")
+    message, hint = error_of(*arguments, "--resume", *changed)
+    assert hint.startswith(
+        "go on as it began with --set train.balanced=true --set train.warmup=0.1;"
+    )
+    elsewhere = "give another --out, or replace it with --overwrite"
+    assert error_of(*arguments, "--resume", "--data-seed", "9")[1] == elsewhere
     assert error_of(*arguments) == (
         f"{out}: exists already",
         "go on with --resume, replace it with --overwrite, or give another --out",

@@ -85,18 +85,34 @@ def check_same(recorded: Experiment, asked: Experiment, directory: Path) -> None
         for key, value in recorded.method.earlier.items()
         if old_settings["method"].get(key) == value and wanted["method"].get(key) == defaults[key]
     }
-    for section, values in wanted.items():
-        for key in sorted(values.keys() | old_settings[section].keys()):
-            old, new = old_settings[section].get(key), values.get(key)
-            is_open = section == "data" and key == "dev_size" and asked.data.folds == "auto"
-            if is_open or (section == "method" and key in later):
-                continue
-            if old != new and new != "auto":
-                raise RunError(
-                    f"{directory}: holds another experiment, {section}.{key} = {old!r} there, "
-                    f"{new!r} here",
-                    "give another --out, or replace it with --overwrite",
-                )
+    differing = [
+        (section, key, old_settings[section].get(key), values.get(key))
+        for section, values in wanted.items()
+        for key in sorted(values.keys() | old_settings[section].keys())
+        if not (section == "data" and key == "dev_size" and asked.data.folds == "auto")
+        and not (section == "method" and key in later)
+        and old_settings[section].get(key) != values.get(key) != "auto"
+    ]
+    if differing:
+        section, key, old, new = differing[0]
+        what = f"holds another experiment, {section}.{key} = {old!r} there, {new!r} here"
+        raise RunError(f"{directory}: {what}", _how_to_go_on(differing))
+
+
+def _how_to_go_on(differing: Sequence[tuple[str, str, Any, Any]]) -> str:
+    """Say how a run goes on that was begun with other settings: defaults may have changed since."""
+    elsewhere = "give another --out, or replace it with --overwrite"
+    if any(section == "data" or old is None for section, _, old, _ in differing):
+        return elsewhere
+    words = (f"--set {section}.{key}={_as_word(old)}" for section, key, old, _ in differing)
+    return f"go on as it began with {' '.join(words)}; else {elsewhere}"
+
+
+def _as_word(value: Any) -> str:
+    """Write a setting as `--set` takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple | list) else str(value)
 
 
 def without_split(
