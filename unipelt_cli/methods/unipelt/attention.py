@@ -224,8 +224,9 @@ def _turned(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return states * cosine[:, None] + torch.cat([-second, first], dim=-1) * sine[:, None]
 
 
-def _prepend(rows: Rows, place: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
-    return torch.cat([rows(place, projected), projected], dim=1)
+def _prepend(rows: Rows, key_or_value: int, projected: Tensor) -> Tensor:
+    """Put the prefix's rows before projected tokens: (B, T, D) -> (B, P + T, D)."""
+    return torch.cat([rows(key_or_value, projected), projected], dim=1)
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:  # (B, T, D) -> (B, H, T, D / H)

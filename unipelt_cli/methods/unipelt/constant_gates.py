@@ -17,8 +17,8 @@ def with_constant_gates(
     """
     kept = {}
     for name, tensor in stored.items():
-        _, place, *rest = name.split(".")
-        if place == "prefix":
+        _, section, *rest = name.split(".")
+        if section == "prefix":
             layers = [layer for layer in range(len(gates)) if "prefix" in gates[layer]]
             factors = tensor.new_tensor([gates[layer]["prefix"] for layer in layers])
             kept[name] = tensor * factors[:, None, None, None]
@@ -52,8 +52,8 @@ def without(
     rows = [layer for layer in range(layers) if (layer, "prefix") not in method.left_out]
     kept = {}
     for name, tensor in stored.items():
-        _, place, *rest = name.split(".")
-        if place == "prefix":
+        _, section, *rest = name.split(".")
+        if section == "prefix":
             still = [row for row, layer in enumerate(rows) if (layer, "prefix") not in gone]
             if still:
                 kept[name] = tensor[still]

@@ -43,7 +43,7 @@ class Container(nn.Module):
                 f"method.leave_out names layer {max(beyond)}: there is no such layer",
                 f"the backbone's are 0 to {len(self.sites) - 1}",
             )
-        without = {place for place in method.left_out if place[1] == "prefix"}
+        without = {(layer, part) for layer, part in method.left_out if part == "prefix"}
         has_prefix = "prefix" in method.parts and len(without) < len(self.sites)
         self.state = ForwardState(method.prefix_length if has_prefix else 0)
         self.state.closed = frozenset(without)
@@ -67,22 +67,22 @@ class Container(nn.Module):
                 method.prefix_start,
             )
             if not self.lengthens:
-                for (row, layer), own in zip(self.sites, self.layers, strict=True):
-                    assert isinstance(own, LayerSubmodules)
+                for (row, layer), submodules in zip(self.sites, self.layers, strict=True):
+                    assert isinstance(submodules, LayerSubmodules)
                     module = layer.get_submodule(row.attention)
                     kind = layout.model_type, implementation
-                    replace_attention(module, *kind, own.prefix_rows)
+                    replace_attention(module, *kind, submodules.prefix_rows)
         self.stack: FusedLayers | None = None
         self.handles = [backbone.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        for (row, layer), own in zip(self.sites, self.layers, strict=True):
-            assert isinstance(own, LayerSubmodules)
-            self.handles += own.hooks(layer, row, self.lengthens)
+        for (row, layer), submodules in zip(self.sites, self.layers, strict=True):
+            assert isinstance(submodules, LayerSubmodules)
+            self.handles += submodules.hooks(layer, row, self.lengthens)
 
     def parameters_of_prefix(self) -> list[nn.Parameter]:
         """Return what the prefix is made from."""
         return [] if self.prefix is None else list(self.prefix.parameters())
 
-    def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _begin(self, backbone: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Before each forward pass: pool over the mask, make the prefix, lengthen the mask."""
         mask = kwargs["attention_mask"]
         self.state.is_fused = self.stack is not None and self.stack.begin(kwargs)

@@ -36,8 +36,8 @@ def places(backbone: nn.Module) -> list[tuple[int, str]]:
         return []
     return [
         (layer, part)
-        for layer, own in enumerate(container.layers)
-        for part in cast(LayerSubmodules, own).parts
+        for layer, submodules in enumerate(container.layers)
+        for part in cast(LayerSubmodules, submodules).parts
     ]
 
 

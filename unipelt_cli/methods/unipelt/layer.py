@@ -70,12 +70,12 @@ class LayerSubmodules(nn.Module):
             width, dropout = method.parallel_bottleneck, method.parallel_dropout
             self.parallel = ParallelAdapter(hidden, width, generator, dropout)
         if "lora" in parts:
-            for place in ("query", "value"):
-                self.lora[place] = LowRank(
-                    _projection(layer, layout, place),
+            for projection in ("query", "value"):
+                self.lora[projection] = LowRank(
+                    _projection(layer, layout, projection),
                     method.rank,
                     generator,
-                    projection_width(layer, layout, place),
+                    projection_width(layer, layout, projection),
                 )
         if "bias" in parts:
             for path in layout.biased():
@@ -95,16 +95,16 @@ class LayerSubmodules(nn.Module):
         """
         reads = layer.get_submodule(layout.gates_read)
         handles = [reads.register_forward_pre_hook(self._open_gates, with_kwargs=True)]
-        for place in self.lora:
-            module = _projection(layer, layout, place)
-            handles.append(module.register_forward_hook(getattr(self, f"_lora_{place}")))
+        for projection in self.lora:
+            module = _projection(layer, layout, projection)
+            handles.append(module.register_forward_hook(getattr(self, f"_lora_{projection}")))
         for path in layout.biased() if len(self.bias) else ():
             shift = _Shift(self, path.replace(".", "-"))
             handles.append(layer.get_submodule(path).register_forward_hook(shift))
         if self.state.prefix_length and lengthens:
-            for place in ("key", "value"):
-                module = _projection(layer, layout, place)
-                handles.append(module.register_forward_hook(getattr(self, f"_prefix_{place}")))
+            for projection in ("key", "value"):
+                module = _projection(layer, layout, projection)
+                handles.append(module.register_forward_hook(getattr(self, f"_prefix_{projection}")))
             attention = layer.get_submodule(layout.attention)
             handles.append(attention.register_forward_pre_hook(self._shorten, with_kwargs=True))
         if self.parallel is not None:
@@ -154,9 +154,9 @@ class LayerSubmodules(nn.Module):
         hidden = args[0] if args else kwargs["hidden_states"]
         self.gate_values, self.record = {}, {}
         if self.state.recorded is not None:  # one entry a call: a module may serve several layers
-            place = bisect_right(self.state.recorded_sites, self.index)
-            self.state.recorded.insert(place, self.record)
-            self.state.recorded_sites.insert(place, self.index)
+            position = bisect_right(self.state.recorded_sites, self.index)
+            self.state.recorded.insert(position, self.record)
+            self.state.recorded_sites.insert(position, self.index)
         late = ("adapter", "parallel")
         self._compute([name for name in self.gates if name not in late], hidden)
 
@@ -177,8 +177,8 @@ class LayerSubmodules(nn.Module):
         weight = torch.cat([gate.weight for gate in gates])
         bias = torch.cat([gate.bias for gate in gates])
         if len(self.task_gates):
-            own = cast(nn.ModuleDict, self.task_gates[self.state.task])
-            terms = [cast(nn.Linear, own[name]) for name in names]
+            added_gates = cast(nn.ModuleDict, self.task_gates[self.state.task])
+            terms = [cast(nn.Linear, added_gates[name]) for name in names]
             weight = weight + torch.cat([term.weight for term in terms])
             bias = bias + torch.cat([term.bias for term in terms])
         return open_gates(x, weight, bias, pooling)
@@ -189,16 +189,16 @@ class LayerSubmodules(nn.Module):
     def _lora_value(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self._low_rank("value", args[0], output)
 
-    def _low_rank(self, place: str, x: Tensor, output: Tensor) -> Tensor:
+    def _low_rank(self, projection: str, x: Tensor, output: Tensor) -> Tensor:
         if self.is_closed("lora"):
             return output
-        gate = self.gate("lora" if "lora" in self.gates else f"lora_{place}", x)
+        gate = self.gate("lora" if "lora" in self.gates else f"lora_{projection}", x)
         scale = self.scale if gate is None else gate.to(x.dtype) * self.scale
-        added: Tensor = self.lora[place](x, scale)
+        added: Tensor = self.lora[projection](x, scale)
         if not self.fused:
             return output + added
         thirds = list(output.chunk(len(THIRDS), dim=-1))
-        thirds[THIRDS.index(place)] = thirds[THIRDS.index(place)] + added
+        thirds[THIRDS.index(projection)] = thirds[THIRDS.index(projection)] + added
         return torch.cat(thirds, dim=-1)
 
     def _prefix_key(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -207,28 +207,28 @@ class LayerSubmodules(nn.Module):
     def _prefix_value(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return self._prepend(1, output)
 
-    def _prepend(self, place: int, output: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
-        return torch.cat([self.prefix_rows(place, output), output], dim=1)
+    def _prepend(self, key_or_value: int, output: Tensor) -> Tensor:  # (B, T, D) -> (B, P + T, D)
+        return torch.cat([self.prefix_rows(key_or_value, output), output], dim=1)
 
     def _shorten(
-        self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self, attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
         """Take the columns of a closed prefix off the mask that this layer's attention reads."""
         if not self.is_closed("prefix"):
             return None
-        given = inspect.signature(attention.forward).bind(*args, **kwargs)
-        for name in MASKS & given.arguments.keys():
-            mask = given.arguments[name]
+        bound = inspect.signature(attention.forward).bind(*args, **kwargs)
+        for name in MASKS & bound.arguments.keys():
+            mask = bound.arguments[name]
             if mask is not None:
-                given.arguments[name] = mask[..., self.state.prefix_length :]
-        return given.args, given.kwargs
+                bound.arguments[name] = mask[..., self.state.prefix_length :]
+        return bound.args, bound.kwargs
 
-    def prefix_rows(self, place: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P, D)
+    def prefix_rows(self, key_or_value: int, projected: Tensor) -> Tensor:  # (B, T, D) -> (B, P, D)
         """Return the prefix's keys (0) or values (1) for projected tokens; of a closed one none."""
         if self.is_closed("prefix"):
             return projected[:, :0]
         assert self.state.prefix is not None
-        rows = self.state.prefix[self.prefix_index, place].expand(projected.shape[0], -1, -1)
+        rows = self.state.prefix[self.prefix_index, key_or_value].expand(projected.shape[0], -1, -1)
         gate = self.gate("prefix")
         if gate is not None:
             rows = gate * rows
@@ -272,11 +272,11 @@ class LayerSubmodules(nn.Module):
 
     def merge_into(self, layer: nn.Module, layout: Layout) -> None:
         """Add the LoRA products and bias deltas to the layer's own tensors (ungated only)."""
-        for place, low_rank in self.lora.items():
+        for projection, low_rank in self.lora.items():
             assert isinstance(low_rank, LowRank)
-            weight = _projection(layer, layout, place).weight.detach()
+            weight = _projection(layer, layout, projection).weight.detach()
             if layout.fused:
-                weight = weight.chunk(len(THIRDS))[THIRDS.index(place)]
+                weight = weight.chunk(len(THIRDS))[THIRDS.index(projection)]
             weight += self.scale * low_rank.b @ low_rank.a
         for name, delta in self.bias.items():
             bias = layer.get_submodule(name.replace("-", ".")).bias
@@ -298,13 +298,13 @@ class _Shift:
         return output + (delta if gate is None else gate * delta).to(output.dtype)
 
 
-def projection_width(layer: nn.Module, layout: Layout, place: str) -> int:
+def projection_width(layer: nn.Module, layout: Layout, projection: str) -> int:
     """Return how many numbers a token's query, key or value has."""
-    outputs = _projection(layer, layout, place).out_features
+    outputs = _projection(layer, layout, projection).out_features
     return outputs // len(THIRDS) if layout.fused else outputs
 
 
-def _projection(layer: nn.Module, layout: Layout, place: str) -> nn.Linear:
-    linear = layer.get_submodule(getattr(layout, place))
+def _projection(layer: nn.Module, layout: Layout, projection: str) -> nn.Linear:
+    linear = layer.get_submodule(getattr(layout, projection))
     assert isinstance(linear, nn.Linear)
     return linear

@@ -50,7 +50,7 @@ class Submodules(UnionSettings):
             and getattr(config, layout.activation, None) == "gelu"
             and PARTS.issuperset(self.parts)
             and self.gate_pooling == "masked"
-            and not any(len(cast(LayerSubmodules, own).task_gates) for own in container.layers)
+            and not any(len(cast(LayerSubmodules, layer).task_gates) for layer in container.layers)
         )
         if fits:
             container.stack = Stack(backbone, container, self.lora_factor, is_stored=site.folded)
@@ -107,9 +107,9 @@ class Submodules(UnionSettings):
         super().merge(backbone)
         container = container_of(backbone)
         with torch.no_grad():
-            for (row, layer), own in zip(container.sites, container.layers, strict=True):
-                assert isinstance(own, LayerSubmodules)
-                own.merge_into(layer, row)
+            for (row, layer), submodules in zip(container.sites, container.layers, strict=True):
+                assert isinstance(submodules, LayerSubmodules)
+                submodules.merge_into(layer, row)
         for handle in container.handles:
             handle.remove()
         if container.stack is not None:
@@ -237,23 +237,25 @@ def _low_rank_updates(container: Container, backbone: nn.Module, gates: Gates) -
     if gates and (layout.more or len(gates) != len(sites)):
         raise NoKnownForm(f"in {layout.model_type} not every layer has a gate of its own")
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for place, ((row, path), own) in enumerate(zip(sites, layers, strict=True)):
-        found = _pairs(own, gates[place] if gates else {})
+    for layer_index, ((row, path), submodules) in enumerate(zip(sites, layers, strict=True)):
+        layer_pairs = _pairs(submodules, gates[layer_index] if gates else {})
         if row.fused:
-            found = {"query": _fused(found)}
-        pairs |= {f"{path}.{getattr(row, name)}": pair for name, pair in found.items()}
+            layer_pairs = {"query": _fused(layer_pairs)}
+        pairs |= {f"{path}.{getattr(row, name)}": pair for name, pair in layer_pairs.items()}
     rank = len(next(iter(pairs.values()))[0])
     return LowRankUpdates(rank, layers[0].scale, pairs)
 
 
-def _pairs(own: LayerSubmodules, gates: Mapping[str, float]) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(
+    submodules: LayerSubmodules, gates: Mapping[str, float]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Return a layer's A and B by projection, with its gate's value in B if there is one."""
-    found = {}
-    for name, low_rank in own.lora.items():
+    pairs = {}
+    for name, low_rank in submodules.lora.items():
         assert isinstance(low_rank, LowRank)
         gate = gates.get("lora", gates.get(f"lora_{name}", 1.0))
-        found[name] = low_rank.a.detach(), gate * low_rank.b.detach()
-    return found
+        pairs[name] = low_rank.a.detach(), gate * low_rank.b.detach()
+    return pairs
 
 
 def _fused(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -90,11 +90,11 @@ class UnionSettings(Method):
     def problems(self) -> Iterator[tuple[str, str]]:
         if len(set(self.parts)) < len(self.parts):
             yield f"parts = {list(self.parts)}: a part is named twice", "name each part once"
-        for place in self.leave_out:
-            part, _, layer = place.partition(".")
+        for submodule in self.leave_out:
+            part, _, layer = submodule.partition(".")
             if part not in self.parts or not (layer.isascii() and layer.isdigit()):
                 yield (
-                    f"leave_out = {list(self.leave_out)}: {place!r} is no part of a layer",
+                    f"leave_out = {list(self.leave_out)}: {submodule!r} is no part of a layer",
                     f"name one as {self.parts[0]}.0: a part of this method, and a layer from 0 on",
                 )
         if not self.gated and self.gate_pooling == "all":
@@ -119,7 +119,7 @@ class UnionSettings(Method):
     @property
     def left_out(self) -> frozenset[tuple[int, str]]:
         """The (layer, part) places that have no submodule."""
-        pairs = (place.split(".") for place in self.leave_out)
+        pairs = (submodule.split(".") for submodule in self.leave_out)
         return frozenset((int(layer), part) for part, layer in pairs)
 
     @property

@@ -16,7 +16,7 @@ from unipelt_cli.methods.unipelt.fused.tensors import (
 def attend(
     qkv: Tensor,
     part: Part,
-    own: Trained,
+    trained: Trained,
     gates: Tensor | None,
     heads: int,
     masks: Masks | None,
@@ -29,11 +29,11 @@ def attend(
     )  # (n, H, T, d) each
     size = query.shape[-1]
     both = qkv.new_zeros(2, n, heads, part.keys, size)
-    for place, projected in enumerate(stored):
-        both[place, :, :, part.prefix : part.prefix + tokens] = projected
-    has_prefix = own.prefix is not None and "prefix" not in own.closed
-    if own.prefix is not None and has_prefix:
-        both[:, :, :, : part.prefix] = _rows(own.prefix, n, heads, gates)
+    for key_or_value, projected in enumerate(stored):
+        both[key_or_value, :, :, part.prefix : part.prefix + tokens] = projected
+    has_prefix = trained.prefix is not None and "prefix" not in trained.closed
+    if trained.prefix is not None and has_prefix:
+        both[:, :, :, : part.prefix] = _rows(trained.prefix, n, heads, gates)
     query = torch.mul(query, size**-0.5, out=qkv.new_empty(n, heads, tokens, size)).flatten(0, 1)
     keys, values = both.flatten(1, 2)
     scores = query @ keys.mT
@@ -66,7 +66,7 @@ def attend_back(
     scores = ATEN._softmax_backward_data(dropped, weights, -1, weights.dtype)
     query = (scores @ saved["keys"]).mul_(size**-0.5)
     stored = scores.mT @ saved["query"], saved["used"].mT @ scaled  # of keys, of values
-    keys, values = (one.view(n, heads, part.keys, size) for one in stored)
+    keys, values = (gradient.view(n, heads, part.keys, size) for gradient in stored)
     first, last = part.prefix, part.prefix + tokens
     qkv = grad.new_empty(n, tokens, 3, heads, size)
     qkv[:, :, 0] = query.view(n, heads, tokens, size).transpose(1, 2)

@@ -37,23 +37,23 @@ def _pieces(tokens: int, runs: int) -> int:
 
 def row_group(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch.dtype) -> Part:
     """Describe a part of a batch with this mask (N, T): where its tokens are, what they read."""
-    own = mask[rows]
-    lengths, width = own.sum(1), mask.shape[1]
+    group_mask = mask[rows]
+    lengths, width = group_mask.sum(1), mask.shape[1]
     tokens = _rounded(int(lengths.max()), 8)
     keys = _rounded(prefix + tokens, 32 if dtype.itemsize == 2 else 16)
-    spread = own.new_zeros(len(own), max(tokens, width))
-    spread[:, :width] = own
+    spread = group_mask.new_zeros(len(group_mask), max(tokens, width))
+    spread[:, :width] = group_mask
     spread = spread[:, :tokens]
     bias = None
     if keys > prefix + tokens or not bool(spread.all()):
         closed = torch.finfo(dtype).min
-        bias = torch.zeros(len(own), 1, keys, dtype=dtype, device=mask.device)
+        bias = torch.zeros(len(group_mask), 1, keys, dtype=dtype, device=mask.device)
         bias[:, 0, prefix : prefix + tokens] = (1 - spread).to(dtype) * closed
         bias[:, 0, prefix + tokens :] = closed
     grid = _travellers(spread, width)
     row_of, position = grid // tokens, grid % tokens
     source = rows[row_of] * width + position
-    share = (own[row_of, position] / lengths[row_of])[:, None].float()
+    share = (group_mask[row_of, position] / lengths[row_of])[:, None].float()
     kept = None if len(grid) == spread.numel() else grid
     return Part(rows, runs, row_of, kept, source, share, tokens, bias, keys, prefix)
 

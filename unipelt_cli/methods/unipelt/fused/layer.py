@@ -93,9 +93,10 @@ class FusedLayer:
         self.attention_norm = cast(nn.LayerNorm, layer.get_submodule(layout.attention_norm))
         self.output_norm = cast(nn.LayerNorm, layer.get_submodule(layout.output_norm))
         paths = (f"{layout.attention}.dropout", layout.attention_added, layout.output_added)
-        found = [layer.get_submodule(path) for path in paths]
+        modules = [layer.get_submodule(path) for path in paths]
         self.dropouts = [
-            module if isinstance(module, Dropout) and module.threshold else None for module in found
+            module if isinstance(module, Dropout) and module.threshold else None
+            for module in modules
         ]
         taken = [p for unit in projections + others for p in (unit.weight, unit.bias)]
         self._taken = [(parameter, *state_of(parameter)) for parameter in taken]
@@ -106,20 +107,20 @@ class FusedLayer:
         return all(state_of(parameter) == tuple(state) for parameter, *state in self._taken)
 
     def forward(
-        self, x: Tensor, part: Part, own: Trained, heads: int, masks: Masks | None
+        self, x: Tensor, part: Part, trained: Trained, heads: int, masks: Masks | None
     ) -> tuple[Tensor, Tensors]:
         """Return the layer's output (M, D) and what `backward` needs; without masks its gates."""
         saved: Tensors = {"x": x}
         gates = None
-        if own.early is not None and own.early_bias is not None:
-            saved["opened"], gates = _pool(x, own.early, own.early_bias, part)
+        if trained.early is not None and trained.early_bias is not None:
+            saved["opened"], gates = _pool(x, trained.early, trained.early_bias, part)
             saved["gates"] = gates
         qkv = self.qkv(x)
-        if own.reads is not None and own.back is not None and "lora" not in own.closed:
-            low = part.by_run(x) @ own.reads[:, : own.back.shape[1]].mT
-            saved |= {"low": low, "scaled": _by_place(low, part, own, gates)}
-            part.by_run(qkv).baddbmm_(saved["scaled"], own.back)
-        context = attend(qkv, part, own, gates, heads, masks, saved)
+        if trained.reads is not None and trained.back is not None and "lora" not in trained.closed:
+            low = part.by_run(x) @ trained.reads[:, : trained.back.shape[1]].mT
+            saved |= {"low": low, "scaled": _by_place(low, part, trained, gates)}
+            part.by_run(qkv).baddbmm_(saved["scaled"], trained.back)
+        context = attend(qkv, part, trained, gates, heads, masks, saved)
         summed = _plus(x, self.attention_output(context), masks, AFTER_ATTENTION)
         h = _norm(self.attention_norm, summed, "attention", saved)
         if masks is None:
@@ -128,26 +129,26 @@ class FusedLayer:
             saved["before"] = self.intermediate(h)
             inner = functional.gelu(saved["before"])
         summed = _plus(h, self.output(inner), masks, AFTER_OUTPUT)
-        if own.late_reads is not None and "adapter" not in own.closed:
-            summed = self._adapt(summed, part, own, saved)
+        if trained.late_reads is not None and "adapter" not in trained.closed:
+            summed = self._adapt(summed, part, trained, saved)
         output = _norm(self.output_norm, summed, "output", saved)
         return output, saved if masks else {name: saved[name] for name in GATES if name in saved}
 
-    def _adapt(self, summed: Tensor, part: Part, own: Trained, saved: Tensors) -> Tensor:
+    def _adapt(self, summed: Tensor, part: Part, trained: Trained, saved: Tensors) -> Tensor:
         """Add the adapter's answer, as far as its gate is open, to what the last norm reads."""
-        assert own.late_reads is not None
-        assert own.down_bias is not None
-        assert own.up is not None
-        assert own.up_bias is not None
+        assert trained.late_reads is not None
+        assert trained.down_bias is not None
+        assert trained.up is not None
+        assert trained.up_bias is not None
         read = _norm(self.output_norm, summed, "read", saved)
-        bottleneck = own.down_bias.shape[1]
-        weight = own.late_reads[:, :bottleneck].mT
-        down = torch.baddbmm(own.down_bias[:, None], part.by_run(read), weight).relu_()
-        up = torch.baddbmm(own.up_bias[:, None], down, own.up.mT).view_as(summed)
+        bottleneck = trained.down_bias.shape[1]
+        weight = trained.late_reads[:, :bottleneck].mT
+        down = torch.baddbmm(trained.down_bias[:, None], part.by_run(read), weight).relu_()
+        up = torch.baddbmm(trained.up_bias[:, None], down, trained.up.mT).view_as(summed)
         saved |= {"read": read, "down": down, "up": up}
-        if own.late is None or own.late_bias is None:
+        if trained.late is None or trained.late_bias is None:
             return summed + up
-        saved["late_opened"], gate = _pool(read, own.late, own.late_bias, part)
+        saved["late_opened"], gate = _pool(read, trained.late, trained.late_bias, part)
         saved["late_gates"] = gate
         saved["late_gate"] = gate = gate.to(up.dtype)[part.row_of]  # (M, 1)
         return torch.addcmul(summed, up, gate)
@@ -157,16 +158,16 @@ class FusedLayer:
         grad: Tensor,
         saved: Tensors,
         part: Part,
-        own: Trained,
+        trained: Trained,
         heads: int,
         masks: Masks,
         needs_input: bool,
     ) -> tuple[Tensor | None, Tensors]:
-        """Return the gradients of the layer's input, if it is needed, and of `own`, by name."""
+        """Return the gradients of the layer's input, if it is needed, and of `trained`, by name."""
         grads: Tensors = {}
         grad = _norm_back(self.output_norm, grad, "output", saved)
-        if own.late_reads is not None:
-            grad = self._adapt_back(grad, saved, part, own, grads)
+        if trained.late_reads is not None:
+            grad = self._adapt_back(grad, saved, part, trained, grads)
         inner = self.output.back(masks.back(AFTER_OUTPUT, grad))
         inner = ATEN.gelu_backward(inner, saved["before"])
         grad = grad + self.intermediate.back(inner)
@@ -174,37 +175,37 @@ class FusedLayer:
         context = self.attention_output.back(masks.back(AFTER_ATTENTION, grad))
         qkv, rows = attend_back(context, saved, part, heads, masks)
         reads, gate_grads = [], []
-        if own.back is not None:
+        if trained.back is not None:
             by_run = part.by_run(qkv)
             grads["back"] = saved["scaled"].mT @ by_run
-            low = by_run @ own.back.mT
-            if own.early is not None:
-                gate_grads.append(_place_sums(low * saved["low"], part, own))
-            reads.append(_by_place(low, part, own, saved.get("gates")))
-        if own.prefix is not None:
-            grads["prefix"], gate_grad = rows_back(rows, own.prefix, saved.get("gates"))
+            low = by_run @ trained.back.mT
+            if trained.early is not None:
+                gate_grads.append(_place_sums(low * saved["low"], part, trained))
+            reads.append(_by_place(low, part, trained, saved.get("gates")))
+        if trained.prefix is not None:
+            grads["prefix"], gate_grad = rows_back(rows, trained.prefix, saved.get("gates"))
             gate_grads += [] if gate_grad is None else [gate_grad]
-        if own.early is not None:
+        if trained.early is not None:
             pooled = _pool_back(torch.cat(gate_grads, 1), saved["opened"], part)
             grads["early_bias"] = part.by_run(pooled).sum(1)
             reads.append(part.by_run(pooled).to(grad.dtype))
-        if own.reads is not None:
+        if trained.reads is not None:
             # Of the gates too in the backbone's kind: products of their own in fp32 would take an
             # error of 1.48 % of their gradients in bf16 to 1.47 %, for 1 to 2 % of a step's time.
             low = torch.cat(reads, -1)
             grads["reads"] = low.mT @ part.by_run(saved["x"])
             if needs_input:
-                grad = torch.baddbmm(part.by_run(grad), low, own.reads).view_as(grad)
+                grad = torch.baddbmm(part.by_run(grad), low, trained.reads).view_as(grad)
         return grad + self.qkv.back(qkv) if needs_input else None, grads
 
     def _adapt_back(
-        self, grad: Tensor, saved: Tensors, part: Part, own: Trained, grads: Tensors
+        self, grad: Tensor, saved: Tensors, part: Part, trained: Trained, grads: Tensors
     ) -> Tensor:
-        assert own.late_reads is not None
-        assert own.up is not None
-        is_gated = own.late is not None
+        assert trained.late_reads is not None
+        assert trained.up is not None
+        is_gated = trained.late is not None
         up = part.by_run(grad * saved["late_gate"] if is_gated else grad)
-        down = ATEN.threshold_backward(up @ own.up, saved["down"], 0)
+        down = ATEN.threshold_backward(up @ trained.up, saved["down"], 0)
         grads |= {"up": up.mT @ saved["down"], "up_bias": up.sum(1), "down_bias": down.sum(1)}
         if is_gated:
             gate = part.summed((grad * saved["up"]).sum(1, keepdim=True, dtype=torch.float32))
@@ -212,7 +213,7 @@ class FusedLayer:
             grads["late_bias"] = pooled.sum(1)
             down = torch.cat([down, pooled.to(down.dtype)], -1)
         grads["late_reads"] = down.mT @ part.by_run(saved["read"])
-        read = (down @ own.late_reads).view_as(grad)
+        read = (down @ trained.late_reads).view_as(grad)
         return grad + _norm_back(self.output_norm, read, "read", saved)
 
 
@@ -237,28 +238,28 @@ def _pool_back(grad: Tensor, opened: Tensor, part: Part) -> Tensor:
     return grad[part.row_of] * part.share * opened * (1 - opened)
 
 
-def _by_place(low: Tensor, part: Part, own: Trained, gates: Tensor | None) -> Tensor:
+def _by_place(low: Tensor, part: Part, trained: Trained, gates: Tensor | None) -> Tensor:
     """Multiply LoRA's (R, M / R, 2r) by the gate of query and that of value, if it has any."""
     if gates is None:
         return low
-    used = gates if own.prefix is None else gates[:, :-1]
+    used = gates if trained.prefix is None else gates[:, :-1]
     used = used.to(low.dtype)[part.row_of, :, None]
     return (low.view(len(used), 2, -1) * used).view_as(low)
 
 
-def _place_sums(product: Tensor, part: Part, own: Trained) -> Tensor:
+def _place_sums(product: Tensor, part: Part, trained: Trained) -> Tensor:
     """Return the gradients of LoRA's gates, (n, 1 or 2)."""
-    assert own.early is not None
-    count = own.early.shape[1] - (own.prefix is not None)
+    assert trained.early is not None
+    count = trained.early.shape[1] - (trained.prefix is not None)
     halves = product.view(-1, 2, product.shape[-1] // 2).sum(2, dtype=torch.float32)
     sums = part.summed(halves)
     return sums.sum(1, keepdim=True) if count == 1 else sums
 
 
-def _plus(x: Tensor, added: Tensor, masks: Masks | None, place: int) -> Tensor:
+def _plus(x: Tensor, added: Tensor, masks: Masks | None, dropout_index: int) -> Tensor:
     if masks is None:
         return x + added
-    return torch.add(x, masks.put(place, added), alpha=masks.scale(place))
+    return torch.add(x, masks.put(dropout_index, added), alpha=masks.scale(dropout_index))
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor, name: str, saved: Tensors) -> Tensor:
@@ -270,6 +271,8 @@ def _norm(norm: nn.LayerNorm, x: Tensor, name: str, saved: Tensors) -> Tensor:
 
 def _norm_back(norm: nn.LayerNorm, grad: Tensor, name: str, saved: Mapping[str, Tensor]) -> Tensor:
     x, mean, deviation = (saved[f"{name}_{kind}"] for kind in ("input", "mean", "deviation"))
-    wanted = (True, False, False)
-    given = (x, norm.normalized_shape, mean, deviation, norm.weight, norm.bias, wanted)
-    return cast(Tensor, ATEN.native_layer_norm_backward(grad, *given)[0])
+    backward = ATEN.native_layer_norm_backward
+    shape, wanted = norm.normalized_shape, (True, False, False)
+    return cast(
+        Tensor, backward(grad, x, shape, mean, deviation, norm.weight, norm.bias, wanted)[0]
+    )

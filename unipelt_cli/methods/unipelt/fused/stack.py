@@ -54,18 +54,18 @@ class Stack:
         self.container, self.runs = container, [self]
         self.counts: list[int] | None = None
         self.trained = {  # named once: looking for parameters takes longer than using them
-            (place, name): parameter
-            for place, layer in enumerate(container.layers)
+            (layer_index, name): parameter
+            for layer_index, layer in enumerate(container.layers)
             for name, parameter in layer.named_parameters()
         }
         self.heads = int(backbone.config.num_attention_heads)
         self.scale, self.is_stored = scale, is_stored
         self.kept: tuple[tuple[object, ...], list[Trained]] | None = None
         self.mask: Tensor | None = None  # of the pass that the stack computes, else None
-        found = (dropout.draws for layer in self.layers for dropout in layer.dropouts if dropout)
-        self.draws = next(found, Draws())  # this run's, whoever lends the layers
-        for place, (_, layer) in enumerate(container.sites):
-            layer.forward = partial(self._forward, place, layer.forward)
+        sources = (dropout.draws for layer in self.layers for dropout in layer.dropouts if dropout)
+        self.draws = next(sources, Draws())  # this run's, whoever lends the layers
+        for layer_index, (_, layer) in enumerate(container.sites):
+            layer.forward = partial(self._forward, layer_index, layer.forward)
 
     def leave(self) -> None:
         """Give the layers back to the library."""
@@ -101,14 +101,19 @@ class Stack:
         return is_exact
 
     def _forward(
-        self, place: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+        self,
+        layer_index: int,
+        original: Callable[..., Any],
+        hidden: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if self.mask is None:
             return original(hidden, *args, **kwargs)
         mask = self.mask
-        if place in (0, len(self.layers) - 1):
+        if layer_index in (0, len(self.layers) - 1):
             self.mask = None  # a pass that fails, or the next one, is not ours
-        if place == 0:
+        if layer_index == 0:
             hidden = self._encode(hidden, mask)
             self.mask = mask if len(self.layers) > 1 else None
         return (hidden,)
@@ -128,22 +133,29 @@ class Stack:
 
     def _gates(self, travels: Sequence[Travel]) -> Iterator[Tensors]:
         """Yield the gates of a pass as the hooks record them: by layer, each (N,)."""
-        order = torch.cat([one.part.rows for one in travels]).argsort()
-        for place, layer in enumerate(self.container.layers):
+        order = torch.cat([group_pass.part.rows for group_pass in travels]).argsort()
+        for layer_index, layer in enumerate(self.container.layers):
             names = list(cast(LayerSubmodules, layer).gates)
             early, late = [n for n in EARLY if n in names], [n for n in names if n not in EARLY]
             values: Tensors = {}
-            for kind, own in zip(GATES, (early, late), strict=True):
-                found = [one.saved[place][kind] for one in travels if kind in one.saved[place]]
-                if found:
-                    values |= dict(zip(own, torch.cat(found)[order].unbind(1), strict=True))
+            for kind, kind_names in zip(GATES, (early, late), strict=True):
+                group_values = [
+                    group_pass.saved[layer_index][kind]
+                    for group_pass in travels
+                    if kind in group_pass.saved[layer_index]
+                ]
+                if group_values:
+                    columns = torch.cat(group_values)[order].unbind(1)
+                    values |= zip(kind_names, columns, strict=True)
             ordered = [name for name in names if name in early] + late
             yield {name: values[name] for name in ordered if name in values}
 
     def _kept(self, dtype: torch.dtype) -> list[Trained]:
         """Return the trained tensors ready for a pass; of a stored run they are made so once."""
-        own = ((*run.trained.values(), *run.container.parameters_of_prefix()) for run in self.runs)
-        state = (dtype, *map(state_of, chain.from_iterable(own)))
+        parameters = (
+            (*run.trained.values(), *run.container.parameters_of_prefix()) for run in self.runs
+        )
+        state = (dtype, *map(state_of, chain.from_iterable(parameters)))
         if self.kept is None or self.kept[0] != state:
             names, tensors = zip(*self._tensors(), strict=True)
             made = self.ready(names, tensors, dtype)
@@ -178,8 +190,8 @@ class Stack:
             if torch.is_grad_enabled():
                 own_rows = rows.cpu()
                 taken = [[key and key.take(own_rows) for key in keys] for keys in drawn]
-                own = zip(self.layers, taken, strict=True)
-                masks = [Masks(part, layer.dropouts, keys) for layer, keys in own]
+                layer_keys = zip(self.layers, taken, strict=True)
+                masks = [Masks(part, layer.dropouts, keys) for layer, keys in layer_keys]
             travels.append(Travel(part, masks))
         return travels
 
@@ -187,28 +199,30 @@ class Stack:
         self, names: Sequence[tuple[int, str]], tensors: Sequence[Tensor], dtype: torch.dtype
     ) -> list[Trained]:
         """Make the trained tensors ready for a pass, by layer."""
-        given = dict(zip(names, tensors, strict=True))
-        prefix = given.pop((-1, "prefix"), None)
+        named_tensors = dict(zip(names, tensors, strict=True))
+        prefix = named_tensors.pop((-1, "prefix"), None)
         by_layer: list[Tensors] = [{} for _ in self.layers]
-        for (place, name), tensor in given.items():
-            by_layer[place][name] = tensor
+        for (layer_index, name), tensor in named_tensors.items():
+            by_layer[layer_index][name] = tensor
         return [
-            make_ready(own, None if prefix is None else prefix[:, place], self.scale, dtype)
-            for place, own in enumerate(by_layer)
+            make_ready(
+                layer_tensors, None if prefix is None else prefix[:, layer_index], self.scale, dtype
+            )
+            for layer_index, layer_tensors in enumerate(by_layer)
         ]
 
     def run(self, hidden: Tensor, travels: list[Travel], trained: list[Trained]) -> Tensor:
         """Send every part through all layers."""
         output = torch.zeros_like(hidden)
 
-        def travel(one: Travel) -> None:
-            part = one.part
+        def travel(group_pass: Travel) -> None:
+            part = group_pass.part
             x = hidden.flatten(0, 1).index_select(0, part.source)
-            own = [layer.of(part.runs) for layer in trained]
-            for place, layer in enumerate(self.layers):
-                masks = None if one.masks is None else one.masks[place]
-                x, saved = layer.forward(x, part, own[place], self.heads, masks)
-                one.saved.append(saved)
+            group_trained = [layer.of(part.runs) for layer in trained]
+            for layer_index, layer in enumerate(self.layers):
+                masks = None if group_pass.masks is None else group_pass.masks[layer_index]
+                x, saved = layer.forward(x, part, group_trained[layer_index], self.heads, masks)
+                group_pass.saved.append(saved)
             output.flatten(0, 1).index_copy_(0, part.source, x)
 
         run_parts(travel, travels)
@@ -220,26 +234,29 @@ class Stack:
         """Return the gradients of what `run` was given, the trained tensors' by layer."""
         first = torch.zeros_like(grad) if needs_input else None
 
-        def travel(one: Travel) -> list[Tensors]:
-            part = one.part
+        def travel(group_pass: Travel) -> list[Tensors]:
+            part = group_pass.part
             grads: list[Tensors] = []
             x: Tensor | None = grad.flatten(0, 1).index_select(0, part.source)
-            for place in reversed(range(len(self.layers))):
+            for layer_index in reversed(range(len(self.layers))):
                 assert x is not None
-                assert one.masks is not None
-                own, masks = trained[place].of(part.runs), one.masks[place]
-                needed = needs_input or place > 0
-                x, found = self.layers[place].backward(
-                    x, one.saved.pop(), part, own, self.heads, masks, needed
+                assert group_pass.masks is not None
+                layer_trained = trained[layer_index].of(part.runs)
+                masks = group_pass.masks[layer_index]
+                needed = needs_input or layer_index > 0
+                x, layer_grads = self.layers[layer_index].backward(
+                    x, group_pass.saved.pop(), part, layer_trained, self.heads, masks, needed
                 )
-                grads.append(found)
+                grads.append(layer_grads)
             if first is not None and x is not None:
                 first.flatten(0, 1).index_copy_(0, part.source, x)
             return grads[::-1]
 
-        found = run_parts(travel, travels)
-        runs = [one.part.runs for one in travels]
-        return first, [sum_by_run(own, runs) for own in zip(*found, strict=True)]
+        group_grads = run_parts(travel, travels)
+        runs = [group_pass.part.runs for group_pass in travels]
+        return first, [
+            sum_by_run(grads_of_layer, runs) for grads_of_layer in zip(*group_grads, strict=True)
+        ]
 
 
 class _Encode(torch.autograd.Function):
@@ -264,14 +281,15 @@ class _Encode(torch.autograd.Function):
         if ctx.travels is None:
             raise RuntimeError("the fused layers' backward pass runs once: it frees what it read")
         needs_input = ctx.needs_input_grad[3]
-        first, found = ctx.stack.run_back(grad, ctx.travels, ctx.trained, needs_input)
+        first, grads_by_layer = ctx.stack.run_back(grad, ctx.travels, ctx.trained, needs_input)
         parted: dict[tuple[int, str], Tensor] = {}
-        for place, grads in enumerate(found):
-            own = {name for at, name in ctx.names if at == place}
+        for layer_index, grads in enumerate(grads_by_layer):
+            layer_names = {name for at, name in ctx.names if at == layer_index}
             parted |= {
-                (place, name): g for name, g in part_gradients(grads, own, ctx.stack.scale).items()
+                (layer_index, name): g
+                for name, g in part_gradients(grads, layer_names, ctx.stack.scale).items()
             }
         if (-1, "prefix") in ctx.names:
-            parted[-1, "prefix"] = torch.stack([grads["prefix"] for grads in found], 1)
+            parted[-1, "prefix"] = torch.stack([grads["prefix"] for grads in grads_by_layer], 1)
         ctx.travels = ctx.trained = None
         return None, None, None, first, *(parted[name] for name in ctx.names)

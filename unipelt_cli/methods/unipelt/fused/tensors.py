@@ -78,8 +78,8 @@ class Trained:
 
     def of(self, runs: slice) -> "Trained":
         """Return what some runs have."""
-        own = {k: v[runs] for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return Trained(**own, closed=self.closed)
+        tensors = {k: v[runs] for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Trained(**tensors, closed=self.closed)
 
 
 @dataclass
@@ -91,29 +91,29 @@ class Masks:
     keys: Sequence[Keys | None]
     made: dict[int, Tensor] = field(default_factory=dict)
 
-    def put(self, place: int, x: Tensor) -> Tensor:
+    def put(self, dropout_index: int, x: Tensor) -> Tensor:
         """Drop numbers of x, (M, C) or (n, H, T, S), unscaled; the same ones at every call."""
-        dropout, keys, part = self.dropouts[place], self.keys[place], self.part
+        dropout, keys, part = self.dropouts[dropout_index], self.keys[dropout_index], self.part
         if dropout is None or keys is None:
             return x
-        if place not in self.made:
+        if dropout_index not in self.made:
             if x.ndim > 2:
                 mask = dropout.mask(keys, x.shape, x.device)
             else:
                 shape = (len(part.rows), part.tokens, x.shape[-1])
                 mask = dropout.mask(keys, shape, x.device, part.grid).view(x.shape)
-            self.made[place] = mask
-        return masked(x, self.made[place])
+            self.made[dropout_index] = mask
+        return masked(x, self.made[dropout_index])
 
-    def scale(self, place: int) -> float:
+    def scale(self, dropout_index: int) -> float:
         """Return what the numbers that are kept are multiplied by."""
-        dropout = self.dropouts[place]
-        return 1.0 if dropout is None or self.keys[place] is None else dropout.scale
+        dropout = self.dropouts[dropout_index]
+        return 1.0 if dropout is None or self.keys[dropout_index] is None else dropout.scale
 
-    def back(self, place: int, grad: Tensor) -> Tensor:
+    def back(self, dropout_index: int, grad: Tensor) -> Tensor:
         """Return the gradient of what was dropped from."""
-        kept = self.put(place, grad)
-        return kept if kept is grad else kept.mul_(self.scale(place))
+        kept = self.put(dropout_index, grad)
+        return kept if kept is grad else kept.mul_(self.scale(dropout_index))
 
 
 def with_closed(trained: list[Trained], closed: Collection[tuple[int, str]]) -> list[Trained]:
@@ -121,8 +121,10 @@ def with_closed(trained: list[Trained], closed: Collection[tuple[int, str]]) -> 
     if not closed:
         return trained
     return [
-        replace(own, closed=frozenset(part for layer, part in closed if layer == place))
-        for place, own in enumerate(trained)
+        replace(
+            layer_trained, closed=frozenset(part for layer, part in closed if layer == layer_index)
+        )
+        for layer_index, layer_trained in enumerate(trained)
     ]
 
 
@@ -131,34 +133,45 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def make_ready(own: Tensors, prefix: Tensor | None, scale: float, dtype: torch.dtype) -> Trained:
+def make_ready(
+    tensors: Tensors, prefix: Tensor | None, scale: float, dtype: torch.dtype
+) -> Trained:
     """Join what reads the same input: see `Trained`."""
-    made: dict[str, Any] = {"prefix": prefix}
-    gates = [name for name in EARLY if f"gates.{name}.weight" in own]
-    reads = [own[f"lora.{place}.a"] for place in ("query", "value") if f"lora.{place}.a" in own]
+    ready = Trained(prefix=prefix)
+    gates = [name for name in EARLY if f"gates.{name}.weight" in tensors]
+    reads = [
+        tensors[f"lora.{projection}.a"]
+        for projection in ("query", "value")
+        if f"lora.{projection}.a" in tensors
+    ]
     if gates:
-        early = torch.cat([own[f"gates.{name}.weight"] for name in gates], 1)
-        made["early_bias"] = torch.cat([own[f"gates.{name}.bias"] for name in gates], 1)
-        made["early"] = early
+        early = torch.cat([tensors[f"gates.{name}.weight"] for name in gates], 1)
+        early_bias = torch.cat([tensors[f"gates.{name}.bias"] for name in gates], 1)
+        ready = replace(ready, early=early, early_bias=early_bias)
         reads.append(early)
     if reads:
-        made["reads"] = torch.cat(reads, 1).to(dtype)
-    if "lora.query.b" in own:
-        query, value = own["lora.query.b"], own["lora.value.b"]
+        ready = replace(ready, reads=torch.cat(reads, 1).to(dtype))
+    if "lora.query.b" in tensors:
+        query, value = tensors["lora.query.b"], tensors["lora.value.b"]
         runs, hidden, rank = query.shape
-        made["back"] = back = query.new_zeros(runs, 2 * rank, 3 * hidden, dtype=dtype)
+        back = query.new_zeros(runs, 2 * rank, 3 * hidden, dtype=dtype)
         back[:, :rank, :hidden] = query.mT * scale
         back[:, rank:, 2 * hidden :] = value.mT * scale
-    if "adapter.up.weight" in own:
-        late = [own["adapter.down.weight"]]
-        if "gates.adapter.weight" in own:
-            made["late"], made["late_bias"] = own["gates.adapter.weight"], own["gates.adapter.bias"]
-            late.append(own["gates.adapter.weight"])
-        made["late_reads"] = torch.cat(late, 1).to(dtype)
-        made["down_bias"] = own["adapter.down.bias"].to(dtype)
-        made["up"] = own["adapter.up.weight"].to(dtype)
-        made["up_bias"] = own["adapter.up.bias"].to(dtype)
-    return Trained(**made)
+        ready = replace(ready, back=back)
+    if "adapter.up.weight" in tensors:
+        late = [tensors["adapter.down.weight"]]
+        if "gates.adapter.weight" in tensors:
+            gate, bias = tensors["gates.adapter.weight"], tensors["gates.adapter.bias"]
+            ready = replace(ready, late=gate, late_bias=bias)
+            late.append(gate)
+        ready = replace(
+            ready,
+            late_reads=torch.cat(late, 1).to(dtype),
+            down_bias=tensors["adapter.down.bias"].to(dtype),
+            up=tensors["adapter.up.weight"].to(dtype),
+            up_bias=tensors["adapter.up.bias"].to(dtype),
+        )
+    return ready
 
 
 def part_gradients(grads: Tensors, names: set[str], scale: float) -> Tensors:
@@ -173,9 +186,9 @@ def part_gradients(grads: Tensors, names: set[str], scale: float) -> Tensors:
         parted["lora.query.b"] = grads["back"][:, :rank, :hidden].mT.float() * scale
         parted["lora.value.b"] = grads["back"][:, rank:, 2 * hidden :].mT.float() * scale
         at = 2 * rank
-    for place, name in enumerate(gates):
-        parted[f"gates.{name}.weight"] = grads["reads"][:, at + place : at + place + 1]
-        parted[f"gates.{name}.bias"] = grads["early_bias"][:, place : place + 1]
+    for gate_index, name in enumerate(gates):
+        parted[f"gates.{name}.weight"] = grads["reads"][:, at + gate_index : at + gate_index + 1]
+        parted[f"gates.{name}.bias"] = grads["early_bias"][:, gate_index : gate_index + 1]
     if "up" in grads:
         bottleneck = grads["down_bias"].shape[1]
         parted["adapter.down.weight"] = grads["late_reads"][:, :bottleneck]
@@ -188,12 +201,12 @@ def part_gradients(grads: Tensors, names: set[str], scale: float) -> Tensors:
     return {name: grad.float() for name, grad in parted.items()}
 
 
-def sum_by_run(found: Sequence[Tensors], runs: Sequence[slice]) -> Tensors:
+def sum_by_run(group_grads: Sequence[Tensors], runs: Sequence[slice]) -> Tensors:
     """Add up what the parts found for one layer, each for its runs."""
     total: Tensors = {}
     count = max(part.stop for part in runs)
-    for own, part in zip(found, runs, strict=True):
-        for name, grad in own.items():
+    for grads, part in zip(group_grads, runs, strict=True):
+        for name, grad in grads.items():
             if name not in total:
                 total[name] = grad.new_zeros(count, *grad.shape[1:], dtype=torch.float32)
             total[name][part] += grad
