@@ -44,10 +44,10 @@ def table() -> Mapping[str, Recipe]:
     """Return all methods by name; a name that two modules claim is a bug."""
     merged: dict[str, Recipe] = {}
     for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        found = getattr(importlib.import_module(module.name), "METHODS", {})
-        if twice := merged.keys() & found.keys():
+        recipes = getattr(importlib.import_module(module.name), "METHODS", {})
+        if twice := merged.keys() & recipes.keys():
             raise RuntimeError(f"methods registered twice: {sorted(twice)}")
-        merged |= found
+        merged |= recipes
     return MappingProxyType(merged)
 
 

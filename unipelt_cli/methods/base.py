@@ -247,10 +247,10 @@ class Method:
 
     def unfold(self, backbone: nn.Module, stored: Mapping[str, Tensor]) -> None:
         """Put what `fold` returned into a backbone that was attached folded."""
-        own = dict(backbone.named_parameters())
+        parameters = dict(backbone.named_parameters())
         with torch.no_grad():
             for name, tensor in stored.items():
-                own[name].copy_(tensor)
+                parameters[name].copy_(tensor)
 
     @property
     def unmergeable(self) -> str | None:

@@ -56,7 +56,7 @@ def fit_classes(x: Matrix, y: NDArray[Any], strength: float, outputs: int) -> Li
         model = LogisticRegression(C=strength, max_iter=1000).fit(x, y)
     # Of two classes there is one logit, their difference; of more their mean is taken out.
     halves = np.array([[-0.5], [0.5]]) if len(present) == 2 else np.eye(len(present))
-    own, offsets = halves @ model.coef_, halves @ model.intercept_
-    weight[present] = own - own.mean(axis=0)
+    weights, offsets = halves @ model.coef_, halves @ model.intercept_
+    weight[present] = weights - weights.mean(axis=0)
     bias[present] = offsets - offsets.mean()
     return Linear(weight, bias)

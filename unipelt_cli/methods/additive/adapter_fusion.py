@@ -49,10 +49,10 @@ class FusedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the residual (B, T, D), for the states x (B, T, D)."""
-        own: Tensor = self.own(x)
+        trained: Tensor = self.own(x)
         if not self.fuses:
-            return own
-        outputs = torch.stack([*(adapter(x) for adapter in self.loaded), own], dim=2)
+            return trained
+        outputs = torch.stack([*(adapter(x) for adapter in self.loaded), trained], dim=2)
         query, keys = apply_linear(self.query, x), apply_linear(self.key, outputs)
         scores = (query[:, :, None] * keys).float().sum(-1)
         mixed = (scores.softmax(-1).to(x.dtype)[..., None] * outputs).sum(2)
@@ -128,11 +128,11 @@ class AdapterFusion(Method):
         if not (site.folded or query.weight.is_meta):
             for index, run in enumerate(self.adapters):
                 read = _read(run, len(layers), (hidden, width), site.fingerprint)
-                for own, tensors in zip(fused, read, strict=True):
-                    own.loaded[index].load_state_dict(tensors)
-        for layer, own in zip(layers, fused, strict=True):
+                for fusion_layer, tensors in zip(fused, read, strict=True):
+                    fusion_layer.loaded[index].load_state_dict(tensors)
+        for layer, fusion_layer in zip(layers, fused, strict=True):
             norm = layer.get_submodule(site.layout.output_norm)
-            norm.register_forward_pre_hook(own.hook)
+            norm.register_forward_pre_hook(fusion_layer.hook)
         backbone.fusion = nn.ModuleList(fused)
         self.enter(backbone, 1 if site.folded else 0)
 
@@ -160,8 +160,9 @@ class AdapterFusion(Method):
 
     def trainable(self, backbone: nn.Module) -> int:
         """Count both stages' numbers, and not the adapters of other runs."""
-        own = [name for name in self.fold(backbone) if ".loaded." not in name]
-        return sum(p.numel() for n, p in backbone.named_parameters() if p.requires_grad or n in own)
+        stored = [name for name in self.fold(backbone) if ".loaded." not in name]
+        parameters = backbone.named_parameters()
+        return sum(p.numel() for n, p in parameters if p.requires_grad or n in stored)
 
     def fold(self, backbone: nn.Module) -> dict[str, Tensor]:
         """Return the attention and every adapter, whichever trains now."""
@@ -175,17 +176,19 @@ class AdapterFusion(Method):
 def _read(run: str, layers: int, sizes: tuple[int, int], fingerprint: str) -> list[Tensors]:
     """Return the adapters of a finished run, one a layer; raise ConfigError for any other run."""
     path = Path(run)
-    said = f"method.adapters = {run!r}"
+    setting = f"method.adapters = {run!r}"
     if not (path / "result.json").is_file():
-        raise ConfigError(f"{said}: no finished run", "name directories of finished `adapter` runs")
+        raise ConfigError(
+            f"{setting}: no finished run", "name directories of finished `adapter` runs"
+        )
     try:
-        found, header = sealed.open_tensors(path / "model.safetensors")
+        tensors, header = sealed.open_tensors(path / "model.safetensors")
         backbone = str(header["backbone"]["fingerprint"])
     except (RunError, KeyError, TypeError):
-        raise ConfigError(f"{said}: its model.safetensors is damaged", sealed.REMEDY) from None
+        raise ConfigError(f"{setting}: its model.safetensors is damaged", sealed.REMEDY) from None
     if backbone != fingerprint:
         raise ConfigError(
-            f"{said}: was trained on another backbone", "name runs on this run's backbone"
+            f"{setting}: was trained on another backbone", "name runs on this run's backbone"
         )
     hidden, width = sizes
     shapes = {
@@ -199,20 +202,20 @@ def _read(run: str, layers: int, sizes: tuple[int, int], fingerprint: str) -> li
         for layer in range(layers)
         for name, shape in shapes.items()
     }
-    adapters = {name: tuple(t.shape) for name, t in found.items() if name.startswith("backbone.")}
+    adapters = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("backbone.")}
     if adapters.keys() != wanted.keys():
         raise ConfigError(
-            f"{said}: holds something other than one adapter a layer",
+            f"{setting}: holds something other than one adapter a layer",
             "name runs of the method `adapter`",
         )
     if adapters != wanted:
-        other = len(found["backbone.submodules.layers.0.adapter.down.bias"])
+        other = len(tensors["backbone.submodules.layers.0.adapter.down.bias"])
         raise ConfigError(
-            f"{said}: its bottlenecks have {other} units, this run's {width}",
+            f"{setting}: its bottlenecks have {other} units, this run's {width}",
             f"set method.reduction={hidden // other}, as that run had",
         )
     return [
-        {name: found[f"backbone.submodules.layers.{layer}.adapter.{name}"] for name in shapes}
+        {name: tensors[f"backbone.submodules.layers.{layer}.adapter.{name}"] for name in shapes}
         for layer in range(layers)
     ]
 

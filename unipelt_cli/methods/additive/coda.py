@@ -100,7 +100,7 @@ class ConditionalLayer(nn.Module):
         chosen = rank.topk(rows.most, dim=1).indices
         return chosen, weights.gather(1, chosen) * rows.is_routed
 
-    def narrow(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def narrow(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Before the layer: give it the routed tokens alone."""
         hidden, mask, *others = args
         rows = self.rows
@@ -112,7 +112,7 @@ class ConditionalLayer(nn.Module):
         mask = self._attention_mask(rows.is_routed, hidden.dtype)
         return (routed, mask, *others), kwargs
 
-    def look_around(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def look_around(self, attention: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Before the attention: let routed tokens look at every token of their row."""
         assert self.routed is not None
         assert self.rows is not None
@@ -158,19 +158,19 @@ class Conditional(nn.Module):
         self.tokens: Tensor | int = 0  # real tokens met, in every layer
         self.routed: Tensor | int = 0  # of these, how many went through
         backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
-        for own, layer in zip(self.layers, layers, strict=True):
-            assert isinstance(own, ConditionalLayer)
-            layer.register_forward_pre_hook(own.narrow, with_kwargs=True)
-            layer.register_forward_hook(own.widen)
+        for conditional, layer in zip(self.layers, layers, strict=True):
+            assert isinstance(conditional, ConditionalLayer)
+            layer.register_forward_pre_hook(conditional.narrow, with_kwargs=True)
+            layer.register_forward_hook(conditional.widen)
             if method.attends == "all":
                 attention = layer.get_submodule(site.layout.attention)
-                attention.register_forward_pre_hook(own.look_around, with_kwargs=True)
+                attention.register_forward_pre_hook(conditional.look_around, with_kwargs=True)
 
-    def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, backbone: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         rows = Rows(kwargs["attention_mask"], self.reduction)
-        for own in self.layers:
-            assert isinstance(own, ConditionalLayer)
-            own.rows = rows
+        for conditional in self.layers:
+            assert isinstance(conditional, ConditionalLayer)
+            conditional.rows = rows
         self.tokens = self.tokens + rows.lengths.sum()
         self.routed = self.routed + rows.counts.sum()
 

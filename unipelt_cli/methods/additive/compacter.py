@@ -44,14 +44,14 @@ def add(backbone: Any, configs: Mapping[str, Any], generator: Generator) -> None
     """Attach the library's modules under their names, every linear unit drawn N(0, 0.02)."""
     import adapters
 
-    own = {id(parameter) for parameter in backbone.parameters()}
+    backbone_ids = {id(parameter) for parameter in backbone.parameters()}
     # On a skeleton's device, counting costs no numbers: the library copies every linear unit.
     with torch.random.fork_rng(devices=[]), next(backbone.parameters()).device:
         adapters.init(backbone)
         for name, config in configs.items():
             backbone.add_adapter(name, config=config)
     for module in backbone.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) not in own:
+        if isinstance(module, nn.Linear) and id(module.weight) not in backbone_ids:
             initialise(module, generator)
 
 

@@ -59,20 +59,20 @@ class HyperNetwork(nn.Module):
             {n: _generator_linear(embedding, size, generator) for n, size in generated.items()}
         )
 
-    def embed(self, task: int, place: str) -> Tensor:  # (N, E)
+    def embed(self, task: int, block: str) -> Tensor:  # (N, E)
         """Return what the generators read: one vector for each layer."""
         vectors = [self.tasks[task].expand_as(self.layers), self.layers]
         if self.shared:
-            vectors.append(self.blocks[PLACES.index(place)].expand_as(self.layers))
+            vectors.append(self.blocks[PLACES.index(block)].expand_as(self.layers))
         embedded: Tensor = self.norm(self.up(self.down(torch.cat(vectors, dim=1)).relu()))
         return embedded
 
     def forward(self, task: int) -> Weights:
         made = {}
-        for place in PLACES:
-            embedded = self.embed(task, place)
+        for block in PLACES:
+            embedded = self.embed(task, block)
             for name in self.sizes:
-                key = f"{place}-{name}"
+                key = f"{block}-{name}"
                 made[key] = self.generators[name if self.shared else key](embedded)
         return made
 
@@ -116,9 +116,9 @@ class HyperAdapters(nn.Module):
         self.kept: dict[int, Weights] = {}
         backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
         for index, layer in enumerate(layers):
-            for place in PLACES:
-                module = layer.get_submodule(_path(layout, place))
-                module.register_forward_hook(partial(self._adapt, place, index))
+            for block in PLACES:
+                module = layer.get_submodule(_path(layout, block))
+                module.register_forward_hook(partial(self._adapt, block, index))
 
     def train(self, mode: bool = True) -> "HyperAdapters":
         self.kept = {}
@@ -140,12 +140,12 @@ class HyperAdapters(nn.Module):
         return made
 
     def _adapt(
-        self, place: str, index: int, module: nn.Module, args: Any, output: Tensor
+        self, block: str, index: int, module: nn.Module, args: Any, output: Tensor
     ) -> Tensor:  # (B, T, D) -> (B, T, D)
         hidden = output.shape[-1]
 
         def of(name: str, *shape: int) -> Tensor:
-            return self.current[f"{place}-{name}"][index].view(*shape).to(output.dtype)
+            return self.current[f"{block}-{name}"][index].view(*shape).to(output.dtype)
 
         low = functional.linear(output, of("down_weight", -1, hidden), of("down_bias", -1))
         up = functional.linear(functional.gelu(low), of("up_weight", hidden, -1), of("up_bias", -1))
@@ -207,8 +207,8 @@ class HyperFormer(Method):
             return stored
         with torch.no_grad():
             made = [adapters.source(task) for task in range(adapters.counts[0])]
-        own = {name: t for name, t in stored.items() if not name.startswith("hyperformer.")}
-        return own | {
+        others = {name: t for name, t in stored.items() if not name.startswith("hyperformer.")}
+        return others | {
             f"hyperformer.source.rows.{name}": torch.stack([weights[name] for weights in made])
             for name in adapters.sizes
         }
@@ -216,7 +216,7 @@ class HyperFormer(Method):
 
 def at_each_place(sizes: Mapping[str, int]) -> dict[str, int]:
     """Return one adapter's sizes for both blocks, by place and name."""
-    return {f"{place}-{name}": size for place in PLACES for name, size in sizes.items()}
+    return {f"{block}-{name}": size for block in PLACES for name, size in sizes.items()}
 
 
 def _generator_linear(inputs: int, outputs: int, generator: Generator) -> nn.Linear:
@@ -226,8 +226,8 @@ def _generator_linear(inputs: int, outputs: int, generator: Generator) -> nn.Lin
     return linear
 
 
-def _path(layout: Layout, place: str) -> str:
-    return layout.attention_output if place == "attention" else layout.output
+def _path(layout: Layout, block: str) -> str:
+    return layout.attention_output if block == "attention" else layout.output
 
 
 def _adapters(backbone: nn.Module) -> HyperAdapters:

@@ -101,11 +101,11 @@ class Rescaling(Method):
         assert isinstance(scales, Scales)
         layout = scales.layout
         outputs, inputs = {}, {}
-        for path, own in zip(layout.layer_paths(backbone), scales.layers, strict=True):
-            assert isinstance(own, LayerScales)
-            outputs[f"{path}.{layout.key}"] = own.key.detach()
-            outputs[f"{path}.{layout.value}"] = own.value.detach()
-            inputs[f"{path}.{layout.output}"] = own.inner.detach()
+        for path, layer_scales in zip(layout.layer_paths(backbone), scales.layers, strict=True):
+            assert isinstance(layer_scales, LayerScales)
+            outputs[f"{path}.{layout.key}"] = layer_scales.key.detach()
+            outputs[f"{path}.{layout.value}"] = layer_scales.value.detach()
+            inputs[f"{path}.{layout.output}"] = layer_scales.inner.detach()
         return Rescalings(outputs, inputs)
 
     @property
@@ -119,9 +119,9 @@ class Rescaling(Method):
         assert isinstance(scales, Scales)
         with torch.no_grad():
             layers = scales.layout.layer_list(backbone)
-            for layer, own in zip(layers, scales.layers, strict=True):
-                assert isinstance(own, LayerScales)
-                own.merge_into(layer, scales.layout)
+            for layer, layer_scales in zip(layers, scales.layers, strict=True):
+                assert isinstance(layer_scales, LayerScales)
+                layer_scales.merge_into(layer, scales.layout)
         del backbone.scales
 
 

@@ -5,7 +5,7 @@ orthonormal rows. Ours rather than the `adapters` library's, whose orthogonal R 
 random (D, D) matrix for every layer that would have to be stored.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -59,7 +59,7 @@ class Edits(nn.Module):
             norm.register_forward_hook(_Behind(self, edit))
             self.layers.append(edit)
 
-    def _choose(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _choose(self, backbone: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         mask: Tensor = kwargs["attention_mask"]
         if self.first is not None:
             mask = mask * (mask.cumsum(1) <= self.first)

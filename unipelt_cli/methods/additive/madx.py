@@ -204,9 +204,9 @@ class MadX(compacter.OfLibrary):
 
     def trainable(self, backbone: nn.Module) -> int:
         """Count both stages' numbers."""
-        own = self.fold(backbone)
-        others = (p for name, p in backbone.named_parameters() if name not in own)
-        return sum(p.numel() for p in own.values()) + sum(
+        stored = self.fold(backbone)
+        others = (p for name, p in backbone.named_parameters() if name not in stored)
+        return sum(p.numel() for p in stored.values()) + sum(
             p.numel() for p in others if p.requires_grad
         )
 

@@ -3,7 +3,7 @@
 Shapes: batch B, tokens T, hidden D, bottleneck m, experts E, chosen K, routed units U.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -92,7 +92,7 @@ class RoutingState:
         self.imbalances: list[Tensor] = []  # of the latest training pass, one a layer
         self.routed = torch.zeros(experts)  # units that each expert got, until reported
 
-    def begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def begin(self, backbone: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Before each forward pass: find the real tokens."""
         self.mask = kwargs["attention_mask"]
         self.real = self.mask.flatten().nonzero().squeeze(1)

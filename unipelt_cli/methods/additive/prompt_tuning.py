@@ -5,7 +5,7 @@ and are gone from what the backbone returns, so that pooling sees the row's own 
 Shapes: batch B, tokens T, soft tokens L, width of the embeddings E.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -44,7 +44,7 @@ class Prompt(nn.Module):
         backbone.get_submodule(layout.embedding_norm).register_forward_hook(self._insert)
         backbone.register_forward_hook(self._drop)
 
-    def _lengthen(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _lengthen(self, backbone: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
         if self.has_types and kwargs.get("token_type_ids") is None:
             # The library's own default is only as long as there are positions.
             kwargs = {**kwargs, "token_type_ids": torch.zeros_like(kwargs["input_ids"])}
@@ -55,11 +55,13 @@ class Prompt(nn.Module):
                 longer[name] = self._put_in(tensor, tensor[:, :1].expand(-1, len(self.rows)))
         return args, {**kwargs, **longer}
 
-    def _shorten(self, embeddings: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        def own(value: Any) -> Any:
+    def _shorten(self, embeddings: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        def shortened(value: Any) -> Any:
             return self._take_out(value) if isinstance(value, Tensor) else value
 
-        return tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}
+        return tuple(map(shortened, args)), {
+            name: shortened(value) for name, value in kwargs.items()
+        }
 
     def _insert(self, norm: nn.Module, args: Any, output: Tensor) -> Tensor:
         rows = self.rows.to(output.dtype).expand(output.shape[0], -1, -1)

@@ -77,8 +77,8 @@ class LayerMask(nn.Module):
 
     def _linear(self, part: str, x: Tensor) -> Tensor:
         linear, held = getattr(self.prototype[0], part), getattr(self, part)
-        own = held if held.dtype == torch.bool else straight_through(held, self.share)
-        weight = linear.weight * own.to(linear.weight.dtype)
+        chosen = held if held.dtype == torch.bool else straight_through(held, self.share)
+        weight = linear.weight * chosen.to(linear.weight.dtype)
         return functional.linear(x, weight.to(x.dtype), linear.bias.to(x.dtype))
 
     def adapt(self, norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:

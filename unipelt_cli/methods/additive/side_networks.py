@@ -89,10 +89,10 @@ class SideLayer(nn.Module):
             "output_norm": (stream,),
         }
         for name, (rows, *columns) in places.items():
-            own, there = getattr(self, name), layer.get_submodule(getattr(layout, name))
-            own.bias.copy_(cast(Tensor, there.bias)[rows])
-            kept = cast(Tensor, there.weight)[rows]
-            own.weight.copy_(kept[:, columns[0]] if columns else kept)
+            module, source = getattr(self, name), layer.get_submodule(getattr(layout, name))
+            module.bias.copy_(cast(Tensor, source.bias)[rows])
+            kept = cast(Tensor, source.weight)[rows]
+            module.weight.copy_(kept[:, columns[0]] if columns else kept)
 
 
 class Ladder(nn.Module):
@@ -108,8 +108,8 @@ class Ladder(nn.Module):
         wanted = max(NARROWEST, hidden // method.reduction)
         width = min(hidden, heads * -(-wanted // heads))  # a multiple of the backbone's heads
         side_inner = min(inner, max(NARROWEST, inner // method.reduction))
-        found = getattr(config, "hidden_dropout_prob", None)  # DistilBERT calls it otherwise
-        dropout = float(config.dropout if found is None else found)
+        rate = getattr(config, "hidden_dropout_prob", None)  # DistilBERT calls it otherwise
+        dropout = float(config.dropout if rate is None else rate)
         self.read = [index for index in range(len(layers)) if index not in method.drop]
         self.embedded = new_linear(hidden, width, generator)
         self.down = nn.ModuleList(new_linear(hidden, width, generator) for _ in self.read)
@@ -128,8 +128,8 @@ class Ladder(nn.Module):
             self._take_over([layers[index] for index in self.read], torch.abs)
         backbone.register_forward_pre_hook(self._begin, with_kwargs=True)
         layers[0].register_forward_pre_hook(self._embed)
-        for place, index in enumerate(self.read):
-            layers[index].register_forward_hook(_Rung(self, place))
+        for rung, index in enumerate(self.read):
+            layers[index].register_forward_hook(_Rung(self, rung))
         backbone.register_forward_hook(self._finish)
 
     def take_over_by_fisher(self, backbone: nn.Module, losses: Iterator[Tensor]) -> None:
@@ -141,7 +141,8 @@ class Ladder(nn.Module):
         squares = squared_gradients(weights, losses)
         self.rests = False
         parts = torch.split(squares, [weight.numel() for weight in weights])
-        fisher = {id(own): part.view_as(own) for own, part in zip(weights, parts, strict=True)}
+        pairs = zip(weights, parts, strict=True)
+        fisher = {id(weight): part.view_as(weight) for weight, part in pairs}
         self._take_over(read, lambda weight: fisher[id(weight)])
 
     @torch.no_grad()
@@ -157,47 +158,47 @@ class Ladder(nn.Module):
             ]
         )
         stream = _heaviest(mass.sum(0), width)
-        for own, layer in zip(self.layers, layers, strict=True):
-            assert isinstance(own, SideLayer)
-            own.take_over(layer, self.layout, stream, scores)
+        for side_layer, layer in zip(self.layers, layers, strict=True):
+            assert isinstance(side_layer, SideLayer)
+            side_layer.take_over(layer, self.layout, stream, scores)
         for down in (self.embedded, *self.down) if self.selects else ():
             assert isinstance(down, nn.Linear)
             nn.init.zeros_(down.weight)
             down.weight[torch.arange(width, device=stream.device), stream] = 1.0
 
-    def _begin(self, backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, backbone: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         self.mask = kwargs["attention_mask"].bool()[:, None, None]
 
     def _embed(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         self.side = apply_linear(self.embedded, args[0].detach())
 
-    def climb(self, place: int, hidden: Tensor) -> None:
+    def climb(self, rung: int, hidden: Tensor) -> None:
         """Take one rung: mix what the backbone's layer says into the side, and go on from there."""
         if self.rests:
             return
         assert self.side is not None
-        gate = (self.alpha[place] / TEMPERATURE).sigmoid().to(hidden.dtype)
-        read = apply_linear(self.down[place], hidden.detach())
+        gate = (self.alpha[rung] / TEMPERATURE).sigmoid().to(hidden.dtype)
+        read = apply_linear(self.down[rung], hidden.detach())
         assert self.mask is not None
-        self.side = self.layers[place](gate * self.side + (1 - gate) * read, self.mask)
+        self.side = self.layers[rung](gate * self.side + (1 - gate) * read, self.mask)
 
     def _finish(self, backbone: nn.Module, args: Any, output: Any) -> Any:
         if self.rests:
             return output
         assert self.side is not None
-        own = apply_linear(self.up, apply_norm(self.norm, self.side))
+        answer = apply_linear(self.up, apply_norm(self.norm, self.side))
         self.side = self.mask = None
-        return _replaced(backbone, output, own)
+        return _replaced(backbone, output, answer)
 
 
 class _Rung:
     """The hook that hands one layer's output to the ladder."""
 
-    def __init__(self, ladder: Ladder, place: int) -> None:
-        self.ladder, self.place = ladder, place
+    def __init__(self, ladder: Ladder, rung: int) -> None:
+        self.ladder, self.rung = ladder, rung
 
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self.ladder.climb(self.place, output[0])
+        self.ladder.climb(self.rung, output[0])
 
 
 @dataclass(frozen=True, config=CHECKS)
@@ -266,19 +267,19 @@ class Side(nn.Module):
         layers[0].register_forward_pre_hook(self._read, with_kwargs=True)
         backbone.register_forward_hook(self._finish)
 
-    def _read(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self.call = args, kwargs
 
     def _finish(self, backbone: nn.Module, args: Any, output: Any) -> Any:
         assert self.call is not None
-        (own, *others), named = self.call
+        (hidden, *others), named = self.call
         self.call = None
         base = output.last_hidden_state
         with torch.autocast(base.device.type, base.dtype, enabled=base.dtype != torch.float32):
             for layer in self.layers:
-                own = layer(own, *others, **named)[0]
+                hidden = layer(hidden, *others, **named)[0]
         share = self.a.sigmoid().to(base.dtype)
-        return _replaced(backbone, output, share * base + (1 - share) * own.to(base.dtype))
+        return _replaced(backbone, output, share * base + (1 - share) * hidden.to(base.dtype))
 
 
 @dataclass(frozen=True, config=CHECKS)

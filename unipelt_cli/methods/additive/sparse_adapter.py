@@ -55,12 +55,12 @@ class SparseAdapter(Method):
         yield from self._base.refusals(layout, config)
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
-        own = {name for name, _ in backbone.named_parameters()}
+        backbone_names = {name for name, _ in backbone.named_parameters()}
         self._base.attach(backbone, site)
         matrices = {
             name: parameter
             for name, parameter in backbone.named_parameters()
-            if name not in own and parameter.ndim == 2
+            if name not in backbone_names and parameter.ndim == 2
         }
         entries = sum(matrix.numel() for matrix in matrices.values())
         kept = max(1, round(self.kept * entries))

@@ -81,8 +81,8 @@ sampled_difference: Callable[[Tensor, Tensor, Tensor], Tensor] = SampledDifferen
 class Differences(Overlay):
     """Before pruning: pretrained + gate * group's gate * w, for every entry of N in T tensors."""
 
-    def __init__(self, own: Mapping[str, nn.Parameter]) -> None:
-        super().__init__(own)
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(parameters)
         self.sizes = [parameter.numel() for parameter in self.own]
         device = self.own[0].device
         self.w = nn.Parameter(torch.zeros(sum(self.sizes), device=device))  # (N,)
@@ -138,13 +138,14 @@ class DiffPruning(Sparse):
     ] = 100.0
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
-        own = frozen(backbone)
-        deltas = Deltas(own, max(1, int(self.share * sum(p.numel() for p in own.values()))))
+        parameters = frozen(backbone)
+        total = sum(p.numel() for p in parameters.values())
+        deltas = Deltas(parameters, max(1, int(self.share * total)))
         if site.folded:
             deltas.lay_over(backbone)
         else:
             deltas.requires_grad_(False)
-            differences = Differences(own)
+            differences = Differences(parameters)
             differences.lay_over(backbone)
             backbone.differences = differences
         backbone.sparse = deltas

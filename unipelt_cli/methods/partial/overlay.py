@@ -60,9 +60,9 @@ class Overlay(nn.Module):
     parameter, its name and the state stay as they are.
     """
 
-    def __init__(self, own: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        self.own = list(own.values())
+        self.own = list(parameters.values())
         self.handles: list[Any] = []
         self.hiding: list[tuple[nn.Module, str]] = []
 
@@ -113,8 +113,8 @@ class Deltas(Overlay):
     deltas say it to the bit.
     """
 
-    def __init__(self, own: Mapping[str, nn.Parameter], count: int) -> None:
-        super().__init__(own)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], count: int) -> None:
+        super().__init__(parameters)
         self.entries = Entries(self.own, count)
         self.deltas = nn.Parameter(torch.zeros(count, device=self.own[0].device))  # (K,)
 

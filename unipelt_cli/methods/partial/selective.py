@@ -56,9 +56,12 @@ class TopLayers(Selective):
 
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from refuse_unusual_layers(layout)
-        there = config.num_hidden_layers
-        if self.layers is not None and self.layers > there:
-            yield f"method.layers = {self.layers}: it has {there}", f"set {there} or less"
+        layer_count = config.num_hidden_layers
+        if self.layers is not None and self.layers > layer_count:
+            yield (
+                f"method.layers = {self.layers}: it has {layer_count}",
+                f"set {layer_count} or less",
+            )
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
         layers = site.layout.layer_list(backbone)

@@ -61,16 +61,18 @@ class FishMask(Sparse):
     )
 
     def attach(self, backbone: nn.Module, site: Site) -> None:
-        own = frozen(backbone)
+        parameters = frozen(backbone)
         head = site.head_parameters
-        total = sum(p.numel() for p in own.values())
-        backbone.sparse = Deltas(own, max(1, int(self.share * (total + head)) - head))
+        total = sum(p.numel() for p in parameters.values())
+        backbone.sparse = Deltas(parameters, max(1, int(self.share * (total + head)) - head))
         sparse(backbone).lay_over(backbone)
 
     def prepare(self, backbone: nn.Module, losses: Losses) -> None:
         """Choose the entries; a batch of one, since a mean's square is not the mean of squares."""
-        own, entries = sparse(backbone).own, sparse(backbone).entries
-        entries.choose(top(squared_gradients(own, losses(1, self.samples)), len(entries.places)))
+        parameters, entries = sparse(backbone).own, sparse(backbone).entries
+        entries.choose(
+            top(squared_gradients(parameters, losses(1, self.samples)), len(entries.places))
+        )
 
 
 @dataclass(frozen=True, config=CHECKS)

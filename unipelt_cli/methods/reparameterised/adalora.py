@@ -181,8 +181,8 @@ class AdaLoRA(Reparameterised):
         scores = torch.cat([contest.importance(triplets) for triplets, contest in pairs])
         order = scores.argsort(descending=True, stable=True)[: round(mean_rank * len(pairs))]
         kept = torch.zeros_like(scores).index_fill_(0, order, 1.0)
-        for (_, contest), own in zip(pairs, torch.split(kept, self.rank), strict=True):
-            contest.kept.copy_(own)
+        for (_, contest), layer_kept in zip(pairs, torch.split(kept, self.rank), strict=True):
+            contest.kept.copy_(layer_kept)
 
 
 def _pairs(backbone: nn.Module) -> Iterator[tuple[Triplets, Contest]]:

@@ -50,14 +50,14 @@ class Updates(nn.Module):
         self.pairs: list[tuple[nn.Linear, Update]] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         for layer in layout.layer_list(backbone):
-            own = nn.ModuleDict()
-            for place in places:
-                linear = layer.get_submodule(getattr(layout, place))
+            updates = nn.ModuleDict()
+            for projection in places:
+                linear = layer.get_submodule(getattr(layout, projection))
                 assert isinstance(linear, nn.Linear)
-                update = own[place] = make(linear)
+                update = updates[projection] = make(linear)
                 self.pairs.append((linear, update))
                 self.handles.append(linear.register_forward_hook(update.hook))
-            self.layers.append(own)
+            self.layers.append(updates)
 
     def __iter__(self) -> Iterator[Update]:
         return (update for _, update in self.pairs)
