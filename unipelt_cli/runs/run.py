@@ -58,7 +58,7 @@ class Run:
     experiment: Experiment
     environment: Mapping[str, Any]
     header: Mapping[str, Any]
-    result: dict[str, Any]
+    result: Mapping[str, Any]
 
     @cached_property
     def outcome(self) -> schema.Result:

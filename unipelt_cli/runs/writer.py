@@ -229,7 +229,7 @@ class Writer:
         }
         write_tensors(self.directory / PREDICTIONS, tensors, {"split": split})
 
-    def result(self, result: Mapping[str, Any]) -> dict[str, Any]:
+    def result(self, result: Mapping[str, Any]) -> Mapping[str, Any]:
         """Write the result, the last file, with the hashes of all others: now it is finished."""
         with atomic.writing(self.directory / METRICS):
             atomic.sync(self.directory / METRICS)

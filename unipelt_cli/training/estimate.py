@@ -111,8 +111,8 @@ def estimate(
     for name, experiment in experiments.items():
         key = _kind(experiment)
         data = experiment.data.model_copy(update={"data_seed": 0})
-        place = (data, experiment.model.backbone, experiment.model.max_length)
-        if key not in speeds or place not in sizes:
+        size_key = (data, experiment.model.backbone, experiment.model.max_length)
+        if key not in speeds or size_key not in sizes:
             try:
                 planned, prepared, tuned = plan(experiment, shared)
                 loop = loop_of(planned, prepared, tuned, shared)
@@ -121,8 +121,8 @@ def estimate(
                 yield name, error
                 continue
             speeds.setdefault(key, speed)
-            sizes.setdefault(place, size)
-        yield name, _cost(experiment, speeds[key], sizes[place])
+            sizes.setdefault(size_key, size)
+        yield name, _cost(experiment, speeds[key], sizes[size_key])
 
 
 def outlook(experiment: Experiment, shared: Shared) -> Outlook:
@@ -146,8 +146,8 @@ def _needed(loop: Training) -> tuple[int, int, int]:
     """Return the bytes of weights, states and activations."""
     classifier, device = loop.tuned.classifier, loop.tuned.device
     tensors = [*classifier.parameters(), *classifier.buffers()]
-    weights = sum(own.numel() * (own.element_size() + 4) for own in tensors)
-    trained = sum(own.numel() for own in classifier.parameters() if own.requires_grad)
+    weights = sum(tensor.numel() * (tensor.element_size() + 4) for tensor in tensors)
+    trained = sum(tensor.numel() for tensor in classifier.parameters() if tensor.requires_grad)
     activations = memory_activations(*longest_batch(loop), classifier.backbone.config)
     times = 1 if device.type == "cuda" else KEPT
     return weights, 4 * OPTIMISED * trained, times * activations
@@ -190,7 +190,7 @@ def _measure(loop: Training, prepared: Sequence[Prepared]) -> tuple[_Speed, _Siz
 
 
 def _count(prepared: Sequence[Prepared], split: str) -> int:
-    return sum(len(own.splits[split]) for own in prepared if split in own.splits)
+    return sum(len(dataset.splits[split]) for dataset in prepared if split in dataset.splits)
 
 
 def _cost(

@@ -24,7 +24,7 @@ Labelled = tuple[Encoded, NDArray[Any]]
 class Batch:
     """Rows of one task for the next step; who drives the loop takes it, and sends `Taken` back."""
 
-    place: int
+    task_index: int
     rows: NDArray[np.int64]
 
 
@@ -111,7 +111,7 @@ class Finished:
     """The run is finished and its directory whole."""
 
     directory: Path
-    result: dict[str, Any]
+    result: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

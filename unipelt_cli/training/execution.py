@@ -62,9 +62,9 @@ def execute_together(
     `lender` is a model that holds the same backbone already.
     """
     shared = shared or Shared()
-    given = zip(experiments, directories, strict=True)
     waiting = [
-        Session(experiment, directory, mode, processes, shared) for experiment, directory in given
+        Session(experiment, directory, mode, processes, shared)
+        for experiment, directory in zip(experiments, directories, strict=True)
     ]
     with ExitStack() as stack:
         for session in waiting:
@@ -83,24 +83,24 @@ def _train_all(
     while waiting:
         group: dict[int, Session] = {}
         while waiting and (not group or can_share(next(iter(group.values())).tuned)):
-            place, session = next(places), waiting.pop(0)
+            run_index, session = next(places), waiting.pop(0)
             try:
                 opened = session.open(next(iter(group.values())).tuned if group else lender)
             except UnipeltError as error:
-                if place == 0:
+                if run_index == 0:
                     raise  # it is likely that none can begin
-                yield place, Failed(session.writer.directory, error)
+                yield run_index, Failed(session.writer.directory, error)
                 continue
-            yield place, opened
+            yield run_index, opened
             if isinstance(opened, Finished):
                 continue
             try:
                 for folded in _train_folds(session):
-                    yield place, folded
+                    yield run_index, folded
             except UnipeltError as error:
-                yield place, Failed(session.writer.directory, error)
+                yield run_index, Failed(session.writer.directory, error)
                 continue
-            group[place] = session
+            group[run_index] = session
         del session
         yield from _train_group(group)
         group.clear()
@@ -116,10 +116,10 @@ def _train_folds(session: "Session") -> Generator[Folded, None, None]:
     experiments, directories = zip(*planned, strict=True)
     shares = (session.processes, session.shared, lender)
     with closing(execute_together(experiments, directories, "resume", *shares)) as events:
-        for place, event in events:
+        for fold_index, event in events:
             if isinstance(event, Failed):
                 raise event.error
-            yield Folded(place + 1, len(planned), event)
+            yield Folded(fold_index + 1, len(planned), event)
     session.take_folds()
 
 
@@ -127,25 +127,25 @@ def _train_group(
     group: dict[int, "Session"],
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Train opened sessions to their end, taking each out of the group that is over."""
-    loops = {place: session.training for place, session in group.items()}
+    loops = {run_index: session.training for run_index, session in group.items()}
     for session in group.values():
         session.together = len(group)
     try:
-        for place, event in train_together(loops):
-            session = group[place]
+        for run_index, event in train_together(loops):
+            session = group[run_index]
             directory = session.writer.directory
             if isinstance(event, Happening):
                 session.keep(event)
-                yield place, event
+                yield run_index, event
                 continue
-            del group[place]
+            del group[run_index]
             try:
                 if event is not None:
                     raise event
                 ended: Finished | Failed = session.finish()
             except UnipeltError as error:
                 ended = Failed(directory, error)
-            yield place, ended
+            yield run_index, ended
     except GeneratorExit:
         for session in group.values():
             session.interrupt()

@@ -1,6 +1,6 @@
 """What the floor of all methods gives on a run's rows, for the run to be set beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ _ROWS = ("seed", "device", "precision", "label_scale")  # settings of `train` th
 
 def beside(
     experiment: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Return, for a run's result, the floor's scores on its rows by split, or why there are none.
 
     It is fitted to the run's train rows on a backbone of its own, once for each set of rows. A
@@ -37,8 +37,7 @@ def beside(
     key = _key(floor, prepared, pretrained)
     if key not in shared.floors:
         shared.floors[key] = _guarded(floor, prepared, pretrained, shared)
-    found: dict[str, Any] = shared.floors[key]
-    return found
+    return shared.floors[key]
 
 
 def _experiment(experiment: Experiment) -> Experiment:
@@ -57,17 +56,18 @@ def _experiment(experiment: Experiment) -> Experiment:
 def _key(floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained) -> str:
     """Return what the floor's scores depend on."""
     digests = [
-        [own.manifest["splits"][split]["digest"] for split in own.splits] for own in prepared
+        [dataset.manifest["splits"][split]["digest"] for split in dataset.splits]
+        for dataset in prepared
     ]
-    folds = [own.manifest.get("folds") for own in prepared]
-    rows = [own.task for own in prepared], digests, folds
+    folds = [dataset.manifest.get("folds") for dataset in prepared]
+    rows = [dataset.task for dataset in prepared], digests, folds
     settings = floor.settings()
     return repr((pretrained.fingerprint, rows, settings["model"], settings["train"]))
 
 
 def _guarded(
     floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     try:
         return {methods.FLOOR: _scores(floor, prepared, pretrained, shared)}
     except (BackboneError, CheckError, RunError) as error:
@@ -95,10 +95,10 @@ def _scores(
         return {"test": whole.task.score(pooled, expected)}
     answers, dev = _answers(floor, prepared, pretrained, shared)
     test = [
-        own.task.score(predicted, references(own.splits["test"]))
-        for own, predicted in zip(prepared, answers, strict=True)
+        dataset.task.score(predicted, references(dataset.splits["test"]))
+        for dataset, predicted in zip(prepared, answers, strict=True)
     ]
-    scores = joint_scores([own.task for own in prepared], test)
+    scores = joint_scores([dataset.task for dataset in prepared], test)
     return {**({"dev": dev} if dev else {}), "test": scores}
 
 
@@ -106,14 +106,14 @@ def _answers(
     floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
 ) -> tuple[list[Values], dict[str, float]]:
     """Fit the floor; return each task's predictions on test, and its scores on dev."""
-    tasks = [own.task for own in prepared]
+    tasks = [dataset.task for dataset in prepared]
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
     tuned = build(floor, outputs, pretrained, pairs=pairs)
     loop = loop_of(floor, prepared, tuned, shared)
     for _ in loop.events():
         pass
     answers = []
-    for place, own in enumerate(prepared):
-        features = shared.features(tuned, own, place, "test", floor)
-        answers.append(predictions(own.task, read_features(tuned, features, place)))
+    for task_index, dataset in enumerate(prepared):
+        features = shared.features(tuned, dataset, task_index, "test", floor)
+        answers.append(predictions(dataset.task, read_features(tuned, features, task_index)))
     return answers, dict(loop.progress.best_dev)

@@ -25,7 +25,8 @@ class Gradients:
         self.buffer = torch.zeros(total + len(sizes) + 2, device=parameters[0].device)
         self.tail = self.buffer[total:]
         split = torch.split(self.buffer[:total], sizes)
-        self.views = [view.view(own.shape) for view, own in zip(split, parameters, strict=True)]
+        pairs = zip(split, parameters, strict=True)
+        self.views = [view.view(parameter.shape) for view, parameter in pairs]
 
     def sum(self, loss: Tensor | None) -> Tensor | None:
         """Add up gradients and losses, this process's loss being None where it lacks memory.
@@ -50,10 +51,10 @@ class Gradients:
             self.tail[-1] = 1.0
             return
         self.tail[-2] = loss
-        for place, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
+        for index, (parameter, view) in enumerate(zip(self.parameters, self.views, strict=True)):
             if parameter.grad is not None:
                 view.copy_(parameter.grad)
-                self.tail[place] = 1.0
+                self.tail[index] = 1.0
 
 
 def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:

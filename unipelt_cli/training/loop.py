@@ -233,19 +233,19 @@ class Training:
         settings, progress = self.settings, self.progress
         lengths = [course.train[0].lengths for course in self.courses]
         if self.frozen is not None and self.method.has_closed_form:
-            self._fit(self.frozen, sum(int(own.sum()) for own in lengths))
+            self._fit(self.frozen, sum(int(row_lengths.sum()) for row_lengths in lengths))
             return
         classes = [course.classes for course in self.courses] if settings.balanced else ()
         order = interleaved(lengths, settings.batch_size, settings.seed, progress.epoch, classes)
         while progress.step < self.steps:
-            place, chosen = order[progress.step]
-            taken = yield Batch(place, chosen)
+            task_index, chosen = order[progress.step]
+            taken = yield Batch(task_index, chosen)
             assert taken is not None
             progress.step += 1
             progress.taken += 1
             progress.stage_taken += 1
             progress.loss_sum += taken.loss * len(chosen)
-            progress.tokens += int(lengths[place][chosen].sum())
+            progress.tokens += int(lengths[task_index][chosen].sum())
             progress.train_seconds += taken.seconds
             rate = progress.tokens / max(progress.train_seconds, 1e-9)
             yield Step(progress.epoch, progress.step, self.steps, taken.loss, rate)
@@ -307,17 +307,17 @@ class Training:
         scored = [self._score(task_index) for task_index in range(len(self.tasks))]
         return joint_scores(self.tasks, [scores for scores, _ in scored]), [g for _, g in scored]
 
-    def _score(self, place: int) -> tuple[dict[str, float], Gates]:
-        task, dev = self.tasks[place], self.courses[place].dev
+    def _score(self, task_index: int) -> tuple[dict[str, float], Gates]:
+        task, dev = self.tasks[task_index], self.courses[task_index].dev
         assert dev is not None
         rows, labels = dev
         if self.frozen is None:
-            logits, gates = compute_with_gates(self.tuned, rows, place, self.processes)
+            logits, gates = compute_with_gates(self.tuned, rows, task_index, self.processes)
         else:
-            logits, gates = self.frozen.dev_logits(place), []
+            logits, gates = self.frozen.dev_logits(task_index), []
         predicted = predictions(task, logits)
         if task.is_regression:
-            predicted = self.courses[place].scale.restore(predicted)
+            predicted = self.courses[task_index].scale.restore(predicted)
         return task.score(predicted, labels), gates
 
     def _select(self, scores: dict[str, float]) -> bool:
@@ -354,7 +354,7 @@ class Training:
             course.scale.fold_into(head.out)
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        own = {**self.carried, **self.tuned.buffers()}
+        destinations = {**self.carried, **self.tuned.buffers()}
         with torch.no_grad():
             for name, tensor in tensors.items():
-                own[name].copy_(tensor)
+                destinations[name].copy_(tensor)

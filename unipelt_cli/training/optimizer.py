@@ -22,11 +22,11 @@ def make_adamw(
     heads = {id(part): head.rate for head in tuned.classifier.heads for part in head.parameters()}
     for name, parameter in parameters.items():
         is_head = not name.startswith("backbone.")
-        own = name.removeprefix("backbone.")
+        backbone_name = name.removeprefix("backbone.")
         rate = heads.get(id(parameter), 1.0)
-        factor = settings.head_rate * rate if is_head else tuned.method.rate(own)
+        factor = settings.head_rate * rate if is_head else tuned.method.rate(backbone_name)
         is_matrix = parameter.ndim > 1 and parameter.shape[0] > 1
-        decays = is_matrix and (is_head or tuned.method.decays(own))
+        decays = is_matrix and (is_head or tuned.method.decays(backbone_name))
         decay = settings.weight_decay if decays else 0.0
         groups.setdefault((factor, decay), []).append(parameter)
     return torch.optim.AdamW(

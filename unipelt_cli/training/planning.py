@@ -1,6 +1,6 @@
 """Everything a run needs before its first step: rows, model and loop."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unipelt_cli.config.experiment import Experiment
@@ -31,39 +31,41 @@ class Shared:
         self._prepared: dict[DataSettings, Prepared] = {}
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._features: dict[tuple[Any, ...], Features] = {}
-        self.floors: dict[str, dict[str, Any]] = {}
+        self.floors: dict[str, Mapping[str, Any]] = {}
         """What the floor scored, by rows and backbone: see `training.floor`."""
 
     def prepare(self, settings: DataSettings) -> tuple[Prepared, ...]:
         """Draw each task's rows, or take those that were drawn before."""
         if settings.fold is not None:  # of rows that are drawn once for all folds
             whole = self.prepare(settings.model_copy(update={"fold": None}))
-            return tuple(fold_of(own, settings.fold) for own in whole)
-        if any(own not in self._prepared for own in settings.each()):
+            return tuple(fold_of(dataset, settings.fold) for dataset in whole)
+        if any(chosen not in self._prepared for chosen in settings.each()):
             drawn = preparation.prepare_each(settings, self.files)
             self._prepared |= zip(settings.each(), drawn, strict=True)
-        found = tuple(self._prepared[own] for own in settings.each())
+        datasets = tuple(self._prepared[chosen] for chosen in settings.each())
         _drop_oldest(self._prepared, self.most)
-        return found
+        return datasets
 
-    def encode(self, tuned: Tuned, own: Prepared, split: str, experiment: Experiment) -> Encoded:
+    def encode(
+        self, tuned: Tuned, dataset: Prepared, split: str, experiment: Experiment
+    ) -> Encoded:
         """Tokenize the text columns of a split, or take what was made of them before."""
-        task, limit = own.task, experiment.model.max_length
-        digest = own.manifest["splits"][split]["digest"]
+        task, limit = dataset.task, experiment.model.max_length
+        digest = dataset.manifest["splits"][split]["digest"]
         padded = tuned.method.pads_to_max_length
         key = (tuned.pretrained.fingerprint, digest, limit, tuned.pairs, padded, *task.text)
         if key not in self._encoded:
-            columns = [own.splits[split][column] for column in task.text]
+            columns = [dataset.splits[split][column] for column in task.text]
             self._encoded[key] = encode_rows(tuned, columns, limit)
-        found = self._encoded[key]
+        encoded = self._encoded[key]
         _drop_oldest(self._encoded, 3 * self.most)
-        return found
+        return encoded
 
     def features(
         self,
         tuned: Tuned,
-        own: Prepared,
-        place: int,
+        dataset: Prepared,
+        task_index: int,
         split: str,
         experiment: Experiment,
         processes: Processes = ALONE,
@@ -76,15 +78,15 @@ class Shared:
             tuned.precision,
             str(tuned.device),
             repr(model),
-            own.manifest["splits"][split]["digest"],
-            own.task.text,
+            dataset.manifest["splits"][split]["digest"],
+            dataset.task.text,
             # What an untrained pooler gives depends on the seed, what a task reads on its place.
-            (experiment.train.seed, place) if tuned.untrained else None,
+            (experiment.train.seed, task_index) if tuned.untrained else None,
             processes.count,
         )
         if key not in self._features:
-            rows = self.encode(tuned, own, split, experiment)
-            self._features[key] = compute_features(tuned, rows, place, processes)
+            rows = self.encode(tuned, dataset, split, experiment)
+            self._features[key] = compute_features(tuned, rows, task_index, processes)
         features = self._features[key]
         _drop_oldest(self._features, 3 * self.most)
         return features
@@ -118,7 +120,7 @@ def plan(
 ) -> tuple[Experiment, tuple[Prepared, ...], Tuned]:
     """Prepare each task's data, build the model, and write what was chosen into the experiment."""
     prepared = (shared or Shared()).prepare(experiment.data)
-    tasks = [own.task for own in prepared]
+    tasks = [dataset.task for dataset in prepared]
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
     tuned = build(experiment, outputs, pairs=pairs)
     drawn = dict[str, Any]()
@@ -138,8 +140,8 @@ def plan(
 
 def _label_scale(prepared: Sequence[Prepared]) -> str:
     """Return what `auto` becomes; it stays where several regressions need different ones."""
-    regressions = [own for own in prepared if own.task.is_regression]
-    scales = [LabelScale.chosen(references(own.splits["train"])) for own in regressions]
+    regressions = [dataset for dataset in prepared if dataset.task.is_regression]
+    scales = [LabelScale.chosen(references(dataset.splits["train"])) for dataset in regressions]
     names = {"raw" if scale == RAW else "standardised" for scale in scales}
     return "auto" if len(names) > 1 else next(iter(names), "raw")
 
@@ -153,22 +155,24 @@ def loop_of(
 ) -> Training:
     """Make the loop over what `plan` returned."""
     courses = []
-    for own in prepared:
+    for dataset in prepared:
         train, dev = (
-            (shared.encode(tuned, own, split, experiment), references(own.splits[split]))
-            if split in own.splits
+            (shared.encode(tuned, dataset, split, experiment), references(dataset.splits[split]))
+            if split in dataset.splits
             else None
             for split in ("train", "dev")
         )
         assert train is not None
-        courses.append(Course(own.task, train, dev))
+        courses.append(Course(dataset.task, train, dev))
     first, *more = courses
-    given = (tuned, first.task, first.train, first.dev, experiment.train)
 
-    def source(tuned: Tuned, place: int, split: str) -> Features:
-        return shared.features(tuned, prepared[place], place, split, experiment, processes)
+    def source(tuned: Tuned, task_index: int, split: str) -> Features:
+        dataset = prepared[task_index]
+        return shared.features(tuned, dataset, task_index, split, experiment, processes)
 
-    return Training(*given, more, processes, source)
+    return Training(
+        tuned, first.task, first.train, first.dev, experiment.train, more, processes, source
+    )
 
 
 def doubt(training: Training) -> str | None:
@@ -180,6 +184,7 @@ def doubt(training: Training) -> str | None:
 
 def longest_batch(training: Training) -> tuple[int, int]:
     """Return the texts and the tokens a text of the longest batch that there can be."""
-    rows = max((course.train[0] for course in training.courses), key=lambda own: max(own.widths))
+    encoded = (course.train[0] for course in training.courses)
+    rows = max(encoded, key=lambda rows: max(rows.widths))
     count = rows.texts * min(training.settings.batch_size, len(rows))
     return count, int(rows.text_lengths.max())

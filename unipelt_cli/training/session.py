@@ -90,7 +90,7 @@ class Session:
         self.start -= _restore(self.training, self.writer) if self.resumes else 0.0
         return Ready(
             self.experiment,
-            tuple(own.manifest for own in self.prepared),
+            tuple(dataset.manifest for dataset in self.prepared),
             joint_metric(self.training.tasks),
             self.tuned.parameter_counts(),
             self.training.epochs,
@@ -103,7 +103,7 @@ class Session:
             ),
         )
 
-    def _result(self) -> dict[str, Any] | None:
+    def _result(self) -> Mapping[str, Any] | None:
         """Return the result of a run that is finished already; its rows must still be the same.
 
         Raises DataError where they are at hand, and are others: it would be another run's result.
@@ -111,22 +111,23 @@ class Session:
         directory, settings = self.writer.directory, self.experiment.data
         if not (directory / RESULT).is_file():
             return None
-        found = read_run(directory)
+        run = read_run(directory)
         if settings.source == "hub" or settings.dataset is not None:
-            return found.result
+            return run.result
         try:
             is_one = len(settings.each()) == 1
-            prepared = self.shared.prepare(found.data_settings() if is_one else settings)
+            prepared = self.shared.prepare(run.data_settings() if is_one else settings)
         except UnipeltError:  # no longer there: the result is all that is left of them
-            return found.result
-        for place, own in enumerate(prepared):
-            for split, said in own.manifest["splits"].items():
-                if split not in found.splits or said["digest"] != found.digest_of(split, place):
+            return run.result
+        for task_index, dataset in enumerate(prepared):
+            for split, record in dataset.manifest["splits"].items():
+                is_known = split in run.splits
+                if not is_known or record["digest"] != run.digest_of(split, task_index):
                     raise DataError(
                         f"{directory}: its {split} rows have changed since it was trained",
                         "train on these with --overwrite, or into another --out",
                     )
-        return found.result
+        return run.result
 
     def _begin(self) -> None:
         """Write what the run is and started on, or check that it is still so."""
@@ -146,8 +147,7 @@ class Session:
                 "train.device = 'mps': its tensors cannot go from process to process",
                 "train in one process, or give --device cpu",
             )
-        given = (self.experiment, self.prepared, self.tuned, self.shared, self.processes)
-        return loop_of(*given)
+        return loop_of(self.experiment, self.prepared, self.tuned, self.shared, self.processes)
 
     def take_folds(self) -> None:
         """Take the predictions of the folds, all of which are finished: they are the test."""
@@ -182,9 +182,7 @@ class Session:
 
     def finish(self) -> Finished:
         """Store the model, score test unless folds did, and write the result."""
-        given = (self.experiment, self.prepared, self.training, self.writer, self.shared)
-        result = _finish(*given, self.out_of_fold, start=self.start, together=self.together)
-        finished = Finished(self.writer.directory, result)
+        finished = Finished(self.writer.directory, _finish(self))
         self.writer.close()
         return finished
 
@@ -214,18 +212,10 @@ def _restore(training: Training, writer: Writer) -> float:
     return float(header["seconds"])
 
 
-def _finish(
-    experiment: Experiment,
-    prepared: Sequence[Prepared],
-    training: Training,
-    writer: Writer,
-    shared: Shared,
-    out_of_fold: OutOfFold | None,
-    *,
-    start: float,
-    together: int,
-) -> dict[str, Any]:
+def _finish(session: Session) -> Mapping[str, Any]:
     """Store the model, read it back, and score test once with what was read back."""
+    experiment, prepared, writer = session.experiment, session.prepared, session.writer
+    training, out_of_fold = session.training, session.out_of_fold
     tasks, tuned, processes = training.tasks, training.tuned, training.processes
     scales = [course.scale for course in training.courses]
     trained = processes.main(lambda: writer.model(tuned, tasks, scales, experiment.method_name))
@@ -238,10 +228,10 @@ def _finish(
     if out_of_fold is not None:
         predicted, expected = [out_of_fold.predicted], [out_of_fold.expected]
     else:
-        predicted, expected = _answers(experiment, prepared, stored, shared, processes)
+        predicted, expected = _answers(experiment, prepared, stored, session.shared, processes)
     scores = [
-        own.task.score(*answers)
-        for own, *answers in zip(prepared, predicted, expected, strict=True)
+        dataset.task.score(*answers)
+        for dataset, *answers in zip(prepared, predicted, expected, strict=True)
     ]
     split = "test" if out_of_fold is None else "train"
     processes.main(lambda: writer.predictions(predicted, expected, split))
@@ -250,12 +240,13 @@ def _finish(
         **_describe(experiment, tasks),
         "dev": training.progress.best_dev,
         "test": joint_scores(tasks, scores),
-        **_costs(training, writer, start),
-        "together": together,
+        **_costs(training, writer, session.start),
+        "together": session.together,
         "processes": processes.count,
         "micro_batch_size": training.progress.micro_batch_size or experiment.train.batch_size,
         "collapsed": any(
-            has_collapsed(own, scale.unit) for own, scale in zip(predicted, scales, strict=True)
+            has_collapsed(values, scale.unit)
+            for values, scale in zip(predicted, scales, strict=True)
         ),
         **_against_mean(prepared, predicted, expected),
         "selection": "schedule" if training.dev is None else "dev",
@@ -264,7 +255,7 @@ def _finish(
     }
     if measured:
         result["measured"] = measured
-    result |= processes.main(lambda: beside(experiment, prepared, tuned.pretrained, shared))
+    result |= processes.main(lambda: beside(experiment, prepared, tuned.pretrained, session.shared))
     return processes.main(lambda: writer.result(result))
 
 
@@ -276,11 +267,11 @@ def _answers(
     processes: Processes,
 ) -> tuple[list[Values], list[Values]]:
     """Return each task's predictions and references on test."""
-    expected = [references(own.splits["test"]) for own in prepared]
-    encoded = [shared.encode(stored, own, "test", experiment) for own in prepared]
+    expected = [references(dataset.splits["test"]) for dataset in prepared]
+    encoded = [shared.encode(stored, dataset, "test", experiment) for dataset in prepared]
     predicted = [
-        predictions(own.task, compute_logits(stored, rows, place, processes))
-        for place, (own, rows) in enumerate(zip(prepared, encoded, strict=True))
+        predictions(dataset.task, compute_logits(stored, rows, task_index, processes))
+        for task_index, (dataset, rows) in enumerate(zip(prepared, encoded, strict=True))
     ]
     return predicted, expected
 
@@ -308,21 +299,21 @@ def _exact_probe(
 
 def _against_mean(
     prepared: Sequence[Prepared], predicted: Sequence[Values], expected: Sequence[Values]
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Return by task how a regression's error on test compares with that of the train mean."""
-    found = {
-        own.task.name: compare_with_mean(told, true, _train_mean(own.manifest))
-        for own, told, true in zip(prepared, predicted, expected, strict=True)
-        if own.task.is_regression
+    by_task = {
+        dataset.task.name: compare_with_mean(values, true, _train_mean(dataset.manifest))
+        for dataset, values, true in zip(prepared, predicted, expected, strict=True)
+        if dataset.task.is_regression
     }
-    return {"against_mean": found} if found else {}
+    return {"against_mean": by_task} if by_task else {}
 
 
 def _train_mean(manifest: Mapping[str, Any]) -> float:
     return float(manifest["splits"]["train"]["labels"]["mean"])
 
 
-def _describe(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
+def _describe(experiment: Experiment, tasks: Sequence[Task]) -> Mapping[str, Any]:
     """Return what a result says of the experiment that it is of."""
     return {
         "task": joint_name(tasks),
@@ -336,7 +327,7 @@ def _describe(experiment: Experiment, tasks: Sequence[Task]) -> dict[str, Any]:
     }
 
 
-def _costs(training: Training, writer: Writer, start: float) -> dict[str, Any]:
+def _costs(training: Training, writer: Writer, start: float) -> Mapping[str, Any]:
     """Return what training took, and what the model takes to keep and to run."""
     tuned, progress = training.tuned, training.progress
     stored = training.processes.main((writer.directory / MODEL).stat)
@@ -356,4 +347,5 @@ def _costs(training: Training, writer: Writer, start: float) -> dict[str, Any]:
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of what each process measured on its equal share of the rows."""
-    return {name: fmean(own[name] for own in reports if name in own) for name in reports[0]}
+    names = reports[0]
+    return {name: fmean(report[name] for report in reports if name in report) for name in names}

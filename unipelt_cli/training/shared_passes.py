@@ -43,11 +43,11 @@ def train_together(
         if not batches:
             continue
         happened: list[tuple[int, Happening | CheckError]] = []
-        own = [loops[name] for name in batches]
-        taken = _try(own, list(batches.values())) if fits else None
+        stepping = [loops[name] for name in batches]
+        taken = _try(stepping, list(batches.values())) if fits else None
         if taken is None:
             fits, taken = False, []
-            for name, loop in zip(batches, own, strict=True):
+            for name, loop in zip(batches, stepping, strict=True):
                 answer, halved = _take_alone(loop, batches[name])
                 taken.append(answer)
                 happened += [(name, event) for event in halved]
@@ -111,8 +111,8 @@ def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | C
     with shared_out(tuned[0].classifier.shares_rows):
         features += _features(tuned, [step.inputs for step in steps], generators, loops)
         losses = []
-        for loop, step, generator, own in zip(loops, steps, generators, features, strict=True):
-            with loop.tuned.classifier.draws.of([generator], [len(own)]):
+        for loop, step, generator, rows in zip(loops, steps, generators, features, strict=True):
+            with loop.tuned.classifier.draws.of([generator], [len(rows)]):
                 losses.append(loop.method.loss(step))
         torch.autograd.backward(losses)
     taken: list[Taken | CheckError] = []
@@ -138,28 +138,28 @@ def _features(
     loops: Sequence[Training],
 ) -> list[Tensor]:
     """Send the rows of all runs through the backbone once; return each run's features."""
-    counts = [len(own["attention_mask"]) for own in inputs]
+    counts = [len(run_inputs["attention_mask"]) for run_inputs in inputs]
     rows = counts if shares_out(tuned[0].device) else [max(counts)] * len(counts)
-    length = max(own["attention_mask"].shape[1] for own in inputs)
+    length = max(run_inputs["attention_mask"].shape[1] for run_inputs in inputs)
     pad_id = loops[0].courses[0].train[0].pad_id
     joined = {
         name: torch.cat(
             [
-                _padded(own[name], count, length, pad_id if name == "input_ids" else 0)
-                for own, count in zip(inputs, rows, strict=True)
+                _padded(run_inputs[name], count, length, pad_id if name == "input_ids" else 0)
+                for run_inputs, count in zip(inputs, rows, strict=True)
             ]
         )
         for name in inputs[0]
     }
     joined["attention_mask"][:, 0] = 1  # of rows that stand for none as well
-    joints = [one.method.joint(one.classifier.backbone) for one in tuned]
+    joints = [model.method.joint(model.classifier.backbone) for model in tuned]
     assert joints[0] is not None
     classifier = tuned[0].classifier
     with classifier.draws.of(generators, rows), joints[0].together(joints, rows):
         pooled = classifier.pooled(**joined)
     split = zip(tuned, torch.split(pooled, rows), counts, strict=True)
     # A run's texts are one block, so that each run's pairs are found in its own.
-    return [own.classifier.combine(texts[:count]) for own, texts, count in split]
+    return [model.classifier.combine(texts[:count]) for model, texts, count in split]
 
 
 def _padded(x: Tensor, rows: int, length: int, value: int) -> Tensor:

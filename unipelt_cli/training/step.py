@@ -74,7 +74,7 @@ class Stepper:
             self.optimizer.zero_grad(set_to_none=True)
             release()
             self.progress.micro_batch_size = size // 2
-            yield Halved(size // 2, self._contrasts(batch.place))
+            yield Halved(size // 2, self._contrasts(batch.task_index))
 
     def part_size(self, rows: int) -> int:
         """Return how many rows are computed at a time: at most a process's share of a batch."""
@@ -108,7 +108,8 @@ class Stepper:
         for first in range(processes.rank * size, len(rows), processes.count * size):
             part = rows[first : first + size]
             step = self.open(
-                Batch(batch.place, part), lambda inputs: self.tuned.classifier.features(**inputs)
+                Batch(batch.task_index, part),
+                lambda inputs: self.tuned.classifier.features(**inputs),
             )
             with seeded(self._part_seed(first), self.tuned.device):
                 loss = self.method.loss(step) * (len(part) / len(rows))
@@ -128,24 +129,24 @@ class Stepper:
     def open(self, batch: Batch, features: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
         """Begin a step: the rate is set, the rows are tensors, which `features` sends through."""
         self._set_rate()
-        course = self.courses[batch.place]
+        course = self.courses[batch.task_index]
         rows, labels = course.train
         classifier, device = self.tuned.classifier, self.tuned.device
         if not classifier.training:  # it goes through all modules
             classifier.train()
-        classifier.select(batch.place)
+        classifier.select(batch.task_index)
         inputs, frozen, latest = dict[str, Tensor](), self.frozen, list[Tensor]()
         if frozen is None:
             inputs = rows.batch(batch.rows.tolist(), device)
 
         def forward() -> Tensor:
-            read = frozen.train_rows(batch.place, batch.rows) if frozen else features(inputs)
+            read = frozen.train_rows(batch.task_index, batch.rows) if frozen else features(inputs)
             latest[:] = [read]
             return classifier.read(read)
 
         def criterion(logits: Tensor) -> Tensor:
             loss = loss_of(course, logits, labels[batch.rows])
-            if not self._contrasts(batch.place):
+            if not self._contrasts(batch.task_index):
                 return loss
             told_apart = torch.as_tensor(labels[batch.rows], device=device)
             return loss + self.settings.contrast * contrast(latest[0], told_apart)
@@ -159,10 +160,10 @@ class Stepper:
             criterion,
         )
 
-    def _contrasts(self, place: int) -> bool:
+    def _contrasts(self, task_index: int) -> bool:
         """Say whether a task's loss has the term: features of one text each, and classes."""
-        is_apart = self.tuned.classifier.apart[place]
-        is_regression = self.courses[place].task.is_regression
+        is_apart = self.tuned.classifier.apart[task_index]
+        is_regression = self.courses[task_index].task.is_regression
         return self.settings.contrast > 0 and not is_apart and not is_regression
 
     def _set_rate(self) -> None:

@@ -25,15 +25,15 @@ def text_notes(
     The rows are tokenized already; a few of the longest are once more, without a limit.
     """
     notes = []
-    for own, course in zip(prepared, training.courses, strict=True):
+    for dataset, course in zip(prepared, training.courses, strict=True):
         encoded = course.train[0]
-        name = f"{own.task.name}: " if len(prepared) > 1 else ""
-        columns = [own.splits["train"][column] for column in own.task.text]
-        found = chain(
+        name = f"{dataset.task.name}: " if len(prepared) > 1 else ""
+        columns = [dataset.splits["train"][column] for column in dataset.task.text]
+        sentences = chain(
             _cut(columns, encoded, tuned, experiment.model.max_length),
             _unknown(encoded, tuned, experiment.model.backbone),
         )
-        notes += [f"{name}{note}" for note in found]
+        notes += [f"{name}{note}" for note in sentences]
     return tuple(notes)
 
 

@@ -37,9 +37,9 @@ class Tracking:
         self._places: list[str] = []
         self._runs = [_Run(directory) for directory in directories]
 
-    def see(self, place: int, event: Event | Failed) -> None:
+    def see(self, run_index: int, event: Event | Failed) -> None:
         """Tell the trackers of the run at a place what has happened to it."""
-        run = self._runs[place]
+        run = self._runs[run_index]
         match event:
             case Ready():
                 run.step = event.taken
@@ -51,12 +51,13 @@ class Tracking:
                     self._log(run, {"step_loss": event.loss})
             case Epoch():
                 speed = event.tokens / max(event.train_seconds, 1e-9)
-                gates = {str(layer): own for layer, own in enumerate(event.gates)}
-                told = {**asdict(event), "gates": gates, "tokens_per_second": speed}
-                self._log(run, _numbers(told))
+                gates = {str(layer): value for layer, value in enumerate(event.gates)}
+                values = {**asdict(event), "gates": gates, "tokens_per_second": speed}
+                self._log(run, _numbers(values))
             case Finished():
                 scores = _numbers({"test": event.result["test"]})
-                rest = {key: own for key, own in event.result.items() if key not in ("dev", "test")}
+                result = event.result.items()
+                rest = {key: value for key, value in result if key not in ("dev", "test")}
                 self._log(run, {**scores, **_numbers({"result": rest})})
                 self._finish(run)
             case Failed():
@@ -70,10 +71,10 @@ class Tracking:
     def _start(self, run: "_Run", ready: Ready) -> None:
         for name in list(self._names):
             if started := self._try(name, partial(_STARTS[name], run, ready)):
-                run.trackers[name], place = started
-                if place not in self._places:
-                    self._places.append(place)
-                    self._say(f"{name}: ", (place, "bold"))
+                run.trackers[name], address = started
+                if address not in self._places:
+                    self._places.append(address)
+                    self._say(f"{name}: ", (address, "bold"))
 
     def _log(self, run: "_Run", values: Mapping[str, float]) -> None:
         for name, tracker in list(run.trackers.items()):
@@ -91,8 +92,8 @@ class Tracking:
             self._names.remove(name)
             for run in self._runs:
                 run.trackers.pop(name, None)
-            said = f"{name} has failed, and nothing more is told to it ({first_line(error)})"
-            self._say(("warning: ", "yellow"), said)
+            warning = f"{name} has failed, and nothing more is told to it ({first_line(error)})"
+            self._say(("warning: ", "yellow"), warning)
             return None
 
 
@@ -151,10 +152,10 @@ def _wandb(run: _Run, ready: Ready) -> Started:
         settings=settings,
     )
     tracker.start()
-    own = tracker.tracker
-    return tracker, f"wandb sync {own.settings.sync_dir}" if own.offline else str(
-        own.url or own.settings.mode
-    )
+    wandb_run = tracker.tracker
+    if wandb_run.offline:
+        return tracker, f"wandb sync {wandb_run.settings.sync_dir}"
+    return tracker, str(wandb_run.url or wandb_run.settings.mode)
 
 
 _STARTS: Mapping[str, Callable[[_Run, Ready], Started]] = {
@@ -174,9 +175,9 @@ def _identity(directory: Path) -> str:
 
 def _settings(ready: Ready) -> dict[str, str | float]:
     return {
-        f"{section}.{key}": ", ".join(map(str, own)) if isinstance(own, list | tuple) else own
+        f"{section}.{key}": ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
         for section, values in ready.experiment.settings().items()
-        for key, own in values.items()
+        for key, value in values.items()
     }
 
 
@@ -186,8 +187,8 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    for key, own in values.items():
-        if isinstance(own, Mapping):
-            yield from _leaves(own, f"{prefix}{key}/")
-        elif isinstance(own, int | float):
-            yield f"{prefix}{key}", float(own)
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float):
+            yield f"{prefix}{key}", float(value)

@@ -212,7 +212,7 @@ class LayerSubmodules(nn.Module):
 
     def _shorten(
         self, attention: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], Mapping[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Take the columns of a closed prefix off the mask that this layer's attention reads."""
         if not self.is_closed("prefix"):
             return None

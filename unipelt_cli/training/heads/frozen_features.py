@@ -40,36 +40,36 @@ class FrozenFeatures:
         self.dev: list[Tensor] = []
         self.seconds = 0.0
 
-    def _compute(self, tuned: Tuned, place: int, split: str) -> Features:
-        rows, _ = getattr(self.courses[place], split)
-        return compute_features(tuned, rows, place, self.processes)
+    def _compute(self, tuned: Tuned, task_index: int, split: str) -> Features:
+        rows, _ = getattr(self.courses[task_index], split)
+        return compute_features(tuned, rows, task_index, self.processes)
 
     def prepare(self) -> None:
         """Send every train and dev row through the backbone."""
         start = time.perf_counter()
-        for place, course in enumerate(self.courses):
-            self.train.append(torch.from_numpy(self._source(self.tuned, place, "train")))
+        for task_index, course in enumerate(self.courses):
+            self.train.append(torch.from_numpy(self._source(self.tuned, task_index, "train")))
             has_dev = course.dev is not None
-            dev = self._source(self.tuned, place, "dev") if has_dev else np.zeros((0, 0), "f4")
+            dev = self._source(self.tuned, task_index, "dev") if has_dev else np.zeros((0, 0), "f4")
             self.dev.append(torch.from_numpy(dev))
         self.seconds = time.perf_counter() - start
 
-    def train_rows(self, place: int, rows: NDArray[np.int64]) -> Tensor:
+    def train_rows(self, task_index: int, rows: NDArray[np.int64]) -> Tensor:
         """Return the features (rows, width) of some train rows of a task, for a step."""
-        return self.train[place][rows].to(self.tuned.device)
+        return self.train[task_index][rows].to(self.tuned.device)
 
-    def dev_logits(self, place: int) -> Logits:
+    def dev_logits(self, task_index: int) -> Logits:
         """Return the logits (rows, outputs) of a task's dev rows; no dropout, no gradient."""
-        return read_features(self.tuned, self.dev[place].numpy(), place)
+        return read_features(self.tuned, self.dev[task_index].numpy(), task_index)
 
     def fit(self) -> None:
         """Fit every task's head to all of its train rows at once, on its labels' scale."""
-        for place, course in enumerate(self.courses):
+        for task_index, course in enumerate(self.courses):
             task, labels = course.task, course.train[1]
-            head = self.tuned.classifier.heads[place].eval()
+            head = self.tuned.classifier.heads[task_index].eval()
             targets = course.scale.standardise(labels) if task.is_regression else labels
             with torch.no_grad():
-                read = head.inputs(self.train[place].to(self.tuned.device))
+                read = head.inputs(self.train[task_index].to(self.tuned.device))
                 fitted = self.tuned.method.fit_head(
                     read, targets, task.outputs, is_regression=task.is_regression
                 )
@@ -79,17 +79,18 @@ class FrozenFeatures:
     def loss_sum(self) -> float:
         """Return the loss of all train rows together, as the heads are now."""
         losses = 0.0
-        for place, course in enumerate(self.courses):
-            logits = torch.from_numpy(read_features(self.tuned, self.train[place].numpy(), place))
+        for task_index, course in enumerate(self.courses):
+            features = self.train[task_index].numpy()
+            logits = torch.from_numpy(read_features(self.tuned, features, task_index))
             labels = course.train[1]
             losses += loss_of(course, logits, labels).item() * len(labels)
         return losses
 
 
-def read_features(tuned: Tuned, features: Features, place: int) -> Logits:
+def read_features(tuned: Tuned, features: Features, task_index: int) -> Logits:
     """Return what a task's head says of features (rows, size): logits (rows, outputs)."""
     classifier = tuned.classifier.eval()
-    classifier.select(place)
+    classifier.select(task_index)
     with torch.inference_mode():
         logits: Logits = classifier.read(torch.from_numpy(features).to(tuned.device)).cpu().numpy()
     return logits

@@ -33,12 +33,12 @@ def start_heads(
     `features`, (rows, width) of each course's train rows, are those of a frozen backbone: its rows
     go through it once.
     """
-    for place, course in enumerate(courses):
-        head = tuned.classifier.heads[place]
-        if tuned.classifier.apart[place]:
-            _start_at_cosine(head, course, _read(tuned, course, place, features))
+    for task_index, course in enumerate(courses):
+        head = tuned.classifier.heads[task_index]
+        if tuned.classifier.apart[task_index]:
+            _start_at_cosine(head, course, _read(tuned, course, task_index, features))
         elif start == "means" and not course.task.is_regression:
-            set_to_means(head, course, _read(tuned, course, place, features))
+            set_to_means(head, course, _read(tuned, course, task_index, features))
 
 
 def end_heads(tuned: Tuned, courses: Sequence[Course], features: Sequence[Tensor] = ()) -> None:
@@ -59,20 +59,20 @@ def end_heads(tuned: Tuned, courses: Sequence[Course], features: Sequence[Tensor
             set_to_means(head, course, read)
 
 
-def _read(tuned: Tuned, course: Course, place: int, features: Sequence[Tensor]) -> Tensor:
+def _read(tuned: Tuned, course: Course, task_index: int, features: Sequence[Tensor]) -> Tensor:
     """Return what a head's linear unit reads of the train rows, (rows, inputs), on the CPU."""
     rows, _ = course.train
-    head = tuned.classifier.heads[place]
+    head = tuned.classifier.heads[task_index]
     if features:
         with torch.no_grad():
-            known: Tensor = head.eval().inputs(features[place].to(tuned.device))
+            known: Tensor = head.eval().inputs(features[task_index].to(tuned.device))
         return known.cpu()
     read = np.zeros((len(rows), head.out.in_features), np.float32)
 
     def compute(inputs: Mapping[str, Tensor]) -> list[Tensor]:
         return [head.inputs(tuned.classifier.features(**inputs))]
 
-    tuned.classifier.eval().select(place)
+    tuned.classifier.eval().select(task_index)
     fill([read], compute, tuned, rows, np.arange(len(rows)))
     return torch.from_numpy(read)
 
