@@ -7,7 +7,6 @@ are given.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.metrics import METRICS, Values
@@ -115,7 +114,7 @@ def joint_scores(tasks: Sequence[Task], scores: Sequence[Mapping[str, float]]) -
     return {MEAN: mean, **named}
 
 
-def joint_positive(tasks: Sequence[Task]) -> dict[str, Any]:
+def joint_positive(tasks: Sequence[Task]) -> dict[str, str | dict[str, str]]:
     """Return what is recorded of the labels that F1 is of, where it is scored or was chosen."""
     labels = {
         task.name: task.positive_label

@@ -58,7 +58,7 @@ def test_doctor_says_what_is_broken_and_how_it_is_mended(
     assert checks["data"].remedy == (
         "set UNIPELT_DATA to a directory in GLUE's layout, with MRPC/train.tsv in it"
     )
-    assert checks["backbone nobody/nothing"].found == "not in the local cache"
+    assert checks["backbone nobody/nothing"].outcome == "not in the local cache"
     code, _, stderr = invoke("doctor", tmp_path, "--offline")
     assert code == 1
     assert stderr.splitlines()[-2].startswith("error: 3 of ")

@@ -38,7 +38,7 @@ def test_columns_are_guessed_and_said(
     header: str, row: Callable[[int], str], settings: dict[str, str], said: str, tmp_path: Path
 ) -> None:
     found = column_guess.columns(write_table(tmp_path / "mine.csv", header, row))
-    assert (found.settings, found.said) == (settings, f"mine.csv: {said}")
+    assert (found.settings, found.note) == (settings, f"mine.csv: {said}")
 
 
 REFUSED = [
@@ -75,7 +75,7 @@ def test_what_is_named_is_kept_and_the_rest_guessed(tmp_path: Path) -> None:
     )
     found = column_guess.columns(path, label="b")
     assert found.settings == {"text": "a", "label": "b"}
-    assert found.said == "mine.csv: guessed text 'a'; to choose: --text COLUMN"
+    assert found.note == "mine.csv: guessed text 'a'; to choose: --text COLUMN"
     assert column_guess.columns(path, text="a").settings == {"text": "a", "label": "label"}
 
 

@@ -1,13 +1,15 @@
 """The command `eval`: score a finished run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unipelt_cli.commands.shared import options, run_argument, settings
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.files.as_json import OPTIONAL
 from unipelt_cli.runs.opening import open_run
 from unipelt_cli.terminal import console, summaries, tables
 from unipelt_cli.terminal.command_group import print_json
@@ -17,6 +19,17 @@ if TYPE_CHECKING:
 
     from unipelt_cli.runs.run import Run
     from unipelt_cli.tasks import Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run's scores on a split or a file, and what must be known of them."""
+
+    split: str
+    rows: int
+    scores: Mapping[str, float]
+    positive: str | Mapping[str, str] | None = field(metadata=OPTIONAL)
+    against_mean: Mapping[str, Mapping[str, float]] | None = field(metadata=OPTIONAL)
 
 
 def evaluate(
@@ -53,7 +66,7 @@ def evaluate(
         if value is not None and file is None:
             raise ConfigError(f"{flag} {value!r}: the run knows its own", "drop it, or give --file")
     split = split or "test"
-    found = open_run(
+    opened = open_run(
         run_argument.locate(run, offline),
         offline=offline,
         source=source,
@@ -61,32 +74,39 @@ def evaluate(
         needs_rows=file is None,
     )
     each = task is None and file is None
-    places = list(range(len(found.tasks))) if each else [found.place(task)]
-    tuned = found.build(device, model, precision)
+    places = list(range(len(opened.tasks))) if each else [opened.place(task)]
+    tuned = opened.build(device, model, precision)
     from unipelt_cli.metrics import compare_with_mean
     from unipelt_cli.models import evaluation
     from unipelt_cli.tasks import joint_positive, joint_scores
 
     name = split if file is None else str(file)
     total, scored, against_mean = 0, [], {}
-    for place in places:
-        one = found.tasks[place]
+    for task_index in places:
+        scored_task = opened.tasks[task_index]
         if file is None:
-            parts = iter([found.rows(split, settings.absolute(source), place)])
+            parts = iter([opened.rows(split, settings.absolute(source), task_index)])
         else:
-            named = list(run_argument.file_columns(one.text, text, text_pair).values())
-            parts = _rows_of_file(found, one, file, named, label, encoding, skip_unusable)
-        told, true = evaluation.answers(tuned, one, parts, found.experiment.model.max_length, place)
-        scored.append(one.score(told, true))
-        if (mean := found.train_mean(place)) is not None:
-            against_mean[one.name] = compare_with_mean(told, true, mean)
+            named = list(run_argument.file_columns(scored_task.text, text, text_pair).values())
+            parts = _rows_of_file(opened, scored_task, file, named, label, encoding, skip_unusable)
+        predicted, true = evaluation.answers(
+            tuned, scored_task, parts, opened.experiment.model.max_length, task_index
+        )
+        scored.append(scored_task.score(predicted, true))
+        if (mean := opened.train_mean(task_index)) is not None:
+            against_mean[scored_task.name] = compare_with_mean(predicted, true, mean)
         total += len(true)
-    chosen = [found.tasks[place] for place in places]
-    answer = {"split": name, "rows": total, "scores": joint_scores(chosen, scored)}
-    answer |= joint_positive(chosen) | ({"against_mean": against_mean} if against_mean else {})
-    _show(answer)
+    chosen = [opened.tasks[task_index] for task_index in places]
+    result = Evaluation(
+        name,
+        total,
+        joint_scores(chosen, scored),
+        joint_positive(chosen).get("positive"),
+        against_mean or None,
+    )
+    _show(result)
     if as_json:
-        print_json(answer)
+        print_json(result)
 
 
 def _rows_of_file(
@@ -113,12 +133,11 @@ def _rows_of_file(
     )
 
 
-def _show(answer: dict[str, Any]) -> None:
+def _show(scored: Evaluation) -> None:
     """Print the scores, and what must be known of them."""
     from unipelt_cli.text import shown_score
 
-    scores = answer["scores"]
-    names = [shown_score(metric, answer.get("positive")) for metric in scores]
-    values = [f"{value:.4f}" for value in scores.values()]
-    tables.table(("split", "rows", *names), [[answer["split"], str(answer["rows"]), *values]])
-    summaries.warn_of_mean(answer["split"], answer.get("against_mean", {}))
+    names = [shown_score(metric, scored.positive) for metric in scored.scores]
+    values = [f"{value:.4f}" for value in scored.scores.values()]
+    tables.table(("split", "rows", *names), [[scored.split, str(scored.rows), *values]])
+    summaries.warn_of_mean(scored.split, scored.against_mean or {})

@@ -60,33 +60,33 @@ def inspect_gates(
     """
     _check(by, top, ablate, plot, html)
     if by == "epoch":
-        given = {"--task": task, "--split": split, "--rows": rows, "--html": html}
-        given |= {"--source": source, "--device": device, "--model": model}
-        said = ((f"--by {by}", settings.flag_text(flag, value)) for flag, value in given.items())
-        settings.refuse_pairs(*said)
+        flags = {"--task": task, "--split": split, "--rows": rows, "--html": html}
+        flags |= {"--source": source, "--device": device, "--model": model}
+        pairs = ((f"--by {by}", settings.flag_text(flag, value)) for flag, value in flags.items())
+        settings.refuse_pairs(*pairs)
         answer: Inspection | EpochsInspection = _epochs(run, plot)
     else:
-        found = open_run(
+        opened = open_run(
             run_argument.locate(run, offline), offline=offline, source=source, model=model
         )
         wanted = "dev" if ablate else "test"
-        split = split or (wanted if wanted in found.splits else "train")
+        split = split or (wanted if wanted in opened.splits else "train")
         from unipelt_cli.gates import ablation
         from unipelt_cli.gates.report import GateReport, by_epoch, inspect_gates, sample
 
         if ablate:
-            ablation.refuse(found)
-        place = found.place(task)
-        epochs = by_epoch(found) if html is not None else []
-        tuned = found.build(device, model)
-        chosen = sample(found.rows(split, settings.absolute(source), place), rows)
+            ablation.refuse(opened)
+        task_index = opened.place(task)
+        epochs = by_epoch(opened) if html is not None else []
+        tuned = opened.build(device, model)
+        chosen = sample(opened.rows(split, settings.absolute(source), task_index), rows)
         if ablate:
-            study = ablation.Ablation(found, tuned, chosen, place)
+            study = ablation.Ablation(opened, tuned, chosen, task_index)
             report = GateReport(study.gates, chosen, study.task.labels)
         else:
-            study, report = None, inspect_gates(found, tuned, chosen, place)
+            study, report = None, inspect_gates(opened, tuned, chosen, task_index)
         view = _View(report, study, split, run.resolve().name)
-        answer = view.show(by, top, found.tasks[place].text, as_json=as_json)
+        answer = view.show(by, top, opened.tasks[task_index].text, as_json=as_json)
         if plot is not None:
             view.plot(answer, plot)
         if html is not None:
@@ -130,9 +130,9 @@ def _epochs(run: Path, plot: Path | None) -> "EpochsInspection":
         from unipelt_cli.gates.results import EpochsInspection, Layer, MeanGate
         from unipelt_cli.runs.run import read_run
         from unipelt_cli.terminal import gates
-    found = read_run(run)
-    epochs = by_epoch(found)
-    if not epochs and found.result.get("selection") == "schedule":
+    finished_run = read_run(run)
+    epochs = by_epoch(finished_run)
+    if not epochs and finished_run.result.get("selection") == "schedule":
         raise RunError(
             f"{run}: its epochs hold no gates, as there were no dev rows to see them on",
             "see those of its last epoch with --by layer, or train with --dev-size N",
@@ -144,18 +144,19 @@ def _epochs(run: Path, plot: Path | None) -> "EpochsInspection":
         )
     best = next((epoch.layers for epoch in epochs if epoch.is_best), ())
     title = f"gates of {run.resolve().name}, mean over layers and dev rows"
-    gates.show_epochs(epochs, found.result["metric"], title, found.result.get("positive"))
+    result = finished_run.result
+    gates.show_epochs(epochs, result["metric"], title, result.get("positive"))
     if plot is not None:
         plots.plot_epochs(epochs, title, plot)
         console.say("picture: ", (str(plot), "bold"))
     return EpochsInspection(
-        rows=sum(found.count_of("dev", task_index) for task_index in range(len(found.tasks))),
+        rows=sum(finished_run.count_of("dev", n) for n in range(len(finished_run.tasks))),
         split="dev",
         layers=[
             Layer(layer.layer, {name: MeanGate(mean) for name, mean in layer.gates.items()})
             for layer in best
         ],
-        best_epoch=found.result["best_epoch"],
+        best_epoch=result["best_epoch"],
         epochs=epochs,
     )
 

@@ -126,17 +126,17 @@ def _presets(_: Path) -> list[Entry]:
         from unipelt_cli import methods
         from unipelt_cli.config.presets import PUBLISHED, presets, published_presets
 
-    said = {name: recipe.summary for name, recipe in methods.table().items()}
+    summaries = {name: recipe.summary for name, recipe in methods.table().items()}
     for name, path in presets().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        said[name] = first.removeprefix(f"{name}: ")
+        summaries[name] = first.removeprefix(f"{name}: ")
     for name, published in published_presets().items():
         method = name.removeprefix(PUBLISHED)
         values = {**published.get("model", {}), **published["train"], **published["method"]}
         del values["name"]
         listed = ", ".join(f"{key} {value}" for key, value in values.items())
-        said[name] = f"{method} as {methods.get(method).source} trained it: {listed}"
-    return [{"name": name, "what": what} for name, what in sorted(said.items())]
+        summaries[name] = f"{method} as {methods.get(method).source} trained it: {listed}"
+    return [{"name": name, "what": what} for name, what in sorted(summaries.items())]
 
 
 def _sweeps(_: Path) -> list[Entry]:
@@ -144,11 +144,11 @@ def _sweeps(_: Path) -> list[Entry]:
     with importing():
         from unipelt_cli.config.presets import sweep_presets
 
-    said = {
+    summaries = {
         name: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         for name, path in sweep_presets().items()
     }
-    return [{"name": name, "what": what} for name, what in said.items()]
+    return [{"name": name, "what": what} for name, what in summaries.items()]
 
 
 def _backbones(_: Path) -> list[Entry]:

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from unipelt_cli.data.unusable import Window
     from unipelt_cli.runs.loaded_runs import LoadedRuns
 
+CellValue = str | int | float | None
+Answers = Mapping[str, Mapping[str, object]]
+"""What each run says of a row, by the run's name."""
 ANSWERED = frozenset({"label", "probabilities", "value", "runs"})
 SKIP_THEM = "fill it in, or have such rows answered with null by --skip-unusable"
 
@@ -106,17 +109,17 @@ def predict(
         raise ConfigError(f"RUN {run} and --run contradict each other", "give every run with --run")
     if file is None and not several:
         raise ConfigError("predict: there is no FILE|-", "name a file of rows, or - for stdin")
-    given, rows = (several, run) if several else ([Path(run)], str(file))
-    found = [
+    paths, rows = (several, run) if several else ([Path(run)], str(file))
+    runs = [
         open_run(run_argument.locate(path, offline), offline=offline, model=model, needs_rows=False)
-        for path in given
+        for path in paths
     ]
     from unipelt_cli.data import readers, unusable
     from unipelt_cli.runs import loaded_runs
 
     if rows == "-" and sys.stdin is None:
         raise DataError("stdin is closed", "give rows on it, or name a FILE")
-    each = dict(zip(loaded_runs.named(given), found, strict=True))
+    each = dict(zip(loaded_runs.named(paths), runs, strict=True))
     loaded = loaded_runs.load(each, task, device, model, precision)
     names = run_argument.file_columns(loaded.columns, text, text_pair)
     kept = _Kept(keep or ())
@@ -127,21 +130,21 @@ def predict(
     else:
         read = readers.read_file(Path(rows), *wanted)
     windows = (kept.remember(cells).renamed(names) for cells in readers.noted(read, console.note))
-    skip = skip_unusable or all(own.experiment.data.skip_unusable for own in found)
+    skip = skip_unusable or all(each_run.experiment.data.skip_unusable for each_run in runs)
     shown = rows != "-" and not (out is None and sys.stdout is not None and sys.stdout.isatty())
     with _output(out) as write, progress.counting("rows", shown=shown) as count:
         parts = unusable.windows_of_texts(windows, loaded.groups, SKIP_THEM, skip=skip)
         for part in parts:
-            said = [{**kept.next(), **_shape(row, several)} for row in _answers(loaded, part)]
-            write("".join(f"{json.dumps(row)}\n" for row in said))
-            count(len(said))
+            answers = [{**kept.next(), **_shape(row, several)} for row in _answers(loaded, part)]
+            write("".join(f"{json.dumps(row)}\n" for row in answers))
+            count(len(answers))
 
 
 class _Kept:
     """Columns that are written beside the answers: their values wait for those of their rows."""
 
     def __init__(self, columns: Sequence[str]) -> None:
-        self.columns, self._rows = list(dict.fromkeys(columns)), deque[dict[str, Any]]()
+        self.columns, self._rows = list(dict.fromkeys(columns)), deque[Mapping[str, CellValue]]()
         if taken := ANSWERED.intersection(columns):
             name = min(taken)
             raise ConfigError(f"--keep {name}: answers have this name themselves", "rename it")
@@ -154,12 +157,12 @@ class _Kept:
         )
         return cells
 
-    def next(self) -> dict[str, Any]:
+    def next(self) -> Mapping[str, CellValue]:
         """Return what is kept of the next row."""
         return self._rows.popleft() if self.columns else {}
 
 
-def _writable(value: Any) -> Any:
+def _writable(value: Any) -> CellValue:
     """Return a cell as JSON can hold it: dates and the like as text, what is missing as null."""
     if value is None or value != value:
         return None
@@ -168,17 +171,19 @@ def _writable(value: Any) -> Any:
     return value if isinstance(value, str | int | float) else str(value)
 
 
-def _answers(loaded: "LoadedRuns", part: "Window") -> list[dict[str, Any]]:
+def _answers(loaded: "LoadedRuns", part: "Window") -> list[Answers]:
     """Return every run's answer to each row, by name; those to a row without a text are null."""
     answers = loaded.predict_columns(part.texts)
-    nothing = {name: own.nothing for name, own in loaded.items()}
+    nothing = {name: loaded_run.nothing for name, loaded_run in loaded.items()}
     return [
-        {name: own.as_json() for name, own in next(answers).items()} if usable else nothing
+        {name: loaded_run.as_json() for name, loaded_run in next(answers).items()}
+        if usable
+        else nothing
         for usable in part.usable
     ]
 
 
-def _shape(each: dict[str, Any], several: list[Path] | None) -> dict[str, Any]:
+def _shape(each: Answers, several: list[Path] | None) -> Mapping[str, object]:
     """Return a row's object: one run's answer, or those of all by name."""
     return {"runs": each} if several else next(iter(each.values()))
 

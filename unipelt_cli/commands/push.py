@@ -44,10 +44,10 @@ def push(
         from unipelt_cli.runs.checks import check_file
         from unipelt_cli.runs.names import METRICS
         from unipelt_cli.runs.run import read_run
-    found = read_run(directory)
-    check_file(directory / METRICS, found.result["files"][METRICS])
-    upload = hub.prepare(found, repository, private=private, overwrite=overwrite)
-    text = model_card.of_run(found, upload.repository)
+    finished_run = read_run(directory)
+    check_file(directory / METRICS, finished_run.result["files"][METRICS])
+    upload = hub.prepare(finished_run, repository, private=private, overwrite=overwrite)
+    text = model_card.of_run(finished_run, upload.repository)
     sizes = {name: path.stat().st_size for name, path in upload.files.items()}
     rows = [[name, f"{size:,}", CONTENTS[name]] for name, size in sizes.items()]
     tables.table(

@@ -27,7 +27,9 @@ def reproduce(
     Example: unipelt reproduce runs/mrpc-k500-unipelt-apl-minilm-d111-s42
     """
     settings.refuse_processes("reproduce")
-    found = open_run(run_argument.locate(run, offline), offline=offline, source=source, model=model)
+    original = open_run(
+        run_argument.locate(run, offline), offline=offline, source=source, model=model
+    )
     from unipelt_cli.commands.shared import live_training
     from unipelt_cli.runs import verification
     from unipelt_cli.runs.names import RESULT
@@ -36,13 +38,13 @@ def reproduce(
 
     target = out or run_argument.default_output(run, "reproduced")
     mode: Mode = "new" if (target / RESULT).is_file() else "resume"
-    with verification.as_trained(found):
-        experiment = found.as_it_was().moved(settings.absolute(source), model)
+    with verification.as_trained(original):
+        experiment = original.as_it_was().moved(settings.absolute(source), model)
         live_training.train(experiment, target, mode)
     again = read_run(target)
     differences, is_equal = (
-        verification.differences(found, again),
-        verification.is_equal(found, again),
+        verification.differences(original, again),
+        verification.is_equal(original, again),
     )
     if differences:
         shown = [[d.what, tables.cell(d.original), tables.cell(d.here)] for d in differences]

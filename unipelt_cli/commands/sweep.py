@@ -149,13 +149,13 @@ def sweep(
         _dry_run(plan, workforce.workers, as_json)
         return
     size = workforce.size(cells)
-    answer = live_sweep.train_cells(plan, workforce.engine(), size, retry=retry)
+    outcome = live_sweep.train_cells(plan, workforce.engine(), size, retry=retry)
     if as_json:
-        print_json(answer)
-    if failed := answer["failed"]:
+        print_json(outcome)
+    if failed := outcome.failed:
         raise SweepError(
-            f"{len(failed)} of {len(cells)} cells failed, the first with: {failed[0]['error']}",
-            f"{failed[0]['hint']}; then the same command with --retry",
+            f"{len(failed)} of {len(cells)} cells failed, the first with: {failed[0].error}",
+            f"{failed[0].hint}; then the same command with --retry",
         )
 
 
@@ -185,7 +185,7 @@ def _axes(
     with importing():
         from unipelt_cli.sweeps.grid import split_names, split_numbers
 
-    given: Axes = {
+    axes: Axes = {
         "tasks": split_names("--tasks", tasks),
         "k": split_numbers("--k", k, word="all"),
         "methods": split_names("--methods", methods),
@@ -193,7 +193,7 @@ def _axes(
         "seeds": split_numbers("--seeds", seeds),
         "backbones": split_names("--backbones", backbones),
     }
-    return {name: values for name, values in given.items() if values}
+    return {name: values for name, values in axes.items() if values}
 
 
 def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Settings") -> "Grid":
@@ -202,20 +202,20 @@ def _grid(name: str | None, settings: list[str] | None, axes: "Axes", flags: "Se
 
     read = Grid({}, {}) if name is None else read_grid(name)
     varied, rest = take_axes(settings or [])
-    own = command_line_settings(rest, flags)
+    overrides = command_line_settings(rest, flags)
     asked = read.axes | axes | varied
     for key in ("k", "data_seeds"):
-        if key in asked and own.get("data", {}).get("prepared"):
+        if key in asked and overrides.get("data", {}).get("prepared"):
             raise ConfigError(
                 f"the axis {key}: the rows of data.prepared are drawn already",
                 "drop the axis, or --prepared",
             )
     if "backbones" in asked:
         asked["backbones"] = [
-            with_absolute_paths({"model": {"backbone": own}})["model"]["backbone"]
-            for own in asked["backbones"]
+            with_absolute_paths({"model": {"backbone": backbone}})["model"]["backbone"]
+            for backbone in asked["backbones"]
         ]
-    return Grid(asked, with_absolute_paths(read.settings), own)
+    return Grid(asked, with_absolute_paths(read.settings), overrides)
 
 
 def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
@@ -225,13 +225,13 @@ def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
     layers = preset_layers([preset] if preset else [])
     shared = [*layers, ("", asked.settings)]
     asked = replace(asked, flags=with_columns(shared, asked.flags))
-    cells = asked.cells(lambda own: complete(layers, merge_settings(own)))
+    cells = asked.cells(lambda varied: complete(layers, merge_settings(varied)))
     settle_network((cell.experiment for cell in cells), offline=offline)
     if all(cell.experiment.data.prepared is None for cell in cells):
         return cells
     from unipelt_cli.training.planning import with_drawn_rows  # reads the switches: settled by now
 
-    return asked.cells(lambda own: with_drawn_rows(complete(layers, merge_settings(own))))
+    return asked.cells(lambda varied: with_drawn_rows(complete(layers, merge_settings(varied))))
 
 
 def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
@@ -239,7 +239,7 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
     from unipelt_cli.training import estimate
 
     unfinished = plan.of("waiting", "interrupted", "failed")
-    left = {one.cell.name: one.cell.experiment for one in unfinished}
+    left = {state.cell.name: state.cell.experiment for state in unfinished}
     took: dict[str, estimate.Estimate] = {}
     refused: dict[str, str] = {}
     for name, cost in estimate.estimate(left):
@@ -248,18 +248,18 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
         else:
             took[name] = cost
     rows = []
-    for name, one in plan.standings.items():
+    for name, state in plan.standings.items():
         known = took.get(name)
         times = "" if known is None else _between(known.least_seconds, known.most_seconds)
-        rows.append([name, "cannot begin" if name in refused else one.status, times])
+        rows.append([name, "cannot begin" if name in refused else state.status, times])
     tables.table(("cell", "status", "time"), rows)
     for name, message in refused.items():
         say(("warning: ", "yellow"), f"{name}: {message}")
     least, most = (
-        sum(getattr(own, key) for own in took.values()) / workers
+        sum(getattr(cost, key) for cost in took.values()) / workers
         for key in ("least_seconds", "most_seconds")
     )
-    disk = sum(own.disk_bytes for own in took.values())
+    disk = sum(cost.disk_bytes for cost in took.values())
     say(
         f"{len(left)} of {len(rows)} cells are left: {_between(least, most)} with {workers} at a "
         f"time (as early as patience ends them, or all epochs), {tables.size(disk)} on disk; "
@@ -269,11 +269,11 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
         cells = [
             {
                 "cell": name,
-                "status": one.status,
+                "status": state.status,
                 **({"error": refused[name]} if name in refused else {}),
                 **(vars(took[name]) if name in took else {}),
             }
-            for name, one in plan.standings.items()
+            for name, state in plan.standings.items()
         ]
         total = {"least_seconds": least, "most_seconds": most, "disk_bytes": disk}
         print_json({"sweep": str(plan.directory), "cells": cells, **total})

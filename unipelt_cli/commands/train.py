@@ -1,7 +1,7 @@
 """The command `train`, and what it says of a run with --dry-run."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,16 +86,17 @@ def train(
         if dry_run:
             joined.each(lambda: show_dry_run(first, directories, mode, shared, as_json))
             return
+        answer: Mapping[str, Any] | live_training.TrainedRuns
         if is_one:
             answer = live_training.train(first, directories[0], mode, joined, trackers, shared)
         else:
             answer = live_training.train_together(grid, directories, mode, trackers, shared)
     if as_json and not console.is_hushed():
         print_json(answer)
-    if failed := answer.get("failed"):
+    if isinstance(answer, live_training.TrainedRuns) and (failed := answer.failed):
         raise CheckError(
-            f"{len(failed)} of {len(grid)} runs failed, the first with: {failed[0]['error']}",
-            f"see its directory {failed[0]['run']}; the other runs are finished",
+            f"{len(failed)} of {len(grid)} runs failed, the first with: {failed[0].error}",
+            f"see its directory {failed[0].run}; the other runs are finished",
         )
 
 
@@ -133,17 +134,17 @@ def show_dry_run(
     from unipelt_cli.commands.shared import live_training
     from unipelt_cli.training import estimate
 
-    found = estimate.outlook(experiment, shared)
+    outlook = estimate.outlook(experiment, shared)
     problem = _problem(directories[0], mode)
-    manifests = [own.manifest for own in found.prepared]
-    counts = found.tuned.parameter_counts()
+    manifests = [dataset.manifest for dataset in outlook.prepared]
+    counts = outlook.tuned.parameter_counts()
     live_training.summarise(manifests)
     tables.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
-    _show_outlook(found, directories)
-    notes = [*found.tuned.notes, *found.notes]
+    _show_outlook(outlook, directories)
+    notes = [*outlook.tuned.notes, *outlook.notes]
     for note in notes:
         console.say(("note: ", "yellow"), note)
-    if found.memory.fits is False:
+    if outlook.memory.fits is False:
         console.say(
             ("warning: ", "yellow"),
             "it may not fit into memory: lower train.batch_size or model.max_length, or take a "
@@ -165,11 +166,11 @@ def show_dry_run(
             {
                 **counts,
                 **described,
-                **_costs(found),
+                **_costs(outlook),
                 "run": str(directories[0]),
                 "notes": notes,
                 "problem": problem and problem.message,
-                "experiment": found.experiment.settings(),
+                "experiment": outlook.experiment.settings(),
             }
         )
 
@@ -188,8 +189,8 @@ def _problem(directory: Path, mode: "Mode") -> UnipeltError | None:
     return None
 
 
-def _costs(found: "Outlook") -> dict[str, Any]:
-    cost, memory = found.cost, found.memory
+def _costs(outlook: "Outlook") -> Mapping[str, object]:
+    cost, memory = outlook.cost, outlook.memory
     return {
         "seconds": {"least": cost.least_seconds, "most": cost.most_seconds},
         "memory_bytes": memory.total,
@@ -198,10 +199,11 @@ def _costs(found: "Outlook") -> dict[str, Any]:
     }
 
 
-def _show_outlook(found: "Outlook", directories: Sequence[Path]) -> None:
-    experiment, tuned, cost, memory = found.experiment, found.tuned, found.cost, found.memory
+def _show_outlook(outlook: "Outlook", directories: Sequence[Path]) -> None:
+    experiment, tuned = outlook.experiment, outlook.tuned
+    cost, memory = outlook.cost, outlook.memory
     times = tables.duration(cost.most_seconds)
-    if found.experiment.data.has_dev:
+    if outlook.experiment.data.has_dev:
         times = f"{tables.duration(cost.least_seconds)} to {times}"
     free = "" if memory.free is None else f"; {tables.size(memory.free)} are free"
     disk = shutil.disk_usage(_nearest_directory(directories[0])).free
@@ -232,4 +234,5 @@ def _why(experiment: "Experiment") -> str:
 
 def _nearest_directory(path: Path) -> Path:
     """Return the lowest directory of a path that is there."""
-    return next(own for own in (path.absolute(), *path.absolute().parents) if own.is_dir())
+    folders = path.absolute(), *path.absolute().parents
+    return next(folder for folder in folders if folder.is_dir())

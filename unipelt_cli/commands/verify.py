@@ -28,7 +28,7 @@ def verify(
     from unipelt_cli.runs import verification
 
     checks = list(verification.verify(directory, settings.absolute(source), model))
-    tables.check_table([(check.what, check.ok, check.found) for check in checks])
+    tables.check_table([(check.what, check.ok, check.outcome) for check in checks])
     failed = [check for check in checks if check.ok is False]
     if as_json:
         print_json(
@@ -36,7 +36,7 @@ def verify(
                 "run": str(run),
                 "ok": not failed,
                 "checks": [
-                    {"what": check.what, "passed": check.ok, "said": check.found}
+                    {"what": check.what, "passed": check.ok, "said": check.outcome}
                     for check in checks
                 ],
             }
@@ -44,7 +44,7 @@ def verify(
     if failed:
         is_whole = all(check.what.split(",")[0].endswith(" rows") for check in failed)
         raise CheckError(
-            f"{run}: {len(failed)} of {len(checks)} checks failed, the first: {failed[0].found}",
+            f"{run}: {len(failed)} of {len(checks)} checks failed, the first: {failed[0].outcome}",
             "the run is whole, but its rows have changed since: restore them to check it on them"
             if is_whole
             else "do not use this run: restore it, or train it again",

@@ -155,8 +155,9 @@ def _merged(
                     (f"{section} = {shown(values)}: not a section", f"write {section}.KEY = VALUE")
                 )
             elif section == "method" and known not in (None, values.get("name", known)):
-                said = f"method.name = {shown(values['name'])}{origin}: the preset is for {known!r}"
-                problems.append((said, "drop the preset or the method"))
+                name = shown(values["name"])
+                problem = f"method.name = {name}{origin}: the preset is for {known!r}"
+                problems.append((problem, "drop the preset or the method"))
             else:
                 merged[section] |= values
     return merged

@@ -62,7 +62,7 @@ class Guess:
     """Settings of the data section, and a sentence that says what was guessed."""
 
     settings: dict[str, str]
-    said: str
+    note: str
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
         save_file(contiguous, temporary, {HEADER_KEY: json.dumps(sealed, sort_keys=True)})
 
 
-def with_seal(value: Mapping[str, Any]) -> dict[str, Any]:
+def with_seal(value: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a JSON object with the hash of all else in it, by which damage is told."""
     content = {key: item for key, item in value.items() if key != SEAL}
     return content | {SEAL: hashlib.sha256(_canonical(content)).hexdigest()}

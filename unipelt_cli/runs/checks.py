@@ -65,7 +65,7 @@ def as_started(experiment: Experiment, directory: Path) -> Experiment:
     if not isinstance(manifest, Mapping) or not isinstance(manifest.get("labels"), list):
         return experiment
     labels = manifest["labels"]
-    changes: dict[str, Any] = {}
+    changes: dict[str, str] = {}
     if data.kind == "auto":
         changes["kind"] = "classification" if labels else "regression"
     if data.positive is None and len(labels) == 2 and "positive" not in manifest:

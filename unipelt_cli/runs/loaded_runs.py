@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -49,7 +48,7 @@ class Prediction:
     probabilities: Mapping[str, float] | None = None
     value: float | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Mapping[str, object]:
         """Return the object that `unipelt predict` prints for a row."""
         if self.label is None:
             return {"value": self.value}
@@ -73,7 +72,7 @@ class LoadedRun:
         return self.task.labels
 
     @property
-    def nothing(self) -> dict[str, Any]:
+    def nothing(self) -> Mapping[str, object]:
         """What `unipelt predict` prints for a row that cannot be answered."""
         keys = ("value",) if self.task.is_regression else ("label", "probabilities")
         return dict.fromkeys(keys)

@@ -223,7 +223,7 @@ class Run:
 
         Then F1 was that of the second label, and the kind of own labels was decided otherwise.
         """
-        data, changes = self.experiment.data, dict[str, Any]()
+        data, changes = self.experiment.data, dict[str, str | None]()
         if len(self.tasks) == 1 and (data.train_file or data.dataset):
             changes["kind"] = self.data_settings().kind
             if data.positive is None and "positive" not in self.header["task"]:

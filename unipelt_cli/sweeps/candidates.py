@@ -1,17 +1,20 @@
 """What `recommend` chooses among: a method by a recipe, at a learning rate, on a backbone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unipelt_cli import methods
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import ConfigError, nearest
 from unipelt_cli.methods import recipes
 from unipelt_cli.metrics import Values
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FACTORS = (1 / 3, 3.0)  # of a recipe's own rate, which is tried first
 
@@ -36,7 +39,7 @@ class Trial:
     """
 
     experiment: Experiment
-    state: tuple[dict[str, Any], dict[str, Any]] | None = None
+    state: "tuple[Mapping[str, Tensor], Mapping[str, Any]] | None" = None
     score: float | None = None
     epoch: int = 0
     is_over: bool = False

@@ -12,6 +12,6 @@ class Check:
 
     what: str
     ok: bool | None
-    found: str
+    outcome: str
     remedy: str | None = None
     is_needed: bool = False

@@ -192,7 +192,7 @@ class Training:
         """Return what a step may change; the last bits of sums on a GPU may differ by process."""
         return [*self.carried.values(), *self.tuned.buffers().values()]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         """Return tensors and counters from which `restore` goes on exactly."""
         now = {name: tensor.detach() for name, tensor in self.carried.items()}
         tensors = {f"now.{name}": t for name, t in (now | self.tuned.buffers()).items()}

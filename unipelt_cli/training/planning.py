@@ -123,7 +123,7 @@ def plan(
     tasks = [dataset.task for dataset in prepared]
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
     tuned = build(experiment, outputs, pairs=pairs)
-    drawn = dict[str, Any]()
+    drawn = dict[str, str | int]()
     if experiment.data.train_file or experiment.data.dataset:
         is_regression = prepared[0].task.is_regression
         drawn["kind"] = "regression" if is_regression else "classification"

@@ -24,24 +24,31 @@ def doctor(
     """
     from unipelt_cli.commands.doctor import examination
 
-    found = list(examination.examine(model, offline=offline, terminal=console.terminal()))
+    checks = list(examination.examine(model, offline=offline, terminal=console.terminal()))
     tables.check_table(
-        [(one.what, one.ok, one.found) for one in found], [one.remedy for one in found], "-"
+        [(check.what, check.ok, check.outcome) for check in checks],
+        [check.remedy for check in checks],
+        "-",
     )
-    needed = [one for one in found if one.ok is False and one.is_needed]
+    needed = [check for check in checks if check.ok is False and check.is_needed]
     if as_json:
         print_json(
             {
                 "ok": not needed,
                 "checks": [
-                    {"what": one.what, "ok": one.ok, "found": one.found, "remedy": one.remedy}
-                    for one in found
+                    {
+                        "what": check.what,
+                        "ok": check.ok,
+                        "found": check.outcome,
+                        "remedy": check.remedy,
+                    }
+                    for check in checks
                 ],
             }
         )
     if needed:
         raise CheckError(
-            f"{len(needed)} of {len(found)} checks failed that training needs, the first: "
-            f"{needed[0].what}: {needed[0].found}",
+            f"{len(needed)} of {len(checks)} checks failed that training needs, the first: "
+            f"{needed[0].what}: {needed[0].outcome}",
             needed[0].remedy or "see above",
         )

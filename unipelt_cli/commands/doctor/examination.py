@@ -53,8 +53,8 @@ def examine(
     yield from _guarded("disk", check_disk)
     yield Check("terminal", True, *terminal)
     if importlib.util.find_spec("kernels") is not None:
-        said = "is installed: transformers may fetch and run code with it"
-        yield Check("kernels", False, said, "pip uninstall kernels")
+        warning = "is installed: transformers may fetch and run code with it"
+        yield Check("kernels", False, warning, "pip uninstall kernels")
     if model is not None:
         name = f"backbone {model}"
         yield from _guarded(name, lambda: check_model(model), after_broken=broken)

@@ -23,8 +23,8 @@ def check_python() -> Iterator[Check]:
 
     wanted = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
     ok = SpecifierSet(wanted).contains(platform.python_version(), prereleases=True)
-    found = f"{platform.python_version()} on {platform.platform(terse=True)} ({wanted})"
-    yield Check("python", ok, found, None if ok else f"use Python {wanted}", is_needed=True)
+    version = f"{platform.python_version()} on {platform.platform(terse=True)} ({wanted})"
+    yield Check("python", ok, version, None if ok else f"use Python {wanted}", is_needed=True)
 
 
 def check_packages() -> Iterator[Check]:
@@ -32,11 +32,11 @@ def check_packages() -> Iterator[Check]:
     from packaging.requirements import Requirement
 
     try:
-        said = importlib.metadata.requires(DISTRIBUTION) or []
+        needed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         yield Check(DISTRIBUTION, False, "is not installed, only there", "pip install '.[demo]'")
         return
-    for requirement in sorted(map(Requirement, said), key=lambda own: own.name):
+    for requirement in sorted(map(Requirement, needed), key=lambda each: each.name):
         if _holds(requirement, ""):
             yield _package(requirement)
 
@@ -80,19 +80,23 @@ def check_extras() -> Iterator[Check]:
     """Say of each extra whether its packages are there; none of them is imported."""
     from packaging.requirements import Requirement
 
-    said = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or []]
+    requirements = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or []]
     for extra in importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []:
         if extra in UNSHOWN_EXTRAS:
             continue
-        own = [one for one in said if _holds(one, extra) and not _holds(one, "")]
-        versions = {one.name: _version(one) for one in own}
-        problems = [f"{name} {said}" for name, (_, said) in versions.items() if said]
-        found = ", ".join(f"{name} {version}" for name, (version, _) in versions.items())
+        extra_requirements = [
+            requirement
+            for requirement in requirements
+            if _holds(requirement, extra) and not _holds(requirement, "")
+        ]
+        versions = {requirement.name: _version(requirement) for requirement in extra_requirements}
+        problems = [f"{name} {problem}" for name, (_, problem) in versions.items() if problem]
+        listed = ", ".join(f"{name} {version}" for name, (version, _) in versions.items())
         is_needed = extra == NEEDED_EXTRA
         if not problems:
-            yield Check(f"extra {extra}", True, found, is_needed=is_needed)
+            yield Check(f"extra {extra}", True, listed, is_needed=is_needed)
             continue
-        is_there = any(version for version, said in versions.values() if said)
+        is_there = any(version for version, problem in versions.values() if problem)
         remedy = f"pip install 'unipelt[{extra}]'"
         ok = False if is_needed or is_there else None
         yield Check(f"extra {extra}", ok, ", ".join(problems), remedy, is_needed)

@@ -23,10 +23,10 @@ def check_processor() -> Iterator[Check]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
-    found = f"{cores} of {os.cpu_count()} cores, {threads} threads{_processor()}"
+    described = f"{cores} of {os.cpu_count()} cores, {threads} threads{_processor()}"
     limited = threads < (cores or 1) and "OMP_NUM_THREADS" in os.environ
     remedy = "OMP_NUM_THREADS limits the threads: unset it to use every core" if limited else None
-    yield Check("cpu", True, found, remedy)
+    yield Check("cpu", True, described, remedy)
 
 
 def _processor() -> str:
@@ -48,12 +48,12 @@ def check_device() -> Iterator[Check]:
     device = choose_device("auto")
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        names = ", ".join(torch.cuda.get_device_name(place) for place in range(count))
+        names = ", ".join(torch.cuda.get_device_name(device_index) for device_index in range(count))
         yield Check("device", True, f"cuda: {names}")
         return
     if device.type == "cpu" and shutil.which("nvidia-smi"):
-        found = f"a GPU's driver is there, and torch {torch.__version__} cannot use it"
-        yield Check("device", False, found, "install torch for its CUDA: pytorch.org/get-started")
+        problem = f"a GPU's driver is there, and torch {torch.__version__} cannot use it"
+        yield Check("device", False, problem, "install torch for its CUDA: pytorch.org/get-started")
         return
     yield Check("device", True, device.type)
 
@@ -67,10 +67,12 @@ def check_precision() -> Iterator[Check]:
     device = choose_device("auto")
     chosen = choose_precision("auto", device)
     share = _seconds(device, torch.bfloat16) / _seconds(device, torch.float32)
-    found = f"auto is {chosen}; a product in bf16 takes {share:.2f} of fp32's time"
+    described = f"auto is {chosen}; a product in bf16 takes {share:.2f} of fp32's time"
     wrong = share > SLOWER if chosen == "bf16" else share < 1 / SLOWER
     other = "fp32" if chosen == "bf16" else "bf16"
-    yield Check("precision", True, found, f"--precision {other} may be faster" if wrong else None)
+    yield Check(
+        "precision", True, described, f"--precision {other} may be faster" if wrong else None
+    )
 
 
 def _seconds(device: Any, kind: Any) -> float:
@@ -106,13 +108,14 @@ def check_memory() -> Iterator[Check]:
 
 def check_writable(what: str, path: Path, remedy: str, *, needed: bool = False) -> Check:
     """Make a file that has no name where the path is, or would be, and let it go."""
-    there = next(own for own in (path.absolute(), *path.absolute().parents) if own.exists())
+    folders = path.absolute(), *path.absolute().parents
+    existing = next(folder for folder in folders if folder.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        said = f"{path} cannot be written ({error.strerror})"
-        return Check(what, False, said, remedy, is_needed=needed)
+        problem = f"{path} cannot be written ({error.strerror})"
+        return Check(what, False, problem, remedy, is_needed=needed)
     return Check(what, True, f"{path} can be written", is_needed=needed)
 
 
@@ -121,5 +124,5 @@ def check_disk() -> Iterator[Check]:
     free = shutil.disk_usage(Path.cwd()).free
     ok = free >= DISK
     remedy = None if ok else "free space, or give --out on another disk"
-    found = f"{free / 1e9:.1f} GB are free here; a run takes about 1 MB"
-    yield Check("disk", ok, found, remedy, is_needed=True)
+    room = f"{free / 1e9:.1f} GB are free here; a run takes about 1 MB"
+    yield Check("disk", ok, room, remedy, is_needed=True)

@@ -21,8 +21,8 @@ def check_minilm() -> Iterator[Check]:
     from unipelt_cli.backbones.pretrained import find
 
     find(MINILM)
-    found = f"whole: {len(MINILM_SHA256)} files by their sha256"
-    yield Check("backbone minilm", True, found, is_needed=True)
+    described = f"whole: {len(MINILM_SHA256)} files by their sha256"
+    yield Check("backbone minilm", True, described, is_needed=True)
 
 
 def check_data() -> Iterator[Check]:
@@ -30,28 +30,28 @@ def check_data() -> Iterator[Check]:
     from unipelt_cli.data import sources
     from unipelt_cli.tasks import TASKS, Glue
 
-    place = os.environ.get("UNIPELT_DATA")
-    if not place:
-        found = "UNIPELT_DATA is not set: GLUE's tasks come from the hub, demo is packaged"
-        yield Check("data", None, found)
+    data_root = os.environ.get("UNIPELT_DATA")
+    if not data_root:
+        why = "UNIPELT_DATA is not set: GLUE's tasks come from the hub, demo is packaged"
+        yield Check("data", None, why)
         return
-    root = Path(place)
+    root = Path(data_root)
     if (root / "manifest.json").is_file():
-        yield Check("data", True, f"{place}: a prepared directory")
+        yield Check("data", True, f"{data_root}: a prepared directory")
         return
-    there, missing = list[str](), list[str]()
+    present, missing = list[str](), list[str]()
     for task in TASKS.values():
         if isinstance(task.source, Glue):
             try:
                 files = sources.glue_files(task, root).values()
-                (there if all(path.is_file() for path in files) else missing).append(task.name)
+                (present if all(path.is_file() for path in files) else missing).append(task.name)
             except UnipeltError:
                 missing.append(task.name)
     lacks = f"; not there: {', '.join(missing)}" if missing else ""
     remedy = "set UNIPELT_DATA to a directory in GLUE's layout, with MRPC/train.tsv in it"
-    ok = bool(there)
-    found = f"{place}: {', '.join(there) or 'no task'}{lacks if ok else ''}"
-    yield Check("data", ok, found, None if ok else remedy)
+    ok = bool(present)
+    described = f"{data_root}: {', '.join(present) or 'no task'}{lacks if ok else ''}"
+    yield Check("data", ok, described, None if ok else remedy)
 
 
 def check_hub(answers: Callable[[], bool] | None) -> Check:
@@ -77,13 +77,13 @@ def check_model(name: str) -> Iterator[Check]:
     from unipelt_cli import methods
     from unipelt_cli.backbones.pretrained import find
 
-    found = find(name)
-    layout, config = found.layout, found.library_config()
-    size = (found.directory / "model.safetensors").stat().st_size
+    pretrained = find(name)
+    layout, config = pretrained.layout, pretrained.library_config()
+    size = (pretrained.directory / "model.safetensors").stat().st_size
     yield Check(f"backbone {name}", True, f"safetensors, {size / 1e6:.0f} MB", is_needed=True)
     layers = getattr(config, "num_hidden_layers", "?")
-    said = f"{layout.model_type}, {layers} layers of {config.hidden_size} numbers"
-    yield Check("architecture", True, f"{said}; attention {', '.join(layout.attentions)}")
+    described = f"{layout.model_type}, {layers} layers of {config.hidden_size} numbers"
+    yield Check("architecture", True, f"{described}; attention {', '.join(layout.attentions)}")
     lacks = "".join(f"; no {part}: {reason}" for part, reason in layout.lacks.items())
     yield Check("parts", True, f"{', '.join(layout.parts)}{lacks}")
     positions = layout.positions(config)
@@ -91,9 +91,9 @@ def check_model(name: str) -> Iterator[Check]:
     bound = "no bound" if positions is None else f"{positions} tokens a row"
     shorter = None if fits else f"--set model.max_length={positions}"
     yield Check("positions", fits, bound, shorter)
-    tokenizer = found.load_tokenizer()
+    tokenizer = pretrained.load_tokenizer()
     yield Check("tokenizer", True, f"{len(tokenizer):,} tokens", is_needed=True)
-    yield from _check_reading(found, tokenizer)
+    yield from _check_reading(pretrained, tokenizer)
     refused = {
         method: reason
         for method, recipe in methods.table().items()

@@ -1,6 +1,7 @@
 """A sweep shown live: which cells run, what ended, and a clean stop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from unipelt_cli.metrics import loses_to_mean
@@ -13,7 +14,26 @@ from unipelt_cli.text import shown_score
 SPLITS = ("dev", "test")
 
 
-def train_cells(plan: Sweep, engine: Engine, size: int, *, retry: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FailedCell:
+    """A cell of a sweep that ended with an error."""
+
+    run: str
+    error: str | None
+    hint: str | None
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """How the cells of a sweep ended: the results of those that are finished, and what failed."""
+
+    sweep: str
+    cells: int
+    runs: Sequence[Mapping[str, Any]]
+    failed: Sequence[FailedCell]
+
+
+def train_cells(plan: Sweep, engine: Engine, size: int, *, retry: bool) -> SweepOutcome:
     """Train what is left of a sweep and return its finished and failed cells.
 
     Raises KeyboardInterrupt after a request to stop: the same command goes on from there.
@@ -30,23 +50,16 @@ def train_cells(plan: Sweep, engine: Engine, size: int, *, retry: bool) -> dict[
         if is_stopped() and plan.of("waiting", "interrupted"):
             console.say(("interrupted", "yellow"), ": the same command goes on from there")
             raise KeyboardInterrupt
-    return {
-        "sweep": str(plan.directory),
-        "cells": total,
-        "runs": [
-            {"run": str(plan.directory / one.cell.name), **one.result}
-            for one in plan.of("finished")
-            if one.result is not None
-        ],
-        "failed": [
-            {
-                "run": str(plan.directory / one.cell.name),
-                "error": one.error,
-                "hint": one.hint,
-            }
-            for one in plan.of("failed")
-        ],
-    }
+    runs = [
+        {"run": str(plan.directory / state.cell.name), **state.result}
+        for state in plan.of("finished")
+        if state.result is not None
+    ]
+    failed = [
+        FailedCell(str(plan.directory / state.cell.name), state.error, state.hint)
+        for state in plan.of("failed")
+    ]
+    return SweepOutcome(str(plan.directory), total, runs, failed)
 
 
 def _failed_already(count: int) -> str:
@@ -55,25 +68,25 @@ def _failed_already(count: int) -> str:
 
 def _watch_cells(plan: Sweep, moves: Iterator[Standing | None], total: int, done: int) -> None:
     with progress.SweepView(total, done) as view:
-        for one in moves:
-            if one is not None and one.status == "finished" and one.result is not None:
-                name, result, metric = one.cell.name, one.result, one.result["metric"]
+        for state in moves:
+            if state is not None and state.status == "finished" and state.result is not None:
+                name, result, metric = state.cell.name, state.result, state.result["metric"]
                 scored = [split for split in SPLITS if result[split]]
                 scores = "  ".join(f"{split} {result[split][metric]:.4f}" for split in scored)
                 collapsed = ", collapsed" if result["collapsed"] else ""
                 named = shown_score(metric, result.get("positive"))
                 loses = any(map(loses_to_mean, result.get("against_mean", {}).values()))
                 mean = ", no better than the train mean" if loses else ""
-                said = f"{named} {scores}  {result['seconds']:.0f} s{collapsed}{mean}"
-                view.end(name, said, failed=False)
-            elif one is not None and one.status == "failed":
-                view.end(one.cell.name, f"failed: {one.error}", failed=True)
+                described = f"{named} {scores}  {result['seconds']:.0f} s{collapsed}{mean}"
+                view.end(name, described, failed=False)
+            elif state is not None and state.status == "failed":
+                view.end(state.cell.name, f"failed: {state.error}", failed=True)
             running = [
                 (
-                    own.cell.name,
-                    f"{own.epoch}/{own.epochs}",
-                    "" if own.score is None else f"{own.metric} {own.score:.4f}",
+                    state.cell.name,
+                    f"{state.epoch}/{state.epochs}",
+                    "" if state.score is None else f"{state.metric} {state.score:.4f}",
                 )
-                for own in plan.of("running")
+                for state in plan.of("running")
             ]
             view.show(running, best_so_far(plan.of("finished")))

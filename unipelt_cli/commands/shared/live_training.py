@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.files.as_json import OPTIONAL
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.terminal import console, progress, summaries
 from unipelt_cli.terminal.interrupts import stop_on_request
@@ -19,6 +20,23 @@ from unipelt_cli.training.session import Mode
 from unipelt_cli.training.trackers import Tracking
 
 
+@dataclass(frozen=True)
+class FailedRun:
+    """A run of several that ended with an error."""
+
+    run: str
+    error: str
+
+
+@dataclass(frozen=True)
+class TrainedRuns:
+    """The results of several runs, their mean scores by split, and what failed."""
+
+    runs: Sequence[Mapping[str, Any]]
+    mean: Mapping[str, Mapping[str, float]]
+    failed: Sequence[FailedRun] | None = field(metadata=OPTIONAL)
+
+
 def train(
     experiment: Experiment,
     directory: Path,
@@ -26,7 +44,7 @@ def train(
     processes: Processes = ALONE,
     trackers: Sequence[str] = (),
     shared: Shared | None = None,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Carry one run out and return its result; a request to stop any process stops them all.
 
     Raises KeyboardInterrupt after a request to stop: then the run can go on from there.
@@ -52,7 +70,7 @@ def train_together(
     mode: Mode,
     trackers: Sequence[str] = (),
     shared: Shared | None = None,
-) -> dict[str, Any]:
+) -> TrainedRuns:
     """Carry several runs out; return their results by label, the means, and what failed.
 
     Raises KeyboardInterrupt after a request to stop: then the runs can go on from there.
@@ -65,7 +83,7 @@ def train_together(
         if isinstance(event, Finished)
     }
     failed = [
-        {"run": str(event.directory), "error": event.error.message}
+        FailedRun(str(event.directory), event.error.message)
         for event in ended.values()
         if isinstance(event, Failed)
     ]
@@ -81,7 +99,7 @@ def train_together(
         for split in ("dev", "test")
         if results
     }
-    return {"runs": results, "mean": means, **({"failed": failed} if failed else {})}
+    return TrainedRuns(results, means, failed or None)
 
 
 def _watch(
@@ -105,8 +123,8 @@ def _watch(
         closing(tracking),
         closing(events),
     ):
-        for place, event in events:
-            label = f"{labels[place]}  " if labels[place] else ""
+        for run_index, event in events:
+            label = f"{labels[run_index]}  " if labels[run_index] else ""
             match event:
                 case Ready() if view is None:
                     view = show(event.metric, event.epochs, _shown_metric(event))
@@ -121,12 +139,12 @@ def _watch(
                 case Folded() if view is not None:
                     _show_fold(view, event, label)
                 case Finished():
-                    ended[labels[place]] = event
+                    ended[labels[run_index]] = event
                 case Failed():
-                    ended[labels[place]] = event
+                    ended[labels[run_index]] = event
                     if len(grid) > 1:
                         console.error(f"{event.directory}: {event.error.message}", event.error.hint)
-            tracking.see(place, event)
+            tracking.see(run_index, event)
             if len(ended) < len(grid) and processes.any(is_stopped()):
                 events.close()
                 console.say(("interrupted", "yellow"), f": go on with {hint}")

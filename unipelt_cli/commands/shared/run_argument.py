@@ -22,10 +22,10 @@ def file_columns(columns: Sequence[str], text: str | None, text_pair: str | None
 
     Raises ConfigError where `--text` and `--text-pair` are more or fewer than the run reads.
     """
-    given = [name for name in (text, text_pair) if name is not None]
-    if not given:
+    names = [name for name in (text, text_pair) if name is not None]
+    if not names:
         return {column: column for column in columns}
-    if text is None or len(given) != len(columns):
+    if text is None or len(names) != len(columns):
         flags = flag_text("--text", text), flag_text("--text-pair", text_pair)
         reads = " and ".join(map(repr, columns))
         needed = ("--text COLUMN", "--text COLUMN --text-pair COLUMN")[min(len(columns), 2) - 1]
@@ -35,7 +35,7 @@ def file_columns(columns: Sequence[str], text: str | None, text_pair: str | None
             if len(columns) < 3
             else "name the columns in the file as the run does",
         )
-    return dict(zip(columns, given, strict=True))
+    return dict(zip(columns, names, strict=True))
 
 
 def default_output(run: Path, what: str) -> Path:

@@ -88,12 +88,12 @@ def command_line_settings(assignments: Sequence[str] | None, flags: "Settings") 
     from unipelt_cli.config.experiment import merge_settings
     from unipelt_cli.config.toml import parse_assignment
 
-    own = {
+    flagged = {
         section: {key: value for key, value in values.items() if value is not None}
         for section, values in flags.items()
     }
     sets = [parse_assignment(text) for text in assignments or ()]
-    return with_absolute_paths(merge_settings([*sets, own]))
+    return with_absolute_paths(merge_settings([*sets, flagged]))
 
 
 def with_columns(layers: Sequence[tuple[str, "Settings"]], command_line: "Settings") -> "Settings":
@@ -124,7 +124,7 @@ def _guess_columns(
     files = OwnFiles()
     guess = column_guess.columns(Path(path), **named, kind=kind, files=files)
     if processes.is_first():
-        console.say(("note: ", "yellow"), guess.said)
+        console.say(("note: ", "yellow"), guess.note)
     guessed = {
         key: value for key, value in guess.settings.items() if key != "kind" or kind == "auto"
     }
@@ -162,9 +162,9 @@ def settle_backbone(name: str, offline: bool) -> None:
 
 def refuse_pairs(*pairs: tuple[str | None, str | None]) -> None:
     """Raise ConfigError where both of two flags are given that contradict each other."""
-    for one, other in pairs:
-        if one and other:
-            raise ConfigError(f"{one} and {other} contradict each other", "give one of them")
+    for first, second in pairs:
+        if first and second:
+            raise ConfigError(f"{first} and {second} contradict each other", "give one of them")
 
 
 def refuse_processes(what: str) -> None:

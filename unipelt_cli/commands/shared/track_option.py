@@ -12,12 +12,12 @@ from unipelt_cli.errors import ConfigError, nearest
 TRACKERS = ("tensorboard", "wandb")
 
 
-def check_trackers(given: Sequence[str] | None, offline: bool) -> list[str]:
+def check_trackers(texts: Sequence[str] | None, offline: bool) -> list[str]:
     """Take the names of trackers apart; they must be known, installed and logged in.
 
     Raises ConfigError. With `offline` wandb keeps what it is told on the disk.
     """
-    names = [name.strip() for text in given or () for name in text.split(",")]
+    names = [name.strip() for text in texts or () for name in text.split(",")]
     for name in names:
         if name not in TRACKERS:
             raise ConfigError(f"--track {name!r}: no such tracker", nearest(name, TRACKERS))
