@@ -74,7 +74,7 @@ def evaluate(
         needs_rows=file is None,
     )
     each = task is None and file is None
-    places = list(range(len(opened.tasks))) if each else [opened.place(task)]
+    places = list(range(len(opened.tasks))) if each else [opened.task_index(task)]
     tuned = opened.build(device, model, precision)
     from unipelt_cli.metrics import compare_with_mean
     from unipelt_cli.models import evaluation

@@ -76,7 +76,7 @@ def inspect_gates(
 
         if ablate:
             ablation.refuse(opened)
-        task_index = opened.place(task)
+        task_index = opened.task_index(task)
         epochs = by_epoch(opened) if html is not None else []
         tuned = opened.build(device, model)
         chosen = sample(opened.rows(split, settings.absolute(source), task_index), rows)

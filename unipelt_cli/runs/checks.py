@@ -31,9 +31,9 @@ def check_file(path: Path, sha256: str) -> None:
     check_digest(path, sealed.file_digest(path), sha256)
 
 
-def check_digest(path: Path, there: str, written: str) -> None:
+def check_digest(path: Path, actual: str, written: str) -> None:
     """Raise RunError when the sha256 of a file of a finished run is not the one written down."""
-    if there != written:
+    if actual != written:
         raise RunError(
             f"{path}: changed since it was written",
             "restore it, or train the run again; for a backbone or data that moved "

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +59,13 @@ class Prediction:
 class LoadedRun:
     """A finished run in memory. Threads may share it: their calls take turns."""
 
-    def __init__(self, run: Run, tuned: Tuned, place: int = 0) -> None:
-        self.run, self.tuned, self.place = run, tuned, place
+    def __init__(self, run: Run, tuned: Tuned, task_index: int = 0) -> None:
+        self.run, self.tuned, self.task_index = run, tuned, task_index
 
     @property
     def task(self) -> Task:
         """The task whose rows are labelled: its name, text columns, labels and metric."""
-        return self.run.tasks[self.place]
+        return self.run.tasks[self.task_index]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -83,12 +84,12 @@ class LoadedRun:
         Raises DataError, which names the row by its place, for one that is none of these.
         """
         windows = windows_of_rows(rows, [self.task])
-        return [said for columns in windows for [said] in _predictions([self], columns)]
+        return [prediction for columns in windows for [prediction] in _predictions([self], columns)]
 
     def logits(self, rows: Iterable[Row]) -> Logits:
         """Return the float32 logits (rows, labels), in regression (rows, 1); see `predict`."""
-        found = [_logits([self], columns)[0] for columns in windows_of_rows(rows, [self.task])]
-        return np.concatenate([np.zeros((0, self.task.outputs), np.float32), *found])
+        windows = [_logits([self], columns)[0] for columns in windows_of_rows(rows, [self.task])]
+        return np.concatenate([np.zeros((0, self.task.outputs), np.float32), *windows])
 
     def gates(self, rows: Iterable[Row]) -> Gates:
         """Return how far each gate opens: by layer, {submodule: (rows,) from 0 to 1}.
@@ -97,13 +98,13 @@ class LoadedRun:
         """
         texts: list[list[str]] = [[] for _ in self.task.text]
         for columns in windows_of_rows(rows, [self.task]):
-            for own, column in zip(texts, self.task.text, strict=True):
-                own += columns[column]
+            for texts_of_column, column in zip(texts, self.task.text, strict=True):
+                texts_of_column += columns[column]
         if not texts[0]:
             return []
         with _TURN:
             encoded = self._encode(dict(zip(self.task.text, texts, strict=True)))
-            _, gates = evaluation.compute_with_gates(self.tuned, encoded, self.place)
+            _, gates = evaluation.compute_with_gates(self.tuned, encoded, self.task_index)
         if not gates:
             raise without_gates(self.run)
         return gates
@@ -137,29 +138,30 @@ class LoadedRuns(Mapping[str, LoadedRun]):
     @property
     def columns(self) -> list[str]:
         """The text columns that any of the runs reads."""
-        return list(dict.fromkeys(name for own in self.values() for name in own.task.text))
+        texts = (loaded_run.task.text for loaded_run in self.values())
+        return list(dict.fromkeys(chain.from_iterable(texts)))
 
     @property
     def groups(self) -> list[tuple[str, ...]]:
         """The text columns that each of the runs reads."""
-        return [own.task.text for own in self.values()]
+        return [loaded_run.task.text for loaded_run in self.values()]
 
     @property
     def plain(self) -> list[list[str]]:
         """The columns that each text of a row without names fills; [] where none can say."""
-        return columns_without_names([own.task for own in self.values()])
+        return columns_without_names([loaded_run.task for loaded_run in self.values()])
 
     def predict(self, rows: Iterable[Row]) -> list[dict[str, Prediction]]:
         """Label rows by every run, which takes its own columns of them; see `LoadedRun.predict`."""
-        windows = windows_of_rows(rows, [own.task for own in self.values()])
-        return [said for columns in windows for said in self.predict_columns(columns)]
+        windows = windows_of_rows(rows, [loaded_run.task for loaded_run in self.values()])
+        return [each for columns in windows for each in self.predict_columns(columns)]
 
     def predict_columns(self, columns: Columns) -> Iterator[dict[str, Prediction]]:
         """Label rows that are checked already, given by column; tokens of all are held at once."""
         if not next(iter(columns.values())):
             return
-        for said in _predictions(list(self.values()), columns):
-            yield dict(zip(self, said, strict=True))
+        for predictions in _predictions(list(self.values()), columns):
+            yield dict(zip(self, predictions, strict=True))
 
 
 def load_run(
@@ -218,15 +220,15 @@ def named(paths: Sequence[str | Path]) -> dict[str, str | Path]:
     names = [Path(path).resolve().name for path in paths]
     answer: dict[str, str | Path] = {}
     for name, path in zip(names, paths, strict=True):
-        own = name if names.count(name) == 1 else str(path)
-        if own in answer:
+        label = name if names.count(name) == 1 else str(path)
+        if label in answer:
             raise ConfigError(f"--run {path}: given twice", "give each run once")
-        answer[own] = path
+        answer[label] = path
     return answer
 
 
 def load(
-    found: Mapping[str, Run],
+    runs: Mapping[str, Run],
     task: str | None = None,
     device: str | None = None,
     model: str | None = None,
@@ -236,44 +238,45 @@ def load(
 
     Raises RunError for runs on different backbones, beside what `Run.build` raises.
     """
-    first = next(iter(found.values()))
-    for run in found.values():
-        own, theirs = (one.environment["backbone"] for one in (run, first))
-        if own["fingerprint"] != theirs["fingerprint"]:
+    first = next(iter(runs.values()))
+    for run in runs.values():
+        backbone, other = run.environment["backbone"], first.environment["backbone"]
+        if backbone["fingerprint"] != other["fingerprint"]:
             raise RunError(
-                f"{run.directory}: trained on the backbone {own['name']}, and {first.directory} "
-                f"on {theirs['name']} (or other files of it)",
+                f"{run.directory}: trained on the backbone {backbone['name']}, and "
+                f"{first.directory} on {other['name']} (or other files of it)",
                 "ask runs on one backbone together, and the others by themselves",
             )
     loaded: dict[str, LoadedRun] = {}
-    for name, run in found.items():
-        place = run.place(task if len(found) == 1 or len(run.tasks) > 1 else None)
+    for name, run in runs.items():
+        task_index = run.task_index(task if len(runs) == 1 or len(run.tasks) > 1 else None)
         tuned = run.build(device, model, precision)
-        earlier = [own.tuned for own in loaded.values()]
+        earlier = [loaded_run.tuned for loaded_run in loaded.values()]
         if earlier:
             sharing.hold_once(earlier, tuned)
             tuned = replace(tuned, tokenizer=earlier[0].tokenizer)
             memory.release()
-        loaded[name] = LoadedRun(run, tuned, place)
+        loaded[name] = LoadedRun(run, tuned, task_index)
     return LoadedRuns(loaded)
 
 
 def _predictions(loaded: Sequence[LoadedRun], columns: Columns) -> Iterator[list[Prediction]]:
     """Yield what each run says of each row."""
     each = _logits(loaded, columns)
-    said = [_said(own.task, logits) for own, logits in zip(loaded, each, strict=True)]
-    for row in zip(*said, strict=True):
+    pairs = zip(loaded, each, strict=True)
+    by_run = [_predictions_of(loaded_run.task, logits) for loaded_run, logits in pairs]
+    for row in zip(*by_run, strict=True):
         yield list(row)
 
 
-def _said(task: Task, logits: Logits) -> list[Prediction]:
+def _predictions_of(task: Task, logits: Logits) -> list[Prediction]:
     predicted = evaluation.predictions(task, logits).tolist()
     if task.is_regression:
         return [Prediction(value=value) for value in predicted]
     shares = evaluation.probabilities(logits).tolist()
     return [
-        Prediction(task.labels[index], dict(zip(task.labels, own, strict=True)))
-        for index, own in zip(predicted, shares, strict=True)
+        Prediction(task.labels[index], dict(zip(task.labels, row_shares, strict=True)))
+        for index, row_shares in zip(predicted, shares, strict=True)
     ]
 
 
@@ -288,27 +291,27 @@ def _logits(loaded: Sequence[LoadedRun], columns: Columns) -> list[Logits]:
                 encoded[first._reading] = first._encode(columns)
             rows = encoded[first._reading]
             if len(group) == 1:
-                answer[group[0]] = evaluation.compute_logits(first.tuned, rows, first.place)
+                answer[group[0]] = evaluation.compute_logits(first.tuned, rows, first.task_index)
                 continue
-            members = [loaded[place] for place in group]
-            for own, place in zip(members, group, strict=True):
-                own.tuned.classifier.eval().select(own.place)
-                answer[place] = np.zeros((len(rows), own.task.outputs), np.float32)
-            compute = partial(sharing.answer, [own.tuned for own in members])
-            own_logits = [answer[place] for place in group]
-            evaluation.fill(own_logits, compute, first.tuned, rows, np.arange(len(rows)))
-    return [answer[place] for place in range(len(loaded))]
+            members = [loaded[index] for index in group]
+            for member, index in zip(members, group, strict=True):
+                member.tuned.classifier.eval().select(member.task_index)
+                answer[index] = np.zeros((len(rows), member.task.outputs), np.float32)
+            compute = partial(sharing.answer, [member.tuned for member in members])
+            group_logits = [answer[index] for index in group]
+            evaluation.fill(group_logits, compute, first.tuned, rows, np.arange(len(rows)))
+    return [answer[index] for index in range(len(loaded))]
 
 
 def _groups(loaded: Sequence[LoadedRun]) -> list[list[int]]:
     """Return the places of runs that share passes, group by group."""
     groups: list[list[int]] = []
-    for place, own in enumerate(loaded):
+    for index, member in enumerate(loaded):
         for group in groups:
             first = loaded[group[0]]
-            if first._reading == own._reading and sharing.can_join(first.tuned, own.tuned):
-                group.append(place)
+            if first._reading == member._reading and sharing.can_join(first.tuned, member.tuned):
+                group.append(index)
                 break
         else:
-            groups.append([place])
+            groups.append([index])
     return groups

@@ -95,7 +95,7 @@ class Run:
         """The task of a run that has one; of several the first."""
         return self.tasks[0]
 
-    def place(self, name: str | None) -> int:
+    def task_index(self, name: str | None) -> int:
         """Return the place of a task among the run's; the name may be left out if there is one.
 
         Raises ConfigError where it may not, and for a task that the run was not trained on.
