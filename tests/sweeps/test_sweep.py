@@ -22,7 +22,8 @@ from unipelt_cli.data import preparation
 from unipelt_cli.runs.names import EXPERIMENT, METRICS, MODEL, RESULT, STATE
 from unipelt_cli.runs.run import read_experiment, read_run
 from unipelt_cli.sweeps import grid, local_engine, worker
-from unipelt_cli.sweeps.sweep import FAILURES, Standing, Sweep, best_so_far
+from unipelt_cli.sweeps.cell_reports import CellFailed, CellFinished, CellSpec
+from unipelt_cli.sweeps.sweep import FAILURES, CellState, Sweep, best_so_far
 from unipelt_cli.system import memory
 from unipelt_cli.training import planning
 from unipelt_cli.training.planning import Shared
@@ -55,8 +56,9 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
     results = []
     for method in ("head", "lora", "bitfit"):
         settings = own | {"method": {"name": method}}
-        cell = {"directory": str(tmp_path / method), "settings": settings}
-        results += [r for r in worker.carry_out([cell], shared) if r["kind"] == "finished"]
+        cell = CellSpec(str(tmp_path / method), settings)
+        reports = worker.carry_out([cell], shared)
+        results += [report for report in reports if isinstance(report, CellFinished)]
     assert len(results) == 3
     assert len(drawn) == 1
     assert len(tokenized) == 3, "train, dev and test"
@@ -75,28 +77,28 @@ def test_a_runs_peak_of_memory_is_its_own() -> None:
 def test_what_breaks_after_a_cell_has_ended_does_not_end_it_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    group = [{"directory": name, "settings": {}} for name in "abc"]
+    group = [CellSpec(name, {}) for name in "abc"]
 
     def breaking(given: Any, *_: Any) -> Iterator[Any]:
         assert len(given) == 3
-        yield {"directory": "a", "kind": "finished", "result": {}}
+        yield CellFinished("a", {})
         raise ZeroDivisionError("by nothing")
 
     monkeypatch.setattr(worker, "_together", breaking)
     reports = list(worker.carry_out(group, Shared()))
-    assert [(r["directory"], r["kind"]) for r in reports] == [
-        ("a", "finished"),
-        ("b", "failed"),
-        ("c", "failed"),
-    ]
-    assert reports[1]["error"] == "ZeroDivisionError: by nothing"
-    assert "breaking" in reports[1]["traceback"]
+    first, *failed = reports
+    assert first == CellFinished("a", {})
+    assert [report.directory for report in failed] == ["b", "c"]
+    for report in failed:
+        assert isinstance(report, CellFailed)
+        assert report.error == "ZeroDivisionError: by nothing"
+        assert "breaking" in str(report.traceback)
 
 
 @pytest.mark.parametrize(("metric", "expected"), [("accuracy", "lora"), ("mse", "head")])
 def test_the_best_so_far_knows_which_way_is_better(metric: str, expected: str) -> None:
     standings = [
-        Standing(
+        CellState(
             cells_of({})[0],
             "finished",
             {"task": "x", "k": 8, "method": name, "metric": metric, "dev": {metric: score}},
@@ -305,7 +307,7 @@ def test_an_interrupted_sweep_goes_on(
     assert len(list(tmp_path.glob(f"sweep/*/{STATE}"))) == 2
     cells = [grid.Cell(p.name, read_experiment(p)) for p in (tmp_path / "sweep").glob("*-*")]
     plan = Sweep(tmp_path / "sweep", cells)
-    assert [one.status for one in plan.standings.values()] == ["interrupted"] * 2
+    assert [one.status for one in plan.states.values()] == ["interrupted"] * 2
 
 
 def test_a_killed_sweep_leaves_no_process_behind_and_nothing_lost(
@@ -335,10 +337,12 @@ def test_a_group_whose_process_dies_twice_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_engine, "sys", type("S", (), {"executable": "/bin/false"}))
-    group = [{"directory": str(tmp_path / "cell"), "settings": {}}]
-    reports = [r for r in local_engine.run([group], 1, 1, 0, lambda: False) if r["kind"] != "tick"]
-    assert [r["kind"] for r in reports] == ["failed"]
-    assert reports[0]["error"] == "the process that trained it was ended with 1, 2 times"
+    directory = str(tmp_path / "cell")
+    reports = local_engine.run([[CellSpec(directory, {})]], 1, 1, 0, lambda: False)
+    (failed,) = [report for report in reports if report is not None]
+    assert isinstance(failed, CellFailed)
+    assert failed.directory == directory
+    assert failed.error == "the process that trained it was ended with 1, 2 times"
 
 
 # Ray, on a cluster of two nodes

@@ -75,7 +75,7 @@ def evaluate(
     )
     each = task is None and file is None
     places = list(range(len(opened.tasks))) if each else [opened.task_index(task)]
-    tuned = opened.build(device, model, precision)
+    tuned, limit = opened.build(device, model, precision), opened.experiment.model.max_length
     from unipelt_cli.metrics import compare_with_mean
     from unipelt_cli.models import evaluation
     from unipelt_cli.tasks import joint_positive, joint_scores
@@ -89,21 +89,14 @@ def evaluate(
         else:
             named = list(run_argument.file_columns(scored_task.text, text, text_pair).values())
             parts = _rows_of_file(opened, scored_task, file, named, label, encoding, skip_unusable)
-        predicted, true = evaluation.answers(
-            tuned, scored_task, parts, opened.experiment.model.max_length, task_index
-        )
+        predicted, true = evaluation.answers(tuned, scored_task, parts, limit, task_index)
         scored.append(scored_task.score(predicted, true))
         if (mean := opened.train_mean(task_index)) is not None:
             against_mean[scored_task.name] = compare_with_mean(predicted, true, mean)
         total += len(true)
     chosen = [opened.tasks[task_index] for task_index in places]
-    result = Evaluation(
-        name,
-        total,
-        joint_scores(chosen, scored),
-        joint_positive(chosen).get("positive"),
-        against_mean or None,
-    )
+    scores, positive = joint_scores(chosen, scored), joint_positive(chosen).get("positive")
+    result = Evaluation(name, total, scores, positive, against_mean or None)
     _show(result)
     if as_json:
         print_json(result)

@@ -17,6 +17,7 @@ from unipelt_cli.commands.shared.settings import (
     with_columns,
 )
 from unipelt_cli.errors import ConfigError
+from unipelt_cli.files.as_json import as_json as to_json
 from unipelt_cli.runs.opening import settle_network
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal.command_group import print_json
@@ -98,7 +99,8 @@ def recommend(
         judge = judges.judge_of(searched[0].experiment, shared)
         chosen = show_search(searched, judge, seconds)
         reuses = judges.reuses_test_rows(chosen.experiment, shared)
-        evidence = recommendation.evidence(searched, judge, seconds, reuses_test_rows=reuses)
+        known = recommendation.evidence(searched, judge, seconds, reuses_test_rows=reuses)
+        evidence = to_json(known)
         atomic.write_json(directory / "evidence.json", evidence)
         atomic.write(directory / "preset.toml", recommendation.preset(chosen, judge).encode())
     say("preset: ", (str(out / "preset.toml"), "bold"))

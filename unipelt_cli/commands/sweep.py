@@ -248,7 +248,7 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
         else:
             took[name] = cost
     rows = []
-    for name, state in plan.standings.items():
+    for name, state in plan.states.items():
         known = took.get(name)
         times = "" if known is None else _between(known.least_seconds, known.most_seconds)
         rows.append([name, "cannot begin" if name in refused else state.status, times])
@@ -273,7 +273,7 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
                 **({"error": refused[name]} if name in refused else {}),
                 **(vars(took[name]) if name in took else {}),
             }
-            for name, state in plan.standings.items()
+            for name, state in plan.states.items()
         ]
         total = {"least_seconds": least, "most_seconds": most, "disk_bytes": disk}
         print_json({"sweep": str(plan.directory), "cells": cells, **total})

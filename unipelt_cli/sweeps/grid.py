@@ -58,8 +58,8 @@ class Grid:
         its setting does not take, and where one cell would be there twice.
         """
         for name in self.axes.keys() & ALIASES.keys():
-            own = ALIASES[name]
-            raise ConfigError(f"the axis {name}: is the axis {own}", f"write {own} = [...]")
+            setting = ALIASES[name]
+            raise ConfigError(f"the axis {name}: is the axis {setting}", f"write {setting} = [...]")
         axes = {name: self.axes[name] for name in self._order()}
         count = 1
         for values in axes.values():
@@ -67,17 +67,17 @@ class Grid:
         if count > MOST_CELLS:
             raise ConfigError(f"the grid has {count:,} cells", "give fewer values")
         layers = {name: [_layers(name, value) for value in axes[name]] for name in axes}
-        found: dict[str, Cell] = {}
+        by_name: dict[str, Cell] = {}
         for chosen in itertools.product(*layers.values()):
             varied = itertools.chain.from_iterable(chosen)
             experiment = complete([self.settings, *varied, self.flags])
             cell = Cell(cell_name(experiment), experiment)
-            if cell.name in found:
+            if cell.name in by_name:
                 raise ConfigError(
                     f"the grid has {cell.name} twice", "give each value of an axis once"
                 )
-            found[cell.name] = cell
-        return list(found.values())
+            by_name[cell.name] = cell
+        return list(by_name.values())
 
     def _order(self) -> list[str]:
         named = [name for name in AXES if name in self.axes and name not in SEEDS]
@@ -87,11 +87,11 @@ class Grid:
 
 def groups(cells: Sequence[Cell], size: int) -> list[list[Cell]]:
     """Put cells that differ in seeds alone together, at most `size` in a group."""
-    found: list[list[Cell]] = []
+    parted: list[list[Cell]] = []
     for _, members in itertools.groupby(cells, key=lambda cell: _without_seeds(cell.experiment)):
-        own = list(members)
-        found += (own[start : start + size] for start in range(0, len(own), size))
-    return found
+        similar = list(members)
+        parted += (similar[start : start + size] for start in range(0, len(similar), size))
+    return parted
 
 
 def _without_seeds(experiment: Experiment) -> str:
@@ -113,8 +113,8 @@ def read_grid(name: str) -> Grid:
         raise ConfigError(f"axes.{cut(unknown[0])}: no such axis", nearest(unknown[0], known))
     for key, values in axes.items():
         if not isinstance(values, list) or not values:
-            said = f"axes.{cut(key)} = {shown(values)}: not a list of values"
-            raise ConfigError(said, "write it in [ ]")
+            message = f"axes.{cut(key)} = {shown(values)}: not a list of values"
+            raise ConfigError(message, "write it in [ ]")
     return Grid(dict(axes), settings)
 
 
@@ -157,8 +157,8 @@ def _layers(axis: str, value: Any) -> list[Settings]:
         case _ if axis not in AXES:
             section, _, key = axis.partition(".")
             return [{section: {key: value}}]
-    said = f"axes.{cut(axis)} has {shown(value)}"
-    raise ConfigError(said, "give a name, or a table that has one")
+    message = f"axes.{cut(axis)} has {shown(value)}"
+    raise ConfigError(message, "give a name, or a table that has one")
 
 
 def _method(name: str) -> list[Settings]:
@@ -203,7 +203,7 @@ def over_seeds(
         drawn = experiment.with_("data", data_seed=data_seed)
         for seed in split_numbers("--seeds", seeds) or [experiment.train.seed]:
             varied = (("d", data_seed, data_seeds), ("s", seed, seeds))
-            label = " ".join(f"{letter}{n}" for letter, n, given in varied if given is not None)
+            label = " ".join(f"{letter}{n}" for letter, n, flag in varied if flag is not None)
             grid[label] = drawn.with_("train", seed=seed)
     return grid
 
@@ -211,12 +211,12 @@ def over_seeds(
 def split_numbers(flag: str, text: str | None, *, word: str | None = None) -> list[Any]:
     """Read numbers with commas between them; one `word` may stand for a number."""
     words = split_names(flag, text)
-    if not all(own == word or (own.isdecimal() and own.isascii()) for own in words):
+    if not all(part == word or (part.isdecimal() and part.isascii()) for part in words):
         raise ConfigError(f"{flag} {text!r}: not numbers with commas", "write it like 111,222,333")
-    found = [own if own == word else int(own) for own in words]
-    if len(set(found)) < len(found):
+    numbers = [part if part == word else int(part) for part in words]
+    if len(set(numbers)) < len(numbers):
         raise ConfigError(f"{flag} {text!r}: a number is there twice", "give each once")
-    return found
+    return numbers
 
 
 def split_names(flag: str, text: str | None) -> list[str]:

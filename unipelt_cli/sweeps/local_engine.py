@@ -1,6 +1,5 @@
 """The engine of one machine: a few processes, each of which trains one group after another."""
 
-import json
 import os
 import selectors
 import signal
@@ -11,11 +10,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO
 
-from unipelt_cli.files.strict import parse_json
+from unipelt_cli.sweeps.cell_reports import (
+    CellEnd,
+    CellFailed,
+    CellReport,
+    CellSpec,
+    dump_group,
+    parse_report,
+)
 
-Group = list[dict[str, Any]]
 PATIENCE = 60.0  # seconds until a process that was asked to stop is killed
 LIVES = 2  # how many processes a group may end before it has failed
 
@@ -23,20 +28,20 @@ LIVES = 2  # how many processes a group may end before it has failed
 @dataclass
 class _Worker:
     process: "subprocess.Popen[bytes]"
-    group: Group | None = None
+    group: Sequence[CellSpec] | None = None
     open: set[str] = field(default_factory=set)
     """The directories of the group that have not ended."""
     rest: bytes = b""
 
 
 def run(
-    groups: Sequence[Group],
+    groups: Sequence[Sequence[CellSpec]],
     workers: int,
     threads: int,
     gpus: int,
     is_stopped: Callable[[], bool],
-) -> Iterator[dict[str, Any]]:
-    """Train all groups in so many processes; yield their reports (see `worker.carry_out`).
+) -> Iterator[CellReport | None]:
+    """Train all groups in so many processes; yield their reports, and None now and then.
 
     A process that dies, killed or out of memory, is replaced, and its group goes on from its last
     state; a second death is its failure. With GPUs each process sees one of them.
@@ -48,31 +53,30 @@ def run(
         while (waiting or engine.busy) and not is_stopped():
             while waiting and len(engine.busy) < workers:
                 engine.give(waiting.popleft())
-            yield {"kind": "tick"}
+            yield None
             for worker, reports in engine.read(timeout=0.5):
                 yield from reports
                 if worker.process.poll() is None or not worker.open:
                     continue
                 died, name = worker.process.returncode, min(worker.open)
                 deaths[name] = deaths.get(name, 0) + 1
-                rest = [own for own in worker.group or [] if own["directory"] in worker.open]
+                rest = [cell for cell in worker.group or () if cell.directory in worker.open]
                 if deaths[name] < LIVES:
                     waiting.appendleft(rest)
                 else:
-                    yield from (_death(own["directory"], died) for own in rest)
+                    yield from (_death(cell.directory, died) for cell in rest)
         yield from engine.stop()
     finally:
         engine.kill()
 
 
-def _death(directory: str, code: int) -> dict[str, Any]:
-    said = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-    return {
-        "directory": directory,
-        "kind": "failed",
-        "error": f"the process that trained it was {said}, {LIVES} times",
-        "hint": "if memory ran out, give fewer --workers; then the same command and --retry",
-    }
+def _death(directory: str, code: int) -> CellFailed:
+    end = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    return CellFailed(
+        directory,
+        f"the process that trained it was {end}, {LIVES} times",
+        "if memory ran out, give fewer --workers; then the same command and --retry",
+    )
 
 
 class _Engine:
@@ -88,14 +92,14 @@ class _Engine:
         """The processes that train now."""
         return [worker for worker in self.workers if worker.group is not None]
 
-    def give(self, group: Group) -> None:
+    def give(self, group: Sequence[CellSpec]) -> None:
         """Let an idle process, or a new one, train a group."""
         idle = [worker for worker in self.workers if worker.group is None]
         worker = idle[0] if idle else self._start()
-        worker.group, worker.open = group, {own["directory"] for own in group}
+        worker.group, worker.open = group, {cell.directory for cell in group}
         with suppress(BrokenPipeError):  # dead already: found when it is read from
             pipe = _pipe(worker.process.stdin)
-            pipe.write(json.dumps(group).encode() + b"\n")
+            pipe.write(dump_group(group).encode())
             pipe.flush()
 
     def _start(self) -> _Worker:
@@ -118,7 +122,7 @@ class _Engine:
         self.selector.register(_pipe(process.stdout), selectors.EVENT_READ, worker)
         return worker
 
-    def read(self, timeout: float) -> Iterator[tuple[_Worker, list[dict[str, Any]]]]:
+    def read(self, timeout: float) -> Iterator[tuple[_Worker, list[CellReport]]]:
         """Yield the processes that said something, or died, with what they said."""
         for key, _ in self.selector.select(timeout):
             worker: _Worker = key.data
@@ -126,12 +130,12 @@ class _Engine:
             *lines, worker.rest = (worker.rest + content).split(b"\n")
             reports = []
             for line in lines:
-                report = parse_json(line)
-                if report["kind"] == "idle":
+                report = parse_report(line)
+                if report is None:
                     worker.group = None
                     continue
-                if report["kind"] in ("finished", "failed"):
-                    worker.open.discard(report["directory"])
+                if isinstance(report, CellEnd):
+                    worker.open.discard(report.directory)
                 reports.append(report)
             if not content:
                 self._bury(worker)
@@ -145,7 +149,7 @@ class _Engine:
             with suppress(BrokenPipeError):
                 _pipe(pipe).close()
 
-    def stop(self) -> Iterator[dict[str, Any]]:
+    def stop(self) -> Iterator[CellReport]:
         """Ask all processes to stop, and yield what they still say."""
         for worker in self.workers:
             with suppress(BrokenPipeError):

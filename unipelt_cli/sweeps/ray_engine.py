@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from unipelt_cli.files import atomic, sealed
 from unipelt_cli.files.lock import Claim
 from unipelt_cli.runs.names import RECORDED, RESULT, STATE
 from unipelt_cli.sweeps import worker
+from unipelt_cli.sweeps.cell_reports import CellEnd, CellFailed, CellReport, CellSpec
 from unipelt_cli.text import first_line
 from unipelt_cli.training.planning import Shared
 
-Group = list[dict[str, Any]]
 Files = dict[str, bytes]
 NAMES = (*RECORDED, STATE, RESULT)
 """What a run directory can hold, the result last: its presence means that all is there."""
@@ -34,13 +35,13 @@ _shared = Shared()
 
 
 def run(
-    groups: Sequence[Group],
+    groups: Sequence[Sequence[CellSpec]],
     address: str | None,
     cpus: float,
     gpus: float,
     is_stopped: Callable[[], bool],
-) -> Iterator[dict[str, Any]]:
-    """Train all groups on a cluster; yield their reports (see `worker.carry_out`).
+) -> Iterator[CellReport | None]:
+    """Train all groups on a cluster; yield their reports, and None now and then.
 
     Without an address a cluster of this machine alone is started. Raises ConfigError without the
     package, and RunError where no cluster answers or none of its nodes is large enough.
@@ -65,7 +66,7 @@ def run(
                 end = time.monotonic() + PATIENCE
             if end is not None and time.monotonic() > end:
                 return
-            yield {"kind": "tick"}
+            yield None
             yield from ray.get(board.take.remote())
             done, _ = ray.wait(list(tasks), timeout=0.5)
             for ref in done:
@@ -77,13 +78,13 @@ class _Board:
     """Where tasks write what happens, and read whether to stop."""
 
     def __init__(self) -> None:
-        self.reports: list[dict[str, Any]] = []
+        self.reports: list[CellReport] = []
         self.stopped = False
 
-    def post(self, report: dict[str, Any]) -> None:
+    def post(self, report: CellReport) -> None:
         self.reports.append(report)
 
-    def take(self) -> list[dict[str, Any]]:
+    def take(self) -> list[CellReport]:
         reports, self.reports = self.reports, []
         return reports
 
@@ -107,8 +108,8 @@ class _Asking:
 
 
 def train_group(
-    group: Group, files: Mapping[str, Files], cpus: float, board: Any
-) -> tuple[list[dict[str, Any]], dict[str, Files]]:
+    group: Sequence[CellSpec], files: Mapping[str, Files], cpus: float, board: Any
+) -> tuple[list[CellEnd], dict[str, Files]]:
     """Train a group in a directory of this machine; return how its cells ended, and their files.
 
     Progress goes to the board, which also says when to stop; what is unfinished then comes back
@@ -118,36 +119,35 @@ def train_group(
     import torch
 
     torch.set_num_threads(max(1, int(cpus)))
-    ended: list[dict[str, Any]] = []
+    ended: list[CellEnd] = []
     with tempfile.TemporaryDirectory(prefix="unipelt-") as root:
-        places = {own["directory"]: Path(root, Path(own["directory"]).name) for own in group}
-        homes = {str(place): home for home, place in places.items()}
+        copies = {cell.directory: Path(root, Path(cell.directory).name) for cell in group}
+        homes = {str(copy): home for home, copy in copies.items()}
         for home, content in files.items():
-            _write(places[home], content)
-        told = [{**own, "directory": str(places[own["directory"]])} for own in group]
+            _write(copies[home], content)
+        moved = [replace(cell, directory=str(copies[cell.directory])) for cell in group]
         ask = _Asking(lambda: bool(ray.get(board.is_stopped.remote())))
-        for report in worker.carry_out(told, _shared, ask) if not ask() else ():
-            report = report | {"directory": homes[report["directory"]]}
-            if report["kind"] in ("finished", "failed"):
+        for report in worker.carry_out(moved, _shared, ask) if not ask() else ():
+            report = replace(report, directory=homes[report.directory])
+            if isinstance(report, CellEnd):
                 ended.append(report)
             else:
                 ray.get(board.post.remote(report))
-        return ended, {home: _read(place) for home, place in places.items()}
+        return ended, {home: _read(copy) for home, copy in copies.items()}
 
 
-def _received(ray: Any, ref: Any, group: Group) -> Iterator[dict[str, Any]]:
+def _received(ray: Any, ref: Any, group: Sequence[CellSpec]) -> Iterator[CellEnd]:
     """Write what a task brought, and pass on how its cells ended."""
     try:
         ended, files = ray.get(ref)
     except ray.exceptions.RayError as error:
-        said = str(error).strip().splitlines()
-        for own in group:
-            yield {
-                "directory": own["directory"],
-                "kind": "failed",
-                "error": f"its task ended with {type(error).__name__}: {said[-1] if said else ''}",
-                "hint": "see the cluster's logs; then the same command and --retry",
-            }
+        lines = str(error).strip().splitlines()
+        for cell in group:
+            yield CellFailed(
+                cell.directory,
+                f"its task ended with {type(error).__name__}: {lines[-1] if lines else ''}",
+                "see the cluster's logs; then the same command and --retry",
+            )
         return
     for home, content in files.items():
         if content:
@@ -155,15 +155,15 @@ def _received(ray: Any, ref: Any, group: Group) -> Iterator[dict[str, Any]]:
     yield from ended
 
 
-def _packed(group: Group) -> dict[str, Files]:
+def _packed(group: Sequence[CellSpec]) -> dict[str, Files]:
     """Read what was done before of the cells of a group."""
-    there = {own["directory"]: _read(Path(own["directory"])) for own in group}
-    return {directory: content for directory, content in there.items() if content}
+    contents = {cell.directory: _read(Path(cell.directory)) for cell in group}
+    return {directory: content for directory, content in contents.items() if content}
 
 
 def _read(directory: Path) -> Files:
-    found = {name: directory / name for name in NAMES if (directory / name).is_file()}
-    return {name: sealed.own_file(path).read_bytes() for name, path in found.items()}
+    paths = {name: directory / name for name in NAMES if (directory / name).is_file()}
+    return {name: sealed.own_file(path).read_bytes() for name, path in paths.items()}
 
 
 def _write(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -183,11 +183,13 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     """Join a cluster, or start one; its handlers of signals are not ours."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    own: dict[str, Any] = {"include_dashboard": False} if address is None else {"address": address}
     _require_answer(address)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **own)
+        if address is None:
+            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        else:
+            ray.init(log_to_driver=False, logging_level="ERROR", address=address)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _no_cluster(address, first_line(error)) from None
     finally:
@@ -232,14 +234,14 @@ def _no_cluster(address: str | None, why: str) -> RunError:
 
 def _require(ray: Any, cpus: float, gpus: float) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(own.get("CPU", 0) >= cpus and own.get("GPU", 0) >= gpus for own in nodes):
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         raise RunError(
             f"no node of the cluster has {cpus:g} CPUs and {gpus:g} GPUs for one group",
             "give less with --cpus and --gpus, or a cluster of larger nodes",
         )
 
 
-def _here(ray: Any) -> dict[str, Any]:
+def _here(ray: Any) -> Mapping[str, Any]:
     """Return the options that keep an actor on the node of this process."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,7 +1,7 @@
 """What a search leaves behind: the evidence of every candidate, and a preset of the chosen one."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.config.toml import dump_settings
@@ -10,53 +10,91 @@ from unipelt_cli.sweeps.judges import FoldJudge, Judge
 from unipelt_cli.sweeps.selection import best, floors, ranked
 
 
-def describe(candidate: Candidate, chosen: Candidate | None = None) -> dict[str, Any]:
-    """Return what is known of a candidate as plain values; beside the one that is chosen, too."""
+@dataclass(frozen=True)
+class CandidateEvidence:
+    """What is known of a candidate; `chosen_on_same_rows` is the score of the one it lost to."""
+
+    method: str
+    recipe: str
+    learning_rate: float | None
+    backbone: str
+    score: float | None
+    scores: Sequence[float]
+    rows: int
+    chosen_on_same_rows: float | None
+    is_complete: bool
+    rungs: int
+    epochs: int
+    stored_parameters: int
+    seconds: float
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of all candidates, and of what told them apart."""
+
+    chosen: CandidateEvidence
+    metric: str
+    judged_by: str
+    folds: int
+    rows: int
+    score_is_of_rows_that_chose: bool
+    floor: CandidateEvidence | None
+    floors: Sequence[CandidateEvidence]
+    candidates: Sequence[CandidateEvidence]
+    failed: Sequence[CandidateEvidence]
+    untried: Sequence[str]
+    budget_seconds: float
+
+
+def describe(candidate: Candidate, chosen: Candidate | None = None) -> CandidateEvidence:
+    """Return what is known of a candidate; beside the one that is chosen, too."""
     beside = None
     if chosen is not None and candidate.score is not None:
         beside = chosen.beside(candidate)[0]
-    return {
-        "method": candidate.choice.method,
-        "recipe": candidate.choice.recipe,
-        "learning_rate": candidate.rate,
-        "backbone": candidate.experiment.model.backbone,
-        "score": candidate.score,
-        "scores": candidate.scores,
-        "rows": candidate.rows,
-        "chosen_on_same_rows": beside,
-        "is_complete": candidate.is_complete,
-        "rungs": candidate.rung + 1,
-        "epochs": candidate.epochs,
-        "stored_parameters": candidate.stored_parameters,
-        "seconds": round(candidate.seconds, 2),
-        "error": candidate.error,
-    }
+    return CandidateEvidence(
+        method=candidate.choice.method,
+        recipe=candidate.choice.recipe,
+        learning_rate=candidate.rate,
+        backbone=candidate.experiment.model.backbone,
+        score=candidate.score,
+        scores=candidate.scores,
+        rows=candidate.rows,
+        chosen_on_same_rows=beside,
+        is_complete=candidate.is_complete,
+        rungs=candidate.rung + 1,
+        epochs=candidate.epochs,
+        stored_parameters=candidate.stored_parameters,
+        seconds=round(candidate.seconds, 2),
+        error=candidate.error,
+    )
 
 
 def evidence(
     candidates: Sequence[Candidate], judge: Judge, budget: float, *, reuses_test_rows: bool
-) -> dict[str, Any]:
-    """Return what is known of all candidates, and of what told them apart, as plain values.
+) -> Evidence:
+    """Return what is known of all candidates, and of what told them apart.
 
     `reuses_test_rows`: whether the rows that chose are also those of the run's score, which is
     then too high rather than too low.
     """
     chosen = best(candidates)
     beaten = [describe(each, chosen) for each in floors(candidates)]
-    return {
-        "chosen": describe(chosen, chosen),
-        "metric": chosen.metric,
-        "judged_by": "folds" if isinstance(judge, FoldJudge) else "dev",
-        "folds": len(judge.parts) if isinstance(judge, FoldJudge) else 0,
-        "rows": judge.rows,
-        "score_is_of_rows_that_chose": reuses_test_rows,
-        "floor": beaten[0] if beaten else None,
-        "floors": beaten,
-        "candidates": [describe(each, chosen) for each in ranked(candidates)],
-        "failed": [describe(each) for each in candidates if each.error is not None],
-        "untried": [each.name for each in untried(candidates)],
-        "budget_seconds": budget,
-    }
+    return Evidence(
+        chosen=describe(chosen, chosen),
+        metric=chosen.metric,
+        judged_by="folds" if isinstance(judge, FoldJudge) else "dev",
+        folds=len(judge.parts) if isinstance(judge, FoldJudge) else 0,
+        rows=judge.rows,
+        score_is_of_rows_that_chose=reuses_test_rows,
+        floor=beaten[0] if beaten else None,
+        floors=beaten,
+        candidates=[describe(each, chosen) for each in ranked(candidates)],
+        failed=[describe(each) for each in candidates if each.error is not None],
+        untried=[each.name for each in untried(candidates)],
+        budget_seconds=budget,
+    )
 
 
 def untried(candidates: Sequence[Candidate]) -> list[Candidate]:

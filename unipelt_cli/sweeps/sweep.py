@@ -17,17 +17,25 @@ from unipelt_cli.metrics import is_better
 from unipelt_cli.runs.names import EXPERIMENT, RESULT
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.sweeps import grid
+from unipelt_cli.sweeps.cell_reports import (
+    CellEpoch,
+    CellFailed,
+    CellFinished,
+    CellReady,
+    CellReport,
+    CellSpec,
+    CellStopped,
+)
 from unipelt_cli.sweeps.grid import Cell
 
 FAILURES = "failed.json"
 Status = Literal["waiting", "running", "finished", "interrupted", "failed"]
-Report = dict[str, Any]
-Engine = Callable[[Sequence[list[dict[str, Any]]], Callable[[], bool]], Iterator[Report]]
-"""Trains groups of cells, as `worker.Told`; yields reports of `worker.carry_out`, and ticks."""
+Engine = Callable[[Sequence[Sequence[CellSpec]], Callable[[], bool]], Iterator[CellReport | None]]
+"""Trains groups of cells; yields what happens to them, and None now and then."""
 
 
 @dataclass
-class Standing:
+class CellState:
     """How far one cell is."""
 
     cell: Cell
@@ -50,7 +58,7 @@ class Sweep:
         self.directory = directory
         self._check()
         failures = self._read_failures()
-        self.standings = {cell.name: self._look(cell, failures.get(cell.name)) for cell in cells}
+        self.states = {cell.name: self._look(cell, failures.get(cell.name)) for cell in cells}
 
     def _check(self) -> None:
         if not self.directory.exists():
@@ -63,33 +71,33 @@ class Sweep:
                 )
             list(self.directory.iterdir())
 
-    def _look(self, cell: Cell, failure: Mapping[str, str] | None) -> Standing:
+    def _look(self, cell: Cell, failure: Mapping[str, str] | None) -> CellState:
         directory = self.directory / cell.name
         try:
             if os.path.lexists(directory / RESULT):
-                return Standing(cell, "finished", read_run(directory).result)
+                return CellState(cell, "finished", read_run(directory).result)
             if (owner := holder(directory)) is not None:
-                said = f"{directory}: {owner} is writing there"
-                return Standing(cell, "failed", error=said, hint="wait until it has ended")
+                busy = f"{directory}: {owner} is writing there"
+                return CellState(cell, "failed", error=busy, hint="wait until it has ended")
         except UnipeltError as error:
-            return Standing(cell, "failed", error=error.message, hint=error.hint)
+            return CellState(cell, "failed", error=error.message, hint=error.hint)
         if failure is not None:
-            return Standing(cell, "failed", error=failure["error"], hint=failure["hint"])
+            return CellState(cell, "failed", error=failure["error"], hint=failure["hint"])
         is_begun = (directory / EXPERIMENT).is_file()
-        return Standing(cell, "interrupted" if is_begun else "waiting")
+        return CellState(cell, "interrupted" if is_begun else "waiting")
 
-    def of(self, *statuses: Status) -> list[Standing]:
+    def of(self, *statuses: Status) -> list[CellState]:
         """Return the cells that stand so."""
-        return [one for one in self.standings.values() if one.status in statuses]
+        return [state for state in self.states.values() if state.status in statuses]
 
     def left(self, *, retry: bool) -> list[Cell]:
         """Return the cells that `run` would train; with `retry` those that failed as well."""
         wanted: tuple[Status, ...] = ("waiting", "interrupted", *(("failed",) if retry else ()))
-        return [one.cell for one in self.of(*wanted)]
+        return [state.cell for state in self.of(*wanted)]
 
     def run(
         self, engine: Engine, size: int, is_stopped: Callable[[], bool], *, retry: bool
-    ) -> Iterator[Standing | None]:
+    ) -> Iterator[CellState | None]:
         """Train what is left, at most `size` runs in one pass; yield each cell that moved on.
 
         None is a moment in which nothing happened. Raises RunError while another process sweeps
@@ -100,75 +108,75 @@ class Sweep:
             self.directory.mkdir(parents=True, exist_ok=True)
         with Claim(self.directory):
             for cell in left:
-                self.standings[cell.name].status = "waiting"
-            groups = [[self._told(cell) for cell in own] for own in grid.groups(left, size)]
+                self.states[cell.name].status = "waiting"
+            groups = [[self._spec(cell) for cell in group] for group in grid.groups(left, size)]
             for report in engine(groups, is_stopped):
-                if report["kind"] == "tick":
+                if report is None:
                     yield None
                 elif (moved := self._take(report)) is not None:
                     yield moved
-            for one in self.of("running"):
-                one.status = "interrupted"
+            for state in self.of("running"):
+                state.status = "interrupted"
 
-    def _told(self, cell: Cell) -> dict[str, Any]:
+    def _spec(self, cell: Cell) -> CellSpec:
         directory = str((self.directory / cell.name).absolute())
-        return {"directory": directory, "settings": cell.experiment.settings()}
+        return CellSpec(directory, cell.experiment.settings())
 
-    def _take(self, report: Report) -> Standing | None:
+    def _take(self, report: CellReport) -> CellState | None:
         """Write down what an engine reported; None for what moves no cell."""
-        one = self.standings[Path(report["directory"]).name]
-        match report["kind"]:
-            case "ready":
-                one.status, one.metric, one.epochs = "running", report["metric"], report["epochs"]
-            case "epoch":
-                one.epoch, one.score = report["epoch"], report["score"]
-            case "finished":
-                one.status, one.result, one.error = "finished", report["result"], None
-                self._remember(one)
-            case "failed":
-                one.status, one.error, one.hint = "failed", report["error"], report["hint"]
-                self._remember(one, report.get("traceback"))
-            case _:
+        state = self.states[Path(report.directory).name]
+        match report:
+            case CellReady():
+                state.status, state.metric, state.epochs = "running", report.metric, report.epochs
+            case CellEpoch():
+                state.epoch, state.score = report.epoch, report.score
+            case CellFinished():
+                state.status, state.result, state.error = "finished", report.result, None
+                self._remember(state)
+            case CellFailed():
+                state.status, state.error, state.hint = "failed", report.error, report.hint
+                self._remember(state, report.traceback)
+            case CellStopped():
                 return None
-        return one
+        return state
 
-    def _remember(self, one: Standing, traceback: str | None = None) -> None:
+    def _remember(self, state: CellState, traceback: str | None = None) -> None:
         """Keep a failure until the cell is finished."""
         failures = self._read_failures()
-        known = failures.pop(one.cell.name, None)
-        if one.status == "failed":
-            said = {"error": one.error, "hint": one.hint, "traceback": traceback}
-            failures[one.cell.name] = {key: text for key, text in said.items() if text}
+        known = failures.pop(state.cell.name, None)
+        if state.status == "failed":
+            failure = {"error": state.error, "hint": state.hint, "traceback": traceback}
+            failures[state.cell.name] = {key: text for key, text in failure.items() if text}
         elif known is None:
             return
         atomic.write_json(self.directory / FAILURES, failures)
 
-    def _read_failures(self) -> dict[str, Any]:
+    def _read_failures(self) -> dict[str, dict[str, str]]:
         path = self.directory / FAILURES
         if not os.path.lexists(path):
             return {}
         failures = sealed.read_object(path)
-        for said in failures.values():
-            if not isinstance(said, dict) or not {"error", "hint"} <= said.keys():
+        for failure in failures.values():
+            if not isinstance(failure, dict) or not {"error", "hint"} <= failure.keys():
                 raise RunError(f"{path}: damaged", "remove it: failed cells are tried again")
         return failures
 
 
-def best_so_far(standings: Sequence[Standing]) -> dict[str, tuple[str, float]]:
+def best_so_far(states: Sequence[CellState]) -> dict[str, tuple[str, float]]:
     """Return, by task and k, the method with the best mean score on dev, and that score."""
     scores: dict[str, dict[str, list[float]]] = {}
     metrics: dict[str, str] = {}
-    for one in standings:
-        if one.result is not None and one.result["dev"]:
-            k = one.result["k"]
-            place = f"{one.result['task']} k={'all' if k is None else k}"
-            metrics[place] = one.result["metric"]
-            score = one.result["dev"][metrics[place]]
-            scores.setdefault(place, {}).setdefault(one.result["method"], []).append(score)
+    for state in states:
+        if (result := state.result) is not None and result["dev"]:
+            k = result["k"]
+            task_and_k = f"{result['task']} k={'all' if k is None else k}"
+            metrics[task_and_k] = result["metric"]
+            score = result["dev"][metrics[task_and_k]]
+            scores.setdefault(task_and_k, {}).setdefault(result["method"], []).append(score)
     best = {}
-    for place, methods in scores.items():
-        means = {name: sum(own) / len(own) for name, own in methods.items()}
-        choose = max if is_better(metrics[place], 1.0, 0.0) else min
-        name = choose(means, key=lambda own: means[own])
-        best[place] = (name, means[name])
+    for task_and_k, methods in scores.items():
+        means = {name: sum(values) / len(values) for name, values in methods.items()}
+        choose = max if is_better(metrics[task_and_k], 1.0, 0.0) else min
+        name = choose(means, key=lambda method: means[method])
+        best[task_and_k] = (name, means[name])
     return best

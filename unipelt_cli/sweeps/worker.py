@@ -4,7 +4,6 @@ Lines are JSON, never pickle. The process that started it may stop it, or vanish
 it trains is left so that it can go on.
 """
 
-import json
 import os
 import signal
 import sys
@@ -12,11 +11,22 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.errors import UnipeltError
-from unipelt_cli.files.strict import parse_json
+from unipelt_cli.sweeps.cell_reports import (
+    CellEnd,
+    CellEpoch,
+    CellFailed,
+    CellFinished,
+    CellReady,
+    CellReport,
+    CellSpec,
+    CellStopped,
+    dump_report,
+    parse_group,
+)
 from unipelt_cli.system.imports import importing
 
 with importing():
@@ -25,70 +35,56 @@ with importing():
     from unipelt_cli.training.events import Epoch, Failed, Finished, Ready
     from unipelt_cli.training.planning import Shared
 
-Told = dict[str, Any]
-"""A cell: its `directory`, and its experiment's `settings`."""
-Report = dict[str, Any]
-"""What happened to a cell: its `directory`, a `kind`, and what belongs to that kind."""
-
 
 def carry_out(
-    group: Sequence[Told],
+    group: Sequence[CellSpec],
     shared: Shared,
     is_stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[Report]:
-    """Train a group of cells; what fails is reported, and the others go on.
-
-    Kinds: "ready" (metric, epochs), "epoch" (epoch, score), "finished" (result), "failed" (error,
-    hint), and "stopped" where `is_stopped` said so.
-    """
+) -> Iterator[CellReport]:
+    """Train a group of cells; what fails is reported, and the others go on."""
     memory.forget_peak()
-    left = {cell["directory"]: cell for cell in group}
+    left = {cell.directory: cell for cell in group}
     try:
         for report in _together(group, shared, is_stopped):
-            if report["kind"] in ("finished", "failed"):
-                del left[report["directory"]]
+            if isinstance(report, CellEnd):
+                del left[report.directory]
             yield report
     except UnipeltError as error:
         if len(group) == 1:
-            yield _failed(group[0]["directory"], error.message, error.hint)
+            yield CellFailed(group[0].directory, error.message, error.hint)
             return
         for cell in left.values():  # one of them cannot begin: the others may
             yield from carry_out([cell], shared, is_stopped)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
         hint = "this is a bug in unipelt, or something else broke: see the traceback"
         for cell in left.values():
-            yield _failed(cell["directory"], said, hint) | {"traceback": traceback.format_exc()}
+            yield CellFailed(cell.directory, message, hint, traceback.format_exc())
 
 
 def _together(
-    group: Sequence[Told], shared: Shared, is_stopped: Callable[[], bool]
-) -> Iterator[Report]:
-    experiments = [resolve([("", cell["settings"])]) for cell in group]
-    directories = [Path(cell["directory"]) for cell in group]
+    group: Sequence[CellSpec], shared: Shared, is_stopped: Callable[[], bool]
+) -> Iterator[CellReport]:
+    experiments = [resolve([("", cell.settings)]) for cell in group]
+    directories = [Path(cell.directory) for cell in group]
     events = execution.execute_together(experiments, directories, "resume", shared=shared)
     metrics: dict[int, str] = {}
     with closing(events):
-        for place, event in events:
-            base = {"directory": group[place]["directory"]}
+        for index, event in events:
+            directory = group[index].directory
             match event:
                 case Ready():
-                    metrics[place] = event.metric
-                    yield base | {"kind": "ready", "metric": event.metric, "epochs": event.epochs}
+                    metrics[index] = event.metric
+                    yield CellReady(directory, event.metric, event.epochs)
                 case Epoch():
-                    score = event.dev.get(metrics[place])
-                    yield base | {"kind": "epoch", "epoch": event.epoch, "score": score}
+                    yield CellEpoch(directory, event.epoch, event.dev.get(metrics[index]))
                 case Finished():
-                    yield base | {"kind": "finished", "result": event.result}
+                    yield CellFinished(directory, event.result)
                 case Failed():
-                    yield _failed(base["directory"], event.error.message, event.error.hint)
+                    yield CellFailed(directory, event.error.message, event.error.hint)
             if is_stopped():
-                yield base | {"kind": "stopped"}
+                yield CellStopped(directory)
                 return
-
-
-def _failed(directory: str, error: str, hint: str) -> Report:
-    return {"directory": directory, "kind": "failed", "error": error, "hint": hint}
 
 
 def main() -> None:
@@ -108,17 +104,18 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints must not look like a report
     shared = Shared()
     for line in sys.stdin:
-        for report in carry_out(parse_json(line), shared, lambda: asked or os.getppid() != parent):
+        group = parse_group(line)
+        for report in carry_out(group, shared, lambda: asked or os.getppid() != parent):
             _write(out, report)
-        _write(out, {"kind": "idle"})
+        _write(out, None)
         if asked:
             break
 
 
-def _write(out: Any, report: Report) -> None:
+def _write(out: IO[str], report: CellReport | None) -> None:
     """Write a line; where nobody reads any more, the parent is gone and the next event stops."""
     try:
-        out.write(json.dumps(report) + "\n")
+        out.write(dump_report(report))
         out.flush()
     except BrokenPipeError:
         pass

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unipelt_cli.metrics import loses_to_mean
-from unipelt_cli.sweeps.sweep import Engine, Standing, Sweep, best_so_far
+from unipelt_cli.sweeps.sweep import CellState, Engine, Sweep, best_so_far
 from unipelt_cli.system.processes import ALONE
 from unipelt_cli.terminal import console, progress
 from unipelt_cli.terminal.interrupts import stop_on_request
@@ -39,7 +39,7 @@ def train_cells(plan: Sweep, engine: Engine, size: int, *, retry: bool) -> Sweep
     Raises KeyboardInterrupt after a request to stop: the same command goes on from there.
     """
     done = len(plan.of("finished"))
-    total = len(plan.standings)
+    total = len(plan.states)
     known = 0 if retry else len(plan.of("failed"))
     if done or known:
         console.say(f"{done} of {total} cells are finished already" + _failed_already(known))
@@ -66,7 +66,7 @@ def _failed_already(count: int) -> str:
     return f", {count} have failed: --retry tries them again" if count else ""
 
 
-def _watch_cells(plan: Sweep, moves: Iterator[Standing | None], total: int, done: int) -> None:
+def _watch_cells(plan: Sweep, moves: Iterator[CellState | None], total: int, done: int) -> None:
     with progress.SweepView(total, done) as view:
         for state in moves:
             if state is not None and state.status == "finished" and state.result is not None:
