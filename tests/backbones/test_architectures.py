@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.backbones.pretrained import find
 from unipelt_cli.errors import BackboneError
-from unipelt_cli.methods.base import Site
+from unipelt_cli.methods.base import AttachContext
 from unipelt_cli.methods.unipelt.container import Container
 from unipelt_cli.methods.unipelt.inspection import closed, record_gates
 from unipelt_cli.methods.unipelt.method import Submodules
@@ -54,7 +54,7 @@ def attached(
     backbone.requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
     method = Submodules(parts=parts, prefix_length=4, reduction=4, **options)
-    method.attach(backbone, Site(pretrained.layout, generator, folded))
+    method.attach(backbone, AttachContext(pretrained.layout, generator, folded))
     with torch.no_grad():
         for parameter in backbone.submodules.parameters():
             parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.3, generator=generator))

@@ -13,7 +13,7 @@ from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.backbones.pretrained import BERT_BASE
 from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.config.sections import TrainSettings
-from unipelt_cli.methods import Moment, Pass, get
+from unipelt_cli.methods import StagePosition, TrainingBatch, get
 from unipelt_cli.models.build import build, count
 from unipelt_cli.models.evaluation import encode_rows
 from unipelt_cli.models.tuned import Tuned
@@ -83,12 +83,12 @@ def training_logits(tuned: Tuned, pad_to: int = 0) -> Tensor:
     return logits
 
 
-def as_pass(tuned: Tuned, logits: Iterator[Tensor], is_regression: bool = False) -> Pass:
+def as_pass(tuned: Tuned, logits: Iterator[Tensor], is_regression: bool = False) -> TrainingBatch:
     """Return a step whose passes give these logits, with the mean of the logits as criterion."""
-    return Pass(
+    return TrainingBatch(
         tuned.classifier.backbone,
         {},
-        Moment(0, 0, 1),
+        StagePosition(0, 0, 1),
         is_regression,
         lambda: next(logits),
         lambda given: given.mean(),

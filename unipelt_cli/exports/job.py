@@ -41,9 +41,9 @@ class Job:
     half: bool = False
     """Whether numbers are written as float16."""
 
-    def copy(self, *, hasten: bool = True) -> Tuned:
+    def copy(self, *, accelerate: bool = True) -> Tuned:
         """Build the model once more, for a writer that changes it."""
-        return copied(self.run, self.tuned, hasten=hasten)
+        return copied(self.run, self.tuned, accelerate=accelerate)
 
 
 @dataclass(frozen=True)

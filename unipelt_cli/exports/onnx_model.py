@@ -90,7 +90,7 @@ def _by_name(batch: dict[str, Tensor], texts: int) -> dict[str, Tensor]:
 def _trace(job: Job, inputs: dict[str, Tensor], path: Path) -> None:
     """Write the graph of one pass; batch and length stay open."""
     names = list(inputs)
-    traced = job.copy(hasten=False).classifier.eval()
+    traced = job.copy(accelerate=False).classifier.eval()
     texts = job.rows.encoded.texts
     lengths = [f"length{SUFFIXES[index * texts // len(names)]}" for index in range(len(names))]
     axes = {name: {0: "batch", 1: length} for name, length in zip(names, lengths, strict=True)}

@@ -45,7 +45,9 @@ def plan(job: Job) -> Writer:
             for layer in recorded
         ]
     try:
-        form = tuned.method.known_form(tuned.classifier.backbone, job.part, gates or ())
+        form = tuned.method.as_low_rank_or_rescaling(
+            tuned.classifier.backbone, job.part, gates or ()
+        )
     except NoKnownForm as reason:
         raise RunError(
             f"{job.run.directory}: PEFT has no such method, {reason}", _remedy(job)

@@ -97,7 +97,7 @@ def make_static(
     changed = _with_method(run, final)
     sizes = [model.parameter_counts()["stored_parameters"] for model in (gated, pruned)]
     # As other tools compute them.
-    plain = [copied(run, gated, hasten=False), copied(changed, pruned, hasten=False)]
+    plain = [copied(run, gated, accelerate=False), copied(changed, pruned, accelerate=False)]
     report = StaticReport(
         cost=cost,
         gates=[Layer(layer, means) for layer, means in enumerate(gates)],

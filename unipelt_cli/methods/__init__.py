@@ -11,10 +11,10 @@ from unipelt_cli.methods.base import (
     CannotMerge,
     Category,
     Method,
-    Moment,
     NoKnownForm,
-    Pass,
     Recipe,
+    StagePosition,
+    TrainingBatch,
 )
 from unipelt_cli.methods.forms import LowRankUpdates, Rescalings
 
@@ -25,11 +25,11 @@ __all__ = [
     "Category",
     "LowRankUpdates",
     "Method",
-    "Moment",
     "NoKnownForm",
-    "Pass",
     "Recipe",
     "Rescalings",
+    "StagePosition",
+    "TrainingBatch",
     "get",
     "table",
 ]

@@ -25,7 +25,7 @@ def _reads_nothing(names: Iterable[str]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Site:
+class AttachContext:
     """Where a method is attached.
 
     With `folded` the backbone gets the form that is stored. Randomness comes from `generator`
@@ -62,7 +62,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Moment:
+class StagePosition:
     """Where a stage stands: steps taken before this one, and steps if nothing stops it early."""
 
     stage: int
@@ -71,12 +71,12 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Pass:
+class TrainingBatch:
     """One batch in training, as a method's loss sees it; `forward` may be called twice."""
 
     backbone: nn.Module
     inputs: Mapping[str, Tensor]
-    moment: Moment
+    moment: StagePosition
     is_regression: bool
     forward: Callable[[], Tensor]  # logits (batch, outputs)
     criterion: Callable[[Tensor], Tensor]  # logits -> mean loss against the true labels
@@ -90,7 +90,7 @@ class Losses(Protocol):
     ) -> Iterator[Tensor]: ...
 
 
-class Joint(Protocol):
+class SharedPasses(Protocol):
     """The passes of a backbone, which those of other runs on the same one can join."""
 
     def lend(self, other: Any) -> None:
@@ -182,18 +182,18 @@ class Method:
         """
         raise TypeError(f"{type(self).__name__} trains by steps")
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         """Change a backbone whose parameters are all frozen, and mark what trains."""
         raise TypeError(f"{type(self).__name__} does not say how it attaches")
 
-    def hasten(self, backbone: nn.Module, site: Site) -> bool:
+    def accelerate(self, backbone: nn.Module, site: AttachContext) -> bool:
         """Make passes faster, exactly, once the tensors' kinds and device are settled.
 
         Says whether they now share a batch's rows out: see `row_threads.shared_out`.
         """
         return False
 
-    def joint(self, backbone: nn.Module) -> Joint | None:
+    def joint(self, backbone: nn.Module) -> SharedPasses | None:
         """Return how runs of this method share passes, or None where each needs its own."""
         return None
 
@@ -208,17 +208,17 @@ class Method:
         """The phases of training; the last one selects, since its best epoch is the result."""
         return (Stage(),)
 
-    def enter(self, backbone: nn.Module, stage: int) -> None:
+    def enter_stage(self, backbone: nn.Module, stage: int) -> None:
         """Begin a later stage: change what trains. State that is kept lies in buffers."""
 
-    def loss(self, step: Pass) -> Tensor:
+    def loss(self, step: TrainingBatch) -> Tensor:
         """Return the scalar that one step minimises."""
         return step.criterion(step.forward())
 
-    def after_backward(self, backbone: nn.Module, moment: Moment) -> None:
+    def after_backward(self, backbone: nn.Module, moment: StagePosition) -> None:
         """Change gradients, before they are clipped; the global generator is the step's own."""
 
-    def after_step(self, backbone: nn.Module, moment: Moment) -> None:
+    def after_step(self, backbone: nn.Module, moment: StagePosition) -> None:
         """Change what the optimiser made of the tensors."""
 
     def rate(self, name: str) -> float:
@@ -265,7 +265,7 @@ class Method:
         if self.unmergeable is not None:
             raise CannotMerge(self.unmergeable)
 
-    def known_form(
+    def as_low_rank_or_rescaling(
         self, backbone: nn.Module, part: str | None = None, gates: Gates = ()
     ) -> "LowRankUpdates | Rescalings":
         """Return the stored method as a form that other libraries have too, exactly.

@@ -16,7 +16,7 @@ from unipelt_cli.backbones.tokenizer_files import case_note
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.config.sections import ModelSettings
 from unipelt_cli.errors import BackboneError
-from unipelt_cli.methods.base import Method, Site, count_stored
+from unipelt_cli.methods.base import AttachContext, Method, count_stored
 from unipelt_cli.methods.building_blocks import initialise
 from unipelt_cli.models.classifier import Classifier, Head, HeadShape
 from unipelt_cli.models.pairs import choose_pairs, notes_of_pairs, width_of_pairs
@@ -56,14 +56,14 @@ def build(
     pretrained: Pretrained | None = None,
     *,
     folded: bool = False,
-    hasten: bool = True,
+    accelerate: bool = True,
     pairs: Sequence[bool] = (),
 ) -> Tuned:
     """Build the model that an experiment describes, with `outputs` logits a row (of each task).
 
     `pairs` says of which tasks a row has two texts: of none unless given.
     With `folded` it has the stored form, ready to load. Draws from `train.seed` alone. Without
-    `hasten` every pass goes through the library's layers, where a tracer can follow it.
+    `accelerate` every pass goes through the library's layers, where a tracer can follow it.
     Raises BackboneError or ConfigError for a backbone, device or length that cannot be.
     """
     outputs = (outputs,) if isinstance(outputs, int) else outputs
@@ -101,7 +101,7 @@ def build(
         _to_bf16(classifier, original, method)
     replace_dropout(classifier, draws)
     classifier.to(device)
-    classifier.shares_rows = hasten and method.hasten(backbone, site)
+    classifier.shares_rows = accelerate and method.accelerate(backbone, site)
     return Tuned(
         classifier.eval(),
         tokenizer,
@@ -187,9 +187,9 @@ def _site(
     *,
     folded: bool,
     tasks: int,
-) -> Site:
+) -> AttachContext:
     """Return where a method is attached, and what it may draw from and look at there."""
-    return Site(
+    return AttachContext(
         pretrained.layout,
         generator,
         folded,
@@ -202,7 +202,9 @@ def _site(
     )
 
 
-def _attach(method: Method, backbone: "PreTrainedModel", site: Site, device: torch.device) -> None:
+def _attach(
+    method: Method, backbone: "PreTrainedModel", site: AttachContext, device: torch.device
+) -> None:
     """Attach a method, and make sure that what it trains fits into memory."""
     method.attach(backbone, site)
     if not site.folded:
@@ -240,7 +242,7 @@ def count(
     for folded in (False, True):
         backbone = deepcopy(bare).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        site = Site(pretrained.layout, generator, folded, head_parameters, tasks=tasks)
+        site = AttachContext(pretrained.layout, generator, folded, head_parameters, tasks=tasks)
         method.attach(backbone, site)
         counted.append(backbone)
     return method.trainable(counted[0]), count_stored(method.fold(counted[1]))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from unipelt_cli.methods.base import Joint
+from unipelt_cli.methods.base import SharedPasses
 from unipelt_cli.models.tuned import Tuned
 
 
@@ -58,7 +58,7 @@ def _lend(first: Tuned, other: Tuned) -> None:
         joints[0].lend(joints[1])
 
 
-def _joint(tuned: Tuned) -> Joint | None:
+def _joint(tuned: Tuned) -> SharedPasses | None:
     return tuned.method.joint(tuned.classifier.backbone)
 
 

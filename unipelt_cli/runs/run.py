@@ -335,17 +335,17 @@ def _where_runs_are(directory: Path) -> str:
     return "give a directory that `train` wrote"
 
 
-def copied(run: Run, tuned: Tuned, *, hasten: bool = True) -> Tuned:
+def copied(run: Run, tuned: Tuned, *, accelerate: bool = True) -> Tuned:
     """Build a model once more, in float32 on the CPU."""
     experiment = run.experiment.with_("train", device="cpu", precision="fp32")
-    if not hasten:
+    if not accelerate:
         experiment = experiment.with_("model", attention="auto")  # plain, on a CPU
     copy = build(
         experiment,
         run.task.outputs,
         tuned.pretrained,
         folded=True,
-        hasten=hasten,
+        accelerate=accelerate,
         pairs=[run.task.is_pair],
     )
     copy.load(tuned.stored())

@@ -180,7 +180,7 @@ class Training:
         return self.frozen.train if self.frozen else ()
 
     def _enter(self, stage: int) -> None:
-        self.method.enter(self.tuned.classifier.backbone, stage)
+        self.method.enter_stage(self.tuned.classifier.backbone, stage)
         self.progress.stage, self.best = stage, {}
         if self.method.stages[stage].continues:
             self.stepper.averaged = {}  # of tensors that the stage before was still changing

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from unipelt_cli.config.sections import TrainSettings
-from unipelt_cli.methods import Moment
+from unipelt_cli.methods import StagePosition
 from unipelt_cli.methods.base import Stage
 from unipelt_cli.models.tuned import Tuned
 
@@ -38,7 +38,9 @@ def make_adamw(
     )
 
 
-def schedule(stages: Sequence[Stage], stage_steps: Sequence[int], moment: Moment) -> Moment:
+def schedule(
+    stages: Sequence[Stage], stage_steps: Sequence[int], moment: StagePosition
+) -> StagePosition:
     """Return where the schedule of the rate stands: over a stage and those that continue it."""
     first, end = moment.stage, moment.stage + 1
     while stages[first].continues:
@@ -46,10 +48,10 @@ def schedule(stages: Sequence[Stage], stage_steps: Sequence[int], moment: Moment
     while end < len(stages) and stages[end].continues:
         end += 1
     before = sum(stage_steps[first : moment.stage])
-    return Moment(first, before + moment.step, sum(stage_steps[first:end]))
+    return StagePosition(first, before + moment.step, sum(stage_steps[first:end]))
 
 
-def scheduled_rate(settings: TrainSettings, moment: Moment) -> float:
+def scheduled_rate(settings: TrainSettings, moment: StagePosition) -> float:
     """Return the learning rate of a step of a schedule: linear warm-up, then linear decay to 0.
 
     The first step of a warm-up has a rate already, which transformers' own schedule starts at 0.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.errors import CheckError
-from unipelt_cli.methods import Moment, Pass
+from unipelt_cli.methods import StagePosition, TrainingBatch
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
@@ -126,7 +126,9 @@ class Stepper:
         """Return what a part of a step that begins at this row draws from."""
         return derive_seed(self.step_seed, first) if first else self.step_seed
 
-    def open(self, batch: Batch, features: Callable[[Mapping[str, Tensor]], Tensor]) -> Pass:
+    def open(
+        self, batch: Batch, features: Callable[[Mapping[str, Tensor]], Tensor]
+    ) -> TrainingBatch:
         """Begin a step: the rate is set, the rows are tensors, which `features` sends through."""
         self._set_rate()
         course = self.courses[batch.task_index]
@@ -151,7 +153,7 @@ class Stepper:
             told_apart = torch.as_tensor(labels[batch.rows], device=device)
             return loss + self.settings.contrast * contrast(latest[0], told_apart)
 
-        return Pass(
+        return TrainingBatch(
             classifier.backbone,
             inputs,
             self._moment(),
@@ -171,7 +173,7 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
 
-    def close(self, loss: Tensor, moment: Moment) -> float:
+    def close(self, loss: Tensor, moment: StagePosition) -> float:
         """End a step whose gradients are there: clip them, check the loss, move the tensors."""
         nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         value = loss.item()
@@ -198,9 +200,9 @@ class Stepper:
         weight = max(1 - decay, 1 / (self.progress.stage_taken + 1))
         torch._foreach_lerp_(list(self.averaged.values()), list(now.values()), weight)
 
-    def _moment(self) -> Moment:
+    def _moment(self) -> StagePosition:
         progress = self.progress
-        return Moment(progress.stage, progress.stage_taken, self.stage_steps[progress.stage])
+        return StagePosition(progress.stage, progress.stage_taken, self.stage_steps[progress.stage])
 
     def rate(self) -> float:
         """Return this step's learning rate."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.files import sealed
 from unipelt_cli.methods.additive.adapter_fusion import AdapterFusion, FusedLayer
-from unipelt_cli.methods.base import Moment
+from unipelt_cli.methods.base import StagePosition
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.names import MODEL
 from unipelt_cli.runs.run import read_run
@@ -54,7 +54,7 @@ def test_fusion_of_one_adapter_is_that_adapter(backbone_dir: Backbones) -> None:
             own.own.load_state_dict(other.adapter.state_dict())
     expected = logits_of(single, SENTENCES)
     assert torch.equal(logits_of(fused, SENTENCES), expected)  # the first stage: no fusion yet
-    fused.method.enter(backbone, 1)
+    fused.method.enter_stage(backbone, 1)
     assert torch.allclose(logits_of(fused, SENTENCES), expected, atol=1e-4)
     identity = torch.full((32, 32), 1e-6).fill_diagonal_(1.0)
     assert all(torch.equal(layer.value, identity) for layer in backbone.fusion)
@@ -159,7 +159,7 @@ def test_fusion_pulls_its_values_to_the_identity(backbone_dir: Backbones) -> Non
 
     class Step:
         def __init__(self, stage: int) -> None:
-            self.backbone, self.moment = backbone, Moment(stage, 0, 1)
+            self.backbone, self.moment = backbone, StagePosition(stage, 0, 1)
 
         def forward(self) -> Tensor:
             return one

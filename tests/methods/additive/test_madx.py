@@ -27,7 +27,7 @@ from unipelt_cli.backbones.architectures import BACKBONES, get_layout
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.additive import compacter
 from unipelt_cli.methods.additive.madx import Corruption
-from unipelt_cli.methods.base import Site
+from unipelt_cli.methods.base import AttachContext
 from unipelt_cli.models.build import build
 from unipelt_cli.models.tuned import Tuned
 
@@ -58,14 +58,14 @@ def test_madx_learns_the_language_first_and_then_leaves_it_alone(backbone_dir: B
     classifier = tuned.classifier
     start = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     at_change: dict[str, Tensor] = {}
-    enter = type(tuned.method).enter
+    enter = type(tuned.method).enter_stage
 
     def watched(method: Any, backbone: nn.Module, stage: int) -> None:
         at_change.update({n: t.clone() for n, t in classifier.state_dict().items()})
         enter(method, backbone, stage)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(tuned.method), "enter", watched)
+        patch.setattr(type(tuned.method), "enter_stage", watched)
         _, losses = train_on_sixteen(tuned, epochs=2, learning_rate=1e-2)
     assert min(losses[3:6]) < losses[0] - 0.1  # it learns to restore tokens
     first = {n for n in start if not torch.equal(start[n], at_change[n])}
@@ -115,7 +115,7 @@ def test_madxs_language_part_has_a_rate_of_its_own(backbone_dir: Backbones) -> N
 @pytest.mark.parametrize("mask_id", [4, None])
 def test_madx_corrupts_text_alone_and_each_row_at_least_once(mask_id: int | None) -> None:
     layout, generator = get_layout("bert"), torch.Generator()
-    site = Site(layout, generator, mask_id=mask_id, special_ids=frozenset({0, 2, 3}))
+    site = AttachContext(layout, generator, mask_id=mask_id, special_ids=frozenset({0, 2, 3}))
     corruption = Corruption(site, vocabulary=50, share=0.15)
     ids = torch.tensor([[2, *range(5, 45), 3, 5, 0], [2, 7, 3, *[0] * 41]]).repeat(200, 1)
     mask = (ids != 0).long()

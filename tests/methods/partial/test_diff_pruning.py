@@ -10,7 +10,7 @@ from support.models import logits_of
 from support.partial import goes_on, largest, made, training
 from support.rows import SENTENCES
 
-from unipelt_cli.methods.base import Moment, Pass
+from unipelt_cli.methods.base import StagePosition, TrainingBatch
 from unipelt_cli.methods.partial.diff_pruning import (
     Differences,
     expected_gate,
@@ -86,10 +86,10 @@ def test_the_penalty_is_the_expected_number_of_entries_that_differ(calm: Path) -
         count = float(differences.expected_count())
     # the groups' gates open whole tensors at a time, so the mean is rough: 4 deviations
     assert abs(count - float(drawn.mean())) < 4 * float(drawn.std()) / 20
-    step = Pass(
+    step = TrainingBatch(
         tuned.classifier.backbone,
         {},
-        Moment(0, 0, 1),
+        StagePosition(0, 0, 1),
         is_regression=False,
         forward=lambda: torch.tensor([3.0]),
         criterion=lambda logits: logits.sum(),

@@ -19,7 +19,7 @@ from support.partial import (
 )
 from torch import Tensor
 
-from unipelt_cli.methods.base import Moment
+from unipelt_cli.methods.base import StagePosition
 from unipelt_cli.methods.partial.overlay import top
 from unipelt_cli.methods.partial.sparse_updates import sparse
 from unipelt_cli.models.evaluation import encode_rows
@@ -106,7 +106,7 @@ def test_an_entry_of_the_gradient_is_kept_or_dropped_so_that_its_mean_stays(calm
     for _ in range(draws):
         for name, parameter in backbone.named_parameters():
             parameter.grad = gradient[name].clone()
-        tuned.method.after_backward(backbone, Moment(0, 0, 1))
+        tuned.method.after_backward(backbone, StagePosition(0, 0, 1))
         for name, parameter in backbone.named_parameters():
             assert parameter.grad is not None
             total[name] += parameter.grad

@@ -16,7 +16,7 @@ from support.models import (
 from torch import nn
 
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.methods.base import Moment
+from unipelt_cli.methods.base import StagePosition
 from unipelt_cli.methods.reparameterised.adalora import AdaLoRA, Contest, Triplets
 from unipelt_cli.training.events import Step
 from unipelt_cli.training.loop import Training
@@ -122,7 +122,7 @@ def test_adaloras_budget_falls_to_its_target_before_an_epoch_can_be_chosen(
     backbone_dir: Backbones,
 ) -> None:
     method = AdaLoRA()
-    budgets = [method.budget(Moment(0, step, 40)) for step in range(40)]
+    budgets = [method.budget(StagePosition(0, step, 40)) for step in range(40)]
     assert budgets[:8] == [12.0] * 8
     assert budgets == sorted(budgets, reverse=True)
     assert budgets[23] == pytest.approx(8 + 4 * (1 - 16 / 32) ** 3)
@@ -147,7 +147,7 @@ def test_adalora_keeps_the_most_important_triplets_of_the_whole_backbone(
         for buffer in (contest.smoothed, contest.uncertainty):
             buffer.fill_(float(index))
     disturbed(tuned)
-    method.after_step(tuned.classifier.backbone, Moment(0, 9, 10))
+    method.after_step(tuned.classifier.backbone, StagePosition(0, 9, 10))
     kept = [contest.kept.tolist() for contest in updates.contests]
     assert kept == [[0.0, 0.0]] * 6 + [[1.0, 1.0]] * 6
     assert [bool(update.values.any()) for update in updates] == [False] * 6 + [True] * 6

@@ -17,11 +17,11 @@ from torch.nn import functional
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import (
     CHECKS,
+    AttachContext,
     Method,
-    Pass,
     Published,
     Recipe,
-    Site,
+    TrainingBatch,
     refuse_unusual_layers,
 )
 from unipelt_cli.methods.building_blocks import STD, linear_at, new_linear
@@ -82,7 +82,7 @@ class AdaMix(Method):
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         return refuse_unusual_layers(layout)
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         experts = 1 if site.folded else self.experts
         adapters = []
         for layer in site.layout.layer_list(backbone):
@@ -97,7 +97,7 @@ class AdaMix(Method):
         """Spare the biases, which are a matrix here: one row an expert."""
         return not name.endswith("bias")
 
-    def loss(self, step: Pass) -> Tensor:
+    def loss(self, step: TrainingBatch) -> Tensor:
         first = step.forward()
         loss = step.criterion(first)
         if self.consistency == 0:

@@ -21,12 +21,12 @@ from unipelt_cli.errors import ConfigError, RunError
 from unipelt_cli.files import sealed
 from unipelt_cli.methods.base import (
     CHECKS,
+    AttachContext,
     Method,
-    Pass,
     Published,
     Recipe,
-    Site,
     Stage,
+    TrainingBatch,
     refuse_unusual_layers,
 )
 from unipelt_cli.methods.building_blocks import Adapter, apply_linear, new_linear
@@ -115,7 +115,7 @@ class AdapterFusion(Method):
     def stages(self) -> tuple[Stage, ...]:
         return Stage(), Stage()
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         layers = site.layout.layer_list(backbone)
         query = layers[0].get_submodule(site.layout.query)
         assert isinstance(query, nn.Linear)
@@ -134,9 +134,9 @@ class AdapterFusion(Method):
             norm = layer.get_submodule(site.layout.output_norm)
             norm.register_forward_pre_hook(fusion_layer.hook)
         backbone.fusion = nn.ModuleList(fused)
-        self.enter(backbone, 1 if site.folded else 0)
+        self.enter_stage(backbone, 1 if site.folded else 0)
 
-    def enter(self, backbone: nn.Module, stage: int) -> None:
+    def enter_stage(self, backbone: nn.Module, stage: int) -> None:
         """Train the task's own adapter alone, then the attention over all of them."""
         for layer in _layers(backbone):
             layer.fuses = stage == 1
@@ -144,7 +144,7 @@ class AdapterFusion(Method):
             for parameter in layer.fusion():
                 parameter.requires_grad_(stage == 1)
 
-    def loss(self, step: Pass) -> Tensor:
+    def loss(self, step: TrainingBatch) -> Tensor:
         loss = super().loss(step)
         if step.moment.stage == 0:
             return loss

@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import CHECKS, AttachContext, Method, Recipe, refuse_unusual_layers
 from unipelt_cli.methods.building_blocks import STD, new_linear
 
 ITERATIONS = 20
@@ -146,7 +146,7 @@ class ConditionalLayer(nn.Module):
 class Conditional(nn.Module):
     """The conditional layers of a backbone, and how many tokens they let skip."""
 
-    def __init__(self, backbone: nn.Module, method: "Coda", site: Site) -> None:
+    def __init__(self, backbone: nn.Module, method: "Coda", site: AttachContext) -> None:
         super().__init__()
         self.reduction = method.reduction
         layers = site.layout.layer_list(backbone)
@@ -207,7 +207,7 @@ class Coda(Method):
             "pooling always in the last layer, elsewhere when its choice is certain"
         }
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.conditional = Conditional(backbone, self, site)
 
     def report(self, backbone: nn.Module) -> dict[str, float]:

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, nn
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site
+from unipelt_cli.methods.base import CHECKS, AttachContext, Method, Published, Recipe
 from unipelt_cli.methods.building_blocks import initialise
 
 KNOWN = frozenset({"bert", "roberta", "xlm-roberta", "electra", "distilbert"})
@@ -106,7 +106,7 @@ class Compacter(OfLibrary):
         """Return the bottleneck: a multiple of `products`, so that the products fill it."""
         return -(-max(1, hidden // self.reduction) // self.products) * self.products
 
-    def attach(self, backbone: Any, site: Site) -> None:
+    def attach(self, backbone: Any, site: AttachContext) -> None:
         import adapters
 
         hidden = backbone.config.hidden_size

@@ -9,14 +9,21 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    AttachContext,
+    Method,
+    Published,
+    Recipe,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import NearIdentityAdapter, train_norms
 
 
 class Pair(nn.Module):
     """The two adapters of one layer: after attention and after the feed-forward block."""
 
-    def __init__(self, layer: nn.Module, site: Site, reduction: int) -> None:
+    def __init__(self, layer: nn.Module, site: AttachContext, reduction: int) -> None:
         super().__init__()
         query = layer.get_submodule(site.layout.query)
         assert isinstance(query, nn.Linear)
@@ -51,7 +58,7 @@ class Houlsby(Method):
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from refuse_unusual_layers(layout)
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         layout = site.layout
         layers = layout.layer_list(backbone)
         backbone.bottlenecks = nn.ModuleList(Pair(layer, site, self.reduction) for layer in layers)

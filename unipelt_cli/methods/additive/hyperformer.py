@@ -17,7 +17,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    AttachContext,
+    Method,
+    Published,
+    Recipe,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import STD, new_linear, train_norms
 
 GENERATED_STD = 0.01  # of the hypernetwork's matrices
@@ -96,7 +103,7 @@ class HyperAdapters(nn.Module):
     In evaluation a task's weights are made once and kept until the module's mode is set anew.
     """
 
-    def __init__(self, backbone: nn.Module, method: "HyperFormer", site: Site) -> None:
+    def __init__(self, backbone: nn.Module, method: "HyperFormer", site: AttachContext) -> None:
         super().__init__()
         layout = site.layout
         layers = layout.layer_list(backbone)
@@ -191,7 +198,7 @@ class HyperFormer(Method):
             "norm_shift": hidden,
         }
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.hyperformer = HyperAdapters(backbone, self, site)
         if self.train_layer_norms:
             train_norms(backbone, site.layout)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import (
     CHECKS,
+    AttachContext,
     Gates,
     Method,
     Published,
     Recipe,
-    Site,
     refuse_unusual_layers,
 )
 from unipelt_cli.methods.forms import Rescalings
@@ -85,18 +85,18 @@ class Rescaling(Method):
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from refuse_unusual_layers(layout)
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.scales = Scales(backbone, site.layout)
 
     def decays(self, name: str) -> bool:
         return False  # decay would pull a scale towards 0, and nothing changes at 1
 
-    def known_form(
+    def as_low_rank_or_rescaling(
         self, backbone: nn.Module, part: str | None = None, gates: Gates = ()
     ) -> Rescalings:
         """Return the vectors; of a part there can be no question."""
         if part is not None:
-            super().known_form(backbone, part)
+            super().as_low_rank_or_rescaling(backbone, part)
         scales = backbone.scales
         assert isinstance(scales, Scales)
         layout = scales.layout

@@ -16,7 +16,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    AttachContext,
+    Method,
+    Published,
+    Recipe,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import new_linear
 
 
@@ -45,7 +52,9 @@ class Edit(nn.Module):
 class Edits(nn.Module):
     """The edits of all layers: `backbone.edits`; its methods are the hooks."""
 
-    def __init__(self, backbone: nn.Module, site: Site, rank: int, first: int | None) -> None:
+    def __init__(
+        self, backbone: nn.Module, site: AttachContext, rank: int, first: int | None
+    ) -> None:
         super().__init__()
         self.first = first
         self.chosen: Tensor | None = None  # (B, T, 1), of this forward pass
@@ -99,7 +108,7 @@ class LoReFT(Method):
                 f"set method.rank={config.hidden_size} or less",
             )
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.edits = Edits(backbone, site, self.rank, self.first_tokens)
 
     def decays(self, name: str) -> bool:

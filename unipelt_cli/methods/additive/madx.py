@@ -23,7 +23,7 @@ from torch.nn import functional
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.errors import BackboneError
 from unipelt_cli.methods.additive import compacter
-from unipelt_cli.methods.base import CHECKS, Pass, Published, Recipe, Site, Stage
+from unipelt_cli.methods.base import CHECKS, AttachContext, Published, Recipe, Stage, TrainingBatch
 
 LANGUAGE, TASK = "language", "task"
 
@@ -86,7 +86,7 @@ class LanguageHead(nn.Module):
         return functional.layer_norm(inner, shape, self.norm_weight, self.norm_bias, self.eps)
 
 
-def read_head(backbone: Any, site: Site) -> LanguageHead | None:
+def read_head(backbone: Any, site: AttachContext) -> LanguageHead | None:
     """Return the checkpoint's head for restoring tokens, or None where it holds none.
 
     Raises BackboneError where parts of it are missing or of other shapes than the backbone's.
@@ -119,7 +119,7 @@ def read_head(backbone: Any, site: Site) -> LanguageHead | None:
 class Corruption:
     """Which tokens a masked language model has to restore, and what stands in their place."""
 
-    def __init__(self, site: Site, vocabulary: int, share: float) -> None:
+    def __init__(self, site: AttachContext, vocabulary: int, share: float) -> None:
         self.mask_id, self.vocabulary, self.share = site.mask_id, vocabulary, share
         self.special_ids = torch.tensor(sorted(site.special_ids), dtype=torch.long)
 
@@ -174,7 +174,7 @@ class MadX(compacter.OfLibrary):
     def stages(self) -> tuple[Stage, ...]:
         return Stage(self.language_share, selects=False), Stage()
 
-    def attach(self, backbone: Any, site: Site) -> None:
+    def attach(self, backbone: Any, site: AttachContext) -> None:
         configs = {
             LANGUAGE: compacter.bottleneck(
                 self.language_reduction or self.reduction,
@@ -187,16 +187,16 @@ class MadX(compacter.OfLibrary):
         is_counted = backbone.get_input_embeddings().weight.is_meta  # a skeleton has no weights
         backbone.language_head = None if site.folded or is_counted else read_head(backbone, site)
         backbone.corruption = Corruption(site, backbone.config.vocab_size, self.masked)
-        self.enter(backbone, 1 if site.folded else 0)
+        self.enter_stage(backbone, 1 if site.folded else 0)
 
-    def enter(self, backbone: Any, stage: int) -> None:
+    def enter_stage(self, backbone: Any, stage: int) -> None:
         """Train the language part alone, then the task adapter on the frozen language part."""
         compacter.activate(backbone, *((LANGUAGE,) if stage == 0 else (LANGUAGE, TASK)))
         for trains, name in ((stage == 0, LANGUAGE), (stage == 1, TASK)):
             for parameter in compacter.tensors(backbone, name).values():
                 parameter.requires_grad_(trains)
 
-    def loss(self, step: Pass) -> Tensor:
+    def loss(self, step: TrainingBatch) -> Tensor:
         return super().loss(step) if step.moment.stage else _restoring(step.backbone, step.inputs)
 
     def rate(self, name: str) -> float:

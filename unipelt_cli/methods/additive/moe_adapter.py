@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Pass, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    AttachContext,
+    Method,
+    Recipe,
+    TrainingBatch,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import Adapter, linear_at
 
 NOISE_FLOOR = 1e-2  # keeps the load's division finite where the learned noise dies out
@@ -105,7 +112,9 @@ class RoutedAdapters(nn.Module):
     Each expert computes only the tokens that chose it; padding is no token, and none is dropped.
     """
 
-    def __init__(self, method: "MoEAdapter", hidden: int, state: RoutingState, site: Site) -> None:
+    def __init__(
+        self, method: "MoEAdapter", hidden: int, state: RoutingState, site: AttachContext
+    ) -> None:
         super().__init__()
         self.state, self.by_sentence = state, method.routing == "sentence"
         bottleneck = max(1, hidden // method.reduction // method.experts)
@@ -177,7 +186,7 @@ class MoEAdapter(Method):
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         return refuse_unusual_layers(layout)
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         state = RoutingState(self.experts)
         layers = []
         for layer in site.layout.layer_list(backbone):
@@ -187,7 +196,7 @@ class MoEAdapter(Method):
         backbone.experts = RoutedLayers(layers, state)
         backbone.register_forward_pre_hook(state.begin, with_kwargs=True)
 
-    def loss(self, step: Pass) -> Tensor:
+    def loss(self, step: TrainingBatch) -> Tensor:
         loss = step.criterion(step.forward())
         imbalances = _routed(step.backbone).state.imbalances
         return loss + self.balance * torch.stack(imbalances).sum()

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import (
     CHECKS,
+    AttachContext,
     Gates,
     Method,
     NoKnownForm,
     Published,
     Recipe,
-    Site,
     refuse_unusual_layers,
 )
 
@@ -102,10 +102,10 @@ class PromptTuning(Method):
                 "choose a backbone with absolute positions, such as bert-base-uncased",
             )
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.prompt = Prompt(backbone, self._rows(backbone, site), site.layout)
 
-    def _rows(self, backbone: nn.Module, site: Site) -> Tensor:
+    def _rows(self, backbone: nn.Module, site: AttachContext) -> Tensor:
         """Draw the soft tokens at the scale that the embedding norm gives to words."""
         table = backbone.get_input_embeddings().weight  # type: ignore[operator]
         norm = backbone.get_submodule(site.layout.embedding_norm)
@@ -119,7 +119,9 @@ class PromptTuning(Method):
         # A skeleton on the meta device has no numbers, and needs only the shape.
         return torch.zeros(rows.shape) if rows.is_meta else rows
 
-    def known_form(self, backbone: nn.Module, part: str | None = None, gates: Gates = ()) -> Any:
+    def as_low_rank_or_rescaling(
+        self, backbone: nn.Module, part: str | None = None, gates: Gates = ()
+    ) -> Any:
         raise NoKnownForm("its soft tokens stand after the first token, and PEFT's before it")
 
     def decays(self, name: str) -> bool:

@@ -14,7 +14,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    AttachContext,
+    Method,
+    Published,
+    Recipe,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import Adapter
 
 PARTS = ("down", "up")
@@ -123,7 +130,7 @@ class ProPETL(Method):
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         return refuse_unusual_layers(layout)
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         layout = site.layout
         layers = layout.layer_list(backbone)
         output = layers[0].get_submodule(layout.output)

@@ -17,11 +17,11 @@ from torch.nn import functional
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.base import (
     CHECKS,
+    AttachContext,
     Losses,
     Method,
     Published,
     Recipe,
-    Site,
     refuse_unusual_layers,
 )
 from unipelt_cli.methods.building_blocks import apply_linear, apply_norm, new_linear
@@ -98,7 +98,7 @@ class SideLayer(nn.Module):
 class Ladder(nn.Module):
     """The side network: one narrow layer beside each layer of the backbone."""
 
-    def __init__(self, backbone: Any, method: "LadderSideTuning", site: Site) -> None:
+    def __init__(self, backbone: Any, method: "LadderSideTuning", site: AttachContext) -> None:
         super().__init__()
         layout, config, generator = site.layout, backbone.config, site.generator
         layers = layout.layer_list(backbone)
@@ -246,7 +246,7 @@ class LadderSideTuning(Method):
         if beyond := [index for index in self.drop if index >= layers]:
             yield f"method.drop names {beyond}, and it has {layers} layers", "name layers it has"
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.ladder = Ladder(backbone, self, site)
 
     def prepare(self, backbone: nn.Module, losses: Losses) -> None:
@@ -258,7 +258,7 @@ class LadderSideTuning(Method):
 class Side(nn.Module):
     """A copy of the backbone's lowest layers, blended with its output by one learned number."""
 
-    def __init__(self, backbone: Any, method: "SideTuning", site: Site) -> None:
+    def __init__(self, backbone: Any, method: "SideTuning", site: AttachContext) -> None:
         super().__init__()
         layers = site.layout.layer_list(backbone)
         self.layers = copy.deepcopy(layers[: method.layers]).requires_grad_(True)
@@ -306,7 +306,7 @@ class SideTuning(Method):
         """Train the copied layers as pretrained ones are trained: far slower than a new head."""
         return self.copy_rate if name.startswith("side.layers.") else 1.0
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.side = Side(backbone, self, site)
 
 

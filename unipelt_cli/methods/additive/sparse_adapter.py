@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unipelt_cli.backbones.layout import Layout
 from unipelt_cli.methods.additive.houlsby import Houlsby
-from unipelt_cli.methods.base import CHECKS, Losses, Method, Moment, Recipe, Site
+from unipelt_cli.methods.base import CHECKS, AttachContext, Losses, Method, Recipe, StagePosition
 from unipelt_cli.methods.unipelt.method import Submodules
 
 
@@ -54,7 +54,7 @@ class SparseAdapter(Method):
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from self._base.refusals(layout, config)
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone_names = {name for name, _ in backbone.named_parameters()}
         self._base.attach(backbone, site)
         matrices = {
@@ -82,7 +82,7 @@ class SparseAdapter(Method):
             for matrix, mask in zip(matrices, _masks(backbone), strict=True):
                 matrix.mul_(mask)
 
-    def after_backward(self, backbone: nn.Module, moment: Moment) -> None:
+    def after_backward(self, backbone: nn.Module, moment: StagePosition) -> None:
         """Give entries that are not kept no gradient: at zero, decay leaves them there too."""
         for matrix, mask in zip(_matrices(backbone), _masks(backbone), strict=True):
             if matrix.grad is not None:

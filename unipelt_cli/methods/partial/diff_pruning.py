@@ -12,7 +12,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.methods.base import CHECKS, Pass, Published, Recipe, Site, Stage
+from unipelt_cli.methods.base import CHECKS, AttachContext, Published, Recipe, Stage, TrainingBatch
 from unipelt_cli.methods.partial.overlay import Deltas, Overlay, frozen, top
 from unipelt_cli.methods.partial.sparse_updates import Sparse, sparse
 
@@ -137,7 +137,7 @@ class DiffPruning(Sparse):
         float, Field(gt=0, description="learning rate of the gates, over the run's")
     ] = 100.0
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         parameters = frozen(backbone)
         total = sum(p.numel() for p in parameters.values())
         deltas = Deltas(parameters, max(1, int(self.share * total)))
@@ -158,7 +158,7 @@ class DiffPruning(Sparse):
     def stages(self) -> tuple[Stage, ...]:
         return Stage(0.5, selects=False), Stage(0.5)
 
-    def enter(self, backbone: nn.Module, stage: int) -> None:
+    def enter_stage(self, backbone: nn.Module, stage: int) -> None:
         """Keep the largest expected differences, exactly the share; the others are nothing."""
         differences, kept = backbone.differences, sparse(backbone)
         assert isinstance(differences, Differences)
@@ -172,7 +172,7 @@ class DiffPruning(Sparse):
         kept.requires_grad_(True)
         kept.lay_over(backbone)
 
-    def loss(self, step: Pass) -> Tensor:
+    def loss(self, step: TrainingBatch) -> Tensor:
         loss = super().loss(step)
         if isinstance(differences := getattr(step.backbone, "differences", None), Differences):
             loss = loss + self.penalty * differences.expected_count()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.methods.base import CHECKS, Recipe, Site
+from unipelt_cli.methods.base import CHECKS, AttachContext, Recipe
 from unipelt_cli.methods.forms import LinearFit
 from unipelt_cli.methods.linear_fits import Linear, Matrix, fit_classes, fit_values
 from unipelt_cli.methods.partial.selective import Selective
@@ -40,7 +40,7 @@ class Probe(Selective):
     def has_closed_form(self) -> bool:
         return True
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         pass
 
     def fit_head(

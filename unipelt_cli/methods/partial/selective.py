@@ -10,7 +10,14 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Published, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import (
+    CHECKS,
+    AttachContext,
+    Method,
+    Published,
+    Recipe,
+    refuse_unusual_layers,
+)
 from unipelt_cli.methods.building_blocks import train_norms
 
 
@@ -27,7 +34,7 @@ class Selective(Method):
 class Full(Selective):
     """Train every tensor of the backbone."""
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.requires_grad_(True)
 
 
@@ -42,7 +49,7 @@ class Head(Selective):
     def reads_frozen_features(self) -> bool:
         return True
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         pass
 
 
@@ -63,7 +70,7 @@ class TopLayers(Selective):
                 f"set {layer_count} or less",
             )
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         layers = site.layout.layer_list(backbone)
         count = self.layers or max(1, len(layers) // 4)
         layers[-count:].requires_grad_(True)
@@ -78,7 +85,7 @@ class LayerNorms(Selective):
     def refusals(self, layout: Layout, config: Any) -> Iterator[tuple[str, str]]:
         yield from refuse_unusual_layers(layout)
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         train_norms(backbone, site.layout)
 
 
@@ -98,7 +105,7 @@ class BitFit(Selective):
         if "bias" in layout.lacks:
             yield layout.lacks["bias"], "choose another method or another backbone"
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         for module in self._biased(backbone, site.layout):
             assert isinstance(module.bias, nn.Parameter)
             module.bias.requires_grad_(True)

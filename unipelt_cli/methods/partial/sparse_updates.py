@@ -11,7 +11,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from unipelt_cli.backbones.architectures import BACKBONES
-from unipelt_cli.methods.base import CHECKS, Losses, Method, Moment, Published, Recipe, Site
+from unipelt_cli.methods.base import (
+    CHECKS,
+    AttachContext,
+    Losses,
+    Method,
+    Published,
+    Recipe,
+    StagePosition,
+)
 from unipelt_cli.methods.partial.overlay import Deltas, Entries, frozen, squared_gradients, top
 from unipelt_cli.methods.partial.selective import Selective
 
@@ -60,7 +68,7 @@ class FishMask(Sparse):
         1024
     )
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         parameters = frozen(backbone)
         head = site.head_parameters
         total = sum(p.numel() for p in parameters.values())
@@ -88,10 +96,10 @@ class ChildTuningF(Selective):
         float, Field(gt=0, le=1, description="chance of an entry's gradient to be kept")
     ] = 0.3
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.requires_grad_(True)
 
-    def after_backward(self, backbone: nn.Module, moment: Moment) -> None:
+    def after_backward(self, backbone: nn.Module, moment: StagePosition) -> None:
         for parameter in backbone.parameters():
             if parameter.grad is not None:
                 kept = torch.empty_like(parameter.grad).bernoulli_(self.kept)
@@ -112,7 +120,7 @@ class ChildTuningD(Selective):
     ] = 0.3
     batch_size: Annotated[int, Field(ge=1, description="rows a squared gradient is taken of")] = 16
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         layers = _layers(backbone)
         total = sum(parameter.numel() for parameter in layers.values())
         child = Entries(list(layers.values()), max(1, int(self.share * total)))
@@ -128,7 +136,7 @@ class ChildTuningD(Selective):
         for parameter, places in zip(layers, child.split(), strict=True):
             parameter.requires_grad_(len(places) > 0)
 
-    def after_backward(self, backbone: nn.Module, moment: Moment) -> None:
+    def after_backward(self, backbone: nn.Module, moment: StagePosition) -> None:
         layers = _layers(backbone).values()
         for parameter, places in zip(layers, _child(backbone).split(), strict=True):
             if parameter.grad is not None:

@@ -14,7 +14,15 @@ from pydantic.dataclasses import dataclass
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.methods.base import CHECKS, Moment, Pass, Published, Recipe, Site, Stage
+from unipelt_cli.methods.base import (
+    CHECKS,
+    AttachContext,
+    Published,
+    Recipe,
+    Stage,
+    StagePosition,
+    TrainingBatch,
+)
 from unipelt_cli.methods.building_blocks import STD
 from unipelt_cli.methods.reparameterised.dora_and_vera import (
     Reparameterised,
@@ -136,7 +144,7 @@ class AdaLoRA(Reparameterised):
         first = Stage(self.allocation, selects=False)
         return first, Stage(1 - self.allocation, continues=True)
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         scale = self.alpha / self.rank
         updates = Updates(
             backbone,
@@ -149,27 +157,27 @@ class AdaLoRA(Reparameterised):
             updates.contests = nn.ModuleList(map(Contest, triplets))
         backbone.updates = updates
 
-    def loss(self, step: Pass) -> Tensor:
+    def loss(self, step: TrainingBatch) -> Tensor:
         squared = self.penalty == "squared"
         penalties = [update.penalty(squared=squared) for update, _ in _pairs(step.backbone)]
         mean = torch.stack(penalties).mean() / 2
         return super().loss(step) + self.orthogonality * mean
 
-    def after_backward(self, backbone: nn.Module, moment: Moment) -> None:
+    def after_backward(self, backbone: nn.Module, moment: StagePosition) -> None:
         for triplets, contest in _pairs(backbone):
             if moment.stage == 0:
                 contest.observe(triplets, self.smoothing)
             if triplets.values.grad is not None:
                 triplets.values.grad.mul_(contest.kept)
 
-    def after_step(self, backbone: nn.Module, moment: Moment) -> None:
+    def after_step(self, backbone: nn.Module, moment: StagePosition) -> None:
         if moment.stage == 0:
             self._allocate(backbone, self.budget(moment))
         with torch.no_grad():
             for triplets, contest in _pairs(backbone):
                 triplets.values.mul_(contest.kept)
 
-    def budget(self, moment: Moment) -> float:
+    def budget(self, moment: StagePosition) -> float:
         """Return the mean rank after a step of the first stage: it falls with a cubic slope."""
         held = round(self.hold * moment.steps)
         left = 1 - max(0, moment.step + 1 - held) / max(1, moment.steps - held)

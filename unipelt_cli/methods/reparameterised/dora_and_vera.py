@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.methods.base import CHECKS, Method, Recipe, Site, refuse_unusual_layers
+from unipelt_cli.methods.base import CHECKS, AttachContext, Method, Recipe, refuse_unusual_layers
 
 
 class Update(nn.Module):
@@ -136,7 +136,7 @@ class DoRA(Reparameterised):
     rank: Annotated[int, Field(ge=1, le=1024, description="rank of the direction's update")] = 8
     scale: Annotated[float, Field(gt=0, description="alpha / rank")] = 2.0
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.updates = Updates(
             backbone,
             site.layout,
@@ -184,7 +184,7 @@ class VeRA(Reparameterised):
 
     rank: Annotated[int, Field(ge=1, le=4096, description="rank of the shared matrices")] = 256
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         layers = site.layout.layer_list(backbone)
         query = layers[0].get_submodule(site.layout.query)
         assert isinstance(query, nn.Linear)

@@ -70,8 +70,8 @@ def without(
 def _factor(gates: Mapping[str, float], part: str, path: Sequence[str]) -> float | None:
     """Return the gate that multiplies a tensor of a layer; None where it multiplies another."""
     match part, path:
-        case "lora", [place, "b"]:
-            return gates.get("lora", gates.get(f"lora_{place}"))
+        case "lora", [projection, "b"]:
+            return gates.get("lora", gates.get(f"lora_{projection}"))
         case "lora", _:
             return None
         case (("adapter" | "parallel"), ["down", _]):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from unipelt_cli.errors import ConfigError
-from unipelt_cli.methods.base import Joint, Site
+from unipelt_cli.methods.base import AttachContext, SharedPasses
 from unipelt_cli.methods.building_blocks import Prefix
 from unipelt_cli.methods.unipelt.attention import replace_attention
 from unipelt_cli.methods.unipelt.gates import token_weights
@@ -15,7 +15,7 @@ from unipelt_cli.methods.unipelt.layer import ForwardState, LayerSubmodules, pro
 from unipelt_cli.methods.unipelt.settings import UnionSettings
 
 
-class FusedLayers(Joint, Protocol):
+class FusedLayers(SharedPasses, Protocol):
     """What may stand in the place of the library's layers, and computes the same faster."""
 
     def begin(self, inputs: Mapping[str, Any]) -> bool:
@@ -32,7 +32,7 @@ class Container(nn.Module):
         self,
         backbone: nn.Module,
         method: UnionSettings,
-        site: Site,
+        site: AttachContext,
     ) -> None:
         super().__init__()
         layout, generator = site.layout, site.generator

@@ -17,7 +17,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from unipelt_cli.methods.base import CHECKS, Gates, NoKnownForm, Published, Recipe, Site
+from unipelt_cli.methods.base import CHECKS, AttachContext, Gates, NoKnownForm, Published, Recipe
 from unipelt_cli.methods.building_blocks import LowRank
 from unipelt_cli.methods.few_labels import FEW_LABELS
 from unipelt_cli.methods.forms import LowRankUpdates
@@ -36,10 +36,10 @@ MERGEABLE = frozenset({"lora", "bias"})
 class Submodules(UnionSettings):
     """Any union of adapter, prefix, LoRA, bias and parallel adapter, with or without gates."""
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         backbone.submodules = Container(backbone, self, site)
 
-    def hasten(self, backbone: nn.Module, site: Site) -> bool:
+    def accelerate(self, backbone: nn.Module, site: AttachContext) -> bool:
         """Put fused layers in the library's place where they compute the same."""
         layout, config = site.layout, cast(Any, backbone.config)
         container = container_of(backbone)
@@ -74,7 +74,7 @@ class Submodules(UnionSettings):
                 stored["submodules.prefix.rows"] = container.prefix().contiguous()
         return stored
 
-    def known_form(
+    def as_low_rank_or_rescaling(
         self, backbone: nn.Module, part: str | None = None, gates: Gates = ()
     ) -> LowRankUpdates:
         """Return LoRA alone as what it is, and what stands beside it only if asked for a part."""

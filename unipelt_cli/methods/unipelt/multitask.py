@@ -12,7 +12,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from unipelt_cli.methods.base import CHECKS, Recipe, Site
+from unipelt_cli.methods.base import CHECKS, AttachContext, Recipe
 from unipelt_cli.methods.unipelt.inspection import container_of
 from unipelt_cli.methods.unipelt.layer import LayerSubmodules
 from unipelt_cli.methods.unipelt.method import Submodules
@@ -27,7 +27,7 @@ class TaskGatedSubmodules(Submodules):
         if not self.gated:
             yield "gated = False: there is no gate to see the task", "use another method, ungated"
 
-    def attach(self, backbone: nn.Module, site: Site) -> None:
+    def attach(self, backbone: nn.Module, site: AttachContext) -> None:
         super().attach(backbone, site)
         for layer in container_of(backbone).layers:
             assert isinstance(layer, LayerSubmodules)
