@@ -22,9 +22,9 @@ from unipelt_cli.metrics import Values
 from unipelt_cli.models.evaluation import answers, references
 from unipelt_cli.runs.run import Run, read_run
 from unipelt_cli.tasks import Task
-from unipelt_cli.training.events import Epoch, Failed, Finished, Halved, Ready, Step
+from unipelt_cli.training.events import BatchHalved, Epoch, Failed, Finished, Ready, Step
 from unipelt_cli.training.execution import execute_together
-from unipelt_cli.training.planning import Shared
+from unipelt_cli.training.planning import RowCache
 
 SCORED = ("dev", "test")
 SELECTS_NOTHING = frozenset({"probe"})
@@ -43,7 +43,7 @@ class Rows:
     seed: int
     settings: Settings
     prepared: Prepared
-    shared: Shared
+    shared: RowCache
 
     @property
     def task(self) -> Task:
@@ -193,7 +193,7 @@ class Ours:
         )
 
 
-def _dev_rows_read(experiment: Experiment, shared: Shared) -> Dataset | None:
+def _dev_rows_read(experiment: Experiment, shared: RowCache) -> Dataset | None:
     """Return the dev rows that a run's training reads; None where it reads none."""
     if experiment.method_name in SELECTS_NOTHING:
         return None
@@ -201,7 +201,7 @@ def _dev_rows_read(experiment: Experiment, shared: Shared) -> Dataset | None:
     return dev if dev is not None and len(dev) else None
 
 
-def _train(experiment: Experiment, directory: Path, shared: Shared) -> tuple[float, float]:
+def _train(experiment: Experiment, directory: Path, shared: RowCache) -> tuple[float, float]:
     """Train, or go on with, one run; return the seconds until its last step, and those after it.
 
     A run without steps, or one that had ended before, has all its seconds in the first. What the
@@ -215,7 +215,7 @@ def _train(experiment: Experiment, directory: Path, shared: Shared) -> tuple[flo
             raise event.error
         if isinstance(event, Ready):
             is_resumed = event.taken > 0
-        if isinstance(event, Step | Halved | Epoch):
+        if isinstance(event, Step | BatchHalved | Epoch):
             trained = time.perf_counter()
         if isinstance(event, Finished):
             total = event.result["seconds"]

@@ -33,7 +33,7 @@ from unipelt_cli.config.toml import parse_assignment
 from unipelt_cli.errors import ConfigError, UnipeltError
 from unipelt_cli.tasks import TASKS, Glue, get_task
 from unipelt_cli.terminal import comparison, console
-from unipelt_cli.training.planning import Shared
+from unipelt_cli.training.planning import RowCache
 
 SETFIT = "setfit"
 CONTENDERS = (
@@ -111,7 +111,7 @@ def draw(name: str, task: Settings, chosen: argparse.Namespace, seed: int) -> Ro
     data: dict[str, Any] = task["data"] | {"k": chosen.k, "data_seed": seed}
     own = TASKS[name].dev_size if "train_file" not in data else None
     scored = chosen.dev_size or own or DataSettings.model_fields["dev_size"].default
-    shared = Shared()
+    shared = RowCache()
     (prepared,) = shared.prepare(resolve([("", {"data": data | {"dev_size": scored}})]).data)
     read = scored if chosen.dev_size is None else chosen.dev_size
     return Rows(name, seed, {"data": data | {"dev_size": read}}, prepared, shared)

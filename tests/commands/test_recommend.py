@@ -15,7 +15,7 @@ from unipelt_cli.config.presets import read_preset
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.sweeps.selection import HALF_A_POINT
 from unipelt_cli.terminal.search import floor_verdict
-from unipelt_cli.training.planning import Shared
+from unipelt_cli.training.planning import RowCache
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def test_the_command_leaves_preset_evidence_and_a_run_that_saw_test_once(
     few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    encode = Shared.encode
+    encode = RowCache.encode
 
     def watched(self: Any, tuned: Any, prepared: Any, split: str, experiment: Any) -> Any:
         seen.append(split)
         return encode(self, tuned, prepared, split, experiment)
 
-    monkeypatch.setattr(Shared, "encode", watched)
+    monkeypatch.setattr(RowCache, "encode", watched)
     code, stdout, stderr = invoke(*few, "--folds", "none", "--json")
     assert code == 0, stderr
     assert seen.count("test") == 1

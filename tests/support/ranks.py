@@ -20,7 +20,7 @@ from unipelt_cli.system import processes
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import execution
-from unipelt_cli.training.events import Course, Epoch, Halved
+from unipelt_cli.training.events import BatchHalved, Epoch, TaskRows
 from unipelt_cli.training.loop import Training
 
 SENTENCES = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for i in range(21)]
@@ -51,7 +51,7 @@ def loop_of_two_tasks(backbone: str, joined: Processes = ALONE) -> Training:
     tuned = build(planned, (2, 2))
     encoded, task = encode_rows(tuned, [SENTENCES], 128), get_task("sst2")
     rows, other = (encoded, np.arange(21) % 2), (encoded, np.arange(21) // 2 % 2)
-    more = [Course(get_task("cola"), other, other)]
+    more = [TaskRows(get_task("cola"), other, other)]
     return Training(tuned, task, rows, rows, planned.train, more, joined)
 
 
@@ -144,7 +144,7 @@ def main(backbone: str, rows: str, out: Path) -> None:
             kept[f"{method} logits"] = torch.from_numpy(logits)
         with lacking_memory(1 if joined.rank == 1 else 9):
             events = list(loop_of(backbone, "unipelt-apl", joined).events())
-            said["halved"] = [e.micro_batch_size for e in events if isinstance(e, Halved)]
+            said["halved"] = [e.micro_batch_size for e in events if isinstance(e, BatchHalved)]
         with lacking_memory(0 if joined.rank == 1 else 9):
             loop = loop_of(backbone, "unipelt-apl", joined)
             said["not one row"] = error_of(lambda: list(loop.events()))

@@ -23,7 +23,7 @@ from unipelt_cli.sweeps import selection, successive_halving
 from unipelt_cli.sweeps.candidates import Candidate, Choice, choices, make_candidates
 from unipelt_cli.sweeps.judges import FOLDS, DevJudge, FoldJudge, judge_of
 from unipelt_cli.training import execution
-from unipelt_cli.training.planning import Shared, loop_of, plan
+from unipelt_cli.training.planning import RowCache, loop_of, plan
 
 Describe = Callable[[Choice], Experiment]
 
@@ -52,7 +52,7 @@ def candidates_of(describe: Describe, names: Sequence[str], *rates: float) -> li
 
 
 def judge(candidates: Sequence[Candidate]) -> DevJudge | FoldJudge:
-    return judge_of(candidates[0].experiment, Shared())
+    return judge_of(candidates[0].experiment, RowCache())
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
@@ -79,7 +79,7 @@ def test_a_third_goes_on_from_where_it_stood(describe: Describe) -> None:
     assert last.score == pytest.approx(fmean(last.scores))
     first = last.trials[0]
     experiment, prepared, tuned = plan(first.experiment)
-    loop = loop_of(experiment, prepared, tuned, Shared())
+    loop = loop_of(experiment, prepared, tuned, RowCache())
     list(loop.events())
     assert first.score == loop.progress.best_score, "as if it had trained in one go"
     assert first.epoch == loop.progress.epoch - 1
@@ -207,7 +207,7 @@ def test_a_fold_is_judged_as_a_run_of_it_would_be(
 ) -> None:
     described = describing(backbone_dir("bert"), rows_file, {"folds": FOLDS}, epochs=2)
     (candidate,) = make_candidates([Choice(method, 5e-3)], described)
-    shared = Shared()
+    shared = RowCache()
     (whole,) = shared.prepare(candidate.experiment.data)
     seed = whole.manifest["data_seed"]  # the one before it makes the folds those of a run
     earlier = Prepared(whole.task, whole.splits, {**whole.manifest, "data_seed": seed - 1})
@@ -230,7 +230,7 @@ def test_test_rows_are_no_part_of_the_folds(backbone_dir: Backbones, tmp_path: P
     rows = write_rows(tmp_path / "rows.csv", 160)
     described = describing(backbone_dir("bert"), rows, {"k": 40, "dev_size": 0})
     experiment = described(Choice("head", 1e-3))
-    shared = Shared()
+    shared = RowCache()
     (whole,) = shared.prepare(experiment.data)
     judging = judge_of(experiment, shared)
     assert isinstance(judging, FoldJudge)
@@ -244,7 +244,7 @@ def test_test_rows_are_no_part_of_the_folds(backbone_dir: Backbones, tmp_path: P
 
 def test_the_folds_are_not_those_that_a_run_is_scored_by(folded: Describe) -> None:
     experiment = folded(Choice("head", 1e-3))
-    shared = Shared()
+    shared = RowCache()
     (whole,) = shared.prepare(experiment.data)
     judging = judge_of(experiment, shared)
     assert isinstance(judging, FoldJudge)
@@ -272,7 +272,7 @@ def test_rows_that_cannot_be_folded_are_refused(backbone_dir: Backbones, tmp_pat
     rows = write_rows(tmp_path / "rows.csv", 12)
     described = describing(backbone_dir("bert"), rows, {"dev_size": 0, "k": 2})
     with pytest.raises(ConfigError) as refused:
-        judge_of(described(Choice("head", 1e-3)), Shared())
+        judge_of(described(Choice("head", 1e-3)), RowCache())
     assert refused.value.message == (
         "no dev rows, and folds cannot be made: data.folds = 3: rows has 2 train rows of different "
         "texts"

@@ -26,7 +26,7 @@ from unipelt_cli.sweeps.cell_reports import CellFailed, CellFinished, CellSpec
 from unipelt_cli.sweeps.sweep import FAILURES, CellState, Sweep, best_so_far
 from unipelt_cli.system import memory
 from unipelt_cli.training import planning
-from unipelt_cli.training.planning import Shared
+from unipelt_cli.training.planning import RowCache
 
 QUICK = ["--set", "train.epochs=2", "--set", "train.device=cpu", "--precision", "fp32"]
 
@@ -52,7 +52,7 @@ def test_a_process_draws_and_tokenizes_the_same_rows_once(
         "model": {"backbone": str(backbone_dir("bert"))},
         "train": {"epochs": 1, "device": "cpu", "precision": "fp32"},
     }
-    shared = Shared()
+    shared = RowCache()
     results = []
     for method in ("head", "lora", "bitfit"):
         settings = own | {"method": {"name": method}}
@@ -85,7 +85,7 @@ def test_what_breaks_after_a_cell_has_ended_does_not_end_it_twice(
         raise ZeroDivisionError("by nothing")
 
     monkeypatch.setattr(worker, "_together", breaking)
-    reports = list(worker.carry_out(group, Shared()))
+    reports = list(worker.carry_out(group, RowCache()))
     first, *failed = reports
     assert first == CellFinished("a", {})
     assert [report.directory for report in failed] == ["b", "c"]

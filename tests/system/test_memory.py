@@ -17,8 +17,8 @@ from unipelt_cli.runs.names import MODEL
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.system import memory
 from unipelt_cli.training import execution
-from unipelt_cli.training.events import Epoch, Halved
-from unipelt_cli.training.planning import Shared
+from unipelt_cli.training.events import BatchHalved, Epoch
+from unipelt_cli.training.planning import RowCache
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -68,9 +68,9 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
 ) -> None:
     holding(monkeypatch, 3, error)
     events = list(execution.execute(planned(bert, rows_file), tmp_path / "run"))
-    assert [event for event in events if isinstance(event, Halved)] == [
-        Halved(4, compares_rows=True),
-        Halved(2, compares_rows=True),
+    assert [event for event in events if isinstance(event, BatchHalved)] == [
+        BatchHalved(4, compares_rows=True),
+        BatchHalved(2, compares_rows=True),
     ]
     assert read_run(tmp_path / "run").result["micro_batch_size"] == 2
 
@@ -87,7 +87,7 @@ def test_parts_add_up_to_the_whole_step(
         with monkeypatch.context() as patch:
             holding(patch, limit, ERRORS[0])
             events = list(execution.execute(calm, tmp_path / name))
-        assert not any(event.compares_rows for event in events if isinstance(event, Halved))
+        assert not any(event.compares_rows for event in events if isinstance(event, BatchHalved))
         losses.append([event.train_loss for event in events if isinstance(event, Epoch)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     tensors = [sealed.open_tensors(tmp_path / n / MODEL)[0] for n in ("whole", "parts")]
@@ -107,7 +107,7 @@ def test_a_run_in_parts_goes_on_exactly(
         next(events)
     events.close()
     later = list(execution.execute(plan, tmp_path / "run", "resume"))
-    assert not any(isinstance(event, Halved) for event in later)
+    assert not any(isinstance(event, BatchHalved) for event in later)
     models = [(tmp_path / name / MODEL).read_bytes() for name in ("whole", "run")]
     assert models[0] == models[1]
 
@@ -119,7 +119,7 @@ def test_evaluation_is_halved_as_well_and_computes_the_same(
         pass
     run = read_run(tmp_path / "run")
     tuned = run.build()
-    rows = Shared().encode(tuned, run.prepared(), "test", run.experiment)
+    rows = RowCache().encode(tuned, run.prepared(), "test", run.experiment)
     whole = compute_logits(tuned, rows)
     holding(monkeypatch, 1, ERRORS[0], only_training=False)
     np.testing.assert_allclose(compute_logits(tuned, rows), whole, atol=1e-5)
@@ -156,7 +156,7 @@ def test_runs_that_do_not_fit_together_go_on_alone(
     holding(monkeypatch, 4, ERRORS[0])
     directories = [tmp_path / f"run{number}" for number in range(3)]
     events = list(execution.execute_together(plans, directories))
-    halved = [(place, e.micro_batch_size) for place, e in events if isinstance(e, Halved)]
+    halved = [(place, e.micro_batch_size) for place, e in events if isinstance(e, BatchHalved)]
     assert sorted(halved) == [(0, 4), (1, 4), (2, 4)]
     for number, directory in enumerate(directories):
         expected = (tmp_path / f"alone{number}" / MODEL).read_bytes()

@@ -26,7 +26,7 @@ from unipelt_cli.runs.progress import read_metrics
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.training import execution
 from unipelt_cli.training.events import Folded
-from unipelt_cli.training.planning import Shared, loop_of, plan
+from unipelt_cli.training.planning import RowCache, loop_of, plan
 from unipelt_cli.training.step import Stepper
 
 FILES = {
@@ -319,7 +319,7 @@ def test_every_stage_ends_with_its_last_tensors_or_their_mean(
     settings = settings_of(rows_file, bert, averaging=averaging, epochs=4, patience=1).settings()
     settings["data"] |= {"folds": 0, "dev_size": 0}
     planned = resolve([("", {**settings, "method": {"name": method}})])
-    shared = Shared()
+    shared = RowCache()
     experiment, prepared, tuned = plan(planned, shared)
     loop = loop_of(experiment, prepared, tuned, shared)
     taken = [dict(loop.stepper.averaged) for _ in loop.events()]

@@ -28,7 +28,7 @@ from unipelt_cli.runs.names import EXPERIMENT, MODEL, PROBE, RESULT
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import execution
-from unipelt_cli.training.events import Course, Epoch, Finished
+from unipelt_cli.training.events import Epoch, Finished, TaskRows
 from unipelt_cli.training.loop import Training
 
 BOUNDS = {"scores": (16, 84), "prices": (105_534, 968_881), "years": (1987, 2023), "cold": (-61, 2)}
@@ -293,7 +293,7 @@ def test_each_of_several_tasks_has_its_own_scale(calm_bert: Path, averaging: flo
     rows = encode_rows(tuned, [texts], 128)
     labels = np.arange(16) % 2
     values = [low + (high - low) * labels for low, high in (BOUNDS["prices"], BOUNDS["years"])]
-    more = [Course(get_task("stsb"), (rows, own), (rows, own)) for own in values]
+    more = [TaskRows(get_task("stsb"), (rows, own), (rows, own)) for own in values]
     first = rows, labels
     loop = Training(tuned, get_task("sst2"), first, first, settings.train, more)
     events = [event for event in loop.events() if isinstance(event, Epoch)]

@@ -82,7 +82,7 @@ def recommend(
         from unipelt_cli.sweeps import candidates, judges, recommendation, successive_halving
         from unipelt_cli.sweeps.grid import split_names
         from unipelt_cli.terminal.search import show_search
-        from unipelt_cli.training.planning import Shared
+        from unipelt_cli.training.planning import RowCache
     from unipelt_cli.files import atomic
     from unipelt_cli.terminal.console import note, say
 
@@ -95,7 +95,7 @@ def recommend(
     experiment_of = _experiments(with_columns([], shared_settings), backbones, offline)
     searched = candidates.make_candidates(tried, experiment_of)
     with atomic.new_directory(out) as directory:
-        shared = Shared()
+        shared = RowCache()
         judge = judges.judge_of(searched[0].experiment, shared)
         chosen = show_search(searched, judge, seconds)
         reuses = judges.reuses_test_rows(chosen.experiment, shared)

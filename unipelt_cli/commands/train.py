@@ -24,7 +24,7 @@ from unipelt_cli.terminal.command_group import print_json
 if TYPE_CHECKING:
     from unipelt_cli.config.experiment import Experiment
     from unipelt_cli.training.estimate import Outlook
-    from unipelt_cli.training.planning import Shared
+    from unipelt_cli.training.planning import RowCache
     from unipelt_cli.training.session import Mode
 
 
@@ -80,9 +80,9 @@ def train(
         is_one = data.data_seeds is None and seeds is None
         directories = _directories(grid, out, is_one=is_one)
         from unipelt_cli.commands.shared import live_training
-        from unipelt_cli.training.planning import Shared
+        from unipelt_cli.training.planning import RowCache
 
-        first, shared = next(iter(grid.values())), Shared(files=resolved().files)
+        first, shared = next(iter(grid.values())), RowCache(files=resolved().files)
         if dry_run:
             joined.each(lambda: show_dry_run(first, directories, mode, shared, as_json))
             return
@@ -127,7 +127,7 @@ def show_dry_run(
     experiment: "Experiment",
     directories: Sequence[Path],
     mode: "Mode",
-    shared: "Shared",
+    shared: "RowCache",
     as_json: bool,
 ) -> None:
     """Say what a run would train on, what it would take and where it would be; write nothing."""

@@ -16,7 +16,7 @@ from unipelt_cli.models.evaluation import compute_logits, predictions, reference
 from unipelt_cli.sweeps.candidates import Candidate, Trial
 from unipelt_cli.tasks import joint_metric
 from unipelt_cli.training.events import Epoch
-from unipelt_cli.training.planning import Shared, loop_of, plan
+from unipelt_cli.training.planning import RowCache, loop_of, plan
 
 KEPT = 3  # one candidate of so many goes on, and so many to the end
 SEEDS = 3  # of those that train to their end on dev
@@ -53,7 +53,7 @@ class Judge(Protocol):
 class DevJudge:
     """Scores on dev rows: loops go on from rung to rung, the last ones with more seeds."""
 
-    def __init__(self, prepared: Sequence[Prepared], shared: Shared) -> None:
+    def __init__(self, prepared: Sequence[Prepared], shared: RowCache) -> None:
         self.rungs: tuple[Rung, ...] = (Rung(None, 4), Rung(None, 12), Rung(KEPT, None, SEEDS))
         self.rows, self.shared = sum(len(part.splits["dev"]) for part in prepared), shared
 
@@ -95,7 +95,7 @@ class FoldJudge:
     those of a run, whose score would else be the very maximum that was chosen.
     """
 
-    def __init__(self, whole: Prepared, shared: Shared) -> None:
+    def __init__(self, whole: Prepared, shared: RowCache) -> None:
         manifest = {**whole.manifest, "folds": FOLDS, "data_seed": whole.manifest["data_seed"] + 1}
         rows = {"train": whole.splits["train"]}
         folded = Prepared(whole.task, rows, seal_manifest(manifest))
@@ -133,7 +133,7 @@ class FoldJudge:
         return trial
 
 
-def judge_of(experiment: Experiment, shared: Shared) -> DevJudge | FoldJudge:
+def judge_of(experiment: Experiment, shared: RowCache) -> DevJudge | FoldJudge:
     """Return what judges candidates on an experiment's rows: its dev rows, else folds.
 
     Raises DataError for rows that cannot be read, ConfigError for those that no fold can judge.
@@ -151,6 +151,6 @@ def judge_of(experiment: Experiment, shared: Shared) -> DevJudge | FoldJudge:
         raise ConfigError(f"no dev rows, and folds cannot be made: {error.message}", hint) from None
 
 
-def reuses_test_rows(experiment: Experiment, shared: Shared) -> bool:
+def reuses_test_rows(experiment: Experiment, shared: RowCache) -> bool:
     """Say whether the rows that choose are those that a run is scored on: folds of its rows."""
     return any("test" not in part.splits for part in shared.prepare(experiment.data))

@@ -23,7 +23,7 @@ from unipelt_cli.runs.names import RECORDED, RESULT, STATE
 from unipelt_cli.sweeps import worker
 from unipelt_cli.sweeps.cell_reports import CellEnd, CellFailed, CellReport, CellSpec
 from unipelt_cli.text import first_line
-from unipelt_cli.training.planning import Shared
+from unipelt_cli.training.planning import RowCache
 
 Files = dict[str, bytes]
 NAMES = (*RECORDED, STATE, RESULT)
@@ -31,7 +31,7 @@ NAMES = (*RECORDED, STATE, RESULT)
 RETRIES = 5  # of a task whose node or process died
 ANSWER_SECONDS = 5.0
 PATIENCE = 60.0  # seconds for tasks that were asked to stop
-_shared = Shared()
+_shared = RowCache()
 
 
 def run(

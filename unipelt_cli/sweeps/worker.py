@@ -33,12 +33,12 @@ with importing():
     from unipelt_cli.system import memory
     from unipelt_cli.training import execution
     from unipelt_cli.training.events import Epoch, Failed, Finished, Ready
-    from unipelt_cli.training.planning import Shared
+    from unipelt_cli.training.planning import RowCache
 
 
 def carry_out(
     group: Sequence[CellSpec],
-    shared: Shared,
+    shared: RowCache,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[CellReport]:
     """Train a group of cells; what fails is reported, and the others go on."""
@@ -63,7 +63,7 @@ def carry_out(
 
 
 def _together(
-    group: Sequence[CellSpec], shared: Shared, is_stopped: Callable[[], bool]
+    group: Sequence[CellSpec], shared: RowCache, is_stopped: Callable[[], bool]
 ) -> Iterator[CellReport]:
     experiments = [resolve([("", cell.settings)]) for cell in group]
     directories = [Path(cell.directory) for cell in group]
@@ -102,7 +102,7 @@ def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     parent, out = os.getppid(), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints must not look like a report
-    shared = Shared()
+    shared = RowCache()
     for line in sys.stdin:
         group = parse_group(line)
         for report in carry_out(group, shared, lambda: asked or os.getppid() != parent):

@@ -18,7 +18,7 @@ from unipelt_cli.system.memory import available
 from unipelt_cli.system.memory import held as memory_held
 from unipelt_cli.training.events import Step
 from unipelt_cli.training.loop import Training
-from unipelt_cli.training.planning import Shared, longest_batch, loop_of, plan
+from unipelt_cli.training.planning import RowCache, longest_batch, loop_of, plan
 from unipelt_cli.training.text_notes import text_notes
 
 STEPS = 4
@@ -106,7 +106,7 @@ def estimate(
 
     Yields each run's name; one that could not begin comes with the error instead.
     """
-    shared, speeds = Shared(), dict[str, _Speed]()
+    shared, speeds = RowCache(), dict[str, _Speed]()
     sizes: dict[Any, _Size] = {}
     for name, experiment in experiments.items():
         key = _kind(experiment)
@@ -125,7 +125,7 @@ def estimate(
         yield name, _cost(experiment, speeds[key], sizes[size_key])
 
 
-def outlook(experiment: Experiment, shared: Shared) -> Outlook:
+def outlook(experiment: Experiment, shared: RowCache) -> Outlook:
     """Make everything ready that a run needs, and take a few steps; write nothing.
 
     Raises what the run itself would raise before it trains.

@@ -22,14 +22,14 @@ Labelled = tuple[Encoded, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one task for the next step; who drives the loop takes it, and sends `Taken` back."""
+    """Rows of one task for the next step; who drives the loop takes it and sends a `StepResult`."""
 
     task_index: int
     rows: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Taken:
+class StepResult:
     """A step on a batch was taken."""
 
     loss: float
@@ -48,7 +48,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Halved:
+class BatchHalved:
     """A batch did not fit into memory: from now on it is computed so many rows at a time.
 
     The gradients of the parts are added up. The step stays the same unless its loss compares rows,
@@ -122,12 +122,12 @@ class Failed:
     error: UnipeltError
 
 
-Happening = Step | Halved | Epoch
-Event = Ready | Happening | Finished | Folded
+TrainingEvent = Step | BatchHalved | Epoch
+Event = Ready | TrainingEvent | Finished | Folded
 
 
 @dataclass(frozen=True)
-class Course:
+class TaskRows:
     """One task to train on, with its rows."""
 
     task: Task
@@ -140,8 +140,8 @@ class Course:
         """The train rows' labels by number; None of a regression."""
         return None if self.task.is_regression else self.train[1]
 
-    def scaled(self, settings: TrainSettings) -> "Course":
-        """Return the course with the scale on which its labels are learned."""
+    def scaled(self, settings: TrainSettings) -> "TaskRows":
+        """Return the rows with the scale on which their labels are learned."""
         if not self.task.is_regression or settings.label_scale == "raw":
             return self
         choose = LabelScale.chosen if settings.label_scale == "auto" else LabelScale.of
@@ -172,4 +172,4 @@ class Progress:
     total_train_seconds: float = 0.0
 
 
-Turns = Generator[Batch | Step | Epoch, Taken | None, None]
+Turns = Generator[Batch | Step | Epoch, StepResult | None, None]

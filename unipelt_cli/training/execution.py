@@ -11,8 +11,8 @@ from unipelt_cli.models.sharing import can_share
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.runs.out_of_fold import fold_experiments
 from unipelt_cli.system.processes import ALONE, Processes
-from unipelt_cli.training.events import Event, Failed, Finished, Folded, Happening
-from unipelt_cli.training.planning import Shared
+from unipelt_cli.training.events import Event, Failed, Finished, Folded, TrainingEvent
+from unipelt_cli.training.planning import RowCache
 from unipelt_cli.training.session import Mode, Session
 from unipelt_cli.training.shared_passes import train_together
 
@@ -52,7 +52,7 @@ def execute_together(
     directories: Sequence[Path],
     mode: Mode = "new",
     processes: Processes = ALONE,
-    shared: Shared | None = None,
+    shared: RowCache | None = None,
     lender: Tuned | None = None,
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Run experiments that differ in seeds alone, in one pass each step where the method can.
@@ -61,7 +61,7 @@ def execute_together(
     that fails does not stop the others. Closing the iterator interrupts all of them resumably.
     `lender` is a model that holds the same backbone already.
     """
-    shared = shared or Shared()
+    shared = shared or RowCache()
     waiting = [
         Session(experiment, directory, mode, processes, shared)
         for experiment, directory in zip(experiments, directories, strict=True)
@@ -134,7 +134,7 @@ def _train_group(
         for run_index, event in train_together(loops):
             session = group[run_index]
             directory = session.writer.directory
-            if isinstance(event, Happening):
+            if isinstance(event, TrainingEvent):
                 session.keep(event)
                 yield run_index, event
                 continue

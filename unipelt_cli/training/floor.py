@@ -17,13 +17,13 @@ from unipelt_cli.models.evaluation import predictions, references
 from unipelt_cli.system import memory
 from unipelt_cli.tasks import joint_scores
 from unipelt_cli.training.heads.frozen_features import read_features
-from unipelt_cli.training.planning import Shared, loop_of
+from unipelt_cli.training.planning import RowCache, loop_of
 
 _ROWS = ("seed", "device", "precision", "label_scale")  # settings of `train` that it shares
 
 
 def beside(
-    experiment: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
+    experiment: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: RowCache
 ) -> Mapping[str, Any]:
     """Return, for a run's result, the floor's scores on its rows by split, or why there are none.
 
@@ -66,7 +66,7 @@ def _key(floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained
 
 
 def _guarded(
-    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
+    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: RowCache
 ) -> Mapping[str, Any]:
     try:
         return {methods.FLOOR: _scores(floor, prepared, pretrained, shared)}
@@ -81,7 +81,7 @@ def _guarded(
 
 
 def _scores(
-    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
+    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: RowCache
 ) -> dict[str, dict[str, float]]:
     """Return the floor's scores by split; where folds are tested, those of their rows together."""
     if folds := prepared[0].manifest.get("folds", 0) if "test" not in prepared[0].splits else 0:
@@ -103,7 +103,7 @@ def _scores(
 
 
 def _answers(
-    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: Shared
+    floor: Experiment, prepared: Sequence[Prepared], pretrained: Pretrained, shared: RowCache
 ) -> tuple[list[Values], dict[str, float]]:
     """Fit the floor; return each task's predictions on test, and its scores on dev."""
     tasks = [dataset.task for dataset in prepared]

@@ -23,13 +23,13 @@ from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, joint_metric, joint_scores
 from unipelt_cli.training.events import (
     Batch,
-    Course,
     Epoch,
-    Happening,
     Labelled,
     Progress,
     Step,
-    Taken,
+    StepResult,
+    TaskRows,
+    TrainingEvent,
     Turns,
 )
 from unipelt_cli.training.heads.frozen_features import FrozenFeatures, Source, are_frozen
@@ -52,7 +52,7 @@ class Training:
         train: Labelled,
         dev: Labelled | None,
         settings: TrainSettings,
-        more: Sequence[Course] = (),
+        more: Sequence[TaskRows] = (),
         processes: Processes = ALONE,
         source: Source | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class Training:
         self.tuned, self.task, self.settings = tuned, task, settings
         self.processes = processes
         self.train, self.dev = train, dev
-        courses = (Course(task, train, dev), *more)
+        courses = (TaskRows(task, train, dev), *more)
         self.courses = tuple(course.scaled(settings) for course in courses)
         self.tasks = [course.task for course in self.courses]
         self.method = tuned.method
@@ -98,7 +98,7 @@ class Training:
         """How many epochs all stages take, if none ends early."""
         return sum(self.lengths)
 
-    def events(self) -> Iterator[Happening]:
+    def events(self) -> Iterator[TrainingEvent]:
         """Train every stage until patience or epochs end, then put its best epoch back.
 
         At the end a regression's values are on the scale of its labels. Raises CheckError when the
@@ -106,9 +106,9 @@ class Training:
         """
         yield from self.drive(self.turns())
 
-    def drive(self, turns: "Turns") -> Iterator[Happening]:
+    def drive(self, turns: "Turns") -> Iterator[TrainingEvent]:
         """Take the steps that turns ask for, and pass their events on."""
-        taken: Taken | None = None
+        taken: StepResult | None = None
         while True:
             try:
                 turn = turns.send(taken)

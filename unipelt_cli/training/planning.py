@@ -16,11 +16,11 @@ from unipelt_cli.models.label_scale import RAW, LabelScale
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes
-from unipelt_cli.training.events import Course
+from unipelt_cli.training.events import TaskRows
 from unipelt_cli.training.loop import Training
 
 
-class Shared:
+class RowCache:
     """Rows drawn and tokenized once for all runs of a process that read the same ones.
 
     It is let go with the runs it was made for: files are taken to stay as they are meanwhile.
@@ -116,10 +116,10 @@ def with_drawn_rows(experiment: Experiment) -> Experiment:
 
 
 def plan(
-    experiment: Experiment, shared: Shared | None = None
+    experiment: Experiment, shared: RowCache | None = None
 ) -> tuple[Experiment, tuple[Prepared, ...], Tuned]:
     """Prepare each task's data, build the model, and write what was chosen into the experiment."""
-    prepared = (shared or Shared()).prepare(experiment.data)
+    prepared = (shared or RowCache()).prepare(experiment.data)
     tasks = [dataset.task for dataset in prepared]
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
     tuned = build(experiment, outputs, pairs=pairs)
@@ -150,7 +150,7 @@ def loop_of(
     experiment: Experiment,
     prepared: Sequence[Prepared],
     tuned: Tuned,
-    shared: Shared,
+    shared: RowCache,
     processes: Processes = ALONE,
 ) -> Training:
     """Make the loop over what `plan` returned."""
@@ -163,7 +163,7 @@ def loop_of(
             for split in ("train", "dev")
         )
         assert train is not None
-        courses.append(Course(dataset.task, train, dev))
+        courses.append(TaskRows(dataset.task, train, dev))
     first, *more = courses
 
     def source(tuned: Tuned, task_index: int, split: str) -> Features:

@@ -28,10 +28,10 @@ from unipelt_cli.runs.writer import Writer, command_line
 from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, joint_metric, joint_name, joint_positive, joint_scores
-from unipelt_cli.training.events import Epoch, Finished, Halved, Happening, Ready
+from unipelt_cli.training.events import BatchHalved, Epoch, Finished, Ready, TrainingEvent
 from unipelt_cli.training.floor import beside
 from unipelt_cli.training.loop import Training
-from unipelt_cli.training.planning import Shared, doubt, loop_of, plan, with_drawn_rows
+from unipelt_cli.training.planning import RowCache, doubt, loop_of, plan, with_drawn_rows
 from unipelt_cli.training.text_notes import text_notes
 
 STATE_SECONDS = 60.0  # how much of a long epoch a crash may cost
@@ -48,9 +48,9 @@ class Session:
         directory: Path,
         mode: Mode,
         processes: Processes = ALONE,
-        shared: Shared | None = None,
+        shared: RowCache | None = None,
     ) -> None:
-        self.writer, self.mode, self.shared = Writer(directory), mode, shared or Shared()
+        self.writer, self.mode, self.shared = Writer(directory), mode, shared or RowCache()
         self.processes = processes
         self.experiment = with_drawn_rows(experiment)
         self.resumes = False
@@ -154,16 +154,16 @@ class Session:
         directory, (prepared,) = self.writer.directory, self.prepared
         self.out_of_fold = self.processes.main(lambda: read_folds(directory, prepared))
 
-    def keep(self, event: Happening) -> None:
+    def keep(self, event: TrainingEvent) -> None:
         """Log an epoch, and save what a killed loop goes on from.
 
         That is every epoch, and now and then in a long one. Where saving would take more than its
         share of the time, it waits until it does not: a crash costs seconds then as well.
         """
-        if not isinstance(event, Halved):  # in the middle of a step
+        if not isinstance(event, BatchHalved):  # in the middle of a step
             self.processes.main(lambda: self._keep(event))
 
-    def _keep(self, event: Happening) -> None:
+    def _keep(self, event: TrainingEvent) -> None:
         is_epoch = isinstance(event, Epoch)
         if is_epoch:
             self.writer.metric("epoch", asdict(event))
@@ -263,7 +263,7 @@ def _answers(
     experiment: Experiment,
     prepared: Sequence[Prepared],
     stored: Tuned,
-    shared: Shared,
+    shared: RowCache,
     processes: Processes,
 ) -> tuple[list[Values], list[Values]]:
     """Return each task's predictions and references on test."""

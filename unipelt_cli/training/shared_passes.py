@@ -12,13 +12,13 @@ from unipelt_cli.errors import CheckError
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.memory import is_exhausted, release
 from unipelt_cli.system.row_threads import shared_out, shares_out
-from unipelt_cli.training.events import Batch, Halved, Happening, Step, Taken
+from unipelt_cli.training.events import Batch, BatchHalved, Step, StepResult, TrainingEvent
 from unipelt_cli.training.loop import Training
 
 
 def train_together(
     loops: Mapping[int, Training],
-) -> Iterator[tuple[int, Happening | CheckError | None]]:
+) -> Iterator[tuple[int, TrainingEvent | CheckError | None]]:
     """Train the loops, whose models share a backbone; yield each event with its loop's name.
 
     None says that a loop is over, an error that it failed; the others go on. Between two events
@@ -42,7 +42,7 @@ def train_together(
                 yield name, None
         if not batches:
             continue
-        happened: list[tuple[int, Happening | CheckError]] = []
+        happened: list[tuple[int, TrainingEvent | CheckError]] = []
         stepping = [loops[name] for name in batches]
         taken = _try(stepping, list(batches.values())) if fits else None
         if taken is None:
@@ -63,7 +63,7 @@ def train_together(
         yield from happened
 
 
-def _alone(name: int, loop: Training) -> Iterator[tuple[int, Happening | CheckError | None]]:
+def _alone(name: int, loop: Training) -> Iterator[tuple[int, TrainingEvent | CheckError | None]]:
     try:
         for event in loop.events():
             yield name, event
@@ -73,7 +73,9 @@ def _alone(name: int, loop: Training) -> Iterator[tuple[int, Happening | CheckEr
         yield name, None
 
 
-def _try(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | CheckError] | None:
+def _try(
+    loops: Sequence[Training], batches: Sequence[Batch]
+) -> list[StepResult | CheckError] | None:
     """Take one step of every loop in one pass; None where that does not fit into memory."""
     try:
         return _take(loops, batches)
@@ -86,7 +88,7 @@ def _try(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | Ch
     return None
 
 
-def _take_alone(loop: Training, batch: Batch) -> tuple[Taken | CheckError, list[Halved]]:
+def _take_alone(loop: Training, batch: Batch) -> tuple[StepResult | CheckError, list[BatchHalved]]:
     """Take one step of one loop, in smaller parts if memory asks for it."""
     halved, taking = [], loop.stepper.take(batch)
     while True:
@@ -98,7 +100,7 @@ def _take_alone(loop: Training, batch: Batch) -> tuple[Taken | CheckError, list[
             return error, halved
 
 
-def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | CheckError]:
+def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[StepResult | CheckError]:
     """Take one step of every loop."""
     start = time.perf_counter()
     tuned = [loop.tuned for loop in loops]
@@ -115,12 +117,12 @@ def _take(loops: Sequence[Training], batches: Sequence[Batch]) -> list[Taken | C
             with loop.tuned.classifier.draws.of([generator], [len(rows)]):
                 losses.append(loop.method.loss(step))
         torch.autograd.backward(losses)
-    taken: list[Taken | CheckError] = []
+    taken: list[StepResult | CheckError] = []
     for loop, step, loss in zip(loops, steps, losses, strict=True):
         loop.method.after_backward(step.backbone, step.moment)
         try:
             value = loop.stepper.close(loss, step.moment)
-            taken.append(Taken(value, (time.perf_counter() - start) / len(loops)))
+            taken.append(StepResult(value, (time.perf_counter() - start) / len(loops)))
         except CheckError as error:
             taken.append(error)
     return taken

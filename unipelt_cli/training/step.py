@@ -15,7 +15,7 @@ from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
-from unipelt_cli.training.events import Batch, Course, Halved, Progress, Taken
+from unipelt_cli.training.events import Batch, BatchHalved, Progress, StepResult, TaskRows
 from unipelt_cli.training.gradients import Gradients
 from unipelt_cli.training.heads.frozen_features import FrozenFeatures
 from unipelt_cli.training.heads.loss import contrast, loss_of
@@ -30,7 +30,7 @@ class Stepper:
     def __init__(
         self,
         tuned: Tuned,
-        courses: Sequence[Course],
+        courses: Sequence[TaskRows],
         settings: TrainSettings,
         stage_steps: Sequence[int],
         processes: Processes = ALONE,
@@ -56,7 +56,7 @@ class Stepper:
         self.optimizer = make_adamw(self.parameters, self.settings, self.tuned)
         self.gradients = Gradients(list(self.parameters.values()), self.processes)
 
-    def take(self, batch: Batch) -> Generator[Halved, None, Taken]:
+    def take(self, batch: Batch) -> Generator[BatchHalved, None, StepResult]:
         """Take one step on some rows of one task, in smaller parts if memory asks for it."""
         start = time.perf_counter()
         while True:
@@ -68,13 +68,13 @@ class Stepper:
                 if self.processes.are_several or not is_exhausted(error):
                     raise
             if loss is not None:
-                return Taken(loss, time.perf_counter() - start)
+                return StepResult(loss, time.perf_counter() - start)
             if size == 1:
                 raise too_large()
             self.optimizer.zero_grad(set_to_none=True)
             release()
             self.progress.micro_batch_size = size // 2
-            yield Halved(size // 2, self._contrasts(batch.task_index))
+            yield BatchHalved(size // 2, self._contrasts(batch.task_index))
 
     def part_size(self, rows: int) -> int:
         """Return how many rows are computed at a time: at most a process's share of a batch."""
@@ -228,7 +228,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def train_losses(
     tuned: Tuned,
-    courses: Sequence[Course],
+    courses: Sequence[TaskRows],
     seed: int,
     batch_size: int,
     rows: int | None = None,

@@ -36,7 +36,7 @@ from unipelt_cli.runs.names import EXPERIMENT, MODEL, PROBE, STATE
 from unipelt_cli.runs.run import Run, read_run
 from unipelt_cli.tasks import get_task, joint_metric, joint_name, joint_scores
 from unipelt_cli.training import execution
-from unipelt_cli.training.events import Course, Epoch, Finished, Step
+from unipelt_cli.training.events import Epoch, Finished, Step, TaskRows
 from unipelt_cli.training.loop import Training
 from unipelt_cli.training.planning import with_drawn_rows
 from unipelt_cli.training.step import train_losses
@@ -254,7 +254,7 @@ def training(bert: Path, method: str, **train: Any) -> Training:
     rows = encode_rows(tuned, [texts], 128)
     few = encode_rows(tuned, [texts[:8], texts[8:16]], 128)
     labels, values = np.arange(20) % 2, np.linspace(0, 5, 8)
-    more = [Course(get_task("stsb"), (few, values), (few, values))]
+    more = [TaskRows(get_task("stsb"), (few, values), (few, values))]
     first = get_task("sst2")
     return Training(tuned, first, (rows, labels), (rows, labels), settings.train, more)
 

@@ -19,7 +19,7 @@ from unipelt_cli.runs.run import read_run
 from unipelt_cli.training import execution, floor
 from unipelt_cli.training.events import Epoch, Finished
 from unipelt_cli.training.heads.frozen_features import read_features
-from unipelt_cli.training.planning import Shared, loop_of, plan
+from unipelt_cli.training.planning import RowCache, loop_of, plan
 
 
 def test_cached_features_are_those_of_a_pass_in_evaluation_mode(bert: Path) -> None:
@@ -74,7 +74,7 @@ def own_rows(bert: Path, rows: Path, method: str, **data: Any) -> Any:
 def test_features_of_equal_rows_are_computed_once(
     bert: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, counted = Shared(), list[int]()
+    shared, counted = RowCache(), list[int]()
     for method, seed in (("head", 42), ("head", 43), ("probe", 42)):
         settings = own_rows(bert, rows_file, method).with_("train", seed=seed, epochs=1)
         planned, prepared, tuned = plan(settings, shared)
@@ -134,26 +134,26 @@ def test_a_sweep_pays_once_for_each_set_of_rows(
         for data_seed in (1, 2)
         for method in ("lora", "bitfit")
     ]
-    shared = Shared()
+    shared = RowCache()
     for place, settings in enumerate(grid):
         list(execution.execute_together([settings], [tmp_path / str(place)], shared=shared))
     assert built == ["probe", "probe"]
 
 
 def test_the_same_rows_in_other_folds_have_another_probe(bert: Path, rows_file: Path) -> None:
-    shared = Shared()
+    shared = RowCache()
     for folds in (2, 3):
         settings = own_rows(bert, rows_file, "lora").with_("data", folds=folds, dev_size=0)
         settings, prepared, tuned = plan(settings, shared)
         noted = floor.beside(settings, prepared, tuned.pretrained, shared)
-        assert noted == floor.beside(settings, prepared, tuned.pretrained, Shared())
+        assert noted == floor.beside(settings, prepared, tuned.pretrained, RowCache())
     assert len(shared.floors) == 2
 
 
 def test_rows_that_a_method_pads_are_not_those_of_one_that_does_not(
     bert: Path, rows_file: Path
 ) -> None:
-    shared, padded = Shared(), []
+    shared, padded = RowCache(), []
     for options in ({"name": "lora"}, {"name": "unipelt-apl", "gate_pooling": "all"}):
         settings = own_rows(bert, rows_file, "unipelt-apl").settings()
         settings, prepared, tuned = plan(resolve([("", {**settings, "method": options})]), shared)

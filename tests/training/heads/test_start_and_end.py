@@ -22,7 +22,7 @@ from unipelt_cli.models.classifier import STEEPNESS
 from unipelt_cli.models.evaluation import compute_features, compute_logits, encode_rows
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import shared_passes
-from unipelt_cli.training.events import Course, Step
+from unipelt_cli.training.events import Step, TaskRows
 from unipelt_cli.training.heads.start_and_end import fit, start_heads
 from unipelt_cli.training.loop import Training
 
@@ -95,7 +95,7 @@ def test_a_regression_starts_with_the_cosines_own_order(bert: Path, normalise: b
     with torch.no_grad():
         features = tuned.classifier.features(**rows.batch(range(20), torch.device("cpu")))
     labels = 5 * features[:, -1].numpy()  # what a line of the cosine says
-    start_heads(tuned, [Course(loop.task, (rows, labels), (rows, labels))], "random")
+    start_heads(tuned, [TaskRows(loop.task, (rows, labels), (rows, labels))], "random")
     said = compute_logits(tuned, rows)[:, 0]
     assert METRICS["spearman"](said, labels, 1) >= 0.999
     assert said == pytest.approx(labels, abs=0.01)  # its features keep their lengths

@@ -14,8 +14,8 @@ from unipelt_cli.terminal import console, progress, summaries
 from unipelt_cli.terminal.interrupts import stop_on_request
 from unipelt_cli.text import shown_score
 from unipelt_cli.training import execution
-from unipelt_cli.training.events import Epoch, Failed, Finished, Folded, Halved, Ready, Step
-from unipelt_cli.training.planning import Shared
+from unipelt_cli.training.events import BatchHalved, Epoch, Failed, Finished, Folded, Ready, Step
+from unipelt_cli.training.planning import RowCache
 from unipelt_cli.training.session import Mode
 from unipelt_cli.training.trackers import Tracking
 
@@ -43,7 +43,7 @@ def train(
     mode: Mode,
     processes: Processes = ALONE,
     trackers: Sequence[str] = (),
-    shared: Shared | None = None,
+    shared: RowCache | None = None,
 ) -> Mapping[str, Any]:
     """Carry one run out and return its result; a request to stop any process stops them all.
 
@@ -69,7 +69,7 @@ def train_together(
     directories: Sequence[Path],
     mode: Mode,
     trackers: Sequence[str] = (),
-    shared: Shared | None = None,
+    shared: RowCache | None = None,
 ) -> TrainedRuns:
     """Carry several runs out; return their results by label, the means, and what failed.
 
@@ -109,7 +109,7 @@ def _watch(
     hint: str,
     processes: Processes = ALONE,
     trackers: Sequence[str] = (),
-    shared: Shared | None = None,
+    shared: RowCache | None = None,
 ) -> dict[str, Finished | Failed]:
     """Show the events of runs as they come; return how each ended, in the order of the grid."""
     labels, view = list(grid), None
@@ -132,7 +132,7 @@ def _watch(
                     _announce(event)
                 case Step() if view is not None:
                     view.step(event, label)
-                case Halved() if view is not None:
+                case BatchHalved() if view is not None:
                     view.halved(event, label)
                 case Epoch() if view is not None:
                     view.epoch(asdict(event), label)
@@ -158,7 +158,7 @@ def _show_fold(view: progress.TrainingView, event: Folded, label: str) -> None:
     match event.event:
         case Step() as step:
             view.step(step, named)
-        case Halved() as halved:
+        case BatchHalved() as halved:
             view.halved(halved, named)
         case Finished() as finished:
             view.fold(finished.result, named)

@@ -11,7 +11,7 @@ from torch import Tensor
 from unipelt_cli.models.evaluation import Features, Logits, compute_features
 from unipelt_cli.models.tuned import Tuned
 from unipelt_cli.system.processes import Processes
-from unipelt_cli.training.events import Course
+from unipelt_cli.training.events import TaskRows
 from unipelt_cli.training.heads.loss import loss_of
 
 Source = Callable[[Tuned, int, str], Features]
@@ -30,7 +30,7 @@ class FrozenFeatures:
     def __init__(
         self,
         tuned: Tuned,
-        courses: Sequence[Course],
+        courses: Sequence[TaskRows],
         processes: Processes,
         source: Source | None = None,
     ) -> None:

@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from unipelt_cli.metrics import Values
-from unipelt_cli.training.events import Course
+from unipelt_cli.training.events import TaskRows
 
 
-def loss_of(course: Course, logits: Tensor, labels: Values) -> Tensor:
+def loss_of(course: TaskRows, logits: Tensor, labels: Values) -> Tensor:
     """Return the mean loss over rows: squared error on the course's scale, else cross-entropy."""
     if course.task.is_regression:
         target = torch.as_tensor(course.scale.standardise(labels), device=logits.device)

@@ -14,7 +14,7 @@ from unipelt_cli.methods.linear_fits import ABSENT, fit_classes, fit_values
 from unipelt_cli.models.classifier import STEEPNESS, Head
 from unipelt_cli.models.evaluation import fill
 from unipelt_cli.models.tuned import Tuned
-from unipelt_cli.training.events import Course
+from unipelt_cli.training.events import TaskRows
 
 RIDGE = 1e-3  # on the mean loss of a row, by squared weight on the standardised cosine
 STRENGTH = 1.0
@@ -22,7 +22,7 @@ STRENGTH = 1.0
 
 
 def start_heads(
-    tuned: Tuned, courses: Sequence[Course], start: str, features: Sequence[Tensor] = ()
+    tuned: Tuned, courses: Sequence[TaskRows], start: str, features: Sequence[Tensor] = ()
 ) -> None:
     """Set each head to where it starts; `random` is what it was drawn as.
 
@@ -41,7 +41,7 @@ def start_heads(
             set_to_means(head, course, _read(tuned, course, task_index, features))
 
 
-def end_heads(tuned: Tuned, courses: Sequence[Course], features: Sequence[Tensor] = ()) -> None:
+def end_heads(tuned: Tuned, courses: Sequence[TaskRows], features: Sequence[Tensor] = ()) -> None:
     """Set each head over classes to its train rows' means as training left them.
 
     A trained head has learned few rows by heart, and its rare classes least well: where a class has
@@ -59,7 +59,7 @@ def end_heads(tuned: Tuned, courses: Sequence[Course], features: Sequence[Tensor
             set_to_means(head, course, read)
 
 
-def _read(tuned: Tuned, course: Course, task_index: int, features: Sequence[Tensor]) -> Tensor:
+def _read(tuned: Tuned, course: TaskRows, task_index: int, features: Sequence[Tensor]) -> Tensor:
     """Return what a head's linear unit reads of the train rows, (rows, inputs), on the CPU."""
     rows, _ = course.train
     head = tuned.classifier.heads[task_index]
@@ -77,7 +77,7 @@ def _read(tuned: Tuned, course: Course, task_index: int, features: Sequence[Tens
     return torch.from_numpy(read)
 
 
-def set_to_means(head: Head, course: Course, read: Tensor) -> None:
+def set_to_means(head: Head, course: TaskRows, read: Tensor) -> None:
     """Point each class's weights from the middle of all classes to its own rows' mean.
 
     The logit of a class is how far `read`, (rows, inputs), lies from the middle in its direction:
@@ -98,7 +98,7 @@ def set_to_means(head: Head, course: Course, read: Tensor) -> None:
         head.out.bias.copy_(bias)
 
 
-def _fit_to_classes(head: Head, course: Course, read: Tensor) -> None:
+def _fit_to_classes(head: Head, course: TaskRows, read: Tensor) -> None:
     outputs = head.out.out_features
     fitted = fit_classes(read.double().numpy(), course.train[1], STRENGTH, outputs)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def _fit_to_classes(head: Head, course: Course, read: Tensor) -> None:
         head.out.bias.copy_(torch.from_numpy(fitted.bias))
 
 
-def _start_at_cosine(head: Head, course: Course, read: Tensor) -> None:
+def _start_at_cosine(head: Head, course: TaskRows, read: Tensor) -> None:
     cosines, labels = read[:, -1].double(), course.train[1]
     if course.task.is_regression:
         targets = torch.from_numpy(course.scale.standardise(labels)).double()
