@@ -20,7 +20,7 @@ from unipelt_cli.data import preparation
 from unipelt_cli.models import sharing
 from unipelt_cli.models.batches import Encoded, encode
 from unipelt_cli.models.build import build
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import shared_passes
 from unipelt_cli.training.events import Epoch, Labelled
@@ -88,7 +88,7 @@ class Work:
             settings["data"]["source"] = self.source
         return resolve([("", settings)])
 
-    def tuned(self, precision: str | None = None, *, folded: bool = False) -> Tuned:
+    def tuned(self, precision: str | None = None, *, folded: bool = False) -> TunedModel:
         """Build our model."""
         return build(self.experiment(precision), 2, folded=folded)
 
@@ -145,7 +145,7 @@ def save_backbone(name: str, directory: Path) -> str:
     return str(directory)
 
 
-def our_epoch(work: Work, tuned: Tuned, rows: Rows) -> Callable[[], Lap]:
+def our_epoch(work: Work, tuned: TunedModel, rows: Rows) -> Callable[[], Lap]:
     """Return a call that trains and evaluates once; the only place that knows the loop's parts."""
     settings = work.experiment().train
     loop = Training(tuned, get_task(TASK), rows.train, rows.dev, settings)

@@ -37,7 +37,7 @@ from tests.benchmarks.peers import (
 )
 from tests.benchmarks.quiet import quieten
 from unipelt_cli.models.batches import Encoded, by_length
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.names import STATE
 from unipelt_cli.training import execution
 from unipelt_cli.training.events import Epoch
@@ -87,7 +87,7 @@ def epoch(work: Work, rounds: int, scratch: str) -> Result:
     return {"tokens": tokens, "precision": tuned.precision, "contenders": contenders}
 
 
-def _ours(work: Work, tuned: Tuned) -> Make:
+def _ours(work: Work, tuned: TunedModel) -> Make:
     return lambda rows: our_epoch(work, tuned, rows)
 
 

@@ -22,7 +22,7 @@ from unipelt_cli.gates.results import Change
 from unipelt_cli.gates.static_gates import make_static
 from unipelt_cli.methods.unipelt.inspection import closed
 from unipelt_cli.models.build import build
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.run import Run
 from unipelt_cli.tasks import Task
 
@@ -33,7 +33,9 @@ TINY: dict[str, Any] = {
 SENTENCES = [" ".join(WORDS[i : i + 2 + i % 9]) for i in range(30)]
 
 
-def model_of(directory: Path, method: str = "unipelt-apl", **options: Any) -> tuple[Run, Tuned]:
+def model_of(
+    directory: Path, method: str = "unipelt-apl", **options: Any
+) -> tuple[Run, TunedModel]:
     """Return a run that no training made, with noise on all its tensors, and rows of its own."""
     described = experiment(directory, method, options=options, model={"max_length": 32})
     tuned = balanced(disturbed(build(described, 2, folded=True), 0.3))
@@ -42,7 +44,7 @@ def model_of(directory: Path, method: str = "unipelt-apl", **options: Any) -> tu
     return Run(Path("the-run"), described, {}, header, {}), tuned
 
 
-def balanced(tuned: Tuned) -> Tuned:
+def balanced(tuned: TunedModel) -> TunedModel:
     """Move the head's bias so that half of the sentences fall to each class."""
     logits = logits_of(tuned, SENTENCES)
     margins = (logits[:, 1] - logits[:, 0]).sort().values
@@ -51,7 +53,7 @@ def balanced(tuned: Tuned) -> Tuned:
     return tuned
 
 
-def own_labels(tuned: Tuned) -> Callable[[str], Dataset]:
+def own_labels(tuned: TunedModel) -> Callable[[str], Dataset]:
     """Label sentences by what the model says itself: whatever changes its mind costs something."""
     labels = logits_of(tuned, SENTENCES).argmax(1).tolist()
     assert 10 <= sum(labels) <= 20
@@ -60,7 +62,7 @@ def own_labels(tuned: Tuned) -> Callable[[str], Dataset]:
     )
 
 
-def set_gates(tuned: Tuned) -> None:
+def set_gates(tuned: TunedModel) -> None:
     """Let every gate be another constant."""
     generator = torch.Generator().manual_seed(5)
     for layer in tuned.classifier.backbone.get_submodule("submodules.layers"):

@@ -23,7 +23,7 @@ from unipelt_cli.files.sealed import open_tensors
 from unipelt_cli.methods.base import CannotMerge
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
-from unipelt_cli.models.tuned import Tuned, merge
+from unipelt_cli.models.tuned import TunedModel, merge
 from unipelt_cli.runs.names import MODEL, PROBE
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.tasks import get_task
@@ -339,7 +339,7 @@ def test_a_loop_that_was_stopped_in_a_stage_goes_on_to_the_bit(
     settings = experiment(backbone_dir("bert"), name, train={"epochs": 8, "learning_rate": 1e-2})
     rows = encode_rows(build(settings, 2), [SIXTEEN], 128)
 
-    def loop(tuned: Tuned) -> Training:
+    def loop(tuned: TunedModel) -> Training:
         data = rows, SIXTEEN_LABELS
         return Training(tuned, get_task("sst2"), data, data, settings.train)
 

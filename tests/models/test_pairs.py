@@ -16,13 +16,15 @@ from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.models.batches import by_length
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import compute_logits, compute_with_gates, encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 CPU = torch.device("cpu")
 APART = {"pairs": "apart", "pooling": "mean"}
 
 
-def built(directory: Path, method: str = "unipelt-apl", outputs: int = 2, **model: Any) -> Tuned:
+def built(
+    directory: Path, method: str = "unipelt-apl", outputs: int = 2, **model: Any
+) -> TunedModel:
     settings = experiment(directory, method, model={**APART, **model})
     return disturbed(build(settings, outputs, pairs=[True]))
 

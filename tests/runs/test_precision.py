@@ -17,7 +17,7 @@ from torch import Tensor
 from unipelt_cli import load_run
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.files import sealed
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.names import METRICS, MODEL, PREDICTIONS, PROBE
 from unipelt_cli.runs.probe import likeness
 from unipelt_cli.runs.run import read_run
@@ -191,7 +191,7 @@ def test_no_run_is_lost_where_its_copy_in_fp32_does_not_fit(
 ) -> None:
     read = session.read_stored
 
-    def read_stored(directory: Path, plan: Any, *rest: Any) -> Tuned:
+    def read_stored(directory: Path, plan: Any, *rest: Any) -> TunedModel:
         if plan.train.precision == "fp32":
             raise error
         return read(directory, plan, *rest)

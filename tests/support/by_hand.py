@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.backbones.layout import Layout
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 PLAIN = sorted(name for name, layout in BACKBONES.items() if layout.is_plain)
 ABSOLUTE = [name for name in PLAIN if name != "mpnet"]
@@ -56,7 +56,7 @@ def layer_by_hand(
     return norm(layout.output_norm, h1 + output(h1, z))
 
 
-def by_hand(tuned: Tuned, **changes: Callable[[int], Any]) -> Tensor:
+def by_hand(tuned: TunedModel, **changes: Callable[[int], Any]) -> Tensor:
     """Compute the last hidden state of IDS; each change is made for a layer by its index."""
     backbone, layout = tuned.classifier.backbone, tuned.pretrained.layout
     embeddings = backbone.get_submodule("embeddings")
@@ -69,14 +69,14 @@ def by_hand(tuned: Tuned, **changes: Callable[[int], Any]) -> Tensor:
     return h
 
 
-def hidden_of(tuned: Tuned) -> Tensor:
+def hidden_of(tuned: TunedModel) -> Tensor:
     with torch.no_grad():
         output = tuned.classifier.backbone(input_ids=IDS, attention_mask=torch.ones_like(IDS))
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
-def tensors_below(tuned: Tuned, name: str) -> dict[str, Tensor]:
+def tensors_below(tuned: TunedModel, name: str) -> dict[str, Tensor]:
     """Return the tensors below a module of the backbone."""
     return dict(tuned.classifier.backbone.get_submodule(name).named_parameters())
 

@@ -12,7 +12,7 @@ from unipelt_cli.config.experiment import resolve
 from unipelt_cli.methods import get
 from unipelt_cli.methods.unipelt.method import Submodules
 from unipelt_cli.models.build import build
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, METRICS, MODEL, PROBE
 from unipelt_cli.runs.probe import probe_rows
 from unipelt_cli.runs.run import Run
@@ -28,7 +28,7 @@ def make_run(
     labels: tuple[str, ...] = LABELS,
     folded: bool = True,
     **model: Any,
-) -> tuple[Run, Tuned]:
+) -> tuple[Run, TunedModel]:
     """Return a run and its model with noise on all that trains; its test rows are nowhere.
 
     Its head reads features as they are, which libraries can, unless `model` says otherwise.
@@ -76,7 +76,7 @@ def make_run(
     return Run(Path("the-run"), experiment, environment, {"task": task}, result), tuned
 
 
-def rows_of(tuned: Tuned) -> list[dict[str, Tensor]]:
+def rows_of(tuned: TunedModel) -> list[dict[str, Tensor]]:
     rows = probe_rows(tuned, 8)
     return [rows.batch([row], torch.device("cpu")) for row in range(4)]
 

@@ -16,7 +16,7 @@ from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.methods import StagePosition, TrainingBatch, get
 from unipelt_cli.models.build import build, count
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training.events import Epoch
 from unipelt_cli.training.loop import Training
@@ -33,7 +33,7 @@ def experiment(backbone: Path, method: str, **sections: dict[str, Any]) -> Exper
     return resolve([("", settings)])
 
 
-def disturbed(tuned: Tuned, size: float = 0.1) -> Tuned:
+def disturbed(tuned: TunedModel, size: float = 0.1) -> TunedModel:
     """Move every trained tensor, so that what a method adds is visible."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def disturbed(tuned: Tuned, size: float = 0.1) -> Tuned:
     return tuned
 
 
-def by_the_hooks(tuned: Tuned) -> Tuned:
+def by_the_hooks(tuned: TunedModel) -> TunedModel:
     """Leave the fused layers, for comparisons to the bit with methods that have none."""
     container: Any = tuned.classifier.backbone.submodules
     container.stack.leave()
@@ -51,7 +51,7 @@ def by_the_hooks(tuned: Tuned) -> Tuned:
     return tuned
 
 
-def logits_of(tuned: Tuned, sentences: list[str], pad_to: int | None = None) -> torch.Tensor:
+def logits_of(tuned: TunedModel, sentences: list[str], pad_to: int | None = None) -> torch.Tensor:
     """Return the logits of sentences in one batch, padded to a length if one is given."""
     rows = encode_rows(tuned, [sentences], 128)
     with torch.no_grad():
@@ -70,11 +70,11 @@ def bert_base_counts(name: str, head_parameters: int = 1538, **options: Any) -> 
     return count(settings.method if settings else get(name).method, BERT_BASE, head_parameters)
 
 
-def built(directory: Path, method: str, folded: bool = False, **options: Any) -> Tuned:
+def built(directory: Path, method: str, folded: bool = False, **options: Any) -> TunedModel:
     return build(experiment(directory, method, options=options), 2, folded=folded)
 
 
-def training_logits(tuned: Tuned, pad_to: int = 0) -> Tensor:
+def training_logits(tuned: TunedModel, pad_to: int = 0) -> Tensor:
     """Return the logits of one pass in training mode, with whatever noise that has."""
     inputs = encode_rows(tuned, [SENTENCES], 128).batch(range(len(SENTENCES)), tuned.device)
     short = max(0, pad_to - inputs["input_ids"].shape[1])
@@ -83,7 +83,9 @@ def training_logits(tuned: Tuned, pad_to: int = 0) -> Tensor:
     return logits
 
 
-def as_pass(tuned: Tuned, logits: Iterator[Tensor], is_regression: bool = False) -> TrainingBatch:
+def as_pass(
+    tuned: TunedModel, logits: Iterator[Tensor], is_regression: bool = False
+) -> TrainingBatch:
     """Return a step whose passes give these logits, with the mean of the logits as criterion."""
     return TrainingBatch(
         tuned.classifier.backbone,
@@ -95,7 +97,7 @@ def as_pass(tuned: Tuned, logits: Iterator[Tensor], is_regression: bool = False)
     )
 
 
-def tuned_of(directory: Path, name: str, outputs: int = 2, **sections: Any) -> Tuned:
+def tuned_of(directory: Path, name: str, outputs: int = 2, **sections: Any) -> TunedModel:
     return build(experiment(directory, name, **sections), outputs)
 
 
@@ -108,7 +110,7 @@ def seen_by(module: nn.Module, run: Callable[[], object]) -> tuple[tuple[Tensor,
     return found[-1]
 
 
-def names_moved(tuned: Tuned, **train: object) -> set[str]:
+def names_moved(tuned: TunedModel, **train: object) -> set[str]:
     before = {name: tensor.clone() for name, tensor in tuned.classifier.state_dict().items()}
     train_on_sixteen(tuned, **train)
     after = tuned.classifier.state_dict()
@@ -122,7 +124,7 @@ ATTENTIONS = [
 ]
 
 
-def batch_of(tuned: Tuned) -> dict[str, Tensor]:
+def batch_of(tuned: TunedModel) -> dict[str, Tensor]:
     return encode_rows(tuned, [SENTENCES], 128).batch(range(len(SENTENCES)), tuned.device)
 
 
@@ -135,7 +137,7 @@ def plain_states(directory: Path, attention: str = "eager") -> tuple[Tensor, ...
     return states
 
 
-def last_state(tuned: Tuned) -> Tensor:
+def last_state(tuned: TunedModel) -> Tensor:
     with torch.no_grad():
         hidden: Tensor = tuned.classifier.backbone(**batch_of(tuned)).last_hidden_state
     return hidden
@@ -146,14 +148,14 @@ def largest_difference(one: Tensor, other: Tensor, mask: Tensor) -> float:
     return float((one - other)[mask.bool()].abs().max())
 
 
-def loop_on_sixteen(tuned: Tuned, **train: object) -> Training:
+def loop_on_sixteen(tuned: TunedModel, **train: object) -> Training:
     """Return a loop over sixteen sentences, which are train and dev in one, by no recipe's way."""
     settings = TrainSettings.model_validate({"learning_rate": 5e-4, "batch_size": 6, **train})
     rows = encode_rows(tuned, [SIXTEEN], 128), SIXTEEN_LABELS
     return Training(tuned, get_task("sst2"), rows, rows, settings)
 
 
-def train_on_sixteen(tuned: Tuned, **train: object) -> tuple[Training, list[float]]:
+def train_on_sixteen(tuned: TunedModel, **train: object) -> tuple[Training, list[float]]:
     """Train on sixteen sentences; return the loop and the epochs' losses."""
     loop = loop_on_sixteen(tuned, **train)
     return loop, [event.train_loss for event in loop.events() if isinstance(event, Epoch)]
@@ -163,7 +165,7 @@ def resolved(**sections: dict[str, Any]) -> Experiment:
     return resolve([("", {"data": {"task": "mrpc"}, **sections})])
 
 
-def saved_by(tuned: Tuned, training: bool = True) -> list[Tensor]:
+def saved_by(tuned: TunedModel, training: bool = True) -> list[Tensor]:
     """Return what autograd keeps for the backward pass of one batch, each storage once."""
     kept: dict[int, Tensor] = {}
 

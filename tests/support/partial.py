@@ -11,7 +11,7 @@ from torch import Tensor
 from unipelt_cli.config.experiment import resolve
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training.events import Epoch, Step
 from unipelt_cli.training.loop import Training
@@ -21,18 +21,20 @@ TWELVE = [f"the film was {('good', 'awful')[i % 2]} {'and red ' * (i % 4)}" for 
 NATIVE = {"pooling": "native"}
 
 
-def made(directory: Path, method: str, model: dict[str, Any] = NATIVE, **options: Any) -> Tuned:
+def made(
+    directory: Path, method: str, model: dict[str, Any] = NATIVE, **options: Any
+) -> TunedModel:
     return build(experiment(directory, method, model=model, options=options), 2)
 
 
-def training(tuned: Tuned, **train: Any) -> Training:
+def training(tuned: TunedModel, **train: Any) -> Training:
     settings = {"epochs": 2, "batch_size": 5, "learning_rate": 1e-2, "warmup": 0.0, **train}
     resolved = resolve([("", {"data": {"task": "sst2"}, "train": settings})]).train
     rows = encode_rows(tuned, [TWELVE], 128)
     return Training(tuned, get_task("sst2"), (rows, TWELVE_LABELS), (rows, TWELVE_LABELS), resolved)
 
 
-def prepared(tuned: Tuned) -> Tuned:
+def prepared(tuned: TunedModel) -> TunedModel:
     loop = training(tuned)
     next(loop.events())
     return tuned

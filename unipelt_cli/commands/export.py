@@ -16,7 +16,7 @@ from unipelt_cli.terminal.command_group import print_json
 if TYPE_CHECKING:
     from unipelt_cli.exports.report import ExportReport
     from unipelt_cli.gates.static_gates import Static
-    from unipelt_cli.models.tuned import Tuned
+    from unipelt_cli.models.tuned import TunedModel
     from unipelt_cli.runs.run import Run
 
 
@@ -130,7 +130,7 @@ def _check_options(
 
 
 def _fix_gates(
-    run: "Run", tuned: "Tuned", name: str, source: str | None, cost: float | None
+    run: "Run", tuned: "TunedModel", name: str, source: str | None, cost: float | None
 ) -> "Static":
     """Turn a run's gates into their means, as a format can hold it, and say what that costs."""
     from unipelt_cli.gates.static_gates import COST, make_static

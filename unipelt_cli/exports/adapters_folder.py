@@ -20,7 +20,7 @@ from unipelt_cli.exports.parity import unpadded
 from unipelt_cli.files import atomic
 from unipelt_cli.methods.unipelt.layer import LayerSubmodules
 from unipelt_cli.methods.unipelt.method import Submodules
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.run import Run
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter.safetensors"
@@ -61,7 +61,7 @@ LAYER_NAMES: Mapping[str, tuple[str, ...]] = {
 """The names of a layer's submodules here and there; `adapters` has no shared LoRA gate."""
 
 
-def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
+def problem(run: Run, tuned: TunedModel) -> tuple[str, str] | None:
     """Return why no folder holds this model and what to train instead, or None."""
     method, layout = tuned.method, tuned.pretrained.layout
     model_type = layout.model_type
@@ -112,7 +112,7 @@ def problem(run: Run, tuned: Tuned) -> tuple[str, str] | None:
     return None
 
 
-def has_head(tuned: Tuned) -> bool:
+def has_head(tuned: TunedModel) -> bool:
     """Say whether `adapters` has a classification head that reads what this model's head reads."""
     return tuned.misfit(*POOLINGS) is None
 
@@ -159,7 +159,7 @@ def _snippet(job: Job) -> str:
     )
 
 
-def write(run: Run, tuned: Tuned, directory: Path) -> None:
+def write(run: Run, tuned: TunedModel, directory: Path) -> None:
     """Write the folder's files: the submodules, and the head where there is one for it."""
     name = "unipelt_" + re.sub(r"[^A-Za-z0-9_-]", "_", run.task.name)
     _write_config(directory / ADAPTER_CONFIG, _parts_config(tuned), tuned, name)
@@ -170,7 +170,7 @@ def write(run: Run, tuned: Tuned, directory: Path) -> None:
         atomic.write(directory / HEAD_WEIGHTS, save(weights, {"format": "pt"}))
 
 
-def load(tuned: Tuned, directory: Path) -> Any:
+def load(tuned: TunedModel, directory: Path) -> Any:
     """Load the backbone and a written folder as a user of `adapters` does, in float32.
 
     Raises CheckError unless every tensor of the adapter and the head came from the folder.
@@ -216,7 +216,7 @@ def _unread(model: Any, name: str, written: Mapping[str, Tensor]) -> Iterator[st
     yield from sorted(written.keys() - used)
 
 
-def _parts_config(tuned: Tuned) -> Any:
+def _parts_config(tuned: TunedModel) -> Any:
     """Return the `adapters` config that has the same parts in the same sizes."""
     import adapters
 
@@ -243,7 +243,7 @@ def _parts_config(tuned: Tuned) -> Any:
     return parts[0] if len(parts) == 1 else adapters.ConfigUnion(*parts)
 
 
-def _head_config(run: Run, tuned: Tuned) -> Mapping[str, Any]:
+def _head_config(run: Run, tuned: TunedModel) -> Mapping[str, Any]:
     head, native = tuned.classifier.head, tuned.pretrained.layout.native
     return {
         "head_type": "classification",
@@ -257,7 +257,7 @@ def _head_config(run: Run, tuned: Tuned) -> Mapping[str, Any]:
     }
 
 
-def _write_config(path: Path, config: Any, tuned: Tuned, name: str) -> None:
+def _write_config(path: Path, config: Any, tuned: TunedModel, name: str) -> None:
     from adapters.configuration import build_full_config
 
     pretrained = tuned.pretrained
@@ -271,7 +271,7 @@ def _write_config(path: Path, config: Any, tuned: Tuned, name: str) -> None:
     atomic.write_json(path, full)
 
 
-def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
+def _renamed(tuned: TunedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the stored submodules under the names that they have there."""
     layout, backbone, method = tuned.pretrained.layout, tuned.classifier.backbone, tuned.method
     assert isinstance(method, Submodules)
@@ -299,7 +299,7 @@ def _renamed(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
             yield f"{layout.inside}.{layers[int(layer)]}.{below}", tensor.clone()
 
 
-def _head_tensors(tuned: Tuned, name: str) -> Iterator[tuple[str, Tensor]]:
+def _head_tensors(tuned: TunedModel, name: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the head's tensors: a layer there is dropout, linear unit, and activation if inner."""
     head = tuned.classifier.head
     linears = {1: head.out} if head.dense is None else {1: head.dense, 4: head.out}

@@ -13,7 +13,7 @@ from unipelt_cli.exports.job import Job, Written, find_rows
 from unipelt_cli.exports.report import CheckedParity, ExportReport
 from unipelt_cli.files import atomic
 from unipelt_cli.gates.results import StaticReport
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.run import Run, copied
 
 
@@ -23,7 +23,7 @@ class _TooFar(Exception):
 
 def export_run(
     run: Run,
-    tuned: Tuned,
+    tuned: TunedModel,
     to: str,
     directory: Path,
     *,
@@ -80,7 +80,7 @@ def _tolerance(run: Run, written: Written) -> float:
     return written.tolerance * (scale.unit if written.compares_logits else 1.0)
 
 
-def _notes(job: Job, tuned: Tuned) -> Iterator[str]:
+def _notes(job: Job, tuned: TunedModel) -> Iterator[str]:
     if not job.rows.from_test:
         why = "were not found again" if "test" in job.run.splits else "are not there"
         yield f"its test rows {why}, so rows of random tokens were compared"

@@ -13,7 +13,7 @@ from unipelt_cli.errors import CheckError, UnipeltError
 from unipelt_cli.exports.parity import TOLERANCE, Parity, compare
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.probe import probe_rows
 from unipelt_cli.runs.run import Run, copied
 
@@ -33,7 +33,7 @@ class Job:
     """A run to write, and where it will be; `tuned` computes in float32 on the CPU."""
 
     run: Run
-    tuned: Tuned
+    tuned: TunedModel
     rows: Rows
     directory: Path
     part: str | None = None
@@ -41,7 +41,7 @@ class Job:
     half: bool = False
     """Whether numbers are written as float16."""
 
-    def copy(self, *, accelerate: bool = True) -> Tuned:
+    def copy(self, *, accelerate: bool = True) -> TunedModel:
         """Build the model once more, for a writer that changes it."""
         return copied(self.run, self.tuned, accelerate=accelerate)
 
@@ -62,7 +62,7 @@ class Written:
 Writer = Callable[[Path], Written]
 
 
-def find_rows(run: Run, tuned: Tuned, source: str | None = None) -> Rows:
+def find_rows(run: Run, tuned: TunedModel, source: str | None = None) -> Rows:
     """Return 256 rows: the run's first test rows where they are found again, else random ones."""
     longest, pad_to = run.experiment.model.max_length, None
     if tuned.method.pads_to_max_length:
@@ -116,7 +116,7 @@ def _states_by_text(model: Any, texts: int) -> Callable[..., Tensor]:
     return states
 
 
-def labelled_config(run: Run, tuned: Tuned) -> Any:
+def labelled_config(run: Run, tuned: TunedModel) -> Any:
     """Return the backbone's config of the transformers library, with the task's labels in it."""
     config, labels = tuned.pretrained.library_config(), run.task.labels
     config.num_labels = run.task.outputs

@@ -28,7 +28,7 @@ from unipelt_cli.exports.parity import padded
 from unipelt_cli.files import atomic
 from unipelt_cli.gates import report
 from unipelt_cli.methods import LowRankUpdates, NoKnownForm, Rescalings
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 INSIDE = "base_model.model"  # where PEFT puts the model that it wraps
@@ -91,7 +91,7 @@ def _write(job: Job, form: Form, is_held: bool, directory: Path) -> Written:
     return Written(parity, notes, _snippet(job), compares_logits=tuned.has_library_head)
 
 
-def _translate(form: Form, tuned: Tuned, inside: str) -> tuple[Any, dict[str, Tensor]]:
+def _translate(form: Form, tuned: TunedModel, inside: str) -> tuple[Any, dict[str, Tensor]]:
     """Return PEFT's config of a form, and its tensors by the names they have there."""
     import peft
 
@@ -125,7 +125,7 @@ def _translate(form: Form, tuned: Tuned, inside: str) -> tuple[Any, dict[str, Te
     return config, {f"{inside}{path}.ia3_l": tensor for path, tensor in (columns | rows).items()}
 
 
-def _pattern(paths: Any, tuned: Tuned) -> str:
+def _pattern(paths: Any, tuned: TunedModel) -> str:
     """Return the pattern of exactly these modules: PEFT takes bare names as ends of names.
 
     Then output.dense would also be attention.output.dense.
@@ -134,12 +134,12 @@ def _pattern(paths: Any, tuned: Tuned) -> str:
     return rf"{re.escape(_inside(tuned))}(?:{'|'.join(sorted(numbered))})"
 
 
-def _inside(tuned: Tuned) -> str:
+def _inside(tuned: TunedModel) -> str:
     """Return the path of the backbone in the model that PEFT wraps, with its dot."""
     return f"{tuned.pretrained.layout.inside}." if tuned.has_library_head else ""
 
 
-def _saved(tuned: Tuned) -> set[str]:
+def _saved(tuned: TunedModel) -> set[str]:
     """Return the names of the modules outside the submodules that the run trained."""
     native = tuned.pretrained.layout.native
     assert native is not None
@@ -147,7 +147,7 @@ def _saved(tuned: Tuned) -> set[str]:
     return places | {name.split(".")[0] for name in tuned.untrained}
 
 
-def _head_tensors(tuned: Tuned) -> Iterator[tuple[str, Tensor]]:
+def _head_tensors(tuned: TunedModel) -> Iterator[tuple[str, Tensor]]:
     native, head = tuned.pretrained.layout.native, tuned.classifier.head
     assert native is not None
     for path, linear in ((native.out, head.out), (native.dense, head.dense)):

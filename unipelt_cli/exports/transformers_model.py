@@ -17,7 +17,7 @@ from unipelt_cli.exports.job import (
 )
 from unipelt_cli.exports.parity import padded
 from unipelt_cli.methods import CannotMerge
-from unipelt_cli.models.tuned import Tuned, merge
+from unipelt_cli.models.tuned import TunedModel, merge
 from unipelt_cli.runs.run import Run
 
 
@@ -34,7 +34,7 @@ def plan(job: Job) -> Writer:
     return lambda directory: _write(job, merged, directory)
 
 
-def _write(job: Job, merged: Tuned, directory: Path) -> Written:
+def _write(job: Job, merged: TunedModel, directory: Path) -> Written:
     classifier(job.run, merged).save_pretrained(directory, safe_serialization=True)
     length = job.run.experiment.model.max_length
     tokenizer = job.tuned.pretrained.load_tokenizer()
@@ -56,7 +56,7 @@ def _snippet(job: Job) -> str:
     )
 
 
-def _remedy(run: Run, tuned: Tuned) -> str:
+def _remedy(run: Run, tuned: TunedModel) -> str:
     """Say what to do about a model that could not be merged (a copy: it may be spent here)."""
     problem = adapters_folder.problem(run, tuned)
     formats = "use --to onnx" if problem else "use --to adapters or --to onnx"
@@ -70,7 +70,7 @@ def _remedy(run: Run, tuned: Tuned) -> str:
     return f"{formats}, or train with {misfit.flags}"  # that alone was in the way
 
 
-def classifier(run: Run, tuned: Tuned) -> Any:
+def classifier(run: Run, tuned: TunedModel) -> Any:
     """Put a plain backbone and the head into the library's own classifier, strictly."""
     head, layout = tuned.classifier.head, tuned.pretrained.layout
     assert layout.native is not None  # only its pooling can be merged

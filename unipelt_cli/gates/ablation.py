@@ -21,7 +21,7 @@ from unipelt_cli.models.evaluation import (
     predictions,
     references,
 )
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.run import Run
 
 LAST = ("adapter", "parallel")
@@ -31,7 +31,7 @@ OPEN = 0.5  # a gate whose mean is at least this much says that its submodule ta
 class Ablation:
     """One task's rows, passed through a run's model whole and with submodules closed."""
 
-    def __init__(self, run: Run, tuned: Tuned, rows: Dataset, task_index: int = 0) -> None:
+    def __init__(self, run: Run, tuned: TunedModel, rows: Dataset, task_index: int = 0) -> None:
         self.tuned, self.task, self.task_index = tuned, run.tasks[task_index], task_index
         columns = [rows[column] for column in self.task.text]
         self.encoded: Encoded = encode_rows(tuned, columns, run.experiment.model.max_length)

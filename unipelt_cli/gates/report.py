@@ -23,7 +23,7 @@ from unipelt_cli.gates.results import (
 )
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Gates, compute_with_gates, encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs import schema
 from unipelt_cli.runs.checks import check_file
 from unipelt_cli.runs.names import METRICS
@@ -142,7 +142,7 @@ class GateReport:
         ]
 
 
-def inspect_gates(run: Run, tuned: Tuned, rows: Dataset, task_index: int = 0) -> GateReport:
+def inspect_gates(run: Run, tuned: TunedModel, rows: Dataset, task_index: int = 0) -> GateReport:
     """Pass rows of one of a run's tasks through its model and collect its gates.
 
     Raises RunError for a method that has none.
@@ -153,7 +153,7 @@ def inspect_gates(run: Run, tuned: Tuned, rows: Dataset, task_index: int = 0) ->
     return GateReport(collect(run, tuned, encoded, task_index), rows, task.labels)
 
 
-def collect(run: Run, tuned: Tuned, rows: Encoded, task_index: int = 0) -> Gates:
+def collect(run: Run, tuned: TunedModel, rows: Encoded, task_index: int = 0) -> Gates:
     """Return how far every gate of every layer opens for each row.
 
     Raises RunError for a method that has none.
@@ -164,7 +164,7 @@ def collect(run: Run, tuned: Tuned, rows: Encoded, task_index: int = 0) -> Gates
     return gates
 
 
-def gates_of(tuned: Tuned, rows: Encoded) -> Gates:
+def gates_of(tuned: TunedModel, rows: Encoded) -> Gates:
     """Pass rows through a model and return its gates; nothing for a method that has none."""
     return compute_with_gates(tuned, rows)[1]
 

@@ -24,7 +24,7 @@ from unipelt_cli.metrics import Values, lost
 from unipelt_cli.models import build
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import compute_logits, encode_rows, predictions, references
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.run import Run, copied
 
 COST = 0.01
@@ -38,7 +38,7 @@ class Static:
     """The ungated run and its model, in float32 on the CPU, and what the change cost."""
 
     run: Run
-    tuned: Tuned
+    tuned: TunedModel
     report: StaticReport
 
 
@@ -50,19 +50,19 @@ class _Split:
     rows: Encoded
     labels: Values
 
-    def score(self, tuned: Tuned) -> float:
+    def score(self, tuned: TunedModel) -> float:
         task = self.run.task
         predicted = predictions(task, compute_logits(tuned, self.rows))
         return task.score(predicted, self.labels)[task.metric]
 
-    def lost(self, before: float, tuned: Tuned) -> float:
+    def lost(self, before: float, tuned: TunedModel) -> float:
         """Return how much worse than `before` a model scores."""
         return lost(self.run.task.metric, before, self.score(tuned))
 
 
 def make_static(
     run: Run,
-    tuned: Tuned,
+    tuned: TunedModel,
     rows: Callable[[str], Dataset],
     *,
     cost: float = COST,
@@ -112,7 +112,7 @@ def make_static(
     return Static(changed, pruned, report)
 
 
-def _gated(run: Run, tuned: Tuned) -> Submodules:
+def _gated(run: Run, tuned: TunedModel) -> Submodules:
     if len(run.tasks) > 1:
         raise RunError(
             f"{run.directory}: trained on several tasks, whose gates differ",
@@ -126,7 +126,7 @@ def _gated(run: Run, tuned: Tuned) -> Submodules:
     return tuned.method
 
 
-def _means(run: Run, tuned: Tuned, rows: Dataset) -> list[dict[str, float]]:
+def _means(run: Run, tuned: TunedModel, rows: Dataset) -> list[dict[str, float]]:
     layers = inspect_gates(run, tuned, rows).gates
     sites: Any = tuned.classifier.backbone.get_submodule("submodules.layers")
     if len(layers) != len(sites):
@@ -137,7 +137,7 @@ def _means(run: Run, tuned: Tuned, rows: Dataset) -> list[dict[str, float]]:
     return [{name: float(values.mean()) for name, values in gates.items()} for gates in layers]
 
 
-def _split(run: Run, tuned: Tuned, rows: Dataset) -> _Split:
+def _split(run: Run, tuned: TunedModel, rows: Dataset) -> _Split:
     columns = [rows[column] for column in run.task.text]
     encoded = encode_rows(tuned, columns, run.experiment.model.max_length)
     return _Split(run, encoded, references(rows))
@@ -146,7 +146,7 @@ def _split(run: Run, tuned: Tuned, rows: Dataset) -> _Split:
 def _droppable(
     dev: _Split,
     before: float,
-    tuned: Tuned,
+    tuned: TunedModel,
     forced: Sequence[Module],
     free: Sequence[Module],
     most: float,
@@ -188,7 +188,9 @@ def _with_method(run: Run, method: Method) -> Run:
     return dataclasses.replace(run, experiment=experiment)
 
 
-def _rebuilt(run: Run, tuned: Tuned, method: Method, stored: Mapping[str, Tensor]) -> Tuned:
+def _rebuilt(
+    run: Run, tuned: TunedModel, method: Method, stored: Mapping[str, Tensor]
+) -> TunedModel:
     """Build a model of the run's head and backbone with another method's tensors."""
     experiment = _with_method(run, method).experiment
     pairs = [run.task.is_pair]
@@ -199,7 +201,7 @@ def _rebuilt(run: Run, tuned: Tuned, method: Method, stored: Mapping[str, Tensor
     return rebuilt
 
 
-def _speeds(rows: Encoded, models: Sequence[Tuned]) -> list[float]:
+def _speeds(rows: Encoded, models: Sequence[TunedModel]) -> list[float]:
     """Return the rows a second of each model, measured in turns."""
     seconds: list[list[float]] = [[] for _ in models]
     for _ in range(ROUNDS):

@@ -20,7 +20,7 @@ from unipelt_cli.methods.base import AttachContext, Method, count_stored
 from unipelt_cli.methods.building_blocks import initialise
 from unipelt_cli.models.classifier import Classifier, Head, HeadShape
 from unipelt_cli.models.pairs import choose_pairs, notes_of_pairs, width_of_pairs
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.system import memory
 from unipelt_cli.system.devices import choose_device, choose_precision
 
@@ -58,7 +58,7 @@ def build(
     folded: bool = False,
     accelerate: bool = True,
     pairs: Sequence[bool] = (),
-) -> Tuned:
+) -> TunedModel:
     """Build the model that an experiment describes, with `outputs` logits a row (of each task).
 
     `pairs` says of which tasks a row has two texts: of none unless given.
@@ -102,7 +102,7 @@ def build(
     replace_dropout(classifier, draws)
     classifier.to(device)
     classifier.shares_rows = accelerate and method.accelerate(backbone, site)
-    return Tuned(
+    return TunedModel(
         classifier.eval(),
         tokenizer,
         pretrained,

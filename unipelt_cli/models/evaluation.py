@@ -11,7 +11,7 @@ from torch import Tensor
 from unipelt_cli.methods.unipelt.inspection import record_gates
 from unipelt_cli.metrics import Values
 from unipelt_cli.models.batches import Encoded, by_length, encode
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
@@ -23,7 +23,7 @@ Gates = list[dict[str, NDArray[np.float32]]]
 """By layer: {gate: one value a row}; no layers where nothing is gated."""
 
 
-def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int) -> Encoded:
+def encode_rows(tuned: TunedModel, columns: Sequence[Sequence[str]], max_length: int) -> Encoded:
     """Tokenize text columns for a model, padded as its method and apart as its head needs them."""
     return encode(
         columns,
@@ -36,7 +36,7 @@ def encode_rows(tuned: Tuned, columns: Sequence[Sequence[str]], max_length: int)
 
 
 def compute_logits(
-    tuned: Tuned,
+    tuned: TunedModel,
     rows: Encoded,
     task: int = 0,
     processes: Processes = ALONE,
@@ -52,7 +52,7 @@ def compute_logits(
 
 
 def compute_features(
-    tuned: Tuned, rows: Encoded, task: int = 0, processes: Processes = ALONE
+    tuned: TunedModel, rows: Encoded, task: int = 0, processes: Processes = ALONE
 ) -> Features:
     """Return what a task's head reads of rows (rows, size), as `compute_logits` its answers."""
     width, compute = tuned.classifier.heads[task].width, tuned.classifier.features
@@ -62,7 +62,7 @@ def compute_features(
 def _compute(
     forward: Callable[..., Tensor],
     width: int,
-    tuned: Tuned,
+    tuned: TunedModel,
     rows: Encoded,
     task: int,
     processes: Processes,
@@ -83,7 +83,7 @@ def _compute(
 
 
 def compute_with_gates(
-    tuned: Tuned, rows: Encoded, task: int = 0, processes: Processes = ALONE
+    tuned: TunedModel, rows: Encoded, task: int = 0, processes: Processes = ALONE
 ) -> tuple[Logits, Gates]:
     """Return what `compute_logits` does, and how far each gate opened for each row."""
     names: list[tuple[int, str]] = []  # (layer, gate)
@@ -125,7 +125,7 @@ def gate_means(each: Sequence[Gates]) -> tuple[dict[str, float], ...]:
 def fill(
     logits: Sequence[Logits],
     compute: Callable[[Mapping[str, Tensor]], Sequence[Tensor]],
-    tuned: Tuned,
+    tuned: TunedModel,
     rows: Encoded,
     chosen: NDArray[np.int64],
     seen: Callable[[list[int]], None] | None = None,
@@ -157,7 +157,7 @@ def fill(
 
 
 def answers(
-    tuned: Tuned, task: Task, parts: Iterable[Any], max_length: int, task_index: int = 0
+    tuned: TunedModel, task: Task, parts: Iterable[Any], max_length: int, task_index: int = 0
 ) -> tuple[Values, Values]:
     """Return predictions and references (rows,) of labelled rows that come part by part."""
     predicted: list[Any] = []

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from unipelt_cli.methods.base import SharedPasses
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 
-def can_share(tuned: Tuned) -> bool:
+def can_share(tuned: TunedModel) -> bool:
     """Say whether runs of this kind can share passes: nothing of the backbone itself trains."""
     return tuned.method.joint(tuned.classifier.backbone) is not None and not tuned.untrained
 
 
-def share(first: Tuned, other: Tuned) -> None:
+def share(first: TunedModel, other: TunedModel) -> None:
     """Let another run's model read the frozen tensors of the first, and free its own."""
     frozen = {
         name: parameter.data
@@ -29,7 +29,7 @@ def share(first: Tuned, other: Tuned) -> None:
     joints[0].lend(joints[1])
 
 
-def can_join(first: Tuned, other: Tuned) -> bool:
+def can_join(first: TunedModel, other: TunedModel) -> bool:
     """Say whether two models that `can_share` give their answers in the same pass."""
     return (
         can_share(first)
@@ -39,7 +39,7 @@ def can_join(first: Tuned, other: Tuned) -> bool:
     )
 
 
-def hold_once(earlier: Sequence[Tuned], new: Tuned) -> None:
+def hold_once(earlier: Sequence[TunedModel], new: TunedModel) -> None:
     """Let a model and earlier ones, none of which trains, hold once what is equal in them."""
     for other in sorted(earlier, key=lambda model: _joint(model) is None):
         # Fused layers read the tensors that they were made of: they lend, and do not borrow.
@@ -47,7 +47,7 @@ def hold_once(earlier: Sequence[Tuned], new: Tuned) -> None:
         _lend(*((new, other) if borrows else (other, new)))
 
 
-def _lend(first: Tuned, other: Tuned) -> None:
+def _lend(first: TunedModel, other: TunedModel) -> None:
     lent = dict(first.classifier.backbone.named_parameters())
     for name, parameter in other.classifier.backbone.named_parameters():
         if name in lent and _is_same(lent[name].data, parameter.data):
@@ -58,7 +58,7 @@ def _lend(first: Tuned, other: Tuned) -> None:
         joints[0].lend(joints[1])
 
 
-def _joint(tuned: Tuned) -> SharedPasses | None:
+def _joint(tuned: TunedModel) -> SharedPasses | None:
     return tuned.method.joint(tuned.classifier.backbone)
 
 
@@ -67,7 +67,7 @@ def _is_same(first: Tensor, other: Tensor) -> bool:
     return alike and (first.data_ptr() == other.data_ptr() or torch.equal(first, other))
 
 
-def answer(tuned: Sequence[Tuned], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+def answer(tuned: Sequence[TunedModel], inputs: Mapping[str, Tensor]) -> list[Tensor]:
     """Return what each of several models that `can_join` says of the same rows, in one pass."""
     joints = list(map(_joint, tuned))
     assert joints[0] is not None

@@ -14,7 +14,7 @@ from unipelt_cli.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TunedModel:
     """A built model with everything a run needs to know about it."""
 
     classifier: Classifier
@@ -127,7 +127,7 @@ class Misfit:
     flags: str
 
 
-def merge(tuned: Tuned) -> None:
+def merge(tuned: TunedModel) -> None:
     """Fold the method into the backbone; raises methods.CannotMerge with the reason."""
     if misfit := tuned.misfit():
         raise methods.CannotMerge(f"the library's own classifier does not read {misfit.reads}")

@@ -10,7 +10,7 @@ from unipelt_cli.backbones.pretrained import Pretrained
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import DataError, RunError
 from unipelt_cli.files import atomic, sealed
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs import schema
 from unipelt_cli.runs.names import ENVIRONMENT, RECORDED, RESULT
 
@@ -41,7 +41,7 @@ def check_digest(path: Path, actual: str, written: str) -> None:
         )
 
 
-def check_started(directory: Path, tuned: Tuned, manifest: Mapping[str, Any]) -> None:
+def check_started(directory: Path, tuned: TunedModel, manifest: Mapping[str, Any]) -> None:
     """Raise RunError or DataError when backbone or rows are not those that a run started with."""
     environment = sealed.read_object(directory / ENVIRONMENT)
     if _rows_in(environment.get("data")) != _rows_in(manifest):

@@ -20,7 +20,7 @@ from unipelt_cli.errors import ConfigError, RunError
 from unipelt_cli.models import evaluation, sharing
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Gates, Logits
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.opening import open_run
 from unipelt_cli.runs.row_windows import Row, columns_without_names, windows_of_rows
 from unipelt_cli.runs.run import Run, without_gates
@@ -59,7 +59,7 @@ class Prediction:
 class LoadedRun:
     """A finished run in memory. Threads may share it: their calls take turns."""
 
-    def __init__(self, run: Run, tuned: Tuned, task_index: int = 0) -> None:
+    def __init__(self, run: Run, tuned: TunedModel, task_index: int = 0) -> None:
         self.run, self.tuned, self.task_index = run, tuned, task_index
 
     @property

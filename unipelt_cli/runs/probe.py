@@ -14,7 +14,7 @@ from unipelt_cli.files import sealed
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.evaluation import Logits, compute_logits
 from unipelt_cli.models.label_scale import LabelScale
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.tasks import Task
 
 PROBE_ROWS = 64
@@ -52,7 +52,7 @@ class StoredProbe:
     device: str
     units: Tensor
 
-    def compare(self, tuned: Tuned) -> Likeness:
+    def compare(self, tuned: TunedModel) -> Likeness:
         """Compare a model with what was stored in its precision, else with the run's own."""
         stored = self.by_precision
         precision = tuned.precision if tuned.precision in stored else next(iter(stored))
@@ -104,7 +104,7 @@ def _is_whole(logits: Tensor, shape: tuple[int, int]) -> bool:
     return is_right and bool(torch.isfinite(logits).all())
 
 
-def probe(tuned: Tuned) -> Logits:
+def probe(tuned: TunedModel) -> Logits:
     """Return all heads' logits of the probe rows: a fingerprint without user text."""
     apart = tuned.classifier.apart
     rows = {
@@ -128,7 +128,7 @@ def units_of(tasks: Sequence[Task], scales: Sequence[LabelScale]) -> Tensor:
 
 
 def probe_rows(
-    tuned: Tuned, count: int = PROBE_ROWS, longest: int | None = None, texts: int = 1
+    tuned: TunedModel, count: int = PROBE_ROWS, longest: int | None = None, texts: int = 1
 ) -> Encoded:
     """Draw rows of seeded random tokens that a model's backbone can read, `longest` of length.
 

@@ -25,7 +25,7 @@ from unipelt_cli.files import sealed
 from unipelt_cli.metrics import Values
 from unipelt_cli.models.build import build
 from unipelt_cli.models.label_scale import RAW, LabelScale
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs import schema
 from unipelt_cli.runs.checks import (
     check_backbone,
@@ -117,7 +117,7 @@ class Run:
         device: str | None = None,
         backbone: str | None = None,
         precision: str | None = None,
-    ) -> Tuned:
+    ) -> TunedModel:
         """Build the model on its backbone and load what was stored, strictly.
 
         `backbone` says where the run's backbone is now; `precision` is the run's unless given.
@@ -131,7 +131,7 @@ class Run:
         device: str | None = None,
         backbone: str | None = None,
         precision: str | None = None,
-    ) -> tuple[Tuned, Likeness]:
+    ) -> tuple[TunedModel, Likeness]:
         """Do what `build` does, and return how far its logits are from the stored ones as well."""
         experiment = self.experiment
         experiment = experiment.with_("train", device=device, precision=precision)
@@ -294,9 +294,9 @@ def read_stored(
     directory: Path,
     experiment: Experiment,
     tasks: Sequence[Task],
-    trained: Tuned,
+    trained: TunedModel,
     processes: Processes = ALONE,
-) -> Tuned:
+) -> TunedModel:
     """Build the model that an unfinished run has just stored, read back from its file.
 
     Of several processes the main one reads it, for all.
@@ -310,7 +310,7 @@ def _load(
     tasks: Sequence[Task],
     pretrained: Pretrained,
     processes: Processes = ALONE,
-) -> Tuned:
+) -> TunedModel:
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
     tuned = processes.each(lambda: build(experiment, outputs, pretrained, folded=True, pairs=pairs))
     tuned.load(processes.main(lambda: sealed.read_tensors(directory / MODEL, tuned.stored())))
@@ -335,7 +335,7 @@ def _where_runs_are(directory: Path) -> str:
     return "give a directory that `train` wrote"
 
 
-def copied(run: Run, tuned: Tuned, *, accelerate: bool = True) -> Tuned:
+def copied(run: Run, tuned: TunedModel, *, accelerate: bool = True) -> TunedModel:
     """Build a model once more, in float32 on the CPU."""
     experiment = run.experiment.with_("train", device="cpu", precision="fp32")
     if not accelerate:

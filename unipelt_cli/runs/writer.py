@@ -28,7 +28,7 @@ from unipelt_cli.files.lock import LOCK, Claim
 from unipelt_cli.files.sealed import FORMAT, file_digest, with_seal, write_tensors
 from unipelt_cli.metrics import Values
 from unipelt_cli.models.label_scale import RAW, LabelScale
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.names import (
     ENVIRONMENT,
     EXPERIMENT,
@@ -133,7 +133,7 @@ class Writer:
 
     def environment(
         self,
-        tuned: Tuned,
+        tuned: TunedModel,
         manifest: Mapping[str, Any],
         command: list[str],
         processes: int = 1,
@@ -177,7 +177,7 @@ class Writer:
         write_tensors(self.directory / STATE, tensors, header)
 
     def model(
-        self, tuned: Tuned, tasks: Sequence[Task], scales: Sequence[LabelScale], method: str
+        self, tuned: TunedModel, tasks: Sequence[Task], scales: Sequence[LabelScale], method: str
     ) -> Tensor:
         """Write the stored tensors and return the probe logits of the model that was trained.
 
@@ -196,7 +196,7 @@ class Writer:
         return torch.from_numpy(probe(tuned))
 
     def verify(
-        self, reloaded: Tuned, trained: Tensor, units: Tensor, exact: Tensor | None = None
+        self, reloaded: TunedModel, trained: Tensor, units: Tensor, exact: Tensor | None = None
     ) -> None:
         """Compare the reloaded model's probe logits with the trained one's, and store them.
 
@@ -254,7 +254,7 @@ def _is_passing(name: str) -> bool:
     return name == LOCK or name.startswith(atomic.TEMPORARY)
 
 
-def _backbone(tuned: Tuned) -> Mapping[str, Any]:
+def _backbone(tuned: TunedModel) -> Mapping[str, Any]:
     pretrained = tuned.pretrained
     return {
         "name": pretrained.name,

@@ -10,7 +10,7 @@ from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.build import OPTIMISED
 from unipelt_cli.models.evaluation import compute_logits
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.system import imports
 from unipelt_cli.system.devices import choose_device
 from unipelt_cli.system.memory import activations as memory_activations
@@ -73,7 +73,7 @@ class Outlook:
 
     experiment: Experiment
     prepared: tuple[Prepared, ...]
-    tuned: Tuned
+    tuned: TunedModel
     cost: Estimate
     memory: Memory
     notes: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from pathlib import Path
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.errors import UnipeltError
 from unipelt_cli.models.sharing import can_share
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.out_of_fold import fold_experiments
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.training.events import Event, Failed, Finished, Folded, TrainingEvent
@@ -53,7 +53,7 @@ def execute_together(
     mode: Mode = "new",
     processes: Processes = ALONE,
     shared: RowCache | None = None,
-    lender: Tuned | None = None,
+    lender: TunedModel | None = None,
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Run experiments that differ in seeds alone, in one pass each step where the method can.
 
@@ -76,7 +76,7 @@ def execute_together(
 
 def _train_all(
     waiting: list["Session"],
-    lender: Tuned | None = None,
+    lender: TunedModel | None = None,
 ) -> Generator[tuple[int, Event | Failed], None, None]:
     """Open the sessions, and train together those that can share a pass."""
     places = iter(range(len(waiting)))

@@ -18,7 +18,7 @@ from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.metrics import is_better
 from unipelt_cli.models.batches import interleaved
 from unipelt_cli.models.evaluation import Gates, compute_with_gates, gate_means, predictions
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.tasks import Task, joint_metric, joint_scores
 from unipelt_cli.training.events import (
@@ -47,7 +47,7 @@ class Training:
 
     def __init__(
         self,
-        tuned: Tuned,
+        tuned: TunedModel,
         task: Task,
         train: Labelled,
         dev: Labelled | None,

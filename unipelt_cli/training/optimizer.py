@@ -8,11 +8,11 @@ from torch import nn
 from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.methods import StagePosition
 from unipelt_cli.methods.base import Stage
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 
 def make_adamw(
-    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, tuned: Tuned
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings, tuned: TunedModel
 ) -> torch.optim.AdamW:
     """Make AdamW with the method's rates; it decays only matrices that the method lets decay.
 

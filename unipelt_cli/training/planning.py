@@ -13,7 +13,7 @@ from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import Features, compute_features, encode_rows, references
 from unipelt_cli.models.label_scale import RAW, LabelScale
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.training.events import TaskRows
@@ -47,7 +47,7 @@ class RowCache:
         return datasets
 
     def encode(
-        self, tuned: Tuned, dataset: Prepared, split: str, experiment: Experiment
+        self, tuned: TunedModel, dataset: Prepared, split: str, experiment: Experiment
     ) -> Encoded:
         """Tokenize the text columns of a split, or take what was made of them before."""
         task, limit = dataset.task, experiment.model.max_length
@@ -63,7 +63,7 @@ class RowCache:
 
     def features(
         self,
-        tuned: Tuned,
+        tuned: TunedModel,
         dataset: Prepared,
         task_index: int,
         split: str,
@@ -117,7 +117,7 @@ def with_drawn_rows(experiment: Experiment) -> Experiment:
 
 def plan(
     experiment: Experiment, shared: RowCache | None = None
-) -> tuple[Experiment, tuple[Prepared, ...], Tuned]:
+) -> tuple[Experiment, tuple[Prepared, ...], TunedModel]:
     """Prepare each task's data, build the model, and write what was chosen into the experiment."""
     prepared = (shared or RowCache()).prepare(experiment.data)
     tasks = [dataset.task for dataset in prepared]
@@ -149,7 +149,7 @@ def _label_scale(prepared: Sequence[Prepared]) -> str:
 def loop_of(
     experiment: Experiment,
     prepared: Sequence[Prepared],
-    tuned: Tuned,
+    tuned: TunedModel,
     shared: RowCache,
     processes: Processes = ALONE,
 ) -> Training:
@@ -166,7 +166,7 @@ def loop_of(
         courses.append(TaskRows(dataset.task, train, dev))
     first, *more = courses
 
-    def source(tuned: Tuned, task_index: int, split: str) -> Features:
+    def source(tuned: TunedModel, task_index: int, split: str) -> Features:
         dataset = prepared[task_index]
         return shared.features(tuned, dataset, task_index, split, experiment, processes)
 

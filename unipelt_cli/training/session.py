@@ -17,7 +17,7 @@ from unipelt_cli.errors import BackboneError, ConfigError, DataError, RunError, 
 from unipelt_cli.metrics import Values, compare_with_mean
 from unipelt_cli.models.evaluation import compute_logits, has_collapsed, predictions, references
 from unipelt_cli.models.sharing import share
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.checks import as_started, check_same, check_started
 from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, RESULT, STATE
 from unipelt_cli.runs.out_of_fold import OutOfFold, describe_score, read_folds
@@ -73,7 +73,7 @@ class Session:
         check_same(recorded, self.experiment, directory)
         return True, as_started(recorded, directory)
 
-    def open(self, other: Tuned | None = None) -> Ready | Finished:
+    def open(self, other: TunedModel | None = None) -> Ready | Finished:
         """After `check`, make data, model and loop ready; the backbone may be another run's."""
         self.start = self.saved = time.perf_counter()
         processes, directory = self.processes, self.writer.directory
@@ -262,7 +262,7 @@ def _finish(session: Session) -> Mapping[str, Any]:
 def _answers(
     experiment: Experiment,
     prepared: Sequence[Prepared],
-    stored: Tuned,
+    stored: TunedModel,
     shared: RowCache,
     processes: Processes,
 ) -> tuple[list[Values], list[Values]]:
@@ -277,7 +277,7 @@ def _answers(
 
 
 def _exact_probe(
-    directory: Path, experiment: Experiment, tasks: Sequence[Task], trained: Tuned
+    directory: Path, experiment: Experiment, tasks: Sequence[Task], trained: TunedModel
 ) -> Tensor | None:
     """Return the probe logits in fp32 of what a run in bf16 has just stored; None for one in fp32.
 

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from unipelt_cli.errors import CheckError
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.system.memory import is_exhausted, release
 from unipelt_cli.system.row_threads import shared_out, shares_out
 from unipelt_cli.training.events import Batch, BatchHalved, Step, StepResult, TrainingEvent
@@ -134,7 +134,7 @@ def _taken(features: Sequence[Tensor], turn: int, inputs: Mapping[str, Tensor]) 
 
 
 def _features(
-    tuned: Sequence[Tuned],
+    tuned: Sequence[TunedModel],
     inputs: Sequence[Mapping[str, Tensor]],
     generators: Sequence[Generator],
     loops: Sequence[Training],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unipelt_cli.config.sections import TrainSettings
 from unipelt_cli.errors import CheckError
 from unipelt_cli.methods import StagePosition, TrainingBatch
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.system.memory import is_exhausted, release, too_large
 from unipelt_cli.system.processes import ALONE, Processes
 from unipelt_cli.system.row_threads import shared_out
@@ -29,7 +29,7 @@ class Stepper:
 
     def __init__(
         self,
-        tuned: Tuned,
+        tuned: TunedModel,
         courses: Sequence[TaskRows],
         settings: TrainSettings,
         stage_steps: Sequence[int],
@@ -227,7 +227,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def train_losses(
-    tuned: Tuned,
+    tuned: TunedModel,
     courses: Sequence[TaskRows],
     seed: int,
     batch_size: int,

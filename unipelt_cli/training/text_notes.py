@@ -8,7 +8,7 @@ import numpy as np
 from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.models.batches import Encoded
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.training.loop import Training
 
 SAMPLE_ROWS = 512  # whose pieces are counted
@@ -18,7 +18,7 @@ MOST_UNKNOWN = 0.2
 
 
 def text_notes(
-    experiment: Experiment, prepared: Sequence[Prepared], tuned: Tuned, training: Training
+    experiment: Experiment, prepared: Sequence[Prepared], tuned: TunedModel, training: Training
 ) -> tuple[str, ...]:
     """Say in sentences how many train texts are cut, and whether many pieces are unknown.
 
@@ -38,7 +38,7 @@ def text_notes(
 
 
 def _cut(
-    columns: Sequence[Sequence[str]], encoded: Encoded, tuned: Tuned, limit: int
+    columns: Sequence[Sequence[str]], encoded: Encoded, tuned: TunedModel, limit: int
 ) -> Iterator[str]:
     """Say how many texts are longer than the limit: those that fill it, as far as a sample says."""
     what = "train rows"
@@ -65,7 +65,7 @@ def _cut(
         )
 
 
-def _unknown(encoded: Encoded, tuned: Tuned, backbone: str) -> Iterator[str]:
+def _unknown(encoded: Encoded, tuned: TunedModel, backbone: str) -> Iterator[str]:
     """Say which share of the pieces are unknown, where it is large."""
     tokenizer = tuned.tokenizer
     unknown = tokenizer.unk_token_id

@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unipelt_cli.methods.additive.adamix import AdaMix, AveragedAdapter, divergence
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 # AdaMix
 
 
-def drawn_adapters(tuned: Tuned) -> list[AveragedAdapter]:
+def drawn_adapters(tuned: TunedModel) -> list[AveragedAdapter]:
     return [
         cast(AveragedAdapter, a) for a in cast(nn.ModuleList, tuned.classifier.backbone.experts)
     ]

@@ -15,7 +15,7 @@ from unipelt_cli.errors import ConfigError
 from unipelt_cli.files import sealed
 from unipelt_cli.methods.additive.adapter_fusion import AdapterFusion, FusedLayer
 from unipelt_cli.methods.base import StagePosition
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.names import MODEL
 from unipelt_cli.runs.run import read_run
 from unipelt_cli.training import execution
@@ -38,7 +38,7 @@ def adapter_runs(backbone_dir: Backbones, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
-def fused_of(directory: Path, runs_: list[Path], **options: object) -> Tuned:
+def fused_of(directory: Path, runs_: list[Path], **options: object) -> TunedModel:
     adapters = ",".join(map(str, runs_))
     return tuned_of(directory, "adapter-fusion", options={"adapters": adapters, **options})
 

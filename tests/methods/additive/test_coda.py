@@ -24,7 +24,7 @@ from unipelt_cli.backbones.architectures import BACKBONES
 from unipelt_cli.methods.additive.coda import soft_top_k
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 
 def best_weights(scores: list[float], count: int, epsilon: float) -> list[float]:
@@ -125,7 +125,7 @@ def test_exactly_k_real_tokens_of_each_row_pass_a_layer(
         assert changed[:, 0].all()
 
 
-def first_layer(tuned: Tuned) -> tuple[Tensor, Tensor, Any]:
+def first_layer(tuned: TunedModel) -> tuple[Tensor, Tensor, Any]:
     """Run one batch; return the first layer's input and output, and the layer's own extras."""
     backbone: Any = tuned.classifier.backbone
     layer = backbone.encoder.layer[0]

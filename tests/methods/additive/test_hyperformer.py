@@ -15,12 +15,12 @@ from unipelt_cli.backbones.pretrained import BERT_BASE
 from unipelt_cli.methods.additive.hyperformer import HyperAdapters, HyperNetwork, Table
 from unipelt_cli.models.build import build, count
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 # HyperFormer
 
 
-def adapters_of(tuned: Tuned) -> HyperAdapters:
+def adapters_of(tuned: TunedModel) -> HyperAdapters:
     adapters = tuned.classifier.backbone.hyperformer
     assert isinstance(adapters, HyperAdapters)
     return adapters

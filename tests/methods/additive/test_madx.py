@@ -29,7 +29,7 @@ from unipelt_cli.methods.additive import compacter
 from unipelt_cli.methods.additive.madx import Corruption
 from unipelt_cli.methods.base import AttachContext
 from unipelt_cli.models.build import build
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
@@ -150,7 +150,7 @@ def masked_model(directory: Path, model_type: str) -> Any:
     return model
 
 
-def restoring(tuned: Tuned) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+def restoring(tuned: TunedModel) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Return the language part's loss on a batch, the corrupted ids, the places, and the batch."""
     batch = batch_of(tuned)
     backbone: Any = tuned.classifier.eval().backbone

@@ -21,7 +21,7 @@ from unipelt_cli.methods.additive.moe_adapter import (
     squared_variation,
 )
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 
 
 @pytest.mark.parametrize("method", ["adamix", "moe-adapter"])
@@ -37,7 +37,7 @@ def test_adapters_stand_at_the_feed_forward_output_before_its_dropout(
 # Routed adapters
 
 
-def routed(tuned: Tuned) -> list[RoutedAdapters]:
+def routed(tuned: TunedModel) -> list[RoutedAdapters]:
     return [cast(RoutedAdapters, a) for a in cast(nn.ModuleList, tuned.classifier.backbone.experts)]
 
 

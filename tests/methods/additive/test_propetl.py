@@ -15,14 +15,14 @@ from unipelt_cli.config.experiment import resolve
 from unipelt_cli.methods.additive.propetl import LayerMask, SharedAdapter, pack, top_share, unpack
 from unipelt_cli.methods.building_blocks import Adapter
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training.loop import Training
 
 # ProPETL
 
 
-def shared(tuned: Tuned) -> SharedAdapter:
+def shared(tuned: TunedModel) -> SharedAdapter:
     return cast(SharedAdapter, tuned.classifier.backbone.shared)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from unipelt_cli.methods.additive.sparse_adapter import SparseAdapter, _pack, _unpack
 from unipelt_cli.models.build import build
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.training.events import Epoch
 
 
@@ -27,7 +27,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def sparse(tuned: Tuned) -> Any:
+def sparse(tuned: TunedModel) -> Any:
     return tuned.classifier.backbone.get_submodule("sparsity")
 
 

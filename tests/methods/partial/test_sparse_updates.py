@@ -23,11 +23,11 @@ from unipelt_cli.methods.base import StagePosition
 from unipelt_cli.methods.partial.overlay import top
 from unipelt_cli.methods.partial.sparse_updates import sparse
 from unipelt_cli.models.evaluation import encode_rows
-from unipelt_cli.models.tuned import Tuned, merge
+from unipelt_cli.models.tuned import TunedModel, merge
 from unipelt_cli.training.step import train_losses
 
 
-def gradients(tuned: Tuned, rows: list[int]) -> dict[str, Tensor]:
+def gradients(tuned: TunedModel, rows: list[int]) -> dict[str, Tensor]:
     """Return the gradient of the mean loss of some rows, worked out without the loop."""
     tuned.classifier.zero_grad()
     batch = encode_rows(tuned, [[TWELVE[row] for row in rows]], 128)

@@ -23,14 +23,14 @@ from unipelt_cli.methods.unipelt.fused.stack import Stack
 from unipelt_cli.methods.unipelt.inspection import closed, places, record_gates
 from unipelt_cli.models.batches import Encoded
 from unipelt_cli.models.build import build
-from unipelt_cli.models.tuned import Tuned, merge
+from unipelt_cli.models.tuned import TunedModel, merge
 from unipelt_cli.system.row_threads import lanes, run_parts, shared_out
 
 FUSED = ("adapter", "ap-ungated", "apl-ungated", "lora", "prefix", "unipelt-ap", "unipelt-apl")
 PLAIN = ("bert", "roberta", "electra", "distilbert")
 
 
-def stack_of(tuned: Tuned) -> Stack | None:
+def stack_of(tuned: TunedModel) -> Stack | None:
     container: Any = tuned.classifier.backbone.submodules
     stack: Stack | None = container.stack
     return stack
@@ -53,7 +53,7 @@ def test_dev_is_scored_with_what_the_last_step_made(backbone_dir: Callable[[str]
 
 
 @contextmanager
-def by_hooks(tuned: Tuned) -> Iterator[None]:
+def by_hooks(tuned: TunedModel) -> Iterator[None]:
     """Inside, the library's layers and the hooks compute."""
     stack, container = stack_of(tuned), tuned.classifier.backbone.submodules
     assert stack is not None
@@ -70,7 +70,7 @@ def batch(count: int = 7) -> dict[str, Tensor]:
     return Encoded(ids, None, 0).batch(range(count), torch.device("cpu"))
 
 
-def gradients(tuned: Tuned, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients(tuned: TunedModel, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Take logits and gradients of one training pass, with dropout."""
     classifier = tuned.classifier.train()
     classifier.zero_grad()
@@ -97,7 +97,7 @@ def far_apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-6))
 
 
-def check(tuned: Tuned, bound: float) -> None:
+def check(tuned: TunedModel, bound: float) -> None:
     inputs = batch()
     assert stack_of(tuned) is not None
     with torch.inference_mode():
@@ -247,7 +247,7 @@ def test_weights_put_in_place_of_the_joined_ones_are_read(
         assert torch.equal(logits_of(tuned, SENTENCES), changed)
 
 
-def recorded_by(tuned: Tuned, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def recorded_by(tuned: TunedModel, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Take the gates of one pass without gradients."""
     with torch.inference_mode(), record_gates(tuned.classifier.backbone) as recorded:
         tuned.classifier.eval()(**inputs)

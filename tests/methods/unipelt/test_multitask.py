@@ -31,7 +31,7 @@ from unipelt_cli.methods.unipelt.inspection import record_gates
 from unipelt_cli.models.batches import interleaved, shuffled
 from unipelt_cli.models.build import build, count
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.names import EXPERIMENT, MODEL, PROBE, STATE
 from unipelt_cli.runs.run import Run, read_run
 from unipelt_cli.tasks import get_task, joint_metric, joint_name, joint_scores
@@ -365,14 +365,14 @@ def test_every_method_trains_on_two_tasks_and_reloads(bert: Path, method: str) -
 # UniPELT whose gates see the task
 
 
-def gates_of(tuned: Tuned, task: int) -> list[dict[str, Tensor]]:
+def gates_of(tuned: TunedModel, task: int) -> list[dict[str, Tensor]]:
     tuned.classifier.select(task)
     with record_gates(tuned.classifier.backbone) as recorded:
         logits_of(tuned, SENTENCES)
         return [dict(layer) for layer in recorded]
 
 
-def task_terms(tuned: Tuned) -> Iterator[nn.Parameter]:
+def task_terms(tuned: TunedModel) -> Iterator[nn.Parameter]:
     for name, parameter in tuned.classifier.named_parameters():
         if ".task_gates." in name:
             yield parameter

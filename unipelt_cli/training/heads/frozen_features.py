@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unipelt_cli.models.evaluation import Features, Logits, compute_features
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.system.processes import Processes
 from unipelt_cli.training.events import TaskRows
 from unipelt_cli.training.heads.loss import loss_of
 
-Source = Callable[[Tuned, int, str], Features]
+Source = Callable[[TunedModel, int, str], Features]
 """Features (rows, size) of a task's split, by its place among the run's tasks."""
 
 
-def are_frozen(tuned: Tuned) -> bool:
+def are_frozen(tuned: TunedModel) -> bool:
     """Say whether the features of a model's rows never change while it trains."""
     method = tuned.method
     return method.reads_frozen_features and (method.has_closed_form or not tuned.untrained)
@@ -29,7 +29,7 @@ class FrozenFeatures:
 
     def __init__(
         self,
-        tuned: Tuned,
+        tuned: TunedModel,
         courses: Sequence[TaskRows],
         processes: Processes,
         source: Source | None = None,
@@ -40,7 +40,7 @@ class FrozenFeatures:
         self.dev: list[Tensor] = []
         self.seconds = 0.0
 
-    def _compute(self, tuned: Tuned, task_index: int, split: str) -> Features:
+    def _compute(self, tuned: TunedModel, task_index: int, split: str) -> Features:
         rows, _ = getattr(self.courses[task_index], split)
         return compute_features(tuned, rows, task_index, self.processes)
 
@@ -87,7 +87,7 @@ class FrozenFeatures:
         return losses
 
 
-def read_features(tuned: Tuned, features: Features, task_index: int) -> Logits:
+def read_features(tuned: TunedModel, features: Features, task_index: int) -> Logits:
     """Return what a task's head says of features (rows, size): logits (rows, outputs)."""
     classifier = tuned.classifier.eval()
     classifier.select(task_index)

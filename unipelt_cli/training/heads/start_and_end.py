@@ -13,7 +13,7 @@ from torch.nn import functional
 from unipelt_cli.methods.linear_fits import ABSENT, fit_classes, fit_values
 from unipelt_cli.models.classifier import STEEPNESS, Head
 from unipelt_cli.models.evaluation import fill
-from unipelt_cli.models.tuned import Tuned
+from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.training.events import TaskRows
 
 RIDGE = 1e-3  # on the mean loss of a row, by squared weight on the standardised cosine
@@ -22,7 +22,7 @@ STRENGTH = 1.0
 
 
 def start_heads(
-    tuned: Tuned, courses: Sequence[TaskRows], start: str, features: Sequence[Tensor] = ()
+    tuned: TunedModel, courses: Sequence[TaskRows], start: str, features: Sequence[Tensor] = ()
 ) -> None:
     """Set each head to where it starts; `random` is what it was drawn as.
 
@@ -41,7 +41,9 @@ def start_heads(
             set_to_means(head, course, _read(tuned, course, task_index, features))
 
 
-def end_heads(tuned: Tuned, courses: Sequence[TaskRows], features: Sequence[Tensor] = ()) -> None:
+def end_heads(
+    tuned: TunedModel, courses: Sequence[TaskRows], features: Sequence[Tensor] = ()
+) -> None:
     """Set each head over classes to its train rows' means as training left them.
 
     A trained head has learned few rows by heart, and its rare classes least well: where a class has
@@ -59,7 +61,9 @@ def end_heads(tuned: Tuned, courses: Sequence[TaskRows], features: Sequence[Tens
             set_to_means(head, course, read)
 
 
-def _read(tuned: Tuned, course: TaskRows, task_index: int, features: Sequence[Tensor]) -> Tensor:
+def _read(
+    tuned: TunedModel, course: TaskRows, task_index: int, features: Sequence[Tensor]
+) -> Tensor:
     """Return what a head's linear unit reads of the train rows, (rows, inputs), on the CPU."""
     rows, _ = course.train
     head = tuned.classifier.heads[task_index]
