@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from unipelt_cli.backbones.dropout import Draws, Dropout, Keys
+from unipelt_cli.backbones.dropout import Dropout, DropoutKeys, DropoutSource
 
 CPU = torch.device("cpu")
 
 
-def dropped(shape: tuple[int, ...], keys: Keys | None = None, p: float = 0.1) -> Tensor:
+def dropped(shape: tuple[int, ...], keys: DropoutKeys | None = None, p: float = 0.1) -> Tensor:
     """Return 1 where a mask drops and 0 where it keeps."""
-    dropout = Dropout(p, Draws())
+    dropout = Dropout(p, DropoutSource())
     mask = dropout.mask(keys or dropout.draws.next(shape[0]), shape, CPU)
     assert set(mask.unique().tolist()) == {-1, 0}
     return (mask == 0).float()
@@ -27,7 +27,7 @@ def correlation(table: Tensor) -> float:
 @pytest.mark.parametrize("p", [0.1, 0.5])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_it_drops_the_share_it_should_and_keeps_the_mean(p: float, kind: torch.dtype) -> None:
-    dropout = Dropout(p, Draws())
+    dropout = Dropout(p, DropoutSource())
     torch.manual_seed(0)
     x = torch.ones(1001, 1003, dtype=kind, requires_grad=True)
     y = dropout(x)
@@ -40,7 +40,7 @@ def test_it_drops_the_share_it_should_and_keeps_the_mean(p: float, kind: torch.d
     assert torch.equal(dropout(x), y)
     assert not torch.equal(dropout(x), y)
     assert dropout.eval()(x) is x
-    assert Dropout(0.0, Draws())(x) is x
+    assert Dropout(0.0, DropoutSource())(x) is x
 
 
 def test_what_is_dropped_has_no_pattern() -> None:
@@ -59,7 +59,7 @@ def test_what_is_dropped_has_no_pattern() -> None:
 
 
 def test_a_row_has_the_same_mask_whatever_it_is_padded_to_and_beside_whom() -> None:
-    keys = Draws().next(6)
+    keys = DropoutSource().next(6)
     whole = dropped((6, 3, 20, 27), keys)
     assert torch.equal(dropped((6, 3, 31, 40), keys)[:, :, :20, :27], whole)
     some = torch.tensor([4, 1])
@@ -68,14 +68,14 @@ def test_a_row_has_the_same_mask_whatever_it_is_padded_to_and_beside_whom() -> N
 
 
 def test_several_runs_in_one_pass_draw_what_each_draws_alone() -> None:
-    together, seeds, counts = Draws(), (5, 9), (3, 2)
+    together, seeds, counts = DropoutSource(), (5, 9), (3, 2)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with together.of(generators, counts):
         first, second = together.next(5), together.next(5)
     start = 0
     for seed, count in zip(seeds, counts, strict=True):
         torch.manual_seed(seed)
-        alone = Draws()
+        alone = DropoutSource()
         for keys in (first, second):
             own = keys.take(torch.arange(start, start + count))
             expected = dropped((count, 7, 9), alone.next(count))

@@ -22,7 +22,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Keys:
+class DropoutKeys:
     """What one dropout's mask is computed from: a word for each row, one (of each row) for columns.
 
     rows: (N,) int32; columns: (N,) or (1,) int32.
@@ -31,12 +31,14 @@ class Keys:
     rows: Tensor
     columns: Tensor
 
-    def take(self, rows: Tensor) -> "Keys":
+    def take(self, rows: Tensor) -> "DropoutKeys":
         """Return the keys of some rows."""
-        return Keys(self.rows[rows], self.columns if len(self.columns) == 1 else self.columns[rows])
+        return DropoutKeys(
+            self.rows[rows], self.columns if len(self.columns) == 1 else self.columns[rows]
+        )
 
 
-class Draws:
+class DropoutSource:
     """Where the dropouts of one model take their keys, one after the other.
 
     By itself it draws from the global generator: see `of` for several runs.
@@ -58,15 +60,15 @@ class Draws:
         finally:
             self._generators, self._runs, self._places = before
 
-    def next(self, rows: int) -> Keys:
+    def next(self, rows: int) -> DropoutKeys:
         """Draw the keys of the next mask, for a batch of so many rows."""
         if not self._generators:
             drawn = _draw(None)
-            return Keys(_mixed(_words(rows) ^ drawn[0]), drawn[1:])
+            return DropoutKeys(_mixed(_words(rows) ^ drawn[0]), drawn[1:])
         assert rows == len(self._runs)
         drawn = torch.stack([_draw(generator) for generator in self._generators])[self._runs]
         words = _words(int(self._places.max()) + 1)[self._places]
-        return Keys(_mixed(words ^ drawn[:, 0]), drawn[:, 1])
+        return DropoutKeys(_mixed(words ^ drawn[:, 0]), drawn[:, 1])
 
 
 def _draw(generator: Generator | None) -> Tensor:
@@ -89,7 +91,7 @@ def _mixed(words: Tensor) -> Tensor:
 
 
 def keep_mask(
-    keys: Keys,
+    keys: DropoutKeys,
     shape: Sequence[int],
     threshold: int,
     device: torch.device,
@@ -127,7 +129,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 class Dropout(nn.Module):
     """Dropout of the library's kind, with masks of our own."""
 
-    def __init__(self, p: float, draws: Draws) -> None:
+    def __init__(self, p: float, draws: DropoutSource) -> None:
         super().__init__()
         self.p, self.draws = p, draws
         self.threshold = round(p * _LEVELS)
@@ -142,7 +144,7 @@ class Dropout(nn.Module):
 
     def mask(
         self,
-        keys: Keys,
+        keys: DropoutKeys,
         shape: Sequence[int],
         device: torch.device,
         chosen: Tensor | None = None,
@@ -164,7 +166,7 @@ class _Dropped(torch.autograd.Function):
         return masked(grad, ctx.saved_tensors[0]), None
 
 
-def replace_dropout(module: nn.Module, draws: Draws) -> None:
+def replace_dropout(module: nn.Module, draws: DropoutSource) -> None:
     """Put dropout that draws from counters in the place of the library's, at any depth."""
     for name, child in module.named_children():
         if isinstance(child, nn.Dropout):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from unipelt_cli.backbones.dropout import Draws, replace_dropout
+from unipelt_cli.backbones.dropout import DropoutSource, replace_dropout
 from unipelt_cli.backbones.pretrained import Pretrained, find
 from unipelt_cli.backbones.sentence_encoder import Reading
 from unipelt_cli.backbones.tokenizer_files import case_note
@@ -73,7 +73,7 @@ def build(
     method = experiment.method
     refuse(method, experiment.method_name, pretrained)
     read = _read_backbone(experiment.model, pretrained, device)
-    backbone, draws = read.module, Draws()
+    backbone, draws = read.module, DropoutSource()
     replace_dropout(backbone, draws)  # before the method puts hooks on it
     backbone.requires_grad_(False)
     original = list(backbone.parameters())

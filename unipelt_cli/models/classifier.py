@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unipelt_cli.backbones.dropout import Draws
+from unipelt_cli.backbones.dropout import DropoutSource
 from unipelt_cli.methods.base import Method
 from unipelt_cli.methods.building_blocks import new_linear
 from unipelt_cli.models.pairs import features_of_pairs
@@ -92,7 +92,7 @@ class Classifier(nn.Module):
         method: Method,
         pooling: str,
         reads_pooler: bool,
-        draws: Draws,
+        draws: DropoutSource,
         apart: Sequence[bool] = (),
     ) -> None:
         super().__init__()

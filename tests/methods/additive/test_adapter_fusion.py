@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unipelt_cli.errors import ConfigError
 from unipelt_cli.files import sealed
-from unipelt_cli.methods.additive.adapter_fusion import AdapterFusion, FusedLayer
+from unipelt_cli.methods.additive.adapter_fusion import AdapterFusion, FusionLayer
 from unipelt_cli.methods.base import StagePosition
 from unipelt_cli.models.tuned import TunedModel
 from unipelt_cli.runs.names import MODEL
@@ -64,7 +64,7 @@ def test_fusion_of_one_adapter_is_that_adapter(backbone_dir: Backbones) -> None:
 
 def test_fusion_mixes_adapters_by_attention_of_each_token() -> None:
     generator = torch.Generator().manual_seed(5)
-    layer = FusedLayer(8, 2, 2, generator)
+    layer = FusionLayer(8, 2, 2, generator)
     for parameter in layer.parameters():
         parameter.data.normal_(0, 0.5, generator=generator)
     layer.fuses = True

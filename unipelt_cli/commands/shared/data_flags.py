@@ -34,7 +34,7 @@ class DataFlags:
     k: Annotated[int | None, data_option("--k", "Train on so many rows. (default all)")] = None
     data_seed: Annotated[
         int | None,
-        data_option("--data-seed", "Draws the rows. (default 111)", show_default=False),
+        data_option("--data-seed", "DropoutSource the rows. (default 111)", show_default=False),
     ] = None
     data_seeds: Annotated[
         str | None,

@@ -34,7 +34,7 @@ from unipelt_cli.methods.building_blocks import Adapter, apply_linear, new_linea
 Tensors = Mapping[str, Tensor]
 
 
-class FusedLayer(nn.Module):
+class FusionLayer(nn.Module):
     """One layer's adapters, those loaded and the task's own, and the attention over them."""
 
     def __init__(self, hidden: int, width: int, loaded: int, generator: Generator) -> None:
@@ -122,7 +122,7 @@ class AdapterFusion(Method):
         hidden = query.in_features
         width = max(1, hidden // self.reduction)
         fused = [
-            FusedLayer(hidden, width, len(self.adapters), site.generator).requires_grad_(False)
+            FusionLayer(hidden, width, len(self.adapters), site.generator).requires_grad_(False)
             for _ in layers
         ]
         if not (site.folded or query.weight.is_meta):
@@ -220,10 +220,10 @@ def _read(run: str, layers: int, sizes: tuple[int, int], fingerprint: str) -> li
     ]
 
 
-def _layers(backbone: nn.Module) -> Iterator[FusedLayer]:
+def _layers(backbone: nn.Module) -> Iterator[FusionLayer]:
     assert isinstance(backbone.fusion, nn.ModuleList)
     for layer in backbone.fusion:
-        assert isinstance(layer, FusedLayer)
+        assert isinstance(layer, FusionLayer)
         yield layer
 
 

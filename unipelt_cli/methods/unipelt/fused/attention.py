@@ -7,7 +7,7 @@ from unipelt_cli.methods.unipelt.fused.tensors import (
     AFTER_SOFTMAX,
     ATEN,
     Masks,
-    Part,
+    RowGroup,
     Tensors,
     Trained,
 )
@@ -15,7 +15,7 @@ from unipelt_cli.methods.unipelt.fused.tensors import (
 
 def attend(
     qkv: Tensor,
-    part: Part,
+    part: RowGroup,
     trained: Trained,
     gates: Tensor | None,
     heads: int,
@@ -53,7 +53,7 @@ def attend(
 
 
 def attend_back(
-    grad: Tensor, saved: Tensors, part: Part, heads: int, masks: Masks
+    grad: Tensor, saved: Tensors, part: RowGroup, heads: int, masks: Masks
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the projected tokens (M, 3D) and of the prefix (2, n, H, P, d)."""
     n, tokens, hidden = len(part.rows), part.tokens, grad.shape[-1]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unipelt_cli.methods.unipelt.fused.tensors import Part
+from unipelt_cli.methods.unipelt.fused.tensors import RowGroup
 from unipelt_cli.system.row_threads import lanes, shares_out
 
 LEAST_TOKENS = 96  # fewer are not worth a lane of their own
@@ -35,7 +35,7 @@ def _pieces(tokens: int, runs: int) -> int:
     return min(pieces, max(1, tokens // LEAST_TOKENS))
 
 
-def row_group(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch.dtype) -> Part:
+def row_group(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch.dtype) -> RowGroup:
     """Describe a part of a batch with this mask (N, T): where its tokens are, what they read."""
     group_mask = mask[rows]
     lengths, width = group_mask.sum(1), mask.shape[1]
@@ -55,7 +55,7 @@ def row_group(mask: Tensor, rows: Tensor, runs: slice, prefix: int, dtype: torch
     source = rows[row_of] * width + position
     share = (group_mask[row_of, position] / lengths[row_of])[:, None].float()
     kept = None if len(grid) == spread.numel() else grid
-    return Part(rows, runs, row_of, kept, source, share, tokens, bias, keys, prefix)
+    return RowGroup(rows, runs, row_of, kept, source, share, tokens, bias, keys, prefix)
 
 
 def _rounded(count: int, step: int) -> int:

@@ -17,7 +17,7 @@ from unipelt_cli.methods.unipelt.fused.tensors import (
     ATEN,
     GATES,
     Masks,
-    Part,
+    RowGroup,
     Tensors,
     Trained,
 )
@@ -25,7 +25,7 @@ from unipelt_cli.methods.unipelt.fused.tensors import (
 PACKED: Any = torch.ops.mkldnn
 
 
-class Frozen:
+class FrozenLinear:
     """A frozen linear unit; on a CPU its matrix lies as the products read it fastest."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -86,9 +86,9 @@ class FusedLayer:
             thirds = zip(weight.chunk(3), bias.chunk(3), strict=True)
             for unit, (its_weight, its_bias) in zip(projections, thirds, strict=True):
                 unit.weight.data, unit.bias.data = its_weight, its_bias  # not kept twice
-        self.qkv = Frozen(weight, bias)
+        self.qkv = FrozenLinear(weight, bias)
         self.attention_output, self.intermediate, self.output = (
-            Frozen(unit.weight.detach(), unit.bias.detach()) for unit in others
+            FrozenLinear(unit.weight.detach(), unit.bias.detach()) for unit in others
         )
         self.attention_norm = cast(nn.LayerNorm, layer.get_submodule(layout.attention_norm))
         self.output_norm = cast(nn.LayerNorm, layer.get_submodule(layout.output_norm))
@@ -107,7 +107,7 @@ class FusedLayer:
         return all(state_of(parameter) == tuple(state) for parameter, *state in self._taken)
 
     def forward(
-        self, x: Tensor, part: Part, trained: Trained, heads: int, masks: Masks | None
+        self, x: Tensor, part: RowGroup, trained: Trained, heads: int, masks: Masks | None
     ) -> tuple[Tensor, Tensors]:
         """Return the layer's output (M, D) and what `backward` needs; without masks its gates."""
         saved: Tensors = {"x": x}
@@ -134,7 +134,7 @@ class FusedLayer:
         output = _norm(self.output_norm, summed, "output", saved)
         return output, saved if masks else {name: saved[name] for name in GATES if name in saved}
 
-    def _adapt(self, summed: Tensor, part: Part, trained: Trained, saved: Tensors) -> Tensor:
+    def _adapt(self, summed: Tensor, part: RowGroup, trained: Trained, saved: Tensors) -> Tensor:
         """Add the adapter's answer, as far as its gate is open, to what the last norm reads."""
         assert trained.late_reads is not None
         assert trained.down_bias is not None
@@ -157,7 +157,7 @@ class FusedLayer:
         self,
         grad: Tensor,
         saved: Tensors,
-        part: Part,
+        part: RowGroup,
         trained: Trained,
         heads: int,
         masks: Masks,
@@ -199,7 +199,7 @@ class FusedLayer:
         return grad + self.qkv.back(qkv) if needs_input else None, grads
 
     def _adapt_back(
-        self, grad: Tensor, saved: Tensors, part: Part, trained: Trained, grads: Tensors
+        self, grad: Tensor, saved: Tensors, part: RowGroup, trained: Trained, grads: Tensors
     ) -> Tensor:
         assert trained.late_reads is not None
         assert trained.up is not None
@@ -226,19 +226,19 @@ def state_of(parameter: Tensor) -> tuple[int, int]:
     return parameter.data_ptr(), parameter._version
 
 
-def _pool(x: Tensor, weight: Tensor, bias: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+def _pool(x: Tensor, weight: Tensor, bias: Tensor, part: RowGroup) -> tuple[Tensor, Tensor]:
     """Return sigmoid(w.x + b) of every token (M, E), and its mean over real tokens (n, E)."""
     opened = torch.baddbmm(bias[:, None], part.by_run(x).float(), weight.mT).sigmoid_()
     opened = opened.view(len(x), -1)
     return opened, part.summed(opened * part.share)
 
 
-def _pool_back(grad: Tensor, opened: Tensor, part: Part) -> Tensor:
+def _pool_back(grad: Tensor, opened: Tensor, part: RowGroup) -> Tensor:
     """Return the gradient (M, E) of what the sigmoids read."""
     return grad[part.row_of] * part.share * opened * (1 - opened)
 
 
-def _by_place(low: Tensor, part: Part, trained: Trained, gates: Tensor | None) -> Tensor:
+def _by_place(low: Tensor, part: RowGroup, trained: Trained, gates: Tensor | None) -> Tensor:
     """Multiply LoRA's (R, M / R, 2r) by the gate of query and that of value, if it has any."""
     if gates is None:
         return low
@@ -247,7 +247,7 @@ def _by_place(low: Tensor, part: Part, trained: Trained, gates: Tensor | None) -
     return (low.view(len(used), 2, -1) * used).view_as(low)
 
 
-def _place_sums(product: Tensor, part: Part, trained: Trained) -> Tensor:
+def _place_sums(product: Tensor, part: RowGroup, trained: Trained) -> Tensor:
     """Return the gradients of LoRA's gates, (n, 1 or 2)."""
     assert trained.early is not None
     count = trained.early.shape[1] - (trained.prefix is not None)

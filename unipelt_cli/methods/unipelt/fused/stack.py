@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unipelt_cli.backbones.dropout import Draws
+from unipelt_cli.backbones.dropout import DropoutSource
 from unipelt_cli.methods.unipelt.container import Container
 from unipelt_cli.methods.unipelt.fused.batching import row_group, share_out
 from unipelt_cli.methods.unipelt.fused.layer import FusedLayer, state_of
@@ -19,7 +19,7 @@ from unipelt_cli.methods.unipelt.fused.tensors import (
     EARLY,
     GATES,
     Masks,
-    Part,
+    RowGroup,
     Tensors,
     Trained,
     make_ready,
@@ -36,10 +36,10 @@ WATCHED = ("output_attentions", "output_hidden_states")  # what only the library
 
 
 @dataclass
-class Travel:
+class RowGroupPass:
     """One part's way through the layers: what `backward` needs of it."""
 
-    part: Part
+    part: RowGroup
     masks: Sequence[Masks] | None  # a layer's each, where gradients are wanted
     saved: list[Tensors] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class Stack:
         self.kept: tuple[tuple[object, ...], list[Trained]] | None = None
         self.mask: Tensor | None = None  # of the pass that the stack computes, else None
         sources = (dropout.draws for layer in self.layers for dropout in layer.dropouts if dropout)
-        self.draws = next(sources, Draws())  # this run's, whoever lends the layers
+        self.draws = next(sources, DropoutSource())  # this run's, whoever lends the layers
         for layer_index, (_, layer) in enumerate(container.sites):
             layer.forward = partial(self._forward, layer_index, layer.forward)
 
@@ -119,21 +119,23 @@ class Stack:
         return (hidden,)
 
     def _encode(self, hidden: Tensor, mask: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
-        travels = self._travels(hidden, mask)
+        group_passes = self._group_passes(hidden, mask)
         state = self.container.state
         if not torch.is_grad_enabled():
-            output = self.run(hidden, travels, with_closed(self._kept(hidden.dtype), state.closed))
+            output = self.run(
+                hidden, group_passes, with_closed(self._kept(hidden.dtype), state.closed)
+            )
             if state.recorded is not None:
-                state.recorded[:] = self._gates(travels)
+                state.recorded[:] = self._gates(group_passes)
             return output
         self.kept = None
         names, tensors = zip(*self._tensors(), strict=True)
         encode: Any = _Encode.apply
-        return cast(Tensor, encode(self, travels, names, hidden, *tensors))
+        return cast(Tensor, encode(self, group_passes, names, hidden, *tensors))
 
-    def _gates(self, travels: Sequence[Travel]) -> Iterator[Tensors]:
+    def _gates(self, group_passes: Sequence[RowGroupPass]) -> Iterator[Tensors]:
         """Yield the gates of a pass as the hooks record them: by layer, each (N,)."""
-        order = torch.cat([group_pass.part.rows for group_pass in travels]).argsort()
+        order = torch.cat([group_pass.part.rows for group_pass in group_passes]).argsort()
         for layer_index, layer in enumerate(self.container.layers):
             names = list(cast(LayerSubmodules, layer).gates)
             early, late = [n for n in EARLY if n in names], [n for n in names if n not in EARLY]
@@ -141,7 +143,7 @@ class Stack:
             for kind, kind_names in zip(GATES, (early, late), strict=True):
                 group_values = [
                     group_pass.saved[layer_index][kind]
-                    for group_pass in travels
+                    for group_pass in group_passes
                     if kind in group_pass.saved[layer_index]
                 ]
                 if group_values:
@@ -173,7 +175,7 @@ class Stack:
         if prefixes:
             yield (-1, "prefix"), stack(prefixes)
 
-    def _travels(self, hidden: Tensor, mask: Tensor) -> list[Travel]:
+    def _group_passes(self, hidden: Tensor, mask: Tensor) -> list[RowGroupPass]:
         length = self.container.state.prefix_length
         is_training = self.container.training
         drawn = [
@@ -183,7 +185,7 @@ class Stack:
             ]
             for layer in self.layers
         ]
-        travels = []
+        group_passes = []
         for rows, runs in share_out(mask, self.counts or [len(mask)]):
             part = row_group(mask, rows, runs, length, hidden.dtype)
             masks = None
@@ -192,8 +194,8 @@ class Stack:
                 taken = [[key and key.take(own_rows) for key in keys] for keys in drawn]
                 layer_keys = zip(self.layers, taken, strict=True)
                 masks = [Masks(part, layer.dropouts, keys) for layer, keys in layer_keys]
-            travels.append(Travel(part, masks))
-        return travels
+            group_passes.append(RowGroupPass(part, masks))
+        return group_passes
 
     def ready(
         self, names: Sequence[tuple[int, str]], tensors: Sequence[Tensor], dtype: torch.dtype
@@ -211,11 +213,13 @@ class Stack:
             for layer_index, layer_tensors in enumerate(by_layer)
         ]
 
-    def run(self, hidden: Tensor, travels: list[Travel], trained: list[Trained]) -> Tensor:
+    def run(
+        self, hidden: Tensor, group_passes: list[RowGroupPass], trained: list[Trained]
+    ) -> Tensor:
         """Send every part through all layers."""
         output = torch.zeros_like(hidden)
 
-        def travel(group_pass: Travel) -> None:
+        def travel(group_pass: RowGroupPass) -> None:
             part = group_pass.part
             x = hidden.flatten(0, 1).index_select(0, part.source)
             group_trained = [layer.of(part.runs) for layer in trained]
@@ -225,16 +229,20 @@ class Stack:
                 group_pass.saved.append(saved)
             output.flatten(0, 1).index_copy_(0, part.source, x)
 
-        run_parts(travel, travels)
+        run_parts(travel, group_passes)
         return output
 
     def run_back(
-        self, grad: Tensor, travels: list[Travel], trained: list[Trained], needs_input: bool
+        self,
+        grad: Tensor,
+        group_passes: list[RowGroupPass],
+        trained: list[Trained],
+        needs_input: bool,
     ) -> tuple[Tensor | None, list[Tensors]]:
         """Return the gradients of what `run` was given, the trained tensors' by layer."""
         first = torch.zeros_like(grad) if needs_input else None
 
-        def travel(group_pass: Travel) -> list[Tensors]:
+        def travel(group_pass: RowGroupPass) -> list[Tensors]:
             part = group_pass.part
             grads: list[Tensors] = []
             x: Tensor | None = grad.flatten(0, 1).index_select(0, part.source)
@@ -252,8 +260,8 @@ class Stack:
                 first.flatten(0, 1).index_copy_(0, part.source, x)
             return grads[::-1]
 
-        group_grads = run_parts(travel, travels)
-        runs = [group_pass.part.runs for group_pass in travels]
+        group_grads = run_parts(travel, group_passes)
+        runs = [group_pass.part.runs for group_pass in group_passes]
         return first, [
             sum_by_run(grads_of_layer, runs) for grads_of_layer in zip(*group_grads, strict=True)
         ]
@@ -266,22 +274,22 @@ class _Encode(torch.autograd.Function):
     def forward(
         ctx: Any,
         stack: Stack,
-        travels: list[Travel],
+        group_passes: list[RowGroupPass],
         names: Sequence[tuple[int, str]],
         hidden: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.stack, ctx.travels, ctx.names = stack, travels, names
+        ctx.stack, ctx.group_passes, ctx.names = stack, group_passes, names
         ctx.trained = stack.ready(names, tensors, hidden.dtype)
-        return stack.run(hidden, travels, ctx.trained)
+        return stack.run(hidden, group_passes, ctx.trained)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if ctx.travels is None:
+        if ctx.group_passes is None:
             raise RuntimeError("the fused layers' backward pass runs once: it frees what it read")
         needs_input = ctx.needs_input_grad[3]
-        first, grads_by_layer = ctx.stack.run_back(grad, ctx.travels, ctx.trained, needs_input)
+        first, grads_by_layer = ctx.stack.run_back(grad, ctx.group_passes, ctx.trained, needs_input)
         parted: dict[tuple[int, str], Tensor] = {}
         for layer_index, grads in enumerate(grads_by_layer):
             layer_names = {name for at, name in ctx.names if at == layer_index}
@@ -291,5 +299,5 @@ class _Encode(torch.autograd.Function):
             }
         if (-1, "prefix") in ctx.names:
             parted[-1, "prefix"] = torch.stack([grads["prefix"] for grads in grads_by_layer], 1)
-        ctx.travels = ctx.trained = None
+        ctx.group_passes = ctx.trained = None
         return None, None, None, first, *(parted[name] for name in ctx.names)

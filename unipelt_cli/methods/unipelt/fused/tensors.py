@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unipelt_cli.backbones.dropout import Dropout, Keys, masked
+from unipelt_cli.backbones.dropout import Dropout, DropoutKeys, masked
 
 ATEN: Any = torch.ops.aten
 Tensors = dict[str, Tensor]
@@ -17,7 +17,7 @@ EARLY = ("lora", "lora_query", "lora_value", "prefix")
 
 
 @dataclass(frozen=True)
-class Part:
+class RowGroup:
     """Some rows of a batch that go through all layers together, their tokens one after another."""
 
     rows: Tensor  # (n,) their places in the batch
@@ -86,9 +86,9 @@ class Trained:
 class Masks:
     """The dropout masks of one layer and part: after the softmax, and after each block."""
 
-    part: Part
+    part: RowGroup
     dropouts: Sequence[Dropout | None]
-    keys: Sequence[Keys | None]
+    keys: Sequence[DropoutKeys | None]
     made: dict[int, Tensor] = field(default_factory=dict)
 
     def put(self, dropout_index: int, x: Tensor) -> Tensor:
