@@ -19,7 +19,7 @@ from typing import Any
 from unipelt_cli.system import network
 
 if __name__ == "__main__":  # before the hub's libraries read their switches
-    network.settle(offline=True, needed=False)
+    network.configure_network(offline=True, needed=False)
 
 from tests.benchmarks.quiet import quieten
 from tests.benchmarks.score_runs import Contender, Ours, Rows, find_kept, run_and_keep

@@ -356,9 +356,9 @@ def test_without_locks_in_the_file_system_the_named_owner_decides(
     (tmp_path / lock.LOCK).write_text(json.dumps(owner))
     if is_held:
         with pytest.raises(RunError, match="is writing there"):
-            lock.Claim(tmp_path)
+            lock.DirectoryLock(tmp_path)
     else:
-        with lock.Claim(tmp_path):
+        with lock.DirectoryLock(tmp_path):
             said = json.loads((tmp_path / lock.LOCK).read_text())
             assert said == {"pid": os.getpid(), "host": socket.gethostname()}
         assert not (tmp_path / lock.LOCK).exists()

@@ -528,7 +528,7 @@ def test_loading_asks_no_network_for_what_is_here(
     def refuse(**_: Any) -> None:
         raise AssertionError("the network was asked for")
 
-    monkeypatch.setattr(network, "settle", refuse)
+    monkeypatch.setattr(network, "configure_network", refuse)
     before = dict(os.environ)
     assert unipelt_cli.load_run(place / "head").labels
     assert dict(os.environ) == before

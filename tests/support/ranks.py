@@ -104,13 +104,13 @@ def tell(joined: Processes) -> dict[str, Any]:
     numbers = torch.tensor([joined.rank + 1.0, 2.0])
     joined.sum(numbers)
     shared = [torch.tensor([joined.rank == 0, True]), torch.tensor(5 - joined.rank)]
-    joined.share(shared)
+    joined.broadcast(shared)
     return {
-        "main": joined.main(lambda: {"rank": joined.rank}),
-        "nothing": joined.main(lambda: None),
-        "main fails": error_of(lambda: joined.main(lambda: fail_in(0))),
-        "each": joined.each(lambda: fail_in(9)),
-        "each fails": error_of(lambda: joined.each(lambda: fail_in(1))),
+        "main": joined.on_main(lambda: {"rank": joined.rank}),
+        "nothing": joined.on_main(lambda: None),
+        "main fails": error_of(lambda: joined.on_main(lambda: fail_in(0))),
+        "each": joined.on_each(lambda: fail_in(9)),
+        "each fails": error_of(lambda: joined.on_each(lambda: fail_in(1))),
         "any": [joined.any(False), joined.any(joined.rank == 1)],
         "gather": joined.gather(joined.rank),
         "sum": numbers.tolist(),

@@ -40,7 +40,7 @@ def test_a_probe_that_never_answers_is_not_waited_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(network, "PROBE_SECONDS", 0.05)
     for switch in network.SWITCHES:
         monkeypatch.delenv(switch, raising=False)
-    network.settle(offline=False, needed=True)
+    network.configure_network(offline=False, needed=True)
     assert not answered.is_set()
     assert [os.environ.get(switch) for switch in network.SWITCHES] == ["1", "1", "1"]
     answered.set()
@@ -102,7 +102,7 @@ def settle(**needs):
     print(sorted({"datasets", "huggingface_hub", "transformers"} & sys.modules.keys()))
     raise SystemExit
 
-network.settle = settle
+network.configure_network = settle
 app(sys.argv[1:], standalone_mode=False)
 """
 

@@ -44,7 +44,7 @@ def compare(
         documents.check(path)
     if plot is not None:
         check_ending(plot)
-    network.settle(offline=True, needed=False)
+    network.configure_network(offline=True, needed=False)
     with importing():
         from unipelt_cli.comparison import summary
     from unipelt_cli.comparison.published import read_published

@@ -123,7 +123,7 @@ def _epochs(run: Path, plot: Path | None) -> "EpochsInspection":
     """Show what training recorded; the model is not built."""
     from unipelt_cli.system import network
 
-    network.settle(offline=True, needed=False)
+    network.configure_network(offline=True, needed=False)
     with importing():
         from unipelt_cli.gates import plots
         from unipelt_cli.gates.report import by_epoch

@@ -37,7 +37,7 @@ def push(
 
     Example: unipelt push runs/mrpc-k500-unipelt-apl-minilm-d111-s42 you/mrpc-apl
     """
-    network.settle(offline=False, needed=True)
+    network.configure_network(offline=False, needed=True)
     directory = run_argument.locate(run, offline=False)
     with importing():
         from unipelt_cli.exports import model_card

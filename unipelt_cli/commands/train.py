@@ -71,12 +71,12 @@ def train(
         trackers.extend(check_trackers(track, offline))
         return resolve_settings([preset] if preset else [], settings, flags, offline=offline)
 
-    resolved = processes.tried(resolve)  # before accelerate can import what reads offline switches
+    resolved = processes.deferred_error(resolve)  # before accelerate imports what reads switches
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
     with processes.joined() as joined:
         if not joined.is_main:
-            console.hush()
-        grid = joined.each(lambda: _over_seeds(resolved().experiment, data.data_seeds, seeds))
+            console.silence()
+        grid = joined.on_each(lambda: _over_seeds(resolved().experiment, data.data_seeds, seeds))
         is_one = data.data_seeds is None and seeds is None
         directories = _directories(grid, out, is_one=is_one)
         from unipelt_cli.commands.shared import live_training
@@ -84,14 +84,14 @@ def train(
 
         first, shared = next(iter(grid.values())), RowCache(files=resolved().files)
         if dry_run:
-            joined.each(lambda: show_dry_run(first, directories, mode, shared, as_json))
+            joined.on_each(lambda: show_dry_run(first, directories, mode, shared, as_json))
             return
         answer: Mapping[str, Any] | live_training.TrainedRuns
         if is_one:
             answer = live_training.train(first, directories[0], mode, joined, trackers, shared)
         else:
             answer = live_training.train_together(grid, directories, mode, trackers, shared)
-    if as_json and not console.is_hushed():
+    if as_json and not console.is_silenced():
         print_json(answer)
     if isinstance(answer, live_training.TrainedRuns) and (failed := answer.failed):
         raise CheckError(
@@ -152,7 +152,7 @@ def show_dry_run(
         )
     if problem is not None:
         console.say(("warning: ", "yellow"), f"{problem.message}: {problem.hint}")
-    if as_json and not console.is_hushed():
+    if as_json and not console.is_silenced():
         described = {
             key: {
                 manifest["task"]: {name: split[key] for name, split in manifest["splits"].items()}
@@ -183,7 +183,7 @@ def _problem(directory: Path, mode: "Mode") -> UnipeltError | None:
     if mode == "resume" and (directory / EXPERIMENT).is_file():
         return None
     try:
-        Writer(directory).foresee(overwrite=mode == "overwrite")
+        Writer(directory).check_without_claiming(overwrite=mode == "overwrite")
     except RunError as error:
         return error
     return None

@@ -24,7 +24,7 @@ def verify(
     try:
         settle_run(directory, offline=offline, source=source, model=model)
     except UnipeltError:  # the checks will say what is wrong
-        network.settle(offline=True, needed=False)
+        network.configure_network(offline=True, needed=False)
     from unipelt_cli.runs import verification
 
     checks = list(verification.verify(directory, settings.absolute(source), model))

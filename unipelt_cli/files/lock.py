@@ -41,7 +41,7 @@ class _Owner:
         return True
 
 
-class Claim:
+class DirectoryLock:
     """The right to write in a directory, until it is released or the process ends.
 
     The system's file lock decides, and goes with its process however that ends, so a lock file
@@ -98,7 +98,7 @@ class Claim:
             os.close(self._number)
             self._number = None
 
-    def __enter__(self) -> "Claim":
+    def __enter__(self) -> "DirectoryLock":
         return self
 
     def __exit__(
@@ -110,7 +110,7 @@ class Claim:
         self.release()
 
 
-def holder(directory: Path) -> str | None:
+def lock_owner(directory: Path) -> str | None:
     """Say which process writes in a directory now; None where none does, or nobody can tell."""
     try:
         number = os.open(directory / LOCK, os.O_RDONLY | os.O_NOFOLLOW)

@@ -77,7 +77,7 @@ def _compute(
     def compute(inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return [forward(**inputs)]
 
-    processes.each(lambda: fill([answers], compute, tuned, rows, share, seen))
+    processes.on_each(lambda: fill([answers], compute, tuned, rows, share, seen))
     processes.sum(torch.from_numpy(answers))
     return answers
 

@@ -60,7 +60,7 @@ def fetch(name: str, *, offline: bool) -> Path:
     kept = network.home() / "unipelt" / repository.replace("/", "--")
     if revision is not None and _COMMIT.fullmatch(revision) and (kept / revision).is_dir():
         return kept / revision
-    network.settle(offline=offline, needed=True)
+    network.configure_network(offline=offline, needed=True)
     from huggingface_hub import HfApi
 
     api, commit = HfApi(), None
@@ -189,8 +189,8 @@ class Upload:
 def prepare(run: "Run", repository: str, *, private: bool, overwrite: bool) -> Upload:
     """Look whether a run can be pushed to a repository; nothing is written yet.
 
-    After `network.settle`. Raises RunError for a repository that holds anything but a run, for
-    one that holds a run without `overwrite`, and where nobody is logged in.
+    After `network.configure_network`. Raises RunError for a repository that holds anything but a
+    run, for one that holds a run without `overwrite`, and where nobody is logged in.
     """
     repository = repository.removeprefix(PREFIX)
     if _REPOSITORY.fullmatch(repository) is None:

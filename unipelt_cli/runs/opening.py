@@ -94,7 +94,7 @@ def settle_network(
         needs.add((dataset if needs_rows else None, asked))
     needed = any(map(any, needs))
     if needed or not is_guest:
-        network.settle(offline=offline, needed=needed)
+        network.configure_network(offline=offline, needed=needed)
     for hub_rows, hub_model in sorted(needs, key=str):
         dataset = hub_rows and hub_rows.partition(":")[0]
         network.require_cached(backbone=hub_model, dataset=dataset)

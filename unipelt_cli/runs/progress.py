@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from unipelt_cli.files import sealed
-from unipelt_cli.files.lock import holder
+from unipelt_cli.files.lock import lock_owner
 from unipelt_cli.files.strict import parse_json
 from unipelt_cli.runs import schema
 from unipelt_cli.runs.names import FOLDS, METRICS, RESULT, STATE
@@ -18,7 +18,7 @@ def describe_progress(directory: Path) -> str:
     """Say how far an unfinished run got, and who is at it."""
     epochs = [event for event in read_metrics(directory) if event.get("kind") == "epoch"]
     folds = len(list(directory.glob(f"{FOLDS}/*/{RESULT}")))
-    owner = holder(directory)
+    owner = lock_owner(directory)
     if folds and not epochs:
         parts = f"{folds} fold done" if folds == 1 else f"{folds} folds done"
         return parts + (f", {owner} is at it" if owner else "")

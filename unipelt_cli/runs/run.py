@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -312,8 +312,9 @@ def _load(
     processes: Processes = ALONE,
 ) -> TunedModel:
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
-    tuned = processes.each(lambda: build(experiment, outputs, pretrained, folded=True, pairs=pairs))
-    tuned.load(processes.main(lambda: sealed.read_tensors(directory / MODEL, tuned.stored())))
+    make = partial(build, experiment, outputs, pretrained, folded=True, pairs=pairs)
+    tuned = processes.on_each(make)
+    tuned.load(processes.on_main(lambda: sealed.read_tensors(directory / MODEL, tuned.stored())))
     return tuned
 
 
@@ -327,9 +328,8 @@ def _where_runs_are(directory: Path) -> str:
     if below := sorted(path.parent for path in directory.glob(f"*/{RESULT}")):
         return f"it holds runs: give one of them, such as {below[0]}"
     beside = (directory.parent, Path("runs"))
-    finished = {
-        path.parent.name: path.parent for folder in beside for path in folder.glob(f"*/{RESULT}")
-    }
+    runs = (path.parent for folder in beside for path in folder.glob(f"*/{RESULT}"))
+    finished = {run.name: run for run in runs}
     if close := get_close_matches(directory.name, finished, n=1):
         return f"did you mean {finished[close[0]]}? otherwise see `unipelt list runs`"
     return "give a directory that `train` wrote"

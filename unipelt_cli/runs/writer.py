@@ -24,7 +24,7 @@ from unipelt_cli.config.experiment import Experiment
 from unipelt_cli.config.toml import dump
 from unipelt_cli.errors import CheckError, RunError
 from unipelt_cli.files import atomic
-from unipelt_cli.files.lock import LOCK, Claim
+from unipelt_cli.files.lock import LOCK, DirectoryLock
 from unipelt_cli.files.sealed import FORMAT, file_digest, with_seal, write_tensors
 from unipelt_cli.metrics import Values
 from unipelt_cli.models.label_scale import RAW, LabelScale
@@ -60,7 +60,7 @@ class Writer:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._claim: Claim | None = None
+        self._claim: DirectoryLock | None = None
 
     def check(self, *, overwrite: bool = False) -> None:
         """Raise RunError now for a directory that `create` could not make later.
@@ -72,7 +72,7 @@ class Writer:
             self.claim()
             self._check_content(overwrite)
 
-    def foresee(self, *, overwrite: bool = False) -> None:
+    def check_without_claiming(self, *, overwrite: bool = False) -> None:
         """Raise RunError for what `check` would find now, but take no right and write nothing."""
         if atomic.writable(self.directory) == self.directory:
             self._check_content(overwrite)
@@ -80,7 +80,7 @@ class Writer:
     def claim(self) -> None:
         """Take the right to write in the directory; raise RunError while another has it."""
         if self._claim is None:
-            self._claim = Claim(self.directory)
+            self._claim = DirectoryLock(self.directory)
 
     def close(self) -> None:
         """Give the right to write back."""
@@ -115,9 +115,9 @@ class Writer:
                 (self.directory / name).unlink(missing_ok=True)
             for name in _folds(self.directory):
                 shutil.rmtree(self.directory / name)
-        self.sweep()
+        self.clean_up()
 
-    def sweep(self) -> None:
+    def clean_up(self) -> None:
         """Remove what a killed process was writing, and what a finished run needs no more."""
         for path in self.directory.glob(f"{atomic.TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -236,7 +236,7 @@ class Writer:
         files = {name: file_digest(self.directory / name) for name in RECORDED}
         sealed = with_seal({**result, "files": files})
         atomic.write_json(self.directory / RESULT, sealed)
-        self.sweep()
+        self.clean_up()
         return sealed
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from unipelt_cli.errors import ConfigError, RunError
 from unipelt_cli.files import atomic, sealed
-from unipelt_cli.files.lock import Claim
+from unipelt_cli.files.lock import DirectoryLock
 from unipelt_cli.runs.names import RECORDED, RESULT, STATE
 from unipelt_cli.sweeps import worker
 from unipelt_cli.sweeps.cell_reports import CellEnd, CellFailed, CellReport, CellSpec
@@ -169,7 +169,7 @@ def _read(directory: Path) -> Files:
 def _write(directory: Path, files: Mapping[str, bytes]) -> None:
     with atomic.writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with Claim(directory):
+    with DirectoryLock(directory):
         for name in NAMES:
             if name in files:
                 atomic.write(directory / name, files[name])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from unipelt_cli.errors import RunError, UnipeltError
 from unipelt_cli.files import atomic, sealed
-from unipelt_cli.files.lock import Claim, holder
+from unipelt_cli.files.lock import DirectoryLock, lock_owner
 from unipelt_cli.metrics import is_better
 from unipelt_cli.runs.names import EXPERIMENT, RESULT
 from unipelt_cli.runs.run import read_run
@@ -76,7 +76,7 @@ class Sweep:
         try:
             if os.path.lexists(directory / RESULT):
                 return CellState(cell, "finished", read_run(directory).result)
-            if (owner := holder(directory)) is not None:
+            if (owner := lock_owner(directory)) is not None:
                 busy = f"{directory}: {owner} is writing there"
                 return CellState(cell, "failed", error=busy, hint="wait until it has ended")
         except UnipeltError as error:
@@ -106,7 +106,7 @@ class Sweep:
         left = self.left(retry=retry)
         with atomic.writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-        with Claim(self.directory):
+        with DirectoryLock(self.directory):
             for cell in left:
                 self.states[cell.name].status = "waiting"
             groups = [[self._spec(cell) for cell in group] for group in grid.groups(left, size)]

@@ -18,7 +18,7 @@ SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 PROBE_SECONDS = 3.0
 
 
-def settle(*, offline: bool, needed: bool) -> None:
+def configure_network(*, offline: bool, needed: bool) -> None:
     """Set the libraries' offline switches if asked to, or if a needed hub cannot be reached."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -37,14 +37,14 @@ class Processes:
         """Whether there are others to wait for."""
         return self.count > 1
 
-    def main(self, do: Callable[[], Answer]) -> Answer:
+    def on_main(self, do: Callable[[], Answer]) -> Answer:
         """Let the main process alone do something; return its answer, or raise its error, in all.
 
         An answer that is not None goes through a pickle to the others.
         """
         return do()
 
-    def each(self, do: Callable[[], Answer]) -> Answer:
+    def on_each(self, do: Callable[[], Answer]) -> Answer:
         """Do something in every process; where it fails in one, raise the error in all."""
         return do()
 
@@ -59,7 +59,7 @@ class Processes:
     def sum(self, tensor: "Tensor") -> None:
         """Add up a tensor of the same shape over the processes, in place and in all of them."""
 
-    def share(self, tensors: "Sequence[Tensor]") -> None:
+    def broadcast(self, tensors: "Sequence[Tensor]") -> None:
         """Let the main process's numbers take the place of the others', in place."""
 
     def abandon(self) -> None:
@@ -85,7 +85,7 @@ class _Joined(Processes):
                 "see what it said; --resume goes on from the state that was saved last",
             ) from None
 
-    def main(self, do: Callable[[], Answer]) -> Answer:
+    def on_main(self, do: Callable[[], Answer]) -> Answer:
         answer: Any = None
         failure = None
         if self.is_left:
@@ -97,12 +97,12 @@ class _Joined(Processes):
                 failure = _told(error)
         # Nearly always all went well, and there is nothing to hand on: one number says so.
         if self.any(failure is not None or answer is not None):
-            answer, failure = self._broadcast((answer, failure))
+            answer, failure = self._broadcast_value((answer, failure))
         if failure is not None:
             raise _retold(*failure)
         return answer  # type: ignore[no-any-return]
 
-    def each(self, do: Callable[[], Answer]) -> Answer:
+    def on_each(self, do: Callable[[], Answer]) -> Answer:
         failure = None
         try:
             answer = do()
@@ -127,7 +127,7 @@ class _Joined(Processes):
         with self._reaching():
             return list(gather_object([value]))
 
-    def _broadcast(self, value: Answer) -> Answer:
+    def _broadcast_value(self, value: Answer) -> Answer:
         from accelerate.utils import broadcast_object_list
 
         values = [value]
@@ -141,7 +141,7 @@ class _Joined(Processes):
         with self._reaching():
             torch.distributed.all_reduce(tensor)
 
-    def share(self, tensors: "Sequence[Tensor]") -> None:
+    def broadcast(self, tensors: "Sequence[Tensor]") -> None:
         import torch
 
         with torch.no_grad():
@@ -158,7 +158,7 @@ class _Joined(Processes):
 ALONE = Processes()
 
 
-def tried(do: Callable[[], Answer]) -> Callable[[], Answer]:
+def deferred_error(do: Callable[[], Answer]) -> Callable[[], Answer]:
     """Do something now; the function that is returned gives its answer, or raises its error.
 
     For what must come before the others are there, and yet end all of them where it fails.

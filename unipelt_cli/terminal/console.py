@@ -16,7 +16,7 @@ from unipelt_cli.text import plain
 COLUMNS, LINES = 80, 25
 # What an encoding that is not Unicode gets in place of a sign, one for one: columns stay straight.
 SIGNS = str.maketrans("±·…█▉▊▋▌▍▎▏━╸╺", "~..#####...---")
-_is_hushed = False
+_is_silenced = False
 
 
 class _Talk(io.TextIOBase):
@@ -49,21 +49,21 @@ class _Talk(io.TextIOBase):
 
     def _try(self, do: Callable[[], Any]) -> Any:
         try:
-            return None if sys.stderr is None or _is_hushed else do()
+            return None if sys.stderr is None or _is_silenced else do()
         except (OSError, ValueError):
             discard_stream(sys.stderr)
             return None
 
 
-def hush() -> None:
+def silence() -> None:
     """Say nothing from now on: of several processes of one run, one talks."""
-    global _is_hushed  # as the streams are the process's
-    _is_hushed = True
+    global _is_silenced  # as the streams are the process's
+    _is_silenced = True
 
 
-def is_hushed() -> bool:
+def is_silenced() -> bool:
     """Say whether another process talks, and answers, in this one's place."""
-    return _is_hushed
+    return _is_silenced
 
 
 def discard_stream(stream: Any) -> None:

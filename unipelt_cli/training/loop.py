@@ -171,7 +171,7 @@ class Training:
                 self.progress.train_seconds += self.frozen.seconds
             start_heads(self.tuned, self.courses, self.settings.head_start, self._frozen_rows)
             self._take_up_parameters()
-            self.processes.share(self._tensors())
+            self.processes.broadcast(self._tensors())
             self.is_prepared = True
 
     @property
@@ -186,7 +186,7 @@ class Training:
             self.stepper.averaged = {}  # of tensors that the stage before was still changing
         else:
             self._take_up_parameters()
-        self.processes.share(self._tensors())
+        self.processes.broadcast(self._tensors())
 
     def _tensors(self) -> list[Tensor]:
         """Return what a step may change; the last bits of sums on a GPU may differ by process."""
@@ -254,7 +254,7 @@ class Training:
         """Fit all heads at once, in place of an epoch's steps; the loss is the fitted heads'."""
         start, progress = time.perf_counter(), self.progress
         frozen.fit()
-        self.processes.share(self._tensors())
+        self.processes.broadcast(self._tensors())
         progress.loss_sum, progress.tokens = frozen.loss_sum(), tokens
         progress.train_seconds += time.perf_counter() - start
 
@@ -338,7 +338,7 @@ class Training:
             return
         trained = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
         end_heads(self.tuned, self.courses, self._frozen_rows)
-        self.processes.share(self._tensors())
+        self.processes.broadcast(self._tensors())
         if not self.selects:
             return
         scores, _ = self._dev_scores()

@@ -60,7 +60,7 @@ class Session:
 
     def check(self) -> None:
         """Raise before the slow part for a directory that cannot be written or is another's."""
-        self.resumes, self.experiment = self.processes.main(self._check)
+        self.resumes, self.experiment = self.processes.on_main(self._check)
 
     def _check(self) -> tuple[bool, Experiment]:
         directory = self.writer.directory
@@ -68,7 +68,7 @@ class Session:
             self.writer.check(overwrite=self.mode == "overwrite")
             return False, self.experiment
         self.writer.claim()
-        self.writer.sweep()
+        self.writer.clean_up()
         recorded = read_experiment(directory)
         check_same(recorded, self.experiment, directory)
         return True, as_started(recorded, directory)
@@ -77,16 +77,16 @@ class Session:
         """After `check`, make data, model and loop ready; the backbone may be another run's."""
         self.start = self.saved = time.perf_counter()
         processes, directory = self.processes, self.writer.directory
-        result = processes.main(self._result) if self.resumes else None
+        result = processes.on_main(self._result) if self.resumes else None
         if result is not None:
             return Finished(directory, result)
-        self.experiment, self.prepared, self.tuned = processes.each(
+        self.experiment, self.prepared, self.tuned = processes.on_each(
             lambda: plan(self.experiment, self.shared)
         )
         if other is not None:
             share(other, self.tuned)
-        processes.main(self._begin)
-        self.training = processes.each(self._loop)
+        processes.on_main(self._begin)
+        self.training = processes.on_each(self._loop)
         self.start -= _restore(self.training, self.writer) if self.resumes else 0.0
         return Ready(
             self.experiment,
@@ -152,7 +152,7 @@ class Session:
     def take_folds(self) -> None:
         """Take the predictions of the folds, all of which are finished: they are the test."""
         directory, (prepared,) = self.writer.directory, self.prepared
-        self.out_of_fold = self.processes.main(lambda: read_folds(directory, prepared))
+        self.out_of_fold = self.processes.on_main(lambda: read_folds(directory, prepared))
 
     def keep(self, event: TrainingEvent) -> None:
         """Log an epoch, and save what a killed loop goes on from.
@@ -161,7 +161,7 @@ class Session:
         share of the time, it waits until it does not: a crash costs seconds then as well.
         """
         if not isinstance(event, BatchHalved):  # in the middle of a step
-            self.processes.main(lambda: self._keep(event))
+            self.processes.on_main(lambda: self._keep(event))
 
     def _keep(self, event: TrainingEvent) -> None:
         is_epoch = isinstance(event, Epoch)
@@ -173,7 +173,7 @@ class Session:
 
     def interrupt(self) -> None:
         """Keep the state between two steps."""
-        self.processes.main(self._interrupt)
+        self.processes.on_main(self._interrupt)
 
     def _interrupt(self) -> None:
         self._save()
@@ -197,7 +197,7 @@ class Session:
 def _restore(training: Training, writer: Writer) -> float:
     """Take up the state of an interrupted run; return the seconds it had taken."""
     directory, processes = writer.directory, training.processes
-    saved = processes.main(lambda: read_state(directory))
+    saved = processes.on_main(lambda: read_state(directory))
     header: Mapping[str, Any] = {"seconds": 0.0}
     if saved is not None:
         tensors, header = saved
@@ -208,7 +208,7 @@ def _restore(training: Training, writer: Writer) -> float:
                 f"{directory / STATE}: not the state of this run",
                 "start again with --overwrite",
             ) from None
-    processes.main(lambda: writer.rewind(training.progress.epoch))
+    processes.on_main(lambda: writer.rewind(training.progress.epoch))
     return float(header["seconds"])
 
 
@@ -218,11 +218,11 @@ def _finish(session: Session) -> Mapping[str, Any]:
     training, out_of_fold = session.training, session.out_of_fold
     tasks, tuned, processes = training.tasks, training.tuned, training.processes
     scales = [course.scale for course in training.courses]
-    trained = processes.main(lambda: writer.model(tuned, tasks, scales, experiment.method_name))
-    exact = processes.main(lambda: _exact_probe(writer.directory, experiment, tasks, tuned))
+    trained = processes.on_main(lambda: writer.model(tuned, tasks, scales, experiment.method_name))
+    exact = processes.on_main(lambda: _exact_probe(writer.directory, experiment, tasks, tuned))
     stored = read_stored(writer.directory, experiment, tasks, tuned, processes)
     units = units_of(tasks, scales)
-    processes.main(lambda: writer.verify(stored, trained, units, exact))
+    processes.on_main(lambda: writer.verify(stored, trained, units, exact))
     backbone = stored.classifier.backbone
     stored.method.report(backbone)  # drop what was measured on the probe
     if out_of_fold is not None:
@@ -234,7 +234,7 @@ def _finish(session: Session) -> Mapping[str, Any]:
         for dataset, *answers in zip(prepared, predicted, expected, strict=True)
     ]
     split = "test" if out_of_fold is None else "train"
-    processes.main(lambda: writer.predictions(predicted, expected, split))
+    processes.on_main(lambda: writer.predictions(predicted, expected, split))
     measured = _mean(processes.gather(stored.method.report(backbone)))
     result = {
         **_describe(experiment, tasks),
@@ -255,8 +255,10 @@ def _finish(session: Session) -> Mapping[str, Any]:
     }
     if measured:
         result["measured"] = measured
-    result |= processes.main(lambda: beside(experiment, prepared, tuned.pretrained, session.shared))
-    return processes.main(lambda: writer.result(result))
+    result |= processes.on_main(
+        lambda: beside(experiment, prepared, tuned.pretrained, session.shared)
+    )
+    return processes.on_main(lambda: writer.result(result))
 
 
 def _answers(
@@ -330,7 +332,7 @@ def _describe(experiment: Experiment, tasks: Sequence[Task]) -> Mapping[str, Any
 def _costs(training: Training, writer: Writer, start: float) -> Mapping[str, Any]:
     """Return what training took, and what the model takes to keep and to run."""
     tuned, progress = training.tuned, training.progress
-    stored = training.processes.main((writer.directory / MODEL).stat)
+    stored = training.processes.on_main((writer.directory / MODEL).stat)
     return {
         "best_epoch": progress.best_epoch,
         "epochs": progress.epoch - 1,

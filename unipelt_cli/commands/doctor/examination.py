@@ -28,7 +28,7 @@ def examine(
     The libraries are kept off the network: the hub's one short probe runs beside their imports.
     """
     answers = None if offline or network.is_offline() else network.probing()
-    network.settle(offline=True, needed=False)
+    network.configure_network(offline=True, needed=False)
     packages = list(_guarded("packages", check_packages))
     broken = any(check.ok is False and check.is_needed for check in packages)
     yield from _guarded("python", check_python)

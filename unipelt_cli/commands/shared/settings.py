@@ -156,7 +156,7 @@ def settle_backbone(name: str, offline: bool) -> None:
     from unipelt_cli.system import network
 
     backbone = name if network.names_hub(name) else None
-    network.settle(offline=offline, needed=bool(backbone))
+    network.configure_network(offline=offline, needed=bool(backbone))
     network.require_cached(backbone=backbone, dataset=None)
 
 
