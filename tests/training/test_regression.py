@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def plan(backbone: Path, rows: Path, seed: int = 111, **train: Any) -> Experimen
     return experiment(backbone, "unipelt-apl", data=data, train=fast | train)
 
 
-def finish(planned: Experiment, out: Path, mode: Any = "new") -> dict[str, Any]:
+def finish(planned: Experiment, out: Path, mode: Any = "new") -> Mapping[str, Any]:
     *_, ended = execution.execute(planned, out, mode)
     assert isinstance(ended, Finished)
     return ended.result
