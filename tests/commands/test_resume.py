@@ -47,6 +47,9 @@ def test_resume_starts_goes_on_and_returns(bert: Path, rows_file: Path, tmp_path
     assert hint.startswith(
         "go on as it began with --set train.balanced=true --set train.warmup=0.1;"
     )
+    assert error_of(*arguments, "--resume", "--seed", "3")[1] == (
+        "give another --out, or replace it with --overwrite"
+    )
     elsewhere = "give another --out, or replace it with --overwrite"
     assert error_of(*arguments, "--resume", "--data-seed", "9")[1] == elsewhere
     assert error_of(*arguments) == (

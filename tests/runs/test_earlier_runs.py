@@ -115,3 +115,23 @@ def test_an_interrupted_run_of_an_earlier_version_goes_on_with_the_label_it_scor
 
     code, stdout, stderr = invoke(*command, "--resume", "--json")
     assert (code, json.loads(stdout)["positive"]) == (0, "yes"), stderr
+
+
+@pytest.mark.parametrize("setting", ["method.gate_rate=1.0", "train.head_end=trained"])
+def test_only_what_a_run_could_not_say_is_excused(
+    setting: str, bert: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    rows = [*rows_options(rows_file), "--k", "24", "--model", bert]
+    command = ["train", *rows, *FAST, "--out", out]
+    assert invoke(*command, "--set", setting)[0] == 0
+    key = setting.partition("=")[0]
+    code, _, stderr = invoke(*command, "--resume")  # said then, and another default now
+    assert code == 2
+    assert f"{out}: holds another experiment, {key} = " in stderr
+    path = out / EXPERIMENT
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if line.split(" = ")[0] != key[6:].strip(".")))
+    reseal(out)
+    assert invoke(*command, "--resume")[0] == 0  # it could not have said so
+    assert invoke(*command, "--resume", "--set", "train.clip=9")[0] == 2

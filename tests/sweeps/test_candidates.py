@@ -52,7 +52,8 @@ def test_recipes_can_be_chosen_and_the_floor_stays() -> None:
         ("unipelt-apl", 0.0005, "published"),
     ]
     few = choices(None, [1e-3], ["few-labels"])
-    assert {choice.method for choice in few} == {"probe", "full", "bitfit", "adapter", "lora"}
+    trained = {"full", "bitfit", "adapter", "lora", "unipelt-ap", "unipelt-apl"}  # no frozen head
+    assert {choice.method for choice in few} == {"probe", *trained}
     assert [choice.method for choice in choices(["probe"], None, ["published"])] == ["probe"]
 
 

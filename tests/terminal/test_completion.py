@@ -100,6 +100,7 @@ def test_words_are_those_that_the_commands_take(name: str, choices: set[str]) ->
         ("unipelt recommend --models bert,mini", ["bert,minilm"]),
         ("unipelt train --preset pap", ["paper"]),
         ("unipelt train --preset published/mad", ["published/madx"]),
+        ("unipelt train --preset few-labels/lor", ["few-labels/lora", "few-labels/loreft"]),
         ("unipelt train --model mini", ["minilm"]),
         ("unipelt train --device c", ["cpu", "cuda"]),
         ("unipelt train --precision ", ["auto", "fp32", "bf16"]),

@@ -178,7 +178,8 @@ def test_patience_can_be_asked_for_in_steps(bert: Path) -> None:
 def test_the_head_can_have_a_rate_of_its_own(bert: Path) -> None:
     moved = []
     for factor in (1.0, 1e-6):
-        loop = training(bert, epochs=1, head_rate=factor, head_start="random")
+        ends = {"head_start": "random", "head_end": "trained"}
+        loop = training(bert, epochs=1, head_rate=factor, **ends)
         before = tensors(loop)
         list(loop.events())
         changed = {n: (t - before[n]).abs().max() for n, t in tensors(loop).items()}

@@ -8,6 +8,8 @@ from typing import Any
 from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained
 from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.recorded import RecordedExperiment
+from unipelt_cli.config.sections import SECTIONS
 from unipelt_cli.errors import DataError, RunError
 from unipelt_cli.files import atomic, sealed
 from unipelt_cli.models.tuned import TunedModel
@@ -73,25 +75,24 @@ def as_started(experiment: Experiment, directory: Path) -> Experiment:
     return experiment.with_("data", **changes)
 
 
-def check_same(recorded: Experiment, asked: Experiment, directory: Path) -> None:
+def check_same(recorded: RecordedExperiment, asked: Experiment, directory: Path) -> None:
     """Raise RunError when a directory holds another experiment; `auto` matches what it became.
 
-    So does a method's default where the run was begun before there was such a setting.
+    So does a default where the run was begun before there was such a setting.
     """
-    old_settings, wanted = recorded.settings(), asked.settings()
-    defaults = asdict(methods.get(asked.method_name).method)
-    later = {
-        key
-        for key, value in recorded.method.earlier.items()
-        if old_settings["method"].get(key) == value and wanted["method"].get(key) == defaults[key]
-    }
+    old_settings, wanted = recorded.experiment.settings(), asked.settings()
+    default = _defaults(asked.method_name)
     differing = [
         (section, key, old_settings[section].get(key), values.get(key))
         for section, values in wanted.items()
         for key in sorted(values.keys() | old_settings[section].keys())
         if not (section == "data" and key == "dev_size" and asked.data.folds == "auto")
-        and not (section == "method" and key in later)
         and old_settings[section].get(key) != values.get(key) != "auto"
+    ]
+    differing = [
+        each
+        for each in differing
+        if each[:2] not in recorded.unsaid or each[3] != default[each[0]].get(each[1])
     ]
     if differing:
         section, key, old, new = differing[0]
@@ -99,13 +100,31 @@ def check_same(recorded: Experiment, asked: Experiment, directory: Path) -> None
         raise RunError(f"{directory}: {what}", _how_to_go_on(differing))
 
 
+def _defaults(method: str) -> dict[str, dict[str, Any]]:
+    """Return today's default settings of a method's runs, by section and key."""
+    recipe = methods.get(method)
+    plain = {
+        section: {key: field.default for key, field in kind.model_fields.items()}
+        for section, kind in SECTIONS.items()
+    }
+    for section, values in recipe.settings.items():
+        plain[section] |= values
+    return {**plain, "method": asdict(recipe.method)}
+
+
 def _how_to_go_on(differing: Sequence[tuple[str, str, Any, Any]]) -> str:
-    """Say how a run goes on that was begun with other settings: defaults may have changed since."""
+    """Say how a run goes on that was begun with other settings: defaults may have changed since.
+
+    What has a flag is what a user has changed.
+    """
     elsewhere = "give another --out, or replace it with --overwrite"
-    if any(section == "data" or old is None for section, _, old, _ in differing):
+    if any(section == "data" or key in _FLAGS or old is None for section, key, old, _ in differing):
         return elsewhere
     words = (f"--set {section}.{key}={_as_word(old)}" for section, key, old, _ in differing)
     return f"go on as it began with {' '.join(words)}; else {elsewhere}"
+
+
+_FLAGS = frozenset({"name", "backbone", "seed", "device", "precision"})
 
 
 def _as_word(value: Any) -> str:

@@ -171,7 +171,10 @@ def _recipes_and_rates(
     known = recipes.recipes_of(entry)
     if entry.method.has_closed_form:
         return [(recipes.DEFAULT, entry.learning_rate)]
-    tried = [name for name in recipe_names or known if name in known]
+    asked = recipe_names or known
+    if recipes.is_for_few_labels(entry):
+        asked = [recipes.DEFAULT if name == recipes.FEW else name for name in asked]
+    tried = [name for name in dict.fromkeys(asked) if name in known]
     ours = [name for name in tried if name != recipes.PUBLISHED]
     plain = [(name, recipes.rate_of(entry, name)) for name in tried]
     if rates is None or not rates:

@@ -73,6 +73,7 @@ def _presets(_: typer.Context, incomplete: str) -> Candidates:
     yield from _methods(_, incomplete)
     yield from ((name, "") for name in presets() if name not in methods())
     yield from ((name, "the paper's own numbers") for name in published_presets())
+    yield from ((f"few-labels/{name}", "the recipe for few labels") for name in methods())
     yield from _paths(incomplete, lambda path: path.suffix == ".toml")
 
 

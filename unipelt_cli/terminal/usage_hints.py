@@ -113,7 +113,8 @@ def argument(word: str, words: Sequence[str], options: Sequence[str]) -> str | N
         "--method": word in choices.methods(),
         "--train-file": Path(word).suffix in (".csv", ".tsv", ".jsonl", ".parquet"),
         "--preset": word.endswith(".toml")
-        or word in (*choices.presets(), *choices.published_presets()),
+        or word in (*choices.presets(), *choices.published_presets())
+        or word.startswith("few-labels/"),
     }
     if "." in before and before.partition(".")[0] in (*choices.SECTIONS, "method"):
         return f"write --set {before.rstrip('=')}={word}"

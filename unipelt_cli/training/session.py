@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.recorded import read_recorded
 from unipelt_cli.data import preparation
 from unipelt_cli.data.prepared_directory import Prepared
 from unipelt_cli.errors import BackboneError, ConfigError, DataError, RunError, UnipeltError
@@ -23,7 +24,7 @@ from unipelt_cli.runs.names import ENVIRONMENT, EXPERIMENT, MODEL, RESULT, STATE
 from unipelt_cli.runs.out_of_fold import OutOfFold, describe_score, read_folds
 from unipelt_cli.runs.probe import EXACT, probe, units_of
 from unipelt_cli.runs.progress import read_state
-from unipelt_cli.runs.run import read_experiment, read_run, read_stored
+from unipelt_cli.runs.run import read_run, read_stored
 from unipelt_cli.runs.writer import Writer, command_line
 from unipelt_cli.system import memory
 from unipelt_cli.system.processes import ALONE, Processes
@@ -69,9 +70,9 @@ class Session:
             return False, self.experiment
         self.writer.claim()
         self.writer.clean_up()
-        recorded = read_experiment(directory)
+        recorded = read_recorded(directory / EXPERIMENT)
         check_same(recorded, self.experiment, directory)
-        return True, as_started(recorded, directory)
+        return True, as_started(recorded.experiment, directory)
 
     def open(self, other: TunedModel | None = None) -> Ready | Finished:
         """After `check`, make data, model and loop ready; the backbone may be another run's."""

@@ -23,7 +23,7 @@ from unipelt_cli.models.evaluation import compute_features, compute_logits, enco
 from unipelt_cli.tasks import get_task
 from unipelt_cli.training import shared_passes
 from unipelt_cli.training.events import Step, TaskRows
-from unipelt_cli.training.heads.start_and_end import fit, start_heads
+from unipelt_cli.training.heads.start_and_end import RIDGE, fit, start_heads
 from unipelt_cli.training.loop import Training
 
 APART = {"pairs": "apart", "pooling": "mean"}
@@ -86,6 +86,20 @@ def test_a_fit_to_labels_tells_them_apart() -> None:
     slopes, offsets = fit(cosines, labels, 3)
     answers = (cosines[:, None] * slopes + offsets).argmax(1)
     assert float((answers == labels).double().mean()) >= 0.9
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_fit_to_labels_is_where_loss_and_penalty_are_least(classes: int) -> None:
+    cosines = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(40) % classes
+    slopes, offsets = fit(cosines, labels, classes)
+    mean, deviation = cosines.mean(), cosines.std(correction=0)
+    weight = (slopes * deviation).requires_grad_()
+    bias = (offsets + slopes * mean).requires_grad_()
+    logits = ((cosines - mean) / deviation)[:, None] * weight + bias
+    error = functional.cross_entropy(logits, labels) + RIDGE * weight.square().sum()
+    for gradient in torch.autograd.grad(error, [weight, bias]):
+        assert gradient.abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("normalise", [False, True])

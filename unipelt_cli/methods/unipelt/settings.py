@@ -78,7 +78,9 @@ class UnionSettings(Method):
     gate_bias: Annotated[
         float, Field(description="bias that every gate starts with: 0 is half open")
     ] = 0.0
-    gate_rate: Annotated[float, Field(gt=0, description="gates: factor on the rate")] = 1.0
+    gate_rate: Annotated[
+        float, Field(gt=0, description="gates: factor on the rate, where there are any")
+    ] = 1.0
     adapter_rate: Annotated[float, Field(gt=0, description="adapter: factor on the rate")] = 1.0
     prefix_rate: Annotated[float, Field(gt=0, description="prefix: factor on the rate")] = 1.0
     lora_rate: Annotated[float, Field(gt=0, description="LoRA: factor on the rate")] = 1.0

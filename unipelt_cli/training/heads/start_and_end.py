@@ -133,7 +133,8 @@ def fit(cosines: Tensor, targets: Tensor, outputs: int) -> tuple[Tensor, Tensor]
     strength = 1 / (RIDGE * len(inputs))
     if targets.is_floating_point():
         line = fit_values(inputs, targets.numpy(), strength)
-    else:
-        line = fit_classes(inputs, targets.numpy(), strength, outputs)
+    else:  # of two classes one weight stands for both, so half of it is penalised
+        several = 2 if len(np.unique(targets.numpy())) > 2 else 1
+        line = fit_classes(inputs, targets.numpy(), strength / several, outputs)
     slopes = torch.from_numpy(line.weight[:, 0]) / deviation
     return slopes, torch.from_numpy(line.bias) - slopes * mean
