@@ -109,10 +109,10 @@ def run_in(
 def test_the_first_screen_holds_the_two_commands() -> None:
     commands = [command for command, _ in transcripts()]
     assert commands[0] == "pip install '.[demo]' && unipelt train --task demo --k 100"
-    assert commands[1] == "pip install -e '.[dev]' && pytest"
+    assert commands[1] == "pip install -e '.[dev]' && pytest -n auto"
     run = (ROOT / ".ci" / "run").read_text()
     assert "pip install --quiet -e '.[dev]'" in run
-    assert "\npytest\n" in run
+    assert "\npytest -n auto\n" in run
 
 
 def test_every_command_runs_and_prints_what_is_shown(workplace: Path) -> None:
