@@ -25,6 +25,7 @@ def place(backbone_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("shell")
     shutil.copytree(backbone_dir("bert"), root / "bert")
     write_rows(root / "rows.csv", 600)
+    (root / "many.jsonl").write_text('{"text": "the film was good"}\n' * 3000)
     code, _, stderr = shell(root, f"{TRAIN} --set train.epochs=2 --out run")
     assert code == 0, stderr
     return root
@@ -52,13 +53,13 @@ def shell(root: Path, script: str, stdin: str | None = "") -> tuple[int, str, st
 
 
 @pytest.mark.parametrize(
-    "command", ["predict run rows.csv", "inspect-gates run --by example", "list tasks --json"]
+    "command", ["predict run many.jsonl", "inspect-gates run --by example", "list tasks --json"]
 )
 def test_a_reader_that_has_enough_ends_a_command_quietly(place: Path, command: str) -> None:
     code, stdout, stderr = shell(place, f"{UNIPELT} {command} 2>err | head -1; cat err >&2")
     assert code == 0
     assert len(stdout.splitlines()) == 1
-    assert "error" not in stderr
+    assert not stderr
 
 
 @pytest.mark.parametrize("command", ["--help", "--version", "list tasks --json"])
