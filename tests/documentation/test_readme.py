@@ -115,6 +115,7 @@ def test_the_first_screen_holds_the_two_commands() -> None:
     assert "\npytest -n auto\n" in run
 
 
+@pytest.mark.slow
 def test_every_command_runs_and_prints_what_is_shown(workplace: Path) -> None:
     """In order, since later commands use the first one's run; one epoch instead of fifty."""
     ran = 0
@@ -155,6 +156,7 @@ def test_indented_commands_resolve() -> None:
         assert resolve([*layers, ("", own)]).data.k == int(words["--k"])
 
 
+@pytest.mark.slow
 def test_the_script_for_ci_runs(workplace: Path) -> None:
     (script,) = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     cheap = re.sub(r"^unipelt train .*?(?= >)", lambda match: match[0] + CHEAP, script, flags=re.M)
@@ -163,6 +165,7 @@ def test_the_script_for_ci_runs(workplace: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_python_for_a_run_runs(workplace: Path) -> None:
     """On a run that the first command of the README left, or its like."""
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
