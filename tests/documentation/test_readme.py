@@ -215,6 +215,7 @@ def test_the_table_of_methods_is_the_codes() -> None:
     assert with_methods(README) == README, "run: python tests/documentation/test_readme.py"
 
 
+@pytest.mark.slow
 def test_adding_a_method_takes_the_readmes_one_file(
     tmp_path: Path, rows_file: Path, backbone_dir: Callable[[str], Path]
 ) -> None:
