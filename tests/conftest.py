@@ -41,12 +41,11 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "reviews.csv")
 
 
-SLOW = ("test_sweep.py", "test_processes.py", "test_readme.py")
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest: the last one must not run alone."""
-    items.sort(key=lambda item: item.path.name not in SLOW)
+    """Begin with the files that have slow tests: the last one must not run alone."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

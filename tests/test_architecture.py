@@ -153,15 +153,17 @@ def test_the_table_of_methods_does_not_wait_for_adapters() -> None:
     assert result.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["trian"]])
-def test_help_and_mistyped_commands_do_not_wait_for_torch(arguments: list[str]) -> None:
+def test_help_and_mistyped_commands_do_not_wait_for_torch() -> None:
     code = (
         "import sys\n"
         "from unipelt_cli.cli import app\n"
-        f"app({arguments!r}, standalone_mode=False)\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))\n"
+        "for line in sys.argv[1:]:\n"
+        "    app(line.split(), standalone_mode=False)\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()\n"
+        "    assert not heavy, (line, heavy)\n"
+        "print('all ran')\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip().endswith("[]")
+    lines = ["--version", "--help", "train --help", "trian"]
+    result = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("all ran\n")

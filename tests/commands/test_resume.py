@@ -59,6 +59,7 @@ def test_resume_starts_goes_on_and_returns(bert: Path, rows_file: Path, tmp_path
     assert invoke(*arguments, "--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_keeps_what_is_there_and_resume_ends_as_if_nothing_happened(
     bert: Path, rows_file: Path, tmp_path: Path, number: signal.Signals

@@ -109,12 +109,13 @@ def run_in(
 def test_the_first_screen_holds_the_two_commands() -> None:
     commands = [command for command, _ in transcripts()]
     assert commands[0] == "pip install '.[demo]' && unipelt train --task demo --k 100"
-    assert commands[1] == "pip install -e '.[dev]' && pytest"
+    assert commands[1] == "pip install -e '.[dev]' && pytest -n auto"
     run = (ROOT / ".ci" / "run").read_text()
     assert "pip install --quiet -e '.[dev]'" in run
-    assert "\npytest\n" in run
+    assert "\npytest -n auto\n" in run
 
 
+@pytest.mark.slow
 def test_every_command_runs_and_prints_what_is_shown(workplace: Path) -> None:
     """In order, since later commands use the first one's run; one epoch instead of fifty."""
     ran = 0
@@ -155,6 +156,7 @@ def test_indented_commands_resolve() -> None:
         assert resolve([*layers, ("", own)]).data.k == int(words["--k"])
 
 
+@pytest.mark.slow
 def test_the_script_for_ci_runs(workplace: Path) -> None:
     (script,) = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     cheap = re.sub(r"^unipelt train .*?(?= >)", lambda match: match[0] + CHEAP, script, flags=re.M)
@@ -163,6 +165,7 @@ def test_the_script_for_ci_runs(workplace: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_the_python_for_a_run_runs(workplace: Path) -> None:
     """On a run that the first command of the README left, or its like."""
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -212,6 +215,7 @@ def test_the_table_of_methods_is_the_codes() -> None:
     assert with_methods(README) == README, "run: python tests/documentation/test_readme.py"
 
 
+@pytest.mark.slow
 def test_adding_a_method_takes_the_readmes_one_file(
     tmp_path: Path, rows_file: Path, backbone_dir: Callable[[str], Path]
 ) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.backbones import Backbones
-from support.models import disturbed, experiment, logits_of, train_on_sixteen, tuned_of
+from support.backbones import KINDS, Backbones, planned_backbone
+from support.models import disturbed, experiment, logits_of, train_on_sixteen
 from support.rows import SENTENCES, SIXTEEN, SIXTEEN_LABELS, write_rows
 
 from unipelt_cli import methods
@@ -21,7 +21,7 @@ from unipelt_cli.backbones.pretrained import Pretrained, find
 from unipelt_cli.errors import BackboneError, ConfigError
 from unipelt_cli.files.sealed import open_tensors
 from unipelt_cli.methods.base import CannotMerge
-from unipelt_cli.models.build import build
+from unipelt_cli.models.build import build, refuse
 from unipelt_cli.models.evaluation import compute_logits, encode_rows
 from unipelt_cli.models.tuned import TunedModel, merge
 from unipelt_cli.runs.names import MODEL, PROBE
@@ -34,23 +34,80 @@ from unipelt_cli.training.loop import Training
 NAMES = sorted(methods.table())
 
 
-@pytest.mark.parametrize("model_type", BACKBONES)
-@pytest.mark.parametrize("method", NAMES)
-def test_a_row_alone_padded_or_in_company_gives_the_same_logits(
-    backbone_dir: Callable[[str], Path], model_type: str, method: str
-) -> None:
-    settings = experiment(backbone_dir(model_type), method)
-    pretrained = find(settings.model.backbone)
-    if list(settings.method.refusals(pretrained.layout, pretrained.library_config())):
-        with pytest.raises(BackboneError, match=f"method '{method}' on "):
-            build(settings, 3)
-        return
-    tuned = disturbed(build(settings, 3))
-    alone = logits_of(tuned, SENTENCES[1:2])
+UNUSUAL = ("albert", "bart", "deberta-v2", "modernbert", "t5")
+UNUSUAL_REFUSED = (
+    *("adalora", "adamix", "adapter-fusion", "coda", "dora", "houlsby", "hyperformer", "ia3"),
+    *("layernorm", "loreft", "lst", "mam", "moe-adapter", "parallel-adapter", "prompt"),
+    *("propetl", "side-tuning", "top-layers", "vera"),
+)
+REFUSED = {
+    (method, model_type): reason
+    for refused, model_types, reason in (
+        (UNUSUAL_REFUSED, UNUSUAL, "it is written for BERT's kind of layer, and a {}'s is another"),
+        (("coda", "prompt"), ("mpnet",), "{} counts how far tokens are apart, and "),
+        (
+            ("compacter", "compacter-plus-plus", "madx"),
+            (*UNUSUAL, "camembert", "mpnet"),
+            "the adapters library does not carry it to a {}",
+        ),
+        (("bitfit",), ("modernbert", "t5"), "a {} has no biases"),
+        (("unipelt-aplb",), ("modernbert", "t5"), "it has the part 'bias', and a {} has no biases"),
+    )
+    for method in refused
+    for model_type in model_types
+}
+"""Why an architecture does not carry a method, at every cell where it does not."""
+CARRIED = [(m, kind) for m in NAMES for kind in BACKBONES if (m, kind) not in REFUSED]
+OTHERS = [
+    (method, kind, attention)
+    for kind, layout in KINDS.items()
+    for attention in layout.attentions
+    if kind not in BACKBONES or attention != "eager"
+    for method in ("lora", "unipelt-aplb" if "bias" in layout.parts else "unipelt-apl")
+]
+"""What else a backbone may be. A union has every part, and an attention of ours for the prefix;
+without a prefix the library's own runs."""
+
+
+def check_alone_padded_and_in_company(tuned: Tuned) -> None:
+    """Check that a row's logits do not depend on padding, on other rows, or on its place."""
+    alone = logits_of(disturbed(tuned), SENTENCES[1:2])
     assert alone.shape == (1, 3)
     assert (logits_of(tuned, SENTENCES[1:2], 128) - alone).abs().max() < 1e-5
     assert (logits_of(tuned, SENTENCES)[1] - alone[0]).abs().max() < 1e-5
     assert (logits_of(tuned, SENTENCES[::-1])[2] - alone[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("method", "model_type"), CARRIED)
+def test_a_row_alone_padded_or_in_company_gives_the_same_logits(
+    backbone_dir: Callable[[str], Path], method: str, model_type: str
+) -> None:
+    check_alone_padded_and_in_company(build(experiment(backbone_dir(model_type), method), 3))
+
+
+@pytest.mark.parametrize(("method", "kind", "attention"), OTHERS)
+def test_every_attention_of_every_kind_gives_a_row_the_same_logits_too(
+    backbone_dir: Callable[[str], Path], method: str, kind: str, attention: str
+) -> None:
+    """By the library's layers, and with the mean of all tokens: a classifier's may read one."""
+    read = {"attention": attention, "pooling": "mean"}
+    settings = experiment(backbone_dir(kind), method, model=read)
+    check_alone_padded_and_in_company(build(settings, 3, hasten=False))
+
+
+def test_an_architecture_refuses_exactly_the_methods_that_it_cannot_carry() -> None:
+    reasons = {}
+    for model_type in BACKBONES:
+        backbone = planned_backbone(model_type)
+        for method in NAMES:
+            try:
+                refuse(methods.get(method).method, method, backbone)
+            except BackboneError as error:
+                reasons[method, model_type] = error.message
+    assert reasons.keys() == REFUSED.keys()
+    for (method, model_type), reason in REFUSED.items():
+        expected = f"method '{method}' on {model_type}: {reason.format(model_type)}"
+        assert reasons[method, model_type].startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -223,31 +280,6 @@ def test_two_builds_from_one_seed_are_equal_and_leave_the_generator_alone(
     assert not torch.equal(first["head.out.weight"], other["head.out.weight"])
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
-def test_bitfit_trains_every_bias_of_the_backbone_and_nothing_else(
-    backbone_dir: Callable[[str], Path], model_type: str
-) -> None:
-    settings = experiment(backbone_dir(model_type), "bitfit", model={"pooling": "native"})
-    backbone = build(settings, 2).classifier.backbone
-    biases = {name for name, _ in backbone.named_parameters() if name.endswith("bias")}
-    assert {name for name, p in backbone.named_parameters() if p.requires_grad} == biases
-
-
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "distilbert"])
-@pytest.mark.parametrize("parts", [("lora",), ("bias",), ("lora", "bias")])
-def test_merged_equals_unmerged(
-    backbone_dir: Callable[[str], Path], model_type: str, parts: tuple[str, ...]
-) -> None:
-    settings = experiment(
-        backbone_dir(model_type), "lora", model={"pooling": "native"}, options={"parts": parts}
-    )
-    tuned = disturbed(build(settings, 2))
-    before = logits_of(tuned, SENTENCES)
-    merge(tuned)
-    assert not hasattr(tuned.classifier.backbone, "submodules")
-    assert torch.allclose(logits_of(tuned, SENTENCES), before, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("method", "pooling", "reason"),
     [
@@ -310,14 +342,6 @@ def test_contradicting_hyperparameters_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         experiment(Path("minilm"), method, options=options)
-
-
-@pytest.mark.parametrize("name", ["compacter", "madx"])
-def test_an_architecture_that_the_library_lacks_is_refused(
-    backbone_dir: Backbones, name: str
-) -> None:
-    with pytest.raises(BackboneError, match="does not carry it to a camembert"):
-        tuned_of(backbone_dir("camembert"), name)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,12 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.tru
 Watch = Callable[[int, str], None]
 
 
+def mostly_slow(count: int, step: int) -> list[Any]:
+    """Number the places where a run may stop; all but every `step`-th are for the slow tests."""
+    slow = pytest.mark.slow
+    return [pytest.param(turn, marks=() if turn % step == 0 else slow) for turn in range(count)]
+
+
 @pytest.fixture(scope="module")
 def planned(backbone_dir: Callable[[str], Path], rows_file: Path) -> Experiment:
     rows = {
@@ -176,7 +182,7 @@ def changes_of(whole: Path) -> int:
     return int((whole.parent / f"{whole.name}.changes").read_text())
 
 
-@pytest.mark.parametrize("turn", range(POINTS))
+@pytest.mark.parametrize("turn", mostly_slow(POINTS, 8))
 def test_a_run_killed_at_any_change_of_a_file_ends_as_if_nothing_had_happened(
     planned: Experiment, whole: Path, tmp_path: Path, turn: int
 ) -> None:
@@ -189,6 +195,7 @@ def test_a_run_killed_at_any_change_of_a_file_ends_as_if_nothing_had_happened(
     check_equal(out, whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
     planned: Experiment, whole: Path, tmp_path: Path
 ) -> None:
@@ -204,6 +211,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
     check_equal(out, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
 def test_runs_that_share_passes_survive_as_well(
     planned: Experiment, tmp_path: Path, share: float
@@ -233,7 +241,7 @@ def test_runs_that_share_passes_survive_as_well(
             torch.testing.assert_close(tensor, tensors[1][name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("turn", range(FULL))
+@pytest.mark.parametrize("turn", mostly_slow(FULL, 4))
 def test_a_disk_that_is_full_from_any_moment_costs_nothing_but_time(
     planned: Experiment, whole: Path, tmp_path: Path, turn: int
 ) -> None:
@@ -379,7 +387,10 @@ def test_a_backbone_that_changed_since_a_run_began_is_named(
     assert said.endswith("): other vocab.txt")
 
 
-@pytest.mark.parametrize("what", ["prepare", "adapters", "hf"])
+@pytest.mark.parametrize(
+    "what",
+    ["prepare", *(pytest.param(what, marks=pytest.mark.slow) for what in ("adapters", "hf"))],
+)
 def test_a_directory_is_made_whole_or_not_at_all(
     planned: Experiment,
     backbone_dir: Callable[[str], Path],

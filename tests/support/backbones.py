@@ -125,14 +125,21 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 """Backbones that are an architecture with other settings, by a name for tests."""
 
 
+KINDS = {**BACKBONES, **{name: BACKBONES[kind] for name, (kind, _) in VARIANTS.items()}}
+
+
+def planned_backbone(model_type: str, **changes: object) -> Pretrained:
+    """Return a tiny backbone of one architecture of which there is no file yet."""
+    sizes = {**OWN_SIZES.get(model_type, SIZES), **EXTRA.get(model_type, {}), **changes}
+    return Pretrained(model_type, Path(), BACKBONES[model_type], sizes)
+
+
 def save_backbone(directory: Path, model_type: str, **changes: object) -> Path:
     """Save a tiny random backbone of one architecture, weights N(0, 0.3), with a tokenizer."""
-    layout = BACKBONES[model_type]
-    sizes = OWN_SIZES.get(model_type, SIZES)
-    extra = EXTRA.get(model_type, {})
-    config = getattr(transformers, f"{layout.classes}Config")(**{**sizes, **extra, **changes})
+    planned = planned_backbone(model_type, **changes)
+    config = getattr(transformers, f"{planned.layout.classes}Config")(**planned.config)
     generator = torch.Generator().manual_seed(7)
-    model = Pretrained("", directory, layout, {}).library_class(config)
+    model = planned.library_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name.lower():

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +113,18 @@ def test_the_best_so_far_knows_which_way_is_better(metric: str, expected: str) -
 # The command
 
 
-@pytest.fixture
-def flags(backbone_dir: Backbones, rows_file: Path, tmp_path: Path) -> list[str]:
+def flags_of(bert: Path, rows_file: Path, out: Path) -> list[str]:
     """Return a sweep of four cells: two methods, two data seeds."""
     return [
-        *(
-            "sweep",
-            "--train-file",
-            str(rows_file),
-            "--text",
-            "text",
-            "--label",
-            "label",
-            "--folds",
-            "none",
-        ),
-        *("--model", str(backbone_dir("bert")), "--methods", "head,lora"),
-        *("--data-seeds", "1,2", "--out", str(tmp_path / "sweep"), "--workers", "2", *QUICK),
+        *("sweep", "--train-file", str(rows_file), "--text", "text", "--label", "label"),
+        *("--folds", "none", "--model", str(bert), "--methods", "head,lora"),
+        *("--data-seeds", "1,2", "--out", str(out), "--workers", "2", *QUICK),
     ]
+
+
+@pytest.fixture
+def flags(bert: Path, rows_file: Path, tmp_path: Path) -> list[str]:
+    return flags_of(bert, rows_file, tmp_path / "sweep")
 
 
 def invoke(arguments: list[str]) -> Any:
@@ -139,30 +135,64 @@ def finished(directory: Path) -> list[Path]:
     return sorted(path.parent for path in directory.glob(f"*/{RESULT}"))
 
 
-def test_a_sweep_trains_each_cell_once_and_skips_what_is_finished(
-    flags: list[str], tmp_path: Path
-) -> None:
-    first = invoke([*flags, "--json"])
-    assert first.exit_code == 0, first.stderr
-    answer = json.loads(first.stdout)
-    assert (answer["cells"], len(answer["runs"]), answer["failed"]) == (4, 4, [])
+TEN, HALF_TOO_MANY = ["--k", "10"], ["--k", "10,1000"]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A sweep of eight cells of which four cannot be, and what the command said of it."""
+
+    directory: Path
+    ended: Any
+
+
+@pytest.fixture(scope="module")
+def swept(bert: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """Return a sweep that many tests read; tests that go on with it copy it."""
+    directory = tmp_path_factory.mktemp("swept") / "sweep"
+    ended = invoke([*flags_of(bert, rows_file, directory), *HALF_TOO_MANY, "--json"])
+    return Swept(directory, ended)
+
+
+@pytest.fixture
+def begun(swept: Swept, tmp_path: Path) -> Path:
+    """Return a copy of the sweep where `flags` has its own."""
+    return Path(shutil.copytree(swept.directory, tmp_path / "sweep"))
+
+
+def test_a_sweep_trains_each_cell_that_can_be_and_names_the_others(swept: Swept) -> None:
+    assert swept.ended.exit_code == 3
+    answer = json.loads(swept.ended.stdout)
+    assert (answer["cells"], len(answer["runs"]), len(answer["failed"])) == (8, 4, 4)
     assert [run["method"] for run in answer["runs"]] == ["head", "head", "lora", "lora"]
-    assert "[4/4] reviews-kall-" in first.stderr
-    directories = finished(tmp_path / "sweep")
+    directories = finished(swept.directory)
     assert [str(path) for path in directories] == sorted(run["run"] for run in answer["runs"])
-    before = {path: (path / RESULT).stat().st_mtime_ns for path in directories}
-    again = invoke([*flags, "--json"])
-    assert json.loads(again.stdout) == answer
+    assert "[8/8] reviews-k10" in swept.ended.stderr
+    error, hint = swept.ended.stderr.splitlines()[-2:]
+    assert error == (
+        "error: 4 of 8 cells failed, the first with: data.k = 1000: reviews has 60 train rows, "
+        "12 of them held for test"
+    )
+    assert hint.endswith("; then the same command with --retry")
+
+
+def test_what_is_finished_is_skipped(flags: list[str], begun: Path) -> None:
+    before = {path: (path / RESULT).stat().st_mtime_ns for path in finished(begun)}
+    again = invoke([*flags, *TEN, "--json"])
+    assert again.exit_code == 0, again.stderr
+    answer = json.loads(again.stdout)
+    assert (answer["cells"], answer["failed"]) == (4, [])
+    assert sorted(run["run"] for run in answer["runs"]) == [str(path) for path in before]
     assert "4 of 4 cells are finished already" in again.stderr
-    assert before == {p: (p / RESULT).stat().st_mtime_ns for p in finished(tmp_path / "sweep")}
-    more = invoke([*flags, "--data-seeds", "1,2,3"])
+    more = invoke([*flags, *TEN, "--data-seeds", "1,2,3"])
     assert more.exit_code == 0
-    assert len(finished(tmp_path / "sweep")) == 6
+    assert "[6/6] reviews-k10-" in more.stderr
+    assert len(finished(begun)) == 6
+    assert before == {path: (path / RESULT).stat().st_mtime_ns for path in before}
 
 
-def test_a_cell_is_the_run_that_train_makes(flags: list[str], tmp_path: Path) -> None:
-    invoke(flags)
-    directory = next(p for p in finished(tmp_path / "sweep") if "lora" in p.name and "d2" in p.name)
+def test_a_cell_is_the_run_that_train_makes(swept: Swept, tmp_path: Path) -> None:
+    directory = next(p for p in finished(swept.directory) if "lora" in p.name and "d2" in p.name)
     alone = invoke(
         ["train", "--preset", str(directory / "experiment.toml"), "--out", str(tmp_path / "alone")]
     )
@@ -173,47 +203,37 @@ def test_a_cell_is_the_run_that_train_makes(flags: list[str], tmp_path: Path) ->
     assert invoke(["verify", str(directory)]).exit_code == 0
 
 
-def test_failed_cells_are_kept_told_and_tried_again_on_demand(
-    flags: list[str], tmp_path: Path
-) -> None:
-    command = [*flags, "--k", "10,1000"]
-    failing = invoke([*command, "--json"])
-    assert failing.exit_code == 3
-    assert len(json.loads(failing.stdout)["failed"]) == 4
-    error, hint = failing.stderr.splitlines()[-2:]
-    assert error == (
-        "error: 4 of 8 cells failed, the first with: data.k = 1000: reviews has 60 train rows, "
-        "12 of them held for test"
-    )
-    assert hint.endswith("; then the same command with --retry")
-    again = invoke(command)
+def test_failed_cells_are_kept_and_tried_again_on_demand(flags: list[str], begun: Path) -> None:
+    again = invoke([*flags, *HALF_TOO_MANY])
     assert again.exit_code == 3
     assert "4 of 8 cells are finished already, 4 have failed: --retry tries them again" in (
         again.stderr
     )
     assert "[" not in again.stderr, "nothing is trained"
-    retried = invoke([*command, "--retry"])
+    retried = invoke([*flags, *HALF_TOO_MANY, "--retry"])
     assert retried.exit_code == 3
     assert retried.stderr.count("failed: data.k = 1000") == 4
+    assert len(finished(begun)) == 4
 
 
-def test_a_failure_is_forgotten_once_its_cell_is_finished(flags: list[str], tmp_path: Path) -> None:
-    directory = tmp_path / "sweep"
-    invoke(flags)
-    cell = finished(directory)[0]
+def test_a_failure_is_forgotten_once_its_cell_is_finished(flags: list[str], begun: Path) -> None:
+    (begun / FAILURES).unlink()
+    cell = finished(begun)[0]
     (cell / MODEL).write_bytes(b"nothing")
-    damaged = invoke(flags)
+    damaged = invoke([*flags, *TEN])
     assert damaged.exit_code == 3
     assert f"{cell / MODEL}: changed since it was written" in damaged.stderr
     for path in cell.iterdir():
         path.unlink()
     cell.rmdir()
-    assert invoke([*flags, "--retry"]).exit_code == 0
-    assert not (directory / FAILURES).exists() or not json.loads((directory / FAILURES).read_text())
+    assert invoke([*flags, *TEN, "--retry"]).exit_code == 0
+    assert not (begun / FAILURES).exists() or not json.loads((begun / FAILURES).read_text())
 
 
-def test_a_dry_run_says_what_is_left_and_writes_nothing(flags: list[str], tmp_path: Path) -> None:
-    shown = invoke([*flags, "--dry-run", "--json"])
+def test_a_dry_run_says_what_is_left_and_writes_nothing(
+    flags: list[str], swept: Swept, tmp_path: Path
+) -> None:
+    shown = invoke([*flags, *TEN, "--dry-run", "--json"])
     assert shown.exit_code == 0, shown.stderr
     answer = json.loads(shown.stdout)
     assert [cell["status"] for cell in answer["cells"]] == ["waiting"] * 4
@@ -221,15 +241,19 @@ def test_a_dry_run_says_what_is_left_and_writes_nothing(flags: list[str], tmp_pa
     assert answer["disk_bytes"] > 4 * 40_000
     assert "4 of 4 cells are left" in " ".join(shown.stderr.split())
     assert not (tmp_path / "sweep").exists()
-    invoke(flags)
-    took = sum(p.stat().st_size for d in finished(tmp_path / "sweep") for p in d.iterdir())
+    took = sum(p.stat().st_size for d in finished(swept.directory) for p in d.iterdir())
     assert took / 2 < answer["disk_bytes"] < took * 4
-    some = invoke([*flags, "--k", "10,1000", "--dry-run", "--json"])
+
+
+def test_a_dry_run_finds_what_cannot_be_trained(flags: list[str], begun: Path) -> None:
+    (begun / FAILURES).unlink()
+    some = invoke([*flags, *HALF_TOO_MANY, "--dry-run", "--json"])
     assert some.exit_code == 0
     errors = [cell.get("error") for cell in json.loads(some.stdout)["cells"]]
     assert [error is None for error in errors] == [True, True, True, True, *[False] * 4]
     assert "1000: reviews has 60 train rows" in some.stderr
-    assert "0 of 4 cells are left" in " ".join(invoke([*flags, "--dry-run"]).stderr.split())
+    shown = invoke([*flags, *TEN, "--dry-run"])
+    assert "0 of 4 cells are left" in " ".join(shown.stderr.split())
 
 
 @pytest.mark.parametrize(
@@ -294,6 +318,7 @@ def lives(process: int) -> bool:
 LONG = ["--set", "train.epochs=2000", "--set", "train.patience=2000", "--methods", "lora"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_goes_on(
     flags: list[str], tmp_path: Path, number: signal.Signals
@@ -310,6 +335,7 @@ def test_an_interrupted_sweep_goes_on(
     assert [one.status for one in plan.states.values()] == ["interrupted"] * 2
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_leaves_no_process_behind_and_nothing_lost(
     flags: list[str], tmp_path: Path
 ) -> None:
@@ -323,6 +349,7 @@ def test_a_killed_sweep_leaves_no_process_behind_and_nothing_lost(
     assert len(list(tmp_path.glob(f"sweep/*/{STATE}"))) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_cells_go_on(flags: list[str], tmp_path: Path) -> None:
     settings = ["--set", "train.epochs=60", "--set", "train.patience=60", "--methods", "lora"]
     process = started([*flags, *settings])
@@ -370,6 +397,7 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_costs_no_cell(cluster: Any, flags: list[str], tmp_path: Path) -> None:
     command = [flag for flag in flags if flag not in ("--workers", "2")]
     command += ["--engine", "ray", "--address", cluster.address, "--data-seeds", "1,2,3"]
@@ -390,6 +418,7 @@ def test_a_node_that_dies_costs_no_cell(cluster: Any, flags: list[str], tmp_path
     assert all(read_run(path).result for path in finished(tmp_path / "sweep"))
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_an_error(flags: list[str]) -> None:
     pytest.importorskip("ray")
     command = [flag for flag in flags if flag not in ("--workers", "2")]

@@ -156,6 +156,7 @@ def epochs_of(run: Path) -> list[dict[str, Any]]:
     return [event for event in read_metrics(run) if event["kind"] == "epoch"]
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_whole_run(whole: Path) -> None:
     assert {path.name for path in whole.iterdir()} == {*RECORDED, RESULT}
     assert [event["epoch"] for event in epochs_of(whole)] == list(range(1, EPOCHS + 1))
@@ -165,6 +166,7 @@ def test_two_processes_write_one_whole_run(whole: Path) -> None:
     read_run(whole).build()
 
 
+@pytest.mark.slow
 def test_one_process_reaches_the_same_scores(
     root: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,7 @@ def test_one_process_reaches_the_same_scores(
     assert losses[0][0] == pytest.approx(losses[1][0], rel=0.1)
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_pairs_read_apart_as_one_does(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ def test_two_processes_train_on_pairs_read_apart_as_one_does(
     assert json.loads(scored.stdout)["scores"] == runs[1].result["test"]
 
 
+@pytest.mark.slow
 def test_a_directory_that_exists_ends_both_and_is_said_once(root: Path, whole: Path) -> None:
     before = {path.name: path.read_bytes() for path in whole.iterdir()}
     with launch([*COMMAND, "--out", "whole"], root) as launched:
@@ -237,6 +241,7 @@ def stopped(root: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_request_to_one_process_stops_both_and_resume_goes_on(
     root: Path, whole: Path, stopped: Path
 ) -> None:
@@ -255,6 +260,7 @@ def test_a_request_to_one_process_stops_both_and_resume_goes_on(
         assert (root / "resumed" / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_a_run_of_two(
     root: Path, whole: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +282,7 @@ def check_like(run: Path, whole: Path) -> None:
         torch.testing.assert_close(model_of(run)[name], tensor, atol=1e-5, rtol=0.0)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_other_waiting(root: Path) -> None:
     out = root / "killed"
     with launch([*COMMAND, "--set", "train.epochs=999", "--out", out.name], root) as launched:
@@ -317,6 +324,7 @@ def two(root: Path) -> Ranks:
     return Ranks(str(root / "bert"), said, tensors, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ranks.LOOPS)
 def test_two_processes_compute_what_one_does_in_parts(two: Ranks, method: str) -> None:
     loop = ranks.LOOPS[method](two.backbone)
@@ -330,6 +338,7 @@ def test_two_processes_compute_what_one_does_in_parts(two: Ranks, method: str) -
         torch.testing.assert_close(found, tensor, atol=1e-5, rtol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_processes_stay_in_step_to_the_bit(two: Ranks) -> None:
     """Also where a step draws random numbers, and where one has no rows of the last batch."""
     assert two.tensors[0].keys() == two.tensors[1].keys()
@@ -338,6 +347,7 @@ def test_processes_stay_in_step_to_the_bit(two: Ranks) -> None:
     assert two.said[0]["child-tuning-f"] == two.said[1]["child-tuning-f"]
 
 
+@pytest.mark.slow
 def test_processes_tell_each_other_what_happened(two: Ranks) -> None:
     for rank, said in enumerate(two.said):
         assert said["heard"] == {
@@ -353,12 +363,14 @@ def test_processes_tell_each_other_what_happened(two: Ranks) -> None:
         }
 
 
+@pytest.mark.slow
 def test_memory_that_one_process_lacks_halves_the_parts_of_all(two: Ranks) -> None:
     for said in two.said:
         assert said["halved"] == [1]
         assert said["not one row"].startswith("RunError: not even one row fits into memory;")
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_the_main_process_ends_all(two: Ranks) -> None:
     for said in two.said:
         assert said["full disk"] == "RunError: metrics.jsonl: No space left on device; free some"
