@@ -69,7 +69,7 @@ OTHERS = [
 without a prefix the library's own runs."""
 
 
-def check_alone_padded_and_in_company(tuned: Tuned) -> None:
+def check_alone_padded_and_in_company(tuned: TunedModel) -> None:
     """Check that a row's logits do not depend on padding, on other rows, or on its place."""
     alone = logits_of(disturbed(tuned), SENTENCES[1:2])
     assert alone.shape == (1, 3)
