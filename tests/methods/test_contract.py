@@ -92,7 +92,7 @@ def test_every_attention_of_every_kind_gives_a_row_the_same_logits_too(
     """By the library's layers, and with the mean of all tokens: a classifier's may read one."""
     read = {"attention": attention, "pooling": "mean"}
     settings = experiment(backbone_dir(kind), method, model=read)
-    check_alone_padded_and_in_company(build(settings, 3, hasten=False))
+    check_alone_padded_and_in_company(build(settings, 3, accelerate=False))
 
 
 def test_an_architecture_refuses_exactly_the_methods_that_it_cannot_carry() -> None:
