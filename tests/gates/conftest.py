@@ -17,6 +17,7 @@ def run(backbone_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     rows.write_text(hostile)
     arguments = ["train", *rows_options(rows), "--k", "24", "--model", backbone_dir("bert"), *FAST]
     set_ = ["--set", "method.lora_gates=separate", "--set", "train.learning_rate=5e-3"]
+    set_ += ["--set", "method.gate_rate=1.0"]  # at ten times this rate some would nearly close
     code, _, stderr = invoke(*arguments, *set_, "--out", directory / "run<i>")
     assert code == 0, stderr
     return directory / "run<i>"
