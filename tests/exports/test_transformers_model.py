@@ -44,9 +44,7 @@ def test_hf_folder_has_same_logits(
     assert report.holds
     assert report.parity.label_flips == 0
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    # Of the largest logit: fp32 sums fall otherwise on each kind of processor, merged or not.
-    largest = max(float(answer.abs().max()) for answer in before)
-    assert difference(tuned.classifier, logits(model), rows) <= 1e-5 * largest
+    assert difference(tuned.classifier, logits(model), rows) <= 1e-5
     assert model.config.id2label == dict(enumerate(LABELS))
     assert model.config.label2id == {label: place for place, label in enumerate(LABELS)}
     assert not list((tmp_path / "out").glob("*.bin"))

@@ -1,15 +1,12 @@
 """Whether a run's files are those that its result vouches for, and its backbone the one it had."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unipelt_cli import methods
 from unipelt_cli.backbones.pretrained import Pretrained
-from unipelt_cli.config.experiment import Experiment
+from unipelt_cli.config.experiment import Experiment, resolve
 from unipelt_cli.config.recorded import RecordedExperiment
-from unipelt_cli.config.sections import SECTIONS
 from unipelt_cli.errors import DataError, RunError
 from unipelt_cli.files import atomic, sealed
 from unipelt_cli.models.tuned import TunedModel
@@ -81,35 +78,20 @@ def check_same(recorded: RecordedExperiment, asked: Experiment, directory: Path)
     So does a default where the run was begun before there was such a setting.
     """
     old_settings, wanted = recorded.experiment.settings(), asked.settings()
-    default = _defaults(asked.method_name)
+    alone = {"data": {"task": "demo"}, "method": {"name": asked.method_name}}
+    default = resolve([("", alone)]).settings()
     differing = [
         (section, key, old_settings[section].get(key), values.get(key))
         for section, values in wanted.items()
         for key in sorted(values.keys() | old_settings[section].keys())
         if not (section == "data" and key == "dev_size" and asked.data.folds == "auto")
+        and not ((section, key) in recorded.unsaid and values.get(key) == default[section].get(key))
         and old_settings[section].get(key) != values.get(key) != "auto"
-    ]
-    differing = [
-        each
-        for each in differing
-        if each[:2] not in recorded.unsaid or each[3] != default[each[0]].get(each[1])
     ]
     if differing:
         section, key, old, new = differing[0]
         what = f"holds another experiment, {section}.{key} = {old!r} there, {new!r} here"
         raise RunError(f"{directory}: {what}", _how_to_go_on(differing))
-
-
-def _defaults(method: str) -> dict[str, dict[str, Any]]:
-    """Return today's default settings of a method's runs, by section and key."""
-    recipe = methods.get(method)
-    plain = {
-        section: {key: field.default for key, field in kind.model_fields.items()}
-        for section, kind in SECTIONS.items()
-    }
-    for section, values in recipe.settings.items():
-        plain[section] |= values
-    return {**plain, "method": asdict(recipe.method)}
 
 
 def _how_to_go_on(differing: Sequence[tuple[str, str, Any, Any]]) -> str:

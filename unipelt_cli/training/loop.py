@@ -336,7 +336,6 @@ class Training:
         """Set heads to their classes' means if settings say so; dev rows, if any, may refuse."""
         if self.settings.head_end == "trained" or self.method.has_closed_form:
             return
-        trained = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
         end_heads(self.tuned, self.courses, self._frozen_rows)
         self.processes.broadcast(self._tensors())
         if not self.selects:
@@ -346,7 +345,7 @@ class Training:
         if is_better(metric, scores[metric], progress.best_score):
             progress.best_score, progress.best_dev = scores[metric], dict(scores)
         else:
-            self._copy(trained)
+            self._copy(self.best)
 
     def _fold_scales(self) -> None:
         """Let every head give labels: what is stored and exported knows of no other scale."""

@@ -277,7 +277,9 @@ class LayerSubmodules(nn.Module):
             weight = _projection(layer, layout, projection).weight.detach()
             if layout.fused:
                 weight = weight.chunk(len(THIRDS))[THIRDS.index(projection)]
-            weight += self.scale * low_rank.b @ low_rank.a
+            # In float64, which not every device has: summed in float32 its error shows in logits.
+            w, b, a = (matrix.cpu().double() for matrix in (weight, low_rank.b, low_rank.a))
+            weight.copy_(w + self.scale * b @ a)
         for name, delta in self.bias.items():
             bias = layer.get_submodule(name.replace("-", ".")).bias
             assert isinstance(bias, Tensor)
