@@ -107,7 +107,9 @@ app(sys.argv[1:], standalone_mode=False)
 """
 
 
-@pytest.mark.parametrize("command", ["train", "prepare", "sweep", "predict", "verify", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "prepare", "sweep", "recommend", "predict", "verify", "doctor"]
+)
 def test_the_network_is_settled_before_a_library_reads_the_switches(
     command: str, run: Path, bert: Path, rows_file: Path, tmp_path: Path
 ) -> None:
@@ -116,6 +118,7 @@ def test_the_network_is_settled_before_a_library_reads_the_switches(
         "train": [*rows, "--model", str(bert)],
         "prepare": rows,
         "sweep": [*rows, "--methods", "lora", "--model", str(bert)],
+        "recommend": [*rows, "--model", str(bert)],
         "predict": [str(run), str(rows_file)],
         "verify": [str(run)],
         "doctor": [str(bert)],

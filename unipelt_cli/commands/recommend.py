@@ -78,21 +78,23 @@ def recommend(
         "train": {"seed": seed, "device": device, "precision": precision},
     }
     with importing():
-        from unipelt_cli.commands.shared import live_training
-        from unipelt_cli.sweeps import candidates, judges, recommendation, successive_halving
+        from unipelt_cli.sweeps import candidates
         from unipelt_cli.sweeps.grid import split_names
-        from unipelt_cli.terminal.search import show_search
-        from unipelt_cli.training.planning import RowCache
     from unipelt_cli.files import atomic
     from unipelt_cli.terminal.console import note, say
 
-    seconds = successive_halving.seconds_of(budget)
     shared_settings = command_line_settings(settings, flags)
     _refuse_decided(shared_settings, has_models=models is not None)
     backbones = _backbones(models)
     words = split_names("--methods", methods), _rates(rates), split_names("--recipes", recipes)
     tried = candidates.choices(*words, backbones)
     experiment_of = _experiments(with_columns([], shared_settings), backbones, offline)
+    with importing():  # the network is settled by now: these read its switches
+        from unipelt_cli.commands.shared import live_training
+        from unipelt_cli.sweeps import judges, recommendation, successive_halving
+        from unipelt_cli.terminal.search import show_search
+        from unipelt_cli.training.planning import RowCache
+    seconds = successive_halving.seconds_of(budget)
     searched = candidates.make_candidates(tried, experiment_of)
     with atomic.new_directory(out) as directory:
         shared = RowCache()
@@ -143,11 +145,11 @@ def _experiments(
     """Settle the network for all backbones; return what makes a choice's experiment."""
     from unipelt_cli.config.experiment import merge_settings
     from unipelt_cli.config.presets import recipe_settings
-    from unipelt_cli.training.planning import with_drawn_rows
 
     layers = [{"model": {"backbone": backbone}} for backbone in backbones] or [{}]
     planned = [complete([], merge_settings([settings, layer])) for layer in layers]
     settle_network(planned, offline=offline)
+    from unipelt_cli.training.planning import with_drawn_rows  # reads the switches: settled by now
 
     def experiment_of(choice: "Choice") -> "Experiment":
         changed: Settings = {
