@@ -42,6 +42,8 @@ def test_methods_are_listed_with_the_papers_rates(monkeypatch: pytest.MonkeyPatc
 def test_the_papers_own_numbers_are_listed_as_presets() -> None:
     _, stdout, _ = invoke("list", "presets", "--json")
     said = {entry["name"]: entry["what"] for entry in json.loads(stdout)["presets"]}
+    assert said["few-labels/lora"] == "lora by the recipe for few labels"
+    assert "few-labels/probe" not in said
     assert said["published/loreft"] == (
         "loreft as Wu et al. 2024 trained it: learning_rate 0.0006, batch_size 32, warmup 0.09, "
         "first_tokens 1"

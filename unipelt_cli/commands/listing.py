@@ -121,17 +121,20 @@ def _methods(model: str | None = None) -> list[Entry]:
 
 
 def _presets(_: Path) -> list[Entry]:
-    """Return the shipped files, every method, and every paper's own numbers, all by name."""
+    """Return the shipped files, every method, few labels' and every paper's recipes, by name."""
     with importing():
         from unipelt_cli import methods
-        from unipelt_cli.config.presets import PUBLISHED, presets, published_presets
+        from unipelt_cli.config import presets
 
     summaries = {name: recipe.summary for name, recipe in methods.table().items()}
-    for name, path in presets().items():
+    for name, path in presets.presets().items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         summaries[name] = first.removeprefix(f"{name}: ")
-    for name, published in published_presets().items():
-        method = name.removeprefix(PUBLISHED)
+    for name in presets.few_labels_presets():
+        method = name.removeprefix(presets.FEW_LABELS)
+        summaries[name] = f"{method} by the recipe for few labels"
+    for name, published in presets.published_presets().items():
+        method = name.removeprefix(presets.PUBLISHED)
         values = {**published.get("model", {}), **published["train"], **published["method"]}
         del values["name"]
         listed = ", ".join(f"{key} {value}" for key, value in values.items())
