@@ -189,3 +189,53 @@ def test_numbers_of_a_file_are_never_read_by_the_decimal_comma_of_others(tmp_pat
         f"{points}, line 2: the label '12.345' can be read in two ways",
         "spell labels as the run's train rows do: a decimal comma, no thousands marks",
     )
+
+
+# Many classes, few rows: a hundred rows of 77 classes show not all of them.
+
+
+def many_classes(path: Path, rows: int, classes: int) -> Path:
+    return write_table(path, "text,label", lambda n: f"{sentence(n)},c{n % classes}x", rows)
+
+
+def test_labels_that_test_alone_has_are_scored_as_wrong_and_said(
+    bert: Path, tmp_path: Path
+) -> None:
+    train = many_classes(tmp_path / "a.csv", 40, 4)
+    test = many_classes(tmp_path / "t.csv", 12, 6)
+    out = tmp_path / "run"
+    files = ("--train-file", train, "--test-file", test, "--text", "text", "--label", "label")
+    given = ("--dev-size", "0", "--model", bert, *FAST, "--out", out)
+    code, _, stderr = invoke("train", *files, *given)
+    note = "note: test: 4 rows have labels that no train row has: 'c4x', 'c5x'"
+    assert code == 0
+    assert note in stderr.splitlines()
+    scores = json.loads((out / "result.json").read_text())["test"]
+    assert scores["accuracy"] <= 8 / 12
+    code, stdout, _ = invoke("eval", out, "--json")
+    assert (code, json.loads(stdout)["scores"]["accuracy"]) == (0, scores["accuracy"])
+
+
+def test_a_scored_file_may_have_labels_that_the_run_has_not(bert: Path, tmp_path: Path) -> None:
+    train, out = many_classes(tmp_path / "a.csv", 60, 4), tmp_path / "run"
+    given = ("--k", "24", "--dev-size", "0", "--model", bert, *FAST, "--out", out)
+    files = ("--train-file", train, "--text", "text", "--label", "label")
+    assert invoke("train", *files, *given)[0] == 0
+    some = many_classes(tmp_path / "some.csv", 12, 6)
+    code, stdout, stderr = invoke("eval", out, "--file", some, "--json")
+    assert code == 0
+    assert stderr.splitlines()[0] == (
+        f"note: {some}: 4 rows have labels that no train row has, so no answer is right: "
+        "'c4x', 'c5x'"
+    )
+    scores = json.loads(stdout)["scores"]
+    assert scores["accuracy"] <= 8 / 12
+    most = many_classes(tmp_path / "most.csv", 12, 12)
+    assert error_of("eval", out, "--file", most) == (
+        f"{most}, line 6: unknown label 'c4x'",
+        "the labels of a are 'c0x', 'c1x', 'c2x', 'c3x'",
+    )
+
+
+def test_77_labels_of_100_rows_are_classes(tmp_path: Path) -> None:
+    assert len(prepare_own(many_classes(tmp_path / "a.csv", 100, 77)).task.labels) == 77

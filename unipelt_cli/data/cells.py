@@ -6,6 +6,7 @@ whatever the format. Nothing here knows which rows are wanted or why.
 
 import math
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -56,9 +57,13 @@ class RawColumns:
     """Names that several columns have, and how many: none of them can be asked for."""
 
     def refuse(self, index: int, what: str, hint: str = FILL_IN) -> NoReturn:
-        """Raise for a row: its line (from 1), or its place (from 0) where there are no lines."""
+        """Raise for a row."""
+        raise self.refusal(index, what, hint)
+
+    def refusal(self, index: int, what: str, hint: str) -> RowError:
+        """Name a row: its line (from 1), or its place (from 0) where there are no lines."""
         where = f"line {self.lines[index]}" if self.lines else f"row {self.rows[index]}"
-        raise RowError(f"{self.origin}, {where}: {what}", hint, index)
+        return RowError(f"{self.origin}, {where}: {what}", hint, index)
 
     def first(self, count: int, names: Sequence[str]) -> "RawColumns":
         """Return some columns of so many rows."""
@@ -185,10 +190,46 @@ def require(origin: str, names: Iterable[str], present: Iterable[str]) -> None:
             raise DataError(f"{origin}: no column {short(name)}", f"columns found: {listed}")
 
 
-def encode_labelled(cells: RawColumns, task: Task, text: Sequence[str], label: str) -> "Dataset":
-    """Build the checked rows of a task from the columns that hold its texts and label."""
+@dataclass
+class UnknownLabels:
+    """Labels of scored rows that their task lacks: whatever is answered there is wrong."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: RowError | None = None
+
+    def code(self, label: str, task: Task, refusal: RowError) -> int:
+        """Return a number beyond those of the task's own labels, one for each name."""
+        self.first = self.first or refusal
+        self.counts[label] += 1
+        return task.outputs + list(self.counts).index(label)
+
+    def notes(self, rows: int) -> Iterator[str]:
+        """Say what was counted as wrong; raise for the first such row where most are so."""
+        total = self.counts.total()
+        if self.first is not None and 2 * total > rows:
+            raise self.first
+        if total:
+            listed = ", ".join(
+                [*map(short, list(self.counts)[:20]), *["..."][: len(self.counts) > 20]]
+            )
+            many = f"{total} rows have" if total > 1 else "1 row has"
+            named = "labels" if len(self.counts) > 1 else "a label"
+            yield f"{many} {named} that no train row has, so no answer is right: {listed}"
+
+
+def encode_labelled(
+    cells: RawColumns,
+    task: Task,
+    text: Sequence[str],
+    label: str,
+    unknown: UnknownLabels | None = None,
+) -> "Dataset":
+    """Build the checked rows of a task from the columns that hold its texts and label.
+
+    Labels that the task lacks are refused, or, where it has more than two, counted in `unknown`.
+    """
     cells.require((*text, label))
-    return encode(cells, task.text, text, _codes(cells, label, task))
+    return encode(cells, task.text, text, _codes(cells, label, task, unknown))
 
 
 def encode(
@@ -210,7 +251,7 @@ def as_dataset(table: pa.Table) -> "Dataset":
     return Dataset(table.combine_chunks(), fingerprint=uuid.uuid4().hex[:16])
 
 
-def _codes(cells: RawColumns, column: str, task: Task) -> pa.Array:
+def _codes(cells: RawColumns, column: str, task: Task, unknown: UnknownLabels | None) -> pa.Array:
     """Return label indices (int64), or values (float64) in regression."""
     labels = cells.labels(column)
     if task.is_regression:
@@ -219,13 +260,19 @@ def _codes(cells: RawColumns, column: str, task: Task) -> pa.Array:
     known = {name: code for names in (aliases, task.labels) for code, name in enumerate(names)}
     # Runs of earlier versions have classes such as 1.0: 1 is one of them too.
     known = {one_spelling(name): code for name, code in known.items()} | known
-    labels = [label if label in known else one_spelling(label) for label in labels]
-    for index, label in enumerate(labels):
-        if label not in known:
-            listed = ", ".join(map(short, task.labels[:20]))
-            hint = f"the labels of {task.name} are {listed}"
-            cells.refuse(index, f"unknown label {short(label)}", hint)
-    return pa.array([known[label] for label in labels], pa.int64())
+    codes = []
+    for index, spelled in enumerate(labels):
+        label = spelled if spelled in known else one_spelling(spelled)
+        if label in known:
+            codes.append(known[label])
+            continue
+        listed = ", ".join(map(short, task.labels[:20]))
+        hint = f"the labels of {task.name} are {listed}"
+        refusal = cells.refusal(index, f"unknown label {short(label)}", hint)
+        if unknown is None or task.outputs == 2:
+            raise refusal
+        codes.append(unknown.code(label, task, refusal))
+    return pa.array(codes, pa.int64())
 
 
 def _values(

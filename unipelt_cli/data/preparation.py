@@ -9,7 +9,7 @@ import datasets
 from datasets import Dataset
 
 from unipelt_cli.config.sections import DataSettings
-from unipelt_cli.data.cells import FILL_IN, RowError, encode_labelled
+from unipelt_cli.data.cells import FILL_IN, RowError, UnknownLabels, encode_labelled
 from unipelt_cli.data.folds import fold_of
 from unipelt_cli.data.manifest import make_manifest, seal_manifest
 from unipelt_cli.data.own_files import OwnFiles
@@ -118,11 +118,12 @@ def labelled_rows(
 
     Columns are those of a split, labels by the task's names; `text` is what the file calls the
     task's text columns, if not the same. `say` is given what was decided about the file and, at
-    the end, what was skipped. Raises DataError for a file that cannot be read, a
-    missing column, a label that the task lacks, and, unless they are to be skipped, a missing or
-    empty text and a missing label.
+    the end, what was skipped and which labels the task lacks: of more than two classes they may be
+    fewer than half of the rows'. Raises DataError for a file that cannot be read, a missing column,
+    other labels that the task lacks, and, unless they are to be skipped, a missing or empty text
+    and a missing label.
     """
-    left_out = LeftOut()
+    left_out, unknown, count = LeftOut(), UnknownLabels(), 0
     names = dict(zip((*task.text, label), (*(text or task.text), label), strict=True))
     windows = noted(read_file(path, list(names.values()), kind, encoding=encoding), say)
     for window in windows:
@@ -131,10 +132,14 @@ def labelled_rows(
         if not len(usable.rows):
             continue
         try:
-            yield encode_labelled(usable, task, task.text, label)
+            rows = encode_labelled(usable, task, task.text, label, unknown)
         except RowError as error:
             hint = PASS_OVER if error.hint == FILL_IN else error.hint
             raise RowError(error.message, hint, error.index) from None
+        count += len(rows)
+        yield rows
+    for sentence in unknown.notes(count):
+        say(f"{path}: {sentence}")
     for sentence in left_out.notes(str(path)) if skip_unusable else ():
         say(sentence)
 

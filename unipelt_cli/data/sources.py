@@ -6,7 +6,7 @@ user's own hub data set all end as one value, `SourceRows`: the draw needs to kn
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,11 +201,13 @@ def _user_rows(
     notes = []
     if decided.doubtful and settings.kind == "auto":
         notes.append(f"label {short(label)}: {decided.words}; otherwise: {decided.way_out}")
+    further: tuple[str, ...] = ()
     if not decided.is_regression:
         if settings.kind == "auto":
             _refuse_unrepeated(cells["train"].origin, labels)
-        notes += alike(labels)
-    task = _own_task(settings, name, text, labels, decided)
+        further = _further_labels(cells, label, set(labels))
+        notes += alike([*labels, *further])
+    task = _own_task(settings, name, text, labels, decided, further)
     rows = _source_rows(task, source, cells, text, label)
     return replace(rows, is_own=True, notes=(*rows.notes, *notes))
 
@@ -235,15 +237,33 @@ def _refuse_unrepeated(origin: str, labels: Sequence[str]) -> None:
         raise DataError(what, hint)
 
 
+def _further_labels(
+    cells: Mapping[str, RawColumns], label: str, known: Collection[str]
+) -> tuple[str, ...]:
+    """Return the labels, by row, that only dev and test have: few train rows show not all of many.
+
+    None where they are rather a mistake: beside two classes, or in most rows of a file.
+    """
+    further: list[str] = []
+    for split, part in cells.items():
+        if split == "train" or len(known) <= 2:
+            continue
+        labels = [one_spelling(value) for value in part.labels(label)]
+        unknown = [value for value in labels if value not in known]
+        further += unknown if 2 * len(unknown) <= len(labels) else []
+    return tuple(further)
+
+
 def _own_task(
     settings: DataSettings,
     name: str,
     text: tuple[str, ...],
     values: Sequence[str],
     decided: LabelKind,
+    further: Sequence[str] = (),
 ) -> Task:
-    """Build the task of the user's own rows; its labels are those of the train rows."""
-    labels = () if decided.is_regression else _ordered(set(values))
+    """Build the task of the user's own rows: its labels are the train rows' and `further` ones."""
+    labels = () if decided.is_regression else _ordered({*values, *further})
     metric, counts = own_metric(labels), Counter(values)
     possible = REGRESSION_METRICS if decided.is_regression else CLASSIFICATION_METRICS
     # Over more labels than two f1 is the mean over them already, and tables are narrow.

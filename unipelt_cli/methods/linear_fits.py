@@ -53,6 +53,7 @@ def fit_classes(x: Matrix, y: NDArray[Any], strength: float, outputs: int) -> Li
         return Linear(weight, bias)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", "The number of unique classes")  # 77 of 100 rows may be
         model = LogisticRegression(C=strength, max_iter=1000).fit(x, y)
     # Of two classes there is one logit, their difference; of more their mean is taken out.
     halves = np.array([[-0.5], [0.5]]) if len(present) == 2 else np.eye(len(present))
