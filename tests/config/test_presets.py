@@ -36,6 +36,7 @@ def test_the_papers_preset_is_the_papers_setting() -> None:
         "head_start": "random",
         "head_end": "trained",
         "balanced": False,
+        "rows_per_class": 1,
         "contrast": 0.0,
         "averaging": 0.0,
         "label_scale": "raw",

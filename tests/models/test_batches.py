@@ -51,6 +51,32 @@ def test_balanced_batches_hold_as_many_rows_of_every_class() -> None:
     assert all((a == b).all() for a, b in zip(batches, again, strict=True))
 
 
+def test_of_many_classes_a_batch_has_several_rows_each() -> None:
+    labels = np.array([0] * 30 + [1] * 9 + list(range(2, 63)))  # 63 classes, most with one row
+    batches = balanced(labels, 32, seed=42, epoch=1, rows_per_class=2)
+    assert sum(map(len, batches)) == 100
+    assert max(map(len, batches)) <= 33
+    for batch in batches:
+        counts = np.bincount(labels[batch])
+        assert set(counts[counts > 0]) <= {2, 4}  # a turn of all classes may end in a batch
+    alone = np.bincount(labels[balanced(labels, 32, 42, 1)[0]])
+    assert set(alone) <= {0, 1}
+    frequent = [row for batch in batches for row in batch if labels[row] == 0]
+    assert len(set(frequent)) == len(frequent)
+
+
+def test_few_classes_are_balanced_as_ever_and_small_batches_too() -> None:
+    labels = np.array([0] * 80 + [1] * 15 + [2] * 5)
+    for size in (1, 3, 31, 32):
+        pairs = balanced(labels, size, seed=42, epoch=1, rows_per_class=2)
+        assert len(pairs) == -(-100 // size)
+        assert sum(map(len, pairs)) == 100
+        assert max(map(len, pairs)) <= size + 1
+    plain = balanced(labels, 32, seed=42, epoch=1)
+    pairs = balanced(labels, 32, seed=42, epoch=1, rows_per_class=2)
+    assert all((a == b).all() for a, b in zip(plain, pairs, strict=True))
+
+
 def test_only_tasks_with_classes_are_balanced() -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 40)
     labels = np.array([0] * 30 + [1] * 10)

@@ -117,7 +117,9 @@ def test_an_interrupted_run_of_an_earlier_version_goes_on_with_the_label_it_scor
     assert (code, json.loads(stdout)["positive"]) == (0, "yes"), stderr
 
 
-@pytest.mark.parametrize("setting", ["method.gate_rate=1.0", "train.head_end=trained"])
+@pytest.mark.parametrize(
+    "setting", ["method.gate_rate=1.0", "train.head_end=trained", "train.rows_per_class=1"]
+)
 def test_only_what_a_run_could_not_say_is_excused(
     setting: str, bert: Path, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ UNKNOWN = [
         "train.epoch = 3: no such setting",
         "did you mean epochs? otherwise choose one of averaging, balanced, batch_size, clip, "
         "contrast, device, epochs, head_end, head_rate, head_start, label_scale, learning_rate, "
-        "patience, patience_steps, precision, seed, warmup, weight_decay",
+        "patience, patience_steps, precision, rows_per_class, seed, warmup, weight_decay",
     ),
     (
         ["train", "--task", "demo", "--model", "./nowhere"],

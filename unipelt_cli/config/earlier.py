@@ -13,6 +13,7 @@ EARLIER: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "head_start": "random",
             "head_end": "trained",
             "balanced": False,
+            "rows_per_class": 1,
             "contrast": 0.0,
         },
     }

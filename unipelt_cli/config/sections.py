@@ -177,6 +177,12 @@ class TrainSettings(Section):
     balanced: bool = Field(
         False, description="whether a batch has as many rows of every class; rare ones come again"
     )
+    rows_per_class: int = Field(
+        1,
+        ge=1,
+        description="of how many classes a balanced batch has rows, where it is too small for all: "
+        "of so few that each has so many rows",
+    )
     contrast: float = Field(
         0.0,
         ge=0,

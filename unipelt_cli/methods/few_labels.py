@@ -12,6 +12,7 @@ FEW_LABELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "head_end": "means",
             "contrast": 2.0,
             "balanced": True,
+            "rows_per_class": 2,
             "batch_size": 32,
             "epochs": 30,
             "patience": 30,

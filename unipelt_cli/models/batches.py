@@ -159,16 +159,17 @@ def interleaved(
     seed: int,
     epoch: int,
     classes: Sequence[NDArray[np.int64] | None] = (),
+    rows_per_class: int = 1,
 ) -> list[tuple[int, NDArray[np.int64]]]:
     """Return an epoch's batches, each of one task's rows: (task, row numbers), tasks mixed.
 
     Every row of every task comes once, so that tasks are drawn in proportion to their sizes; of
-    tasks whose rows' `classes` are given, as many rows, the same number of every class.
+    tasks whose rows' `classes` are given, as many rows, balanced over classes.
     """
     batches = [
         shuffled(of_task, batch_size, seed, epoch, task)
         if labels is None
-        else balanced(labels, batch_size, seed, epoch, task)
+        else balanced(labels, batch_size, seed, epoch, task, rows_per_class)
         for task, (of_task, labels) in enumerate(zip_longest(lengths, classes))
     ]
     turns = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
@@ -197,24 +198,35 @@ def shuffled(
 
 
 def balanced(
-    labels: NDArray[np.int64], batch_size: int, seed: int, epoch: int, task: int = 0
+    labels: NDArray[np.int64],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    task: int = 0,
+    rows_per_class: int = 1,
 ) -> list[NDArray[np.int64]]:
     """Return an epoch's batches of row numbers: alike in size, and each of all classes alike.
 
-    Rows of rare classes come several times, and of frequent ones other rows in every epoch. As in
-    `shuffled` seed, epoch and task alone decide.
+    Where a batch is too small for `rows_per_class` rows of all classes, it has so many of some of
+    them, and other classes follow. Rows of rare classes come several times, also in one batch, and
+    of frequent ones other rows in every epoch. As in `shuffled` seed, epoch and task alone decide.
     """
     random = np.random.default_rng([seed, epoch, task, len(labels)])
     queues: dict[int, list[int]] = {label: [] for label in np.unique(labels).tolist()}
     order = random.permutation(list(queues)).tolist()  # one, so that no batch has two more of any
+    count = -(-len(labels) // batch_size)
+    is_too_small = len(queues) * rows_per_class > len(labels) // count
+    size = rows_per_class if is_too_small and rows_per_class <= batch_size else 1
     rows: list[int] = []
     while len(rows) < len(labels):
-        for label in order:
+        for label in np.repeat(order, size).tolist():
             if not queues[label]:
                 queues[label] = random.permutation(np.flatnonzero(labels == label)).tolist()
             rows.append(queues[label].pop())
-    count = -(-len(labels) // batch_size)
-    return np.array_split(np.array(rows[: len(labels)], dtype=np.int64), count)
+    # Rows of one class stay together; a batch may be larger for it by less than `rows_per_class`.
+    groups = np.array_split(np.arange(-(-len(labels) // size)), count)
+    ends = [size * (int(group[-1]) + 1) for group in groups[:-1]]
+    return np.split(np.array(rows[: len(labels)], dtype=np.int64), ends)
 
 
 def by_length(widths: NDArray[np.int64], width_to: int | None = None) -> Iterator[list[int]]:

@@ -236,7 +236,14 @@ class Training:
             self._fit(self.frozen, sum(int(row_lengths.sum()) for row_lengths in lengths))
             return
         classes = [course.classes for course in self.courses] if settings.balanced else ()
-        order = interleaved(lengths, settings.batch_size, settings.seed, progress.epoch, classes)
+        order = interleaved(
+            lengths,
+            settings.batch_size,
+            settings.seed,
+            progress.epoch,
+            classes,
+            settings.rows_per_class,
+        )
         while progress.step < self.steps:
             task_index, chosen = order[progress.step]
             taken = yield Batch(task_index, chosen)
