@@ -239,3 +239,10 @@ def test_a_scored_file_may_have_labels_that_the_run_has_not(bert: Path, tmp_path
 
 def test_77_labels_of_100_rows_are_classes(tmp_path: Path) -> None:
     assert len(prepare_own(many_classes(tmp_path / "a.csv", 100, 77)).task.labels) == 77
+
+
+def test_numbers_are_classes_if_the_test_rows_show_it(tmp_path: Path) -> None:
+    few = write_table(tmp_path / "a.csv", "text,label", lambda n: f"{sentence(n)},{n % 31}", 60)
+    many = write_table(tmp_path / "t.csv", "text,label", lambda n: f"{sentence(n)},{n % 31}", 310)
+    assert prepare_own(few, text="text", label="label").task.is_regression is True
+    assert len(prepare_own(few, test_file=str(many)).task.labels) == 31

@@ -6,7 +6,7 @@ user's own hub data set all end as one value, `SourceRows`: the draw needs to kn
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,8 +196,12 @@ def _user_rows(
         refuse_repeated_header(part, text, label)
     if settings.skip_unusable:
         cells = {split: without_unusable(part, text, label) for split, part in cells.items()}
-    labels = [one_spelling(value) for value in cells["train"].labels(label)]
-    decided = decide(labels, settings.kind)
+    by_split = {
+        split: [one_spelling(value) for value in part.labels(label)]
+        for split, part in cells.items()
+    }
+    labels = by_split["train"]
+    decided = decide([value for values in by_split.values() for value in values], settings.kind)
     notes = []
     if decided.doubtful and settings.kind == "auto":
         notes.append(f"label {short(label)}: {decided.words}; otherwise: {decided.way_out}")
@@ -205,7 +209,7 @@ def _user_rows(
     if not decided.is_regression:
         if settings.kind == "auto":
             _refuse_unrepeated(cells["train"].origin, labels)
-        further = _further_labels(cells, label, set(labels))
+        further = _further_labels(by_split)
         notes += alike([*labels, *further])
     task = _own_task(settings, name, text, labels, decided, further)
     rows = _source_rows(task, source, cells, text, label)
@@ -237,20 +241,16 @@ def _refuse_unrepeated(origin: str, labels: Sequence[str]) -> None:
         raise DataError(what, hint)
 
 
-def _further_labels(
-    cells: Mapping[str, RawColumns], label: str, known: Collection[str]
-) -> tuple[str, ...]:
+def _further_labels(by_split: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Return the labels, by row, that only dev and test have: few train rows show not all of many.
 
-    None where they are rather a mistake: beside two classes, or in most rows of a file.
+    None where they are rather a mistake: beside two classes, or in most rows of a split.
     """
-    further: list[str] = []
-    for split, part in cells.items():
-        if split == "train" or len(known) <= 2:
-            continue
-        labels = [one_spelling(value) for value in part.labels(label)]
+    known, further = set(by_split["train"]), list[str]()
+    for labels in by_split.values():
         unknown = [value for value in labels if value not in known]
-        further += unknown if 2 * len(unknown) <= len(labels) else []
+        if len(known) > 2 and 2 * len(unknown) <= len(labels):
+            further += unknown
     return tuple(further)
 
 
