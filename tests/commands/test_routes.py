@@ -88,6 +88,37 @@ def test_preparing_checks_its_settings_and_reads_its_file_once(
     assert opened.count(os.path.realpath(rows_file)) == 1
 
 
+def test_folds_read_the_file_once(bert: Path, rows_file: Path, tmp_path: Path) -> None:
+    options = ["--train-file", rows_file, "--model", bert, "--method", "lora", *FAST]
+    with counting_reads() as opened:
+        code, _, stderr = invoke("train", *options, "--out", tmp_path / "run")
+    assert code == 0, stderr
+    assert "fold 5" in stderr
+    assert opened.count(os.path.realpath(rows_file)) == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--text", "text", "--label", "label"]])
+def test_recommending_reads_its_file_once(
+    bert: Path, rows_file: Path, tmp_path: Path, more: list[str]
+) -> None:
+    options = [
+        "--methods",
+        "probe,head",
+        "--set",
+        "train.epochs=1",
+        "--budget",
+        "1m",
+        "--model",
+        bert,
+    ]
+    with counting_reads() as opened:
+        code, _, stderr = invoke(
+            "recommend", "--train-file", rows_file, *more, *options, "--out", tmp_path / "best"
+        )
+    assert code == 0, stderr
+    assert opened.count(os.path.realpath(rows_file)) == 1
+
+
 def test_a_file_that_changes_after_the_guess_is_read_again(
     bert: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,7 +88,8 @@ def recommend(
     backbones = _backbones(models)
     words = split_names("--methods", methods), _rates(rates), split_names("--recipes", recipes)
     tried = candidates.choices(*words, backbones)
-    experiment_of = _experiments(with_columns([], shared_settings), backbones, offline)
+    guessed = with_columns([], shared_settings)
+    experiment_of = _experiments(guessed.settings, backbones, offline)
     with importing():  # the network is settled by now: these read its switches
         from unipelt_cli.commands.shared import live_training
         from unipelt_cli.sweeps import judges, recommendation, successive_halving
@@ -97,7 +98,7 @@ def recommend(
     seconds = successive_halving.seconds_of(budget)
     searched = candidates.make_candidates(tried, experiment_of)
     with atomic.new_directory(out) as directory:
-        shared = RowCache()
+        shared = RowCache(files=guessed.files)
         judge = judges.judge_of(searched[0].experiment, shared)
         chosen = show_search(searched, judge, seconds)
         reuses = judges.reuses_test_rows(chosen.experiment, shared)
@@ -106,7 +107,7 @@ def recommend(
         atomic.write_json(directory / "evidence.json", evidence)
         atomic.write(directory / "preset.toml", recommendation.preset(chosen, judge).encode())
     say("preset: ", (str(out / "preset.toml"), "bold"))
-    result = live_training.train(chosen.experiment, out / "run", "new")
+    result = live_training.train(chosen.experiment, out / "run", "new", shared=shared)
     if reuses:
         note(
             f"the rows of this score also chose among {len(searched)} candidates: on new rows "

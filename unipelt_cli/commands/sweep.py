@@ -224,7 +224,7 @@ def _cells(asked: "Grid", preset: str | None, offline: bool) -> "list[Cell]":
 
     layers = preset_layers([preset] if preset else [])
     shared = [*layers, ("", asked.settings)]
-    asked = replace(asked, flags=with_columns(shared, asked.flags))
+    asked = replace(asked, flags=with_columns(shared, asked.flags).settings)
     cells = asked.cells(lambda varied: complete(layers, merge_settings(varied)))
     settle_network((cell.experiment for cell in cells), offline=offline)
     if all(cell.experiment.data.prepared is None for cell in cells):

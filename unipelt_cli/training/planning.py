@@ -46,6 +46,11 @@ class RowCache:
         _drop_oldest(self._prepared, self.most)
         return datasets
 
+    def keep(self, settings: DataSettings, prepared: Sequence[Prepared]) -> None:
+        """Take rows as those of these settings too, which say what was decided about them."""
+        if settings.fold is None:
+            self._prepared |= zip(settings.each(), prepared, strict=True)
+
     def encode(
         self, tuned: TunedModel, dataset: Prepared, split: str, experiment: Experiment
     ) -> Encoded:
@@ -119,7 +124,8 @@ def plan(
     experiment: Experiment, shared: RowCache | None = None
 ) -> tuple[Experiment, tuple[Prepared, ...], TunedModel]:
     """Prepare each task's data, build the model, and write what was chosen into the experiment."""
-    prepared = (shared or RowCache()).prepare(experiment.data)
+    shared = shared or RowCache()
+    prepared = shared.prepare(experiment.data)
     tasks = [dataset.task for dataset in prepared]
     outputs, pairs = [task.outputs for task in tasks], [task.is_pair for task in tasks]
     tuned = build(experiment, outputs, pairs=pairs)
@@ -133,6 +139,7 @@ def plan(
     is_open = experiment.train.label_scale == "auto"
     scale = _label_scale(prepared) if is_open else None
     experiment = experiment.with_("data", **drawn)
+    shared.keep(experiment.data, prepared)
     experiment = experiment.with_("model", pooling=tuned.pooling, pairs=tuned.pairs)
     experiment = experiment.with_("train", precision=tuned.precision, label_scale=scale)
     return experiment, prepared, tuned

@@ -23,12 +23,12 @@ class Resolved:
     """An experiment, and its own rows where they were read to guess their columns."""
 
     experiment: "Experiment"
-    files: "OwnFiles | None"
+    files: "OwnFiles"
 
 
 @dataclass(frozen=True)
-class _GuessedColumns:
-    """The command line's settings with the columns of own rows, and the files that were read."""
+class WithColumns:
+    """The command line's settings with the columns of own rows, and what was read to guess them."""
 
     settings: "Settings"
     files: "OwnFiles"
@@ -69,10 +69,10 @@ def resolve_settings(
 ) -> Resolved:
     """Resolve defaults < preset < --set and flags, and settle whether the network is used."""
     layers, command_line = preset_layers(presets), command_line_settings(assignments, flags)
-    guess = _guess_columns(layers, command_line)
-    experiment = complete(layers, command_line if guess is None else guess.settings)
+    guessed = with_columns(layers, command_line)
+    experiment = complete(layers, guessed.settings)
     settle_network([experiment], offline=offline, needs_backbone=not data_only)
-    return Resolved(experiment, None if guess is None else guess.files)
+    return Resolved(experiment, guessed.files)
 
 
 def preset_layers(presets: Sequence[str]) -> list[tuple[str, "Settings"]]:
@@ -96,39 +96,34 @@ def command_line_settings(assignments: Sequence[str] | None, flags: "Settings") 
     return with_absolute_paths(merge_settings([*sets, flagged]))
 
 
-def with_columns(layers: Sequence[tuple[str, "Settings"]], command_line: "Settings") -> "Settings":
-    """Return settings with the columns of own rows, which are guessed where no layer says them."""
-    guess = _guess_columns(layers, command_line)
-    return command_line if guess is None else guess.settings
+def with_columns(layers: Sequence[tuple[str, "Settings"]], command_line: "Settings") -> WithColumns:
+    """Return settings with the columns of own rows: where no layer says them, they are guessed.
 
-
-def _guess_columns(
-    layers: Sequence[tuple[str, "Settings"]], command_line: "Settings"
-) -> _GuessedColumns | None:
-    """Guess which columns of own rows hold text and label, and say it; None where that is said."""
+    What was guessed is printed.
+    """
     from unipelt_cli.config.experiment import merge_settings
+    from unipelt_cli.data.own_files import OwnFiles
 
+    files = OwnFiles()
     data = merge_settings([*(layer for _, layer in layers), command_line]).get("data", {})
     path = data.get("train_file")
     elsewhere = any(data.get(key) for key in ("dataset", "prepared", "tasks"))
     named = {key: data.get(key) for key in ("text", "text_pair", "label")}
     kind = data.get("kind", "auto")
     if not isinstance(path, str) or elsewhere or (named["text"] and named["label"]):
-        return None
+        return WithColumns(command_line, files)
     named["encoding"] = data.get("encoding")
     if not all(value is None or isinstance(value, str) for value in (*named.values(), kind)):
-        return None  # said by the check of each key
+        return WithColumns(command_line, files)  # said by the check of each key
     from unipelt_cli.data import column_guess
-    from unipelt_cli.data.own_files import OwnFiles
 
-    files = OwnFiles()
     guess = column_guess.columns(Path(path), **named, kind=kind, files=files)
     if processes.is_first():
         console.say(("note: ", "yellow"), guess.note)
     guessed = {
         key: value for key, value in guess.settings.items() if key != "kind" or kind == "auto"
     }
-    return _GuessedColumns(merge_settings([{"data": guessed}, command_line]), files)
+    return WithColumns(merge_settings([{"data": guessed}, command_line]), files)
 
 
 def complete(layers: Sequence[tuple[str, "Settings"]], command_line: "Settings") -> "Experiment":
