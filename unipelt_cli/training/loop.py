@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipelt_cli.config.sections import TrainSettings
+from unipelt_cli.config.sections import HeadEnd, TrainSettings
 from unipelt_cli.metrics import is_better
 from unipelt_cli.models.batches import interleaved
 from unipelt_cli.models.evaluation import Gates, compute_with_gates, gate_means, predictions
@@ -58,14 +58,12 @@ class Training:
     ) -> None:
         assert settings.learning_rate is not None
         self.tuned, self.task, self.settings = tuned, task, settings
-        self.processes = processes
-        self.train, self.dev = train, dev
+        self.train, self.dev, self.processes = train, dev, processes
         courses = (TaskRows(task, train, dev), *more)
         self.courses = tuple(course.scaled(settings) for course in courses)
         self.tasks = [course.task for course in self.courses]
         self.method = tuned.method
-        sizes = [len(course.train[0]) for course in self.courses]
-        self.rows = sum(sizes)
+        self.rows = sum(sizes := [len(course.train[0]) for course in self.courses])
         self.steps = sum(-(-size // settings.batch_size) for size in sizes)
         epochs = 1 if self.method.has_closed_form else settings.epochs
         self.lengths = [max(1, round(s.share * epochs)) for s in self.method.stages]
@@ -77,6 +75,7 @@ class Training:
         self.best: dict[str, Tensor] = {}
         self.carried: dict[str, Tensor] = dict(self.parameters)
         self.is_prepared = False
+        self.head_end: HeadEnd = "trained"  # which end the heads were given
 
     @property
     def progress(self) -> Progress:
@@ -194,8 +193,8 @@ class Training:
 
     def state(self) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         """Return tensors and counters from which `restore` goes on exactly."""
-        now = {name: tensor.detach() for name, tensor in self.carried.items()}
-        tensors = {f"now.{name}": t for name, t in (now | self.tuned.buffers()).items()}
+        now = {**self.carried, **self.tuned.buffers()}
+        tensors = {f"now.{name}": tensor.detach() for name, tensor in now.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"averaged.{name}": tensor for name, tensor in self.stepper.averaged.items()}
         for name, parameter in self.parameters.items():
@@ -236,14 +235,8 @@ class Training:
             self._fit(self.frozen, sum(int(row_lengths.sum()) for row_lengths in lengths))
             return
         classes = [course.classes for course in self.courses] if settings.balanced else ()
-        order = interleaved(
-            lengths,
-            settings.batch_size,
-            settings.seed,
-            progress.epoch,
-            classes,
-            settings.rows_per_class,
-        )
+        draws = settings.batch_size, settings.seed, progress.epoch
+        order = interleaved(lengths, *draws, classes, settings.rows_per_class)
         while progress.step < self.steps:
             task_index, chosen = order[progress.step]
             taken = yield Batch(task_index, chosen)
@@ -299,9 +292,6 @@ class Training:
     def _means(self) -> Iterator[None]:
         """Inside, the model has the running mean of its tensors, where one is kept."""
         averaged = self.stepper.averaged
-        if not averaged:
-            yield
-            return
         latest = {name: self.parameters[name].detach().clone() for name in averaged}
         self._copy(averaged)
         try:
@@ -311,8 +301,8 @@ class Training:
 
     def _dev_scores(self) -> tuple[dict[str, float], list[Gates]]:
         """Return the scores of all tasks on their dev rows, and each one's gates."""
-        scored = [self._score(task_index) for task_index in range(len(self.tasks))]
-        return joint_scores(self.tasks, [scores for scores, _ in scored]), [g for _, g in scored]
+        scores, gates = zip(*map(self._score, range(len(self.tasks))), strict=True)
+        return joint_scores(self.tasks, scores), list(gates)
 
     def _score(self, task_index: int) -> tuple[dict[str, float], Gates]:
         task, dev = self.tasks[task_index], self.courses[task_index].dev
@@ -341,10 +331,12 @@ class Training:
 
     def _end_heads(self) -> None:
         """Set heads to their classes' means if settings say so; dev rows, if any, may refuse."""
-        if self.settings.head_end == "trained" or self.method.has_closed_form:
+        has_classes = not all(task.is_regression for task in self.tasks)
+        if self.settings.head_end == "trained" or self.method.has_closed_form or not has_classes:
             return
         end_heads(self.tuned, self.courses, self._frozen_rows)
         self.processes.broadcast(self._tensors())
+        self.head_end = self.settings.head_end
         if not self.selects:
             return
         scores, _ = self._dev_scores()
@@ -352,6 +344,7 @@ class Training:
         if is_better(metric, scores[metric], progress.best_score):
             progress.best_score, progress.best_dev = scores[metric], dict(scores)
         else:
+            self.head_end = "trained"
             self._copy(self.best)
 
     def _fold_scales(self) -> None:
@@ -360,7 +353,7 @@ class Training:
             course.scale.fold_into(head.out)
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
-        destinations = {**self.carried, **self.tuned.buffers()}
         with torch.no_grad():
+            destinations = {**self.carried, **self.tuned.buffers()}
             for name, tensor in tensors.items():
                 destinations[name].copy_(tensor)

@@ -251,6 +251,7 @@ def _finish(session: Session) -> Mapping[str, Any]:
         ),
         **_against_mean(prepared, predicted, expected),
         "selection": "schedule" if training.dev is None else "dev",
+        "head_end": training.head_end,
         "tested_on": "test" if out_of_fold is None else "folds",
         **describe_score(tasks, predicted, expected, out_of_fold),
     }

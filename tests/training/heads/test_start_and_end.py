@@ -214,6 +214,7 @@ def loop_over_labels(backbone: Path, labels: list[int], **train: Any) -> Trainin
 def test_a_head_ends_at_the_means_of_the_tuned_rows(bert: Path, labels: list[int]) -> None:
     loop = loop_over_labels(bert, labels)
     list(loop.events())
+    assert loop.head_end == "means"
     tuned, (rows, numbers) = loop.tuned, loop.train
     read = torch.from_numpy(compute_features(tuned, rows))
     read = functional.normalize(read, dim=1)
@@ -235,6 +236,7 @@ def test_a_trained_head_stays_where_dev_prefers_it(bert: Path) -> None:
     for loop in (trained, ended):
         list(loop.events())
     assert ended.progress.best_score >= trained.progress.best_score
+    assert trained.head_end == "trained"
     rows, numbers = ended.train
     answers = compute_logits(ended.tuned, rows).argmax(1)
     assert ended.task.score(answers, numbers) == ended.progress.best_dev
@@ -244,6 +246,7 @@ def test_a_trained_head_stays_where_dev_prefers_it(bert: Path) -> None:
         next(events)
     refused.progress.best_score = 2.0  # as if the trained head had been better than any
     list(events)
+    assert refused.head_end == "trained"
     assert torch.equal(refused.best["head.out.weight"], refused.tuned.classifier.head.out.weight)
 
 
