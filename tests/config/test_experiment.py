@@ -29,7 +29,7 @@ def test_later_layers_win_and_the_rate_is_the_methods_own() -> None:
         ]
     )
     assert (experiment.data.k, experiment.train.epochs, experiment.train.clip) == (50, 4, 2.0)
-    assert experiment.train.learning_rate == 1.5e-4
+    assert experiment.train.learning_rate == 3e-4
     assert resolved(method={"name": "full"}).train.learning_rate == 2e-5
     assert resolved(train={"learning_rate": 0.1}).train.learning_rate == 0.1
 

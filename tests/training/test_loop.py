@@ -128,7 +128,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(bert: Path) -> None
     loop = training(bert, epochs=1, labels=np.full(20, np.nan), task=get_task("stsb"))
     with pytest.raises(CheckError, match="the loss is nan at step 1") as caught:
         list(loop.events())
-    assert caught.value.hint == "lower train.learning_rate (now 0.00015)"
+    assert caught.value.hint == "lower train.learning_rate (now 0.0003)"
     assert caught.value.exit_code == 1
 
 

@@ -132,7 +132,7 @@ METHODS = MappingProxyType(
     {
         "unipelt-ap": Recipe(
             Submodules(("adapter", "prefix"), reduction=4, **_GATES),
-            1.5e-4,
+            3e-4,
             "hybrid",
             "adapter + prefix, gated",
             _MAO,
@@ -142,7 +142,7 @@ METHODS = MappingProxyType(
         ),
         "unipelt-apl": Recipe(
             Submodules(**_WIDE, **_GATES),
-            1.5e-4,
+            3e-4,
             "hybrid",
             "adapter + prefix + LoRA, gated",
             _MAO,
@@ -152,7 +152,7 @@ METHODS = MappingProxyType(
         ),
         "unipelt-aplb": Recipe(
             Submodules(("adapter", "prefix", "lora", "bias"), **_WIDE, **_GATES),
-            1.5e-4,
+            3e-4,
             "hybrid",
             "adapter + prefix + LoRA + bias, gated",
             "ours, after Mao et al. 2022",
@@ -160,7 +160,7 @@ METHODS = MappingProxyType(
         ),
         "ap-ungated": Recipe(
             Submodules(("adapter", "prefix"), gated=False, reduction=4),
-            1.5e-4,
+            3e-4,
             "hybrid",
             "the control of unipelt-ap",
             _MAO,
@@ -169,7 +169,7 @@ METHODS = MappingProxyType(
         ),
         "apl-ungated": Recipe(
             Submodules(gated=False, **_WIDE),
-            1.5e-4,
+            3e-4,
             "hybrid",
             "the control of unipelt-apl",
             _MAO,
