@@ -156,8 +156,9 @@ def test_runs_on_pairs_in_one_pass_are_what_each_is_alone(
             losses[name].append(event.loss)
         if all(len(own) == 10 for own in losses.values()):
             break
-    for name in sizes:
-        assert losses[name] == pytest.approx(expected[name], abs=1e-5)
+    for name in sizes:  # Adam makes much of what rounding leaves: another order of sums shows later
+        assert losses[name][:3] == pytest.approx(expected[name][:3], abs=1e-6)
+        assert losses[name] == pytest.approx(expected[name], abs=1e-4)
 
 
 def test_a_batch_in_parts_takes_the_step_of_the_whole(tmp_path: Path) -> None:
