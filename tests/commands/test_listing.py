@@ -11,17 +11,18 @@ from unipelt_cli.config.presets import read_preset
 
 @pytest.mark.parametrize("what", ["tasks", "methods", "presets", "backbones"])
 def test_lists(what: str) -> None:
-    code, stdout, stderr = invoke("list", what)
-    assert (code, stdout) == (0, "")
+    code, table, stderr = invoke("list", what)
+    assert (code, stderr) == (0, "")
     code, stdout, _ = invoke("list", what, "--json")
     entries = json.loads(stdout)[what]
     assert len(entries) >= 6
-    assert all(str(next(iter(entry.values()))) in stderr for entry in entries)
-    assert max(map(len, stderr.splitlines())) <= 80
+    assert all(str(next(iter(entry.values()))) in table for entry in entries)
+    assert max(map(len, table.splitlines())) <= 80
+    assert not any(line.endswith(" ") for line in table.splitlines())
 
 
 def test_methods_are_listed_with_the_papers_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, stdout, stderr = invoke("list", "methods", "--json")
+    _, stdout, _ = invoke("list", "methods", "--json")
     rates = {
         entry["name"]: [entry[key] for key in ("learning_rate", "paper_rate", "paper_optimizer")]
         for entry in json.loads(stdout)["methods"]
@@ -29,12 +30,12 @@ def test_methods_are_listed_with_the_papers_rates(monkeypatch: pytest.MonkeyPatc
     assert rates["mam"] == [1e-3, 1e-4, "AdamW"]
     assert rates["prompt"] == [1e-2, None, "Adafactor"]
     assert rates["union"] == [5e-4, None, None]
-    narrow = invoke("list", "methods")[2].splitlines()
+    narrow = invoke("list", "methods")[1].splitlines()
     assert max(map(len, narrow)) <= 80
     assert not any("1e-3" in line or "…" in line for line in narrow)
     monkeypatch.setenv("COLUMNS", "120")
-    _, _, stderr = invoke("list", "methods")
-    lines = [" ".join(line.split()) for line in stderr.splitlines()]
+    _, stdout, _ = invoke("list", "methods")
+    lines = [" ".join(line.split()) for line in stdout.splitlines()]
     assert any(line.startswith("mam ") and " 1e-3 (1e-4) " in line for line in lines)
     assert any(line.startswith("prompt ") and " 1e-2 (Adafactor) " in line for line in lines)
 

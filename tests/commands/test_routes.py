@@ -134,9 +134,9 @@ def test_a_file_that_changes_after_the_guess_is_read_again(
 
     count = len(rows.read_text().splitlines()) - 1
     monkeypatch.setattr(column_guess, "columns", changing)
-    code, _, stderr = train(bert, rows, "--dry-run")
+    code, stdout, stderr = train(bert, rows, "--dry-run")
     assert code == 0, stderr
-    shown = [line.split() for line in stderr.splitlines()]
+    shown = [line.split() for line in stdout.splitlines()]
     drawn = [int(words[1]) for words in shown if words[:1] in (["train"], ["dev"], ["test"])]
     assert sum(drawn) == count + 1
 

@@ -31,7 +31,7 @@ def test_the_floor_that_runs_noted_is_a_line_of_the_table(tmp_path: Path) -> Non
         **{"method": "probe", "of": "notes"},
         **{"means": {"sst2": pytest.approx(0.55)}, "average": pytest.approx(0.55)},
     }
-    _, _, shown = invoke("compare", tmp_path)
+    _, shown, _ = invoke("compare", tmp_path)
     assert [line.split() for line in shown.splitlines() if line.startswith("(probe)")] == [
         ["(probe)", "0.5500"]
     ]

@@ -74,9 +74,9 @@ def test_the_json_has_this_shape(tmp_path: Path) -> None:
 def test_collapsed_runs_are_counted_beside_every_mean(tmp_path: Path) -> None:
     for seed in SEEDS:
         forge(tmp_path / str(seed), "prefix", 0.8, seed=seed, collapsed=seed == 222)
-    code, _, stderr = invoke("compare", tmp_path)
+    code, stdout, _ = invoke("compare", tmp_path)
     assert code == 0
-    assert "1c" in stderr
+    assert "1c" in stdout
     (group,) = answer_of(tmp_path)["groups"]
     assert (group["collapsed"], group["mean_not_collapsed"]) == (1, pytest.approx(0.8))
     assert group["mean"] < 0.79
@@ -278,12 +278,12 @@ def test_against_the_paper_cell_by_cell(tmp_path: Path) -> None:
         "Mao et al. 2022 averaged over five data seeds; the runs here are of other numbers"
     ]
     forge(tmp_path / "other", "lora", 0.75, backbone="minilm")
-    _, _, stderr = invoke("compare", tmp_path, "--against", "paper")
+    _, stdout, stderr = invoke("compare", tmp_path, "--against", "paper")
     assert (
         "note: Mao et al. 2022 used bert-base-uncased: the differences on minilm are between "
         "backbones as well" in stderr
     )
-    assert "0.8156 ±0.0094" in stderr
+    assert "0.8156 ±0.0094" in stdout
 
 
 def test_times_are_shares_of_full_fine_tuning(tmp_path: Path) -> None:
@@ -363,12 +363,12 @@ def test_tables_fit_80_columns_in_blocks(tmp_path: Path) -> None:
         options = {"train": {"learning_rate": 0.003}, "options": {"rank": 16}}
         forge(tmp_path / f"x{seed}", "adapter", 0.5, seed=seed, train={"learning_rate": 0.003})
         forge(tmp_path / f"y{seed}", "unipelt-apl", 0.5, seed=seed, **options)
-    code, _, stderr = invoke("compare", tmp_path, "--against", "paper")
+    code, stdout, _ = invoke("compare", tmp_path, "--against", "paper")
     assert code == 0
-    assert max(len(line) for line in stderr.splitlines() if "note: " not in line) <= 80
-    assert stderr.count("\nmethod") >= 4
+    assert max(len(line) for line in stdout.splitlines() if "note: " not in line) <= 80
+    assert stdout.count("\nmethod") >= 4
     for task in tasks:
-        assert f"{task} {TASKS[task].metric}" in stderr
+        assert f"{task} {TASKS[task].metric}" in stdout
 
 
 def test_documents_hold_the_tables(tmp_path: Path) -> None:

@@ -38,9 +38,9 @@ def test_what_closing_loses_is_what_a_pass_without_it_scores(run: Path) -> None:
     assert first == pytest.approx(
         np.mean([gate_means([gates])[0][f"lora_{place}"] for place in ("query", "value")]), abs=1e-5
     )
-    code, _, shown = invoke("inspect-gates", run, "--ablate", "--split", "test", "--rows", "6")
+    code, shown, talk = invoke("inspect-gates", run, "--ablate", "--split", "test", "--rows", "6")
     assert code == 0
-    assert "warning: these are test rows: choose nothing by them" in shown
+    assert "warning: these are test rows: choose nothing by them" in talk
     assert re.search(r"^run<i>, 6 test rows, accuracy \d\.\d{4}$", shown, re.MULTILINE)
 
 

@@ -54,8 +54,9 @@ def test_the_rows_at_both_ends_are_found() -> None:
 
 
 def test_layers_show_spread_quantiles_and_both_lora_gates(run: Path) -> None:
-    code, _, stderr = invoke("inspect-gates", run)
-    lines = stderr.splitlines()
+    code, stdout, stderr = invoke("inspect-gates", run)
+    lines = stdout.splitlines()
+    assert stderr == ""
     assert code == 0
     assert lines[0] == "gates of run<i>, 12 test rows, mean ± standard deviation"
     assert lines[1].split() == ["layer", "prefix", "lora_query", "lora_value", "adapter"]
@@ -64,7 +65,7 @@ def test_layers_show_spread_quantiles_and_both_lora_gates(run: Path) -> None:
         for name in lines[1].split()[1:]:
             values = layer[name]
             assert {"mean", "std", "min", "p05", "median", "p95", "max", "entropy"} < values.keys()
-            assert f"{values['mean']:.2f} ±{values['std']:.2f}" in stderr
+            assert f"{values['mean']:.2f} ±{values['std']:.2f}" in stdout
     assert len(lines) == 2 + 2 * 2 + 1
     assert max(map(len, lines)) <= 80
     assert found["nearly_closed"] == []
@@ -74,7 +75,7 @@ def test_nearly_closed_gates_are_marked_and_named(capsys: pytest.CaptureFixture[
     found = gate_report([0.5] * 4, [0.04] * 4, labels=[0] * 4, names=("x",))
     show_layers(found.by_layer(), "title")
     show_legend(found.nearly_closed())
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().out
     assert LINES.sub("=", shown.splitlines()[2]).split() == [
         "0",
         "=",
@@ -89,9 +90,9 @@ def test_nearly_closed_gates_are_marked_and_named(capsys: pytest.CaptureFixture[
 def test_classes_and_rows_are_shown_harmless_in_eighty_columns(run: Path) -> None:
     for arguments in (["--by", "class"], ["--by", "example", "--top", "2"]):
         code, stdout, stderr = invoke("inspect-gates", run, *arguments)
-        assert (code, stdout) == (0, "")
-        assert "\x1b" not in stderr
-        assert max(map(len, stderr.splitlines())) <= 85
+        assert (code, stderr) == (0, "")
+        assert "\x1b" not in stdout
+        assert max(map(len, stdout.splitlines())) <= 80
     found = inspected(run, "--by", "class")
     assert found["differences"][0]["effect"] == max(o["effect"] for o in found["differences"])
     top = inspected(run, "--by", "example", "--top", "2")
@@ -113,7 +114,7 @@ def test_each_epoch_records_the_gates_of_its_dev_pass(run: Path) -> None:
             assert recorded[name] == pytest.approx(layer[name]["mean"], abs=1e-5)
             assert short[name] == {"mean": recorded[name]}
     assert found["epochs"][0]["layers"] != found["epochs"][2]["layers"]
-    _, _, shown = invoke("inspect-gates", run, "--by", "epoch")
+    _, shown, _ = invoke("inspect-gates", run, "--by", "epoch")
     assert re.search(rf"^ *{best['epoch']} \* ", shown, re.MULTILINE)
 
 

@@ -253,7 +253,7 @@ def test_a_dry_run_finds_what_cannot_be_trained(flags: list[str], begun: Path) -
     assert [error is None for error in errors] == [True, True, True, True, *[False] * 4]
     assert "1000: reviews has 60 train rows" in some.stderr
     shown = invoke([*flags, *TEN, "--dry-run"])
-    assert "0 of 4 cells are left" in " ".join(shown.stderr.split())
+    assert "0 of 4 cells are left" in " ".join(shown.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def test_signs_have_a_stand_in_where_the_encoding_lacks_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written = io.BytesIO()
-    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, "ascii", write_through=True))
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(written, "ascii", write_through=True))
     gate = GateStatistics(
         mean=0.6,
         std=0.1,

@@ -14,7 +14,7 @@ from unipelt_cli.terminal.gates import show_classes, show_differences, show_laye
 
 def test_many_gates_stand_in_blocks(capsys: pytest.CaptureFixture[str]) -> None:
     show_layers(gate_report(*[[0.5, 0.6]] * 6, labels=[0, 0], names=("x",)).by_layer(), "")
-    lines = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines if "layer" in line] == [
         ["layer", *"abcd"],
         ["layer", *"ef"],
@@ -28,8 +28,8 @@ def test_many_classes_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> Non
     found = gate_report(values, labels=[n // 2 for n in range(80)], names=names)
     show_classes(found.by_class(), 80, "test")
     show_differences(found.differences())
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 42 + 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 42 + 4
     assert max(map(len, lines[1:42])) <= 80
     assert "class 39" in lines[-1]
 

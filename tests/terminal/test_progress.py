@@ -40,7 +40,7 @@ def terminal(columns: int) -> tuple[int, int]:
 
 @pytest.fixture
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Return a function that runs a command with a terminal as its stderr, and reads that."""
+    """Return a function that runs a command on a terminal, and reads that."""
     for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR"):
         monkeypatch.delenv(name, raising=False)
 
@@ -50,8 +50,9 @@ def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
             for name, value in environment.items():
                 patch.setenv(name, value)
             shown = pool.submit(drained, ours)
-            with open(theirs, "w", encoding="utf-8") as stderr:  # noqa: PTH123
-                patch.setattr(sys, "stderr", stderr)
+            with open(theirs, "w", encoding="utf-8") as stream:  # noqa: PTH123
+                patch.setattr(sys, "stdout", stream)
+                patch.setattr(sys, "stderr", stream)
                 app([*map(str, arguments)], standalone_mode=False)
             return shown.result(60)
 

@@ -28,7 +28,8 @@ def show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
     def show(candidates: list[Candidate], budget: float) -> list[str]:
         search.show_search(candidates, Scripted(SCORES, clock, 1.0), budget)
-        return [line.rstrip() for line in capsys.readouterr().err.splitlines()]
+        talk, answer = (stream.splitlines() for stream in reversed(capsys.readouterr()))
+        return [*talk, *answer]
 
     return show
 

@@ -53,15 +53,15 @@ def compare(
 
     table = None if published is None else read_published(published)
     result = summary.summarise_directories(directories, margin, table)
-    for sheet in sheets(result):
-        comparison.show(sheet)
-    for note in notes(result):
-        say(("note: ", "yellow"), note)
     for path in write or ():
         documents.write(result, path)
         say("written: ", (str(path), "bold"))
     if plot is not None:
         plot_comparison(result, plot)
         say("picture: ", (str(plot), "bold"))
+    for sheet in sheets(result):
+        comparison.show(sheet)
+    for note in notes(result):
+        say(("note: ", "yellow"), note)
     if as_json:
         print_json(result)

@@ -152,7 +152,7 @@ def _show(report: "ExportReport", name: str) -> None:
     parity, path = report.parity, (report.path, "bold")
     difference = f"largest logit difference {parity.max_abs_logit_diff:.1e}"
     flips = f"{parity.label_flips} labels differ" if parity.label_flips else "same labels"
-    console.say(f"{name}: ", path, f", {difference} over {parity.rows} rows, {flips}")
+    console.reply(f"{name}: ", path, f", {difference} over {parity.rows} rows, {flips}")
     for note in report.notes:
         console.say(("note: ", "yellow"), note)
     if report.written:

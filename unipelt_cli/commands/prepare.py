@@ -44,7 +44,7 @@ def prepare(
     # A task's name may be a stranger's, and say "../".
     target = out or Path("prepared") / re.sub(r"[^\w.-]+", "-", name)
     save_prepared(prepared, target)
-    summaries.data_summary(prepared.manifest)
-    console.say("prepared: ", (str(target), "bold"))
+    summaries.data_summary(prepared.manifest, is_answer=True)
+    console.reply("prepared: ", (str(target), "bold"))
     if as_json:
         print_json({"path": str(target), **prepared.manifest})

@@ -56,8 +56,8 @@ def push(
     if paths := upload.local_paths():
         console.say(("note: ", "yellow"), f"paths of this machine in them: {', '.join(paths)}")
     readers = "you and those you let in" if upload.private else "anyone"
-    console.say(f"to {upload.repository}, which {readers} can read")
+    console.reply(f"to {upload.repository}, which {readers} can read")
     answer = upload.send(text)
-    console.say("pushed: ", (answer.url, "bold"), f", commit {answer.commit[:12]}")
+    console.reply("pushed: ", (answer.url, "bold"), f", commit {answer.commit[:12]}")
     if as_json:
         print_json(answer)

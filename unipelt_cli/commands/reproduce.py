@@ -50,7 +50,7 @@ def reproduce(
         shown = [[d.what, tables.cell(d.original), tables.cell(d.here)] for d in differences]
         tables.table(("", str(run), str(target)), shown)
     if is_equal:
-        console.say("reproduced: the same scores and, to the byte, the same tensors")
+        console.reply("reproduced: the same scores and, to the byte, the same tensors")
     if as_json:
         print_json(
             {

@@ -21,7 +21,7 @@ from unipelt_cli.runs.opening import settle_network
 from unipelt_cli.system.imports import importing
 from unipelt_cli.terminal import tables
 from unipelt_cli.terminal.command_group import print_json
-from unipelt_cli.terminal.console import say
+from unipelt_cli.terminal.console import reply, say
 
 if TYPE_CHECKING:
     from unipelt_cli.config.sections import Settings
@@ -260,7 +260,7 @@ def _dry_run(plan: "Sweep", workers: int, as_json: bool) -> None:
         for key in ("least_seconds", "most_seconds")
     )
     disk = sum(cost.disk_bytes for cost in took.values())
-    say(
+    reply(
         f"{len(left)} of {len(rows)} cells are left: {_between(least, most)} with {workers} at a "
         f"time (as early as patience ends them, or all epochs), {tables.size(disk)} on disk; "
         "nothing was written"

@@ -138,7 +138,7 @@ def show_dry_run(
     problem = _problem(directories[0], mode)
     manifests = [dataset.manifest for dataset in outlook.prepared]
     counts = outlook.tuned.parameter_counts()
-    live_training.summarise(manifests)
+    live_training.summarise(manifests, is_answer=True)
     tables.table(("parameters", "count"), [[n, f"{c:,}"] for n, c in counts.items()])
     _show_outlook(outlook, directories)
     notes = [*outlook.tuned.notes, *outlook.notes]
@@ -217,11 +217,11 @@ def _show_outlook(outlook: "Outlook", directories: Sequence[Path]) -> None:
     ]
     tables.table(("a run takes", "about", ""), rows)
     several = f", the first of {len(directories)} runs" if len(directories) > 1 else ""
-    console.say(
+    console.reply(
         f"{experiment.method_name} on {experiment.model.backbone}, {tuned.pooling} pooling, "
         f"{tuned.precision} on {tuned.device.type}{several}; nothing was written"
     )
-    console.say("run: ", (str(directories[0]), "bold"))
+    console.reply("run: ", (str(directories[0]), "bold"))
 
 
 def _why(experiment: "Experiment") -> str:

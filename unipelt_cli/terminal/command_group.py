@@ -32,18 +32,20 @@ class Commands(TyperGroup):
         **extra: Any,
     ) -> Any:
         """Run the command line and exit with its code."""
-        debug = "--debug" in (sys.argv[1:] if args is None else args)
+        given = sys.argv[1:] if args is None else args
+        debug = "--debug" in given
         try:
             try:
                 positional = (args, prog_name, complete_var, False, windows_expand_args)
-                code = super().main(*positional, **extra)
+                with console.stdout_left_to_json("--json" in given):
+                    code = super().main(*positional, **extra)
                 _flush()
             except BaseException:
                 if was_asked():  # within an import, libraries make other errors of it
                     raise KeyboardInterrupt from None
                 raise
         except UsageError as error:
-            code = _fail(*explain_usage_error(error, sys.argv[1:] if args is None else args), USAGE)
+            code = _fail(*explain_usage_error(error, given), USAGE)
         except UnipeltError as error:
             if debug:
                 raise

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unipelt_cli.comparison.tables import Sheet
-from unipelt_cli.terminal.console import console
+from unipelt_cli.terminal.console import answers
 from unipelt_cli.terminal.tables import is_number
 from unipelt_cli.text import plain
 
@@ -20,7 +20,7 @@ Row = tuple[str, ...]
 
 def show(sheet: Sheet) -> None:
     """Print a titled table: long texts fold, and a table of many columns stands in blocks."""
-    out = console()
+    out = answers()
     out.print(Text(plain(sheet.title), style="bold"))
     clean = [tuple(map(plain, row)) for row in (sheet.columns, *sheet.rows)]
     if sheet.grouped:
@@ -45,7 +45,7 @@ def _show(
         view.add_column(heading, width=width, justify=justify, overflow="fold")
     for row in rows:
         view.add_row(*map(Text, row))
-    console().print(view)
+    answers().print(view)
 
 
 def _show_groups(header: Row, rows: Sequence[Row], width: int) -> None:
@@ -54,7 +54,7 @@ def _show_groups(header: Row, rows: Sequence[Row], width: int) -> None:
     widths = _widths([header[1:], *indented], width)
     _show(header[1:], [], widths, indented)
     for name in dict.fromkeys(row[0] for row in rows):
-        console().print(Text(name, style="bold"))
+        answers().print(Text(name, style="bold"))
         members = [cells for row, cells in zip(rows, indented, strict=True) if row[0] == name]
         _show(None, members, widths, indented)
 

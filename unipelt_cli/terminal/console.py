@@ -1,10 +1,11 @@
-"""Console output on stderr: width, colour, encoding, and what happens when it cannot be written."""
+"""Answers on stdout, talk on stderr: width, colour, encoding, and what cannot be written."""
 
 import io
 import os
+import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
 from rich.cells import cell_len
@@ -16,21 +17,30 @@ from unipelt_cli.text import plain
 COLUMNS, LINES = 80, 25
 # What an encoding that is not Unicode gets in place of a sign, one for one: columns stay straight.
 SIGNS = str.maketrans("±·…█▉▊▋▌▍▎▏━╸╺", "~..#####...---")
+_TRAILING = re.compile(r" +(?=\n)")
 _is_silenced = False
+_is_stdout_free = True
 
 
-class _Talk(io.TextIOBase):
-    """Standard error, whose reader may go or whose disk may fill: talk must not end a run."""
+class _Answers(io.TextIOBase):
+    """Standard output: what a command was asked for; if it cannot be written, the command ends."""
+
+    @property
+    def stream(self) -> IO[str]:
+        return sys.stdout
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return getattr(sys.stderr, "encoding", None) or "utf-8"
+        return getattr(self.stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        self._try(lambda: sys.stderr.write(self._encodable(text)))
+        self._try(lambda: self.stream.write(self._shown(text)))
         return len(text)
 
-    def _encodable(self, text: str) -> str:
+    def _shown(self, text: str) -> str:
+        """Return what the stream can hold: no blanks at the ends of lines but on a terminal."""
+        if not self.isatty():
+            text = _TRAILING.sub("", text)
         try:
             text.encode(self.encoding)
         except UnicodeEncodeError:
@@ -39,20 +49,42 @@ class _Talk(io.TextIOBase):
         return text
 
     def flush(self) -> None:
-        self._try(lambda: sys.stderr.flush())
+        self._try(lambda: self.stream.flush())
 
     def isatty(self) -> bool:
-        return bool(self._try(lambda: sys.stderr.isatty()))
+        return bool(self._try(lambda: self.stream.isatty()))
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return self.stream.fileno()
+
+    def _try(self, do: Callable[[], Any]) -> Any:
+        return None if self.stream is None or _is_silenced else do()
+
+
+class _Talk(_Answers):
+    """Standard error, whose reader may go or whose disk may fill: talk must not end a run."""
+
+    @property
+    def stream(self) -> IO[str]:
+        return sys.stderr
 
     def _try(self, do: Callable[[], Any]) -> Any:
         try:
-            return None if sys.stderr is None or _is_silenced else do()
+            return super()._try(do)
         except (OSError, ValueError):
-            discard_stream(sys.stderr)
+            discard_stream(self.stream)
             return None
+
+
+@contextmanager
+def stdout_left_to_json(is_json: bool) -> Iterator[None]:
+    """Inside, tables go to stderr if stdout is to hold one JSON object alone."""
+    global _is_stdout_free
+    _is_stdout_free = not is_json
+    try:
+        yield
+    finally:
+        _is_stdout_free = True
 
 
 def silence() -> None:
@@ -74,16 +106,29 @@ def discard_stream(stream: Any) -> None:
 
 def console() -> Console:
     """Return the console for talk: stderr, 80 columns where nobody says otherwise."""
-    width, height = _size()
+    return _console(_Talk())
+
+
+def answers() -> Console:
+    """Return the console for what a command was asked for: stdout, unless that is for JSON."""
+    return _console(_Answers()) if _is_stdout_free else console()
+
+
+def _console(file: _Answers) -> Console:
+    width, height = _size(file)
     return Console(
-        file=_talk(), width=width, height=height, force_terminal=_forced(), highlight=False
+        file=cast(IO[str], file),
+        width=width,
+        height=height,
+        force_terminal=_forced(),
+        highlight=False,
     )
 
 
-def _size() -> tuple[int, int]:
+def _size(file: _Answers) -> tuple[int, int]:
     """Return columns and lines; a terminal says them even where it can do nothing else."""
     try:
-        terminal = os.get_terminal_size(sys.stderr.fileno())
+        terminal = os.get_terminal_size(file.fileno())
     except (OSError, ValueError, AttributeError):  # no terminal, or nothing at all
         terminal = os.terminal_size((0, 0))
     setting = os.environ.get("COLUMNS", "")
@@ -99,10 +144,6 @@ def _forced() -> bool | None:
 def can_move(out: Console) -> bool:
     """Say whether lines can be drawn again there: FORCE_COLOR colours a pipe, and no more."""
     return out.is_terminal and out.file.isatty() and not out.is_dumb_terminal
-
-
-def _talk() -> IO[str]:
-    return cast(IO[str], _Talk())
 
 
 def terminal() -> tuple[str, str | None]:
@@ -134,4 +175,12 @@ def say(*parts: str | tuple[str, str]) -> None:
     clean = [(plain(p[0]), p[1]) if isinstance(p, tuple) else plain(p) for p in parts]
     out, line = console(), Text.assemble(*clean)
     fits = out.file.isatty() and max(map(cell_len, line.plain.split()), default=0) <= out.width
+    out.print(line, soft_wrap=not fits)
+
+
+def reply(*parts: str | tuple[str, str]) -> None:
+    """Print a line of what was asked for, broken between words where it is wider than there is."""
+    clean = [(plain(p[0]), p[1]) if isinstance(p, tuple) else plain(p) for p in parts]
+    out, line = answers(), Text.assemble(*clean)
+    fits = max(map(cell_len, line.plain.split()), default=0) <= out.width
     out.print(line, soft_wrap=not fits)

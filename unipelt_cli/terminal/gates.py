@@ -19,7 +19,7 @@ from unipelt_cli.gates.results import (
     names_in,
     over_layers,
 )
-from unipelt_cli.terminal.console import console, say
+from unipelt_cli.terminal.console import answers, reply
 from unipelt_cli.text import plain, shown_score
 
 BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -33,8 +33,8 @@ MARK = "!"
 
 def show_layers(layers: GateLayers, title: str) -> None:
     """Print layers x gates, two lines each: bar, mean and spread; quantiles and entropy."""
-    say(title)
-    room = max(1, (console().width - LAYER_CELLS) // GATE_CELLS)
+    reply(title)
+    room = max(1, (answers().width - LAYER_CELLS) // GATE_CELLS)
     names = names_in(layers)
     for start in range(0, len(names), room):
         chosen = names[start : start + room]
@@ -43,15 +43,15 @@ def show_layers(layers: GateLayers, title: str) -> None:
             gates = layer.gates
             cells = [_gate_cell(gates[name]) if name in gates else Text() for name in chosen]
             view.add_row(str(layer.layer), *cells)
-        console().print(view)
+        answers().print(view)
 
 
 def show_legend(nearly_closed: Sequence[LayerGate]) -> None:
     """Print what a cell's second line is, and name the gates that are nearly closed."""
-    say("below: p05, median, p95 and the entropy of its values in bits")
+    reply("below: p05, median, p95 and the entropy of its values in bits")
     if nearly_closed:
         named = ", ".join(f"layer {closed.layer} {closed.gate}" for closed in nearly_closed)
-        say((f"{MARK} nearly closed", "yellow"), f" (mean below {NEARLY_CLOSED}): {named}")
+        reply((f"{MARK} nearly closed", "yellow"), f" (mean below {NEARLY_CLOSED}): {named}")
 
 
 def show_classes(classes: Sequence[ClassGates], rows: int, split: str) -> None:
@@ -66,16 +66,16 @@ def show_classes(classes: Sequence[ClassGates], rows: int, split: str) -> None:
         means = over_layers(_means(each.layers))
         cells = [_level(means[name]) for name in names]
         view.add_row(_cut(each.name), str(each.rows), *cells)
-    say(f"means over layers, {rows} {split} rows")
-    console().print(view)
+    reply(f"means over layers, {rows} {split} rows")
+    answers().print(view)
 
 
 def show_differences(differences: Sequence[ClassDifference]) -> None:
     """Print where classes open a gate most differently."""
     if not differences:
-        say("the rows are of one class: nothing to compare")
+        reply("the rows are of one class: nothing to compare")
         return
-    say("which class opens what: the largest differences, measured in spreads within classes")
+    reply("which class opens what: the largest differences, measured in spreads within classes")
     texts = ("most open", "least open")
     view = _table(
         "layer", "gate", "most open", "mean", "least open", "mean", "in spreads", text=texts
@@ -88,22 +88,22 @@ def show_differences(differences: Sequence[ClassDifference]) -> None:
         ]
         effect = "-" if difference.effect is None else f"{difference.effect:.1f}"
         view.add_row(str(difference.layer), difference.gate, *ends, effect)
-    console().print(view)
+    answers().print(view)
     if len(differences) > MOST_DIFFERENCES:
-        say(f"{len(differences) - MOST_DIFFERENCES} smaller ones are in --json")
+        reply(f"{len(differences) - MOST_DIFFERENCES} smaller ones are in --json")
 
 
 def show_top(top: Sequence[ExtremeRows], texts: Mapping[int, str]) -> None:
     """Print the rows that open each gate most and least, with as much of their text as fits."""
     for extremes in top:
         name = "all gates" if extremes.gate == "all" else extremes.gate
-        say((f"{name}, mean over layers", "bold"))
+        reply((f"{name}, mean over layers", "bold"))
         view = _table("", "value", "row", "label", "text", text=("label", "text"))
         for end, rows in (("most", extremes.most), ("least", extremes.least)):
             for row in rows:
-                cells = _cut(str(row.label)), _cut(texts[row.row][: console().width])
+                cells = _cut(str(row.label)), _cut(texts[row.row][: answers().width])
                 view.add_row(end, f"{row.value:.3f}", str(row.row), *cells)
-        console().print(view)
+        answers().print(view)
 
 
 def show_epochs(
@@ -113,7 +113,7 @@ def show_epochs(
     positive: str | Mapping[str, str] | None = None,
 ) -> None:
     """Print the gates' means over layers after each epoch; the best one is marked."""
-    say(title)
+    reply(title)
     names = next(names_in(epoch.layers) for epoch in epochs if epoch.layers)
     view = _table("epoch", f"dev {shown_score(metric, positive)}", *names)
     for epoch in epochs:
@@ -126,22 +126,22 @@ def show_epochs(
             *(_level(means[name]) if name in means else "-" for name in names),
             style="bold" if epoch.is_best else "",
         )
-    console().print(view)
-    say("* the best epoch by dev, which is the run's result")
+    answers().print(view)
+    reply("* the best epoch by dev, which is the run's result")
 
 
 def show_ablation(ablation: AblationReport, title: str, rows: int) -> None:
     """Print layers x submodules: the mean gate, and the score lost where it is closed."""
     row = f"; one row is {1 / rows:.4f}" if ablation.metric == "accuracy" else ""
-    say(title)
-    say(f"mean gate, and what closing it loses; below 0: the score rose{row}")
+    reply(title)
+    reply(f"mean gate, and what closing it loses; below 0: the score rose{row}")
     names = list(ablation.everywhere)
     view = _table("layer", *names)
     for label, losses in ablation.rows():
         cells = [_loss_cell(losses[name]) if name in losses else Text() for name in names]
         view.add_row(label, *cells)
-    console().print(view)
-    say(ablation.verdict)
+    answers().print(view)
+    reply(ablation.verdict)
 
 
 def _table(*columns: str, text: Sequence[str] = ()) -> Table:

@@ -27,7 +27,7 @@ def show_search(candidates: Sequence[Candidate], judge: Judge, budget: float) ->
             console.say(("warning: ", "yellow"), warning)
     _show_table(candidates, chosen, judge)
     if line := floor_verdict(candidates):
-        console.say(line)
+        console.reply(line)
     for candidate in candidates:
         if candidate.error is not None:
             console.say(("failed: ", "yellow"), f"{candidate.name}: {candidate.error}")
@@ -98,7 +98,7 @@ def _show_table(candidates: Sequence[Candidate], chosen: Candidate, judge: Judge
         rows.append([*row, *([] if has_backbones else [f"{candidate.stored_parameters:,}"])])
     tables.table(columns, rows)
     if by_folds and any(each.rows < judge.rows for each in candidates if each.score is not None):
-        console.say("to chosen: how far from the chosen one on the rows that both were judged on")
+        console.reply("to chosen: how far from the chosen one on the rows that both were judged on")
 
 
 def _judged_by_folds(candidate: Candidate, chosen: Candidate) -> list[str]:

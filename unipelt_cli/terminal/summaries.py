@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from unipelt_cli.terminal.console import console, say
+from unipelt_cli.terminal.console import answers, console, reply, say
 from unipelt_cli.terminal.tables import table
 from unipelt_cli.text import plain, rates, shown_score
 
@@ -27,7 +27,7 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
 
     Rates stand in terminals that have room for them, and in the JSON.
     """
-    view, has_rates = Table(box=None, pad_edge=False), console().width >= WIDE
+    view, has_rates = Table(box=None, pad_edge=False), answers().width >= WIDE
     view.add_column("method", no_wrap=True)
     view.add_column("trainable", justify="right", no_wrap=True)
     view.add_column("stored", justify="right", no_wrap=True)
@@ -46,21 +46,22 @@ def method_table(entries: Sequence[Mapping[str, Any]], backbone: str) -> None:
         merges = "yes" if entry["mergeable"] else "no"
         rate = [rates(*(entry[key] for key in RATES))] if has_rates else []
         view.add_row(Text(f"  {entry['name']}"), *numbers, merges, *rate, Text(entry["paper"]))
-    console().print(view)
-    say(f"counted on {backbone}, the head apart; - where it cannot carry the method")
+    answers().print(view)
+    reply(f"counted on {backbone}, the head apart; - where it cannot carry the method")
 
 
-def data_summary(manifest: Mapping[str, Any]) -> None:
+def data_summary(manifest: Mapping[str, Any], *, is_answer: bool) -> None:
     """Print the splits: rows, labels, lengths, and what was noticed about them."""
+    out = answers() if is_answer else console()
     columns, rows, counts = ("split", "rows", "words", "max"), [], []
     for name, split in manifest["splits"].items():
         words = split["words"]
         rows.append([name, str(split["rows"]), str(words["p50"]), str(words["max"])])
         counts.append(_counted(split["labels"]))
     used = sum(max(map(len, column)) + GAP for column in zip(columns, *rows, strict=True))
-    room = console().width - used
+    room = out.width - used
     shown = [[*row, _packed(counted, room)] for row, counted in zip(rows, counts, strict=True)]
-    table((*columns, "labels"), shown)
+    table((*columns, "labels"), shown, out)
     for note in (*manifest["notes"], *_repeated(manifest)):
         say(("note: ", "yellow"), note)
 
@@ -114,12 +115,12 @@ def result_summary(result: Mapping[str, Any], directory: Path) -> None:
     table(("split", "scores"), rows)
     if between := result.get("interval"):
         metric = shown_score(result["metric"], result.get("positive"))
-        say(f"95 % interval of {metric}, rows drawn anew: {between[0]:.4f} to {between[1]:.4f}")
+        reply(f"95 % interval of {metric}, rows drawn anew: {between[0]:.4f} to {between[1]:.4f}")
     if result["dev"]:
         ended = f"best epoch {result['best_epoch']} of {result['epochs']}"
     else:
         ended = f"trained to the end of its schedule, epoch {result['epochs']}"
-    say(
+    reply(
         f"{ended}, {result['seconds']:.0f} s, ",
         f"{result['stored_parameters'] + result['head_parameters']:,} numbers stored ",
         f"({result['artifact_bytes'] / 1e6:.2f} MB)",
@@ -147,7 +148,7 @@ def _floor_line(result: Mapping[str, Any]) -> None:
     from unipelt_cli.methods import FLOOR  # which imports torch: help does not wait for it
 
     if reason := result.get(f"no_{FLOOR}"):
-        say(f"{FLOOR} on the same rows: left out, {reason}")
+        reply(f"{FLOOR} on the same rows: left out, {reason}")
     if scores := result.get(FLOOR):
         metric = result["metric"]
         name = shown_score(metric, result.get("positive"))
@@ -156,7 +157,7 @@ def _floor_line(result: Mapping[str, Any]) -> None:
             f"{words.get(split, split)} {name} {values[metric]:.4f}"
             for split, values in scores.items()
         )
-        say(f"{FLOOR} on the same rows: {shown}")
+        reply(f"{FLOOR} on the same rows: {shown}")
 
 
 def _folds_table(result: Mapping[str, Any]) -> None:
@@ -223,7 +224,7 @@ def _floor_means(results: Sequence[Mapping[str, Any]]) -> None:
         metric = results[0]["metric"]
         score = mean(result[FLOOR]["test"][metric] for result in results)
         name = shown_score(metric, results[0].get("positive"))
-        say(f"{FLOOR} on the same rows: {_tested(results[0])} {name} {score:.4f}, the mean")
+        reply(f"{FLOOR} on the same rows: {_tested(results[0])} {name} {score:.4f}, the mean")
 
 
 def static_summary(report: "StaticReport") -> None:
@@ -240,4 +241,4 @@ def static_summary(report: "StaticReport") -> None:
     ]
     table(("constant gates", "before", "after"), rows)
     dropped = ", ".join(report.dropped) or "nothing"
-    say(f"dropped: {dropped}")
+    reply(f"dropped: {dropped}")

@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from rich.cells import cell_len
-from rich.console import JustifyMethod
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from unipelt_cli.terminal.console import console
+from unipelt_cli.terminal.console import answers
 from unipelt_cli.text import plain
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
-    """Print a plain table: first column left, numbers right."""
-    out, view = console(), Table(box=None, pad_edge=False)
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str | Text]], out: Console | None = None
+) -> None:
+    """Print a plain table, among the answers if nothing else is said.
+
+    Its first column stands left, and numbers right.
+    """
+    out, view = out or answers(), Table(box=None, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(is_number(str(row[index])) for row in rows)
         justify: JustifyMethod = "right" if numeric else "left"

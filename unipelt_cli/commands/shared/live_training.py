@@ -170,12 +170,13 @@ def _shown_metric(event: Ready) -> str:
     return shown_score(event.metric, positive)
 
 
-def summarise(manifests: Sequence[Mapping[str, Any]]) -> None:
+def summarise(manifests: Sequence[Mapping[str, Any]], *, is_answer: bool = False) -> None:
     """Print each task's splits, under its name where there are several."""
+    say = console.reply if is_answer else console.say
     for manifest in manifests:
         if len(manifests) > 1:
-            console.say((manifest["task"], "bold"))
-        summaries.data_summary(manifest)
+            say((manifest["task"], "bold"))
+        summaries.data_summary(manifest, is_answer=is_answer)
 
 
 def _announce(event: Ready) -> None:
