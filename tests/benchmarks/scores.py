@@ -209,7 +209,7 @@ def answer_of(table: Table) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table on stderr, with --json its object on stdout; return the exit code."""
+    """Print the table, with --json an object in its place; return the exit code."""
     chosen = options(arguments)
     try:
         table = tabulate(chosen)
@@ -219,8 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.say("interrupted: the same command goes on from here")
         return 130
-    for sheet in table.sheets():
-        comparison.show(sheet)
+    with console.stdout_left_to_json(chosen.json):
+        for sheet in table.sheets():
+            comparison.show(sheet)
     for note in table.notes:
         console.note(note)
     if chosen.json:
