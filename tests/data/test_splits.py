@@ -72,7 +72,7 @@ def test_what_the_splits_hold_twice_is_shown(tmp_path, capsys):
     lines = [f"message {n % 20},{('bad', 'good')[n % 3 % 2]}" for n in range(50)]
     path = write(tmp_path / "own.csv", "\n".join(["text,label", *lines]))
     manifest = prepare_own(path).manifest
-    summaries.data_summary(manifest)
+    summaries.data_summary(manifest, is_answer=False)
     shown = capsys.readouterr().err.splitlines()
     within = "12 within train, 2 within dev, 2 within test"
     equal = f"{within}, 6 train and dev, 9 train and test, 1 dev and test"
@@ -80,7 +80,7 @@ def test_what_the_splits_hold_twice_is_shown(tmp_path, capsys):
         f"note: rows with equal texts: {equal}",
         "note: texts with more than one label: 17",
     ]
-    summaries.data_summary(prepare_own(own_file(tmp_path)).manifest)
+    summaries.data_summary(prepare_own(own_file(tmp_path)).manifest, is_answer=False)
     assert "equal texts" not in capsys.readouterr().err
 
 

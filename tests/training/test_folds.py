@@ -147,7 +147,7 @@ def test_readers_say_where_there_is_no_dev_or_test(
     assert (entry["dev"], entry["test"]) == (None, folded[2]["test"]["accuracy"])
     code, stdout, stderr = invoke("verify", out)
     assert code == 0, stderr
-    assert re.search(r"reviews rows, train +ok  60, sha256 ", stderr)
+    assert re.search(r"reviews rows, train +ok  60, sha256 ", stdout)
     code, _, stderr = invoke("export", out, "--to", "onnx", "--static-gates")
     assert code == 2
     assert "no dev rows, it was trained to the end of its schedule" in stderr
@@ -156,9 +156,9 @@ def test_readers_say_where_there_is_no_dev_or_test(
 def test_a_run_by_folds_is_repeated_from_its_own_file(
     folded: tuple[Path, str, dict[str, Any]], tmp_path: Path
 ) -> None:
-    code, _, stderr = invoke("reproduce", folded[0], "--out", tmp_path / "again")
+    code, stdout, stderr = invoke("reproduce", folded[0], "--out", tmp_path / "again")
     assert code == 0, stderr
-    assert "reproduced: the same scores and, to the byte, the same tensors" in stderr
+    assert "reproduced: the same scores and, to the byte, the same tensors" in stdout
     for name in ("experiment.toml", "predictions.safetensors", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (folded[0] / name).read_bytes()
     given = ("train", "--preset", folded[0] / "experiment.toml", "--out", folded[0], "--resume")

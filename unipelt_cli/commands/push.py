@@ -50,13 +50,12 @@ def push(
     text = model_card.of_run(finished_run, upload.repository)
     sizes = {name: path.stat().st_size for name, path in upload.files.items()}
     rows = [[name, f"{size:,}", CONTENTS[name]] for name, size in sizes.items()]
-    tables.table(
-        ("published", "bytes", "what is in it"), [*rows, [hub.CARD, f"{len(text):,}", "card"]]
-    )
+    rows.append([hub.CARD, f"{len(text):,}", "card"])
+    tables.table(("published", "bytes", "what is in it"), rows, console.console())
     if paths := upload.local_paths():
         console.say(("note: ", "yellow"), f"paths of this machine in them: {', '.join(paths)}")
     readers = "you and those you let in" if upload.private else "anyone"
-    console.reply(f"to {upload.repository}, which {readers} can read")
+    console.say(f"to {upload.repository}, which {readers} can read")
     answer = upload.send(text)
     console.reply("pushed: ", (answer.url, "bold"), f", commit {answer.commit[:12]}")
     if as_json:
