@@ -45,13 +45,15 @@ def fit_classes(x: Matrix, y: NDArray[Any], strength: float, outputs: int) -> Li
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     weight, bias = np.zeros((outputs, x.shape[1])), np.full(outputs, ABSENT)
     present = np.unique(y)
     bias[present] = 0.0
     if len(present) == 1:
         return Linear(weight, bias)
-    with warnings.catch_warnings():
+    # Matrices this small are shared out among threads at twenty times the cost of one.
+    with threadpool_limits(limits=1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes")  # 77 of 100 rows may be
         model = LogisticRegression(C=strength, max_iter=1000).fit(x, y)
