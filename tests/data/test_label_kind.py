@@ -225,14 +225,23 @@ def test_a_scored_file_may_have_labels_that_the_run_has_not(bert: Path, tmp_path
     code, stdout, stderr = invoke("eval", out, "--file", some, "--json")
     assert code == 0
     assert stderr.splitlines()[0] == (
-        f"note: {some}: 4 rows have labels that no train row has, so no answer is right: "
-        "'c4x', 'c5x'"
+        f"note: {some}: 4 rows have labels that no train row has: 'c4x', 'c5x'"
     )
     scores = json.loads(stdout)["scores"]
     assert scores["accuracy"] <= 8 / 12
     most = many_classes(tmp_path / "most.csv", 12, 12)
     assert error_of("eval", out, "--file", most) == (
         f"{most}, line 6: unknown label 'c4x'",
+        "the labels of a are 'c0x', 'c1x', 'c2x', 'c3x'",
+    )
+
+
+def test_a_test_file_of_other_labels_is_refused(tmp_path: Path) -> None:
+    train = many_classes(tmp_path / "a.csv", 40, 4)
+    test = many_classes(tmp_path / "t.csv", 12, 12)
+    files = ("--train-file", train, "--test-file", test, "--text", "text", "--label", "label")
+    assert error_of("prepare", *files) == (
+        f"{test}, line 6: unknown label 'c4x'",
         "the labels of a are 'c0x', 'c1x', 'c2x', 'c3x'",
     )
 

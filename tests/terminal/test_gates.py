@@ -29,7 +29,7 @@ def test_many_classes_are_a_line_each(capsys: pytest.CaptureFixture[str]) -> Non
     show_classes(found.by_class(), 80, "test")
     show_differences(found.differences())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 42 + 4
+    assert len(lines) == 42 + 3
     assert max(map(len, lines[1:42])) <= 80
     assert "class 39" in lines[-1]
 

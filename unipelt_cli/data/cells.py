@@ -16,7 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from unipelt_cli.data import parquet
-from unipelt_cli.data.label_kind import as_number, label_number, one_spelling
+from unipelt_cli.data.label_kind import (
+    as_number,
+    label_number,
+    one_spelling,
+    without_train_row,
+)
 from unipelt_cli.errors import DataError
 from unipelt_cli.tasks import Glue, Task
 from unipelt_cli.text import reason, short
@@ -195,26 +200,22 @@ class UnknownLabels:
     """Labels of scored rows that their task lacks: whatever is answered there is wrong."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    codes: dict[str, int] = field(default_factory=dict)
     first: RowError | None = None
 
     def code(self, label: str, task: Task, refusal: RowError) -> int:
         """Return a number beyond those of the task's own labels, one for each name."""
         self.first = self.first or refusal
         self.counts[label] += 1
-        return task.outputs + list(self.counts).index(label)
+        return self.codes.setdefault(label, task.outputs + len(self.codes))
 
     def notes(self, rows: int) -> Iterator[str]:
         """Say what was counted as wrong; raise for the first such row where most are so."""
-        total = self.counts.total()
-        if self.first is not None and 2 * total > rows:
+        if self.first is None:
+            return
+        if 2 * self.counts.total() > rows:
             raise self.first
-        if total:
-            listed = ", ".join(
-                [*map(short, list(self.counts)[:20]), *["..."][: len(self.counts) > 20]]
-            )
-            many = f"{total} rows have" if total > 1 else "1 row has"
-            named = "labels" if len(self.counts) > 1 else "a label"
-            yield f"{many} {named} that no train row has, so no answer is right: {listed}"
+        yield without_train_row(self.counts)
 
 
 def encode_labelled(

@@ -24,6 +24,7 @@ MOST_NAMES = 0.8  # of the rows, that may be different names
 SLACK = 0.15  # of a step, by which rounded values are off it
 PERCENT = 100
 MOST_ALIKE = 5
+MOST_LISTED = 20
 _SIGN, _WHOLE = r"[+-]?", r"[1-9]\d{0,2}"
 _GROUPED = re.compile(
     rf"{_SIGN}{_WHOLE}(?:([,'\u2019 \u00a0\u202f])\d{{3}})(?:\1\d{{3}})*(?:\.\d+)?"
@@ -93,6 +94,15 @@ def are_too_many(labels: Sequence[str]) -> bool:
     """
     distinct = len(set(labels))
     return distinct > FEW_ROWS and distinct > MOST_NAMES * len(labels)
+
+
+def without_train_row(counts: Mapping[str, int]) -> str:
+    """Say which labels, and how many rows, are of classes that no train row shows."""
+    total, names = sum(counts.values()), [short(label) for label in counts]
+    listed = ", ".join([*names[:MOST_LISTED], *(["..."] if len(names) > MOST_LISTED else [])])
+    rows = f"{total} rows have" if total > 1 else "1 row has"
+    labels = "labels" if len(names) > 1 else "a label"
+    return f"{rows} {labels} that no train row has: {listed}"
 
 
 def _are_values(numbers: Mapping[str, float], rows: int) -> bool:

@@ -10,6 +10,7 @@ from unipelt_cli.config.sections import DataSettings
 from unipelt_cli.data.cells import as_dataset
 from unipelt_cli.data.division import divide, division_notes, settle
 from unipelt_cli.data.folds import assign_folds
+from unipelt_cli.data.label_kind import without_train_row
 from unipelt_cli.data.manifest import SPLITS
 from unipelt_cli.data.sources import SourceRows
 from unipelt_cli.errors import DataError
@@ -57,11 +58,8 @@ def _unseen_labels(task: Task, splits: Mapping[str, Dataset]) -> Iterator[str]:
             continue
         unseen = Counter(label for label in splits[split][:]["label"] if label not in drawn)
         if unseen:
-            count, names = unseen.total(), [short(task.labels[label]) for label in sorted(unseen)]
-            listed = ", ".join([*names[:20], *(["..."] if len(names) > 20 else [])])
-            rows = f"{count} rows have" if count > 1 else "1 row has"
-            labels = "labels" if len(names) > 1 else "a label"
-            yield f"{split}: {rows} {labels} that no train row has: {listed}"
+            counts = {task.labels[label]: unseen[label] for label in sorted(unseen)}
+            yield f"{split}: {without_train_row(counts)}"
 
 
 def _flat_values(task: Task, train: Dataset) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,6 @@ def fit_classes(x: Matrix, y: NDArray[Any], strength: float, outputs: int) -> Li
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
     weight, bias = np.zeros((outputs, x.shape[1])), np.full(outputs, ABSENT)
     present = np.unique(y)
@@ -53,7 +53,7 @@ def fit_classes(x: Matrix, y: NDArray[Any], strength: float, outputs: int) -> Li
     if len(present) == 1:
         return Linear(weight, bias)
     # Matrices this small are shared out among threads at twenty times the cost of one.
-    with threadpool_limits(limits=1), warnings.catch_warnings():
+    with _thread_pools().limit(limits=1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.filterwarnings("ignore", "The number of unique classes")  # 77 of 100 rows may be
         model = LogisticRegression(C=strength, max_iter=1000).fit(x, y)
@@ -63,3 +63,11 @@ def fit_classes(x: Matrix, y: NDArray[Any], strength: float, outputs: int) -> Li
     weight[present] = weights - weights.mean(axis=0)
     bias[present] = offsets - offsets.mean()
     return Linear(weight, bias)
+
+
+@cache
+def _thread_pools() -> Any:
+    """Return what limits the threads of the solvers' libraries: to find those takes a while."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()

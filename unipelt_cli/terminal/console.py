@@ -4,7 +4,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any, cast
 
@@ -172,15 +172,17 @@ def say(*parts: str | tuple[str, str]) -> None:
 
     A terminal's is broken between words, unless a word alone is wider: a path stays whole.
     """
-    clean = [(plain(p[0]), p[1]) if isinstance(p, tuple) else plain(p) for p in parts]
-    out, line = console(), Text.assemble(*clean)
-    fits = out.file.isatty() and max(map(cell_len, line.plain.split()), default=0) <= out.width
-    out.print(line, soft_wrap=not fits)
+    out = console()
+    _print_line(out, parts, breaks=out.file.isatty())
 
 
 def reply(*parts: str | tuple[str, str]) -> None:
-    """Print a line of what was asked for, broken between words where it is wider than there is."""
+    """Print a line of what was asked for, broken between words in pipes too."""
+    _print_line(answers(), parts, breaks=True)
+
+
+def _print_line(out: Console, parts: Sequence[str | tuple[str, str]], *, breaks: bool) -> None:
     clean = [(plain(p[0]), p[1]) if isinstance(p, tuple) else plain(p) for p in parts]
-    out, line = answers(), Text.assemble(*clean)
-    fits = max(map(cell_len, line.plain.split()), default=0) <= out.width
+    line = Text.assemble(*clean)
+    fits = breaks and max(map(cell_len, line.plain.split()), default=0) <= out.width
     out.print(line, soft_wrap=not fits)

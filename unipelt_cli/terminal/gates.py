@@ -75,7 +75,7 @@ def show_differences(differences: Sequence[ClassDifference]) -> None:
     if not differences:
         reply("the rows are of one class: nothing to compare")
         return
-    reply("which class opens what: the largest differences, measured in spreads within classes")
+    reply("where classes open gates most differently, in spreads within classes")
     texts = ("most open", "least open")
     view = _table(
         "layer", "gate", "most open", "mean", "least open", "mean", "in spreads", text=texts

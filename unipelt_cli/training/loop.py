@@ -63,7 +63,8 @@ class Training:
         self.courses = tuple(course.scaled(settings) for course in courses)
         self.tasks = [course.task for course in self.courses]
         self.method = tuned.method
-        self.rows = sum(sizes := [len(course.train[0]) for course in self.courses])
+        sizes = [len(course.train[0]) for course in self.courses]
+        self.rows = sum(sizes)
         self.steps = sum(-(-size // settings.batch_size) for size in sizes)
         epochs = 1 if self.method.has_closed_form else settings.epochs
         self.lengths = [max(1, round(s.share * epochs)) for s in self.method.stages]
@@ -301,8 +302,8 @@ class Training:
 
     def _dev_scores(self) -> tuple[dict[str, float], list[Gates]]:
         """Return the scores of all tasks on their dev rows, and each one's gates."""
-        scores, gates = zip(*map(self._score, range(len(self.tasks))), strict=True)
-        return joint_scores(self.tasks, scores), list(gates)
+        scored = [self._score(task_index) for task_index in range(len(self.tasks))]
+        return joint_scores(self.tasks, [scores for scores, _ in scored]), [g for _, g in scored]
 
     def _score(self, task_index: int) -> tuple[dict[str, float], Gates]:
         task, dev = self.tasks[task_index], self.courses[task_index].dev
@@ -353,7 +354,7 @@ class Training:
             course.scale.fold_into(head.out)
 
     def _copy(self, tensors: Mapping[str, Tensor]) -> None:
+        destinations = {**self.carried, **self.tuned.buffers()}
         with torch.no_grad():
-            destinations = {**self.carried, **self.tuned.buffers()}
             for name, tensor in tensors.items():
                 destinations[name].copy_(tensor)

@@ -41,7 +41,7 @@ class RowCache:
             return tuple(fold_of(dataset, settings.fold) for dataset in whole)
         if any(chosen not in self._prepared for chosen in settings.each()):
             drawn = preparation.prepare_each(settings, self.files)
-            self._prepared |= zip(settings.each(), drawn, strict=True)
+            self.keep(settings, drawn)
         datasets = tuple(self._prepared[chosen] for chosen in settings.each())
         _drop_oldest(self._prepared, self.most)
         return datasets

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from unipelt_cli.methods.forms import LinearFit
 from unipelt_cli.methods.partial import probe
@@ -32,8 +34,6 @@ def answers(fit: LinearFit, x: torch.Tensor) -> NDArray[np.int64]:
 def test_it_gives_the_probabilities_of_the_librarys_own_model(
     monkeypatch: pytest.MonkeyPatch, outputs: int
 ) -> None:
-    from sklearn.linear_model import LogisticRegression
-
     monkeypatch.setattr(probe, "_CANDIDATES", ((False, (3.0,)),))
     x, y = rows(30), np.arange(30) % outputs
     fit = fitted(x, y, outputs)
@@ -112,3 +112,19 @@ def test_the_strength_is_chosen_on_a_part_of_many_rows(monkeypatch: pytest.Monke
     fitted(rows(100), np.arange(100) % 2, 2)
     assert max(seen[:-1]) <= 20
     assert seen[-1] == 100
+
+
+def test_its_solver_has_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads on matrices this small take many times as long as one."""
+    threads: set[int] = set()
+    fit = LogisticRegression.fit
+
+    def counting(self: Any, *arguments: Any) -> Any:
+        threads.update(pool["num_threads"] for pool in threadpool_info())
+        return fit(self, *arguments)
+
+    monkeypatch.setattr(LogisticRegression, "fit", counting)
+    with threadpool_limits(limits=2):
+        Probe().fit_head(torch.randn(12, 4), np.arange(12) % 3, 3, is_regression=False)
+        assert threads == {1}
+        assert max(pool["num_threads"] for pool in threadpool_info()) == 2

@@ -44,6 +44,7 @@ def loop_of(
     name: str = "mrpc",
     start: str = "means",
     end: str = "trained",
+    rate: float = 1e-2,
     **model: Any,
 ) -> Training:
     options: dict[str, Any] = {
@@ -51,7 +52,7 @@ def loop_of(
         "epochs": 8,
         "batch_size": 6,
         "patience": 8,
-        "learning_rate": 1e-2,
+        "learning_rate": rate,
     }
     options |= {"head_start": start, "head_end": end}
     settings = experiment(backbone, "unipelt-apl", model={**APART, **model}, train=options)
@@ -145,9 +146,10 @@ def test_runs_on_pairs_in_one_pass_are_what_each_is_alone(
         monkeypatch.setattr(batching, "shares_out", lambda device: False)
         monkeypatch.setattr(shared_passes, "shares_out", lambda device: False)
     sizes = {0: 17, 1: 20, 2: 9}
-    alone = {name: loop_of(bert, name, count) for name, count in sizes.items()}
+    rate = 1e-3  # at 1e-2 Adam makes 1e-5 of what another order of sums rounds away
+    alone = {name: loop_of(bert, name, count, rate=rate) for name, count in sizes.items()}
+    loops = {name: loop_of(bert, name, count, rate=rate) for name, count in sizes.items()}
     expected = {name: steps_of(loop, 10) for name, loop in alone.items()}
-    loops = {name: loop_of(bert, name, count) for name, count in sizes.items()}
     for name in (1, 2):
         sharing.share(loops[0].tuned, loops[name].tuned)
     losses: dict[int, list[float]] = {name: [] for name in loops}
@@ -156,9 +158,8 @@ def test_runs_on_pairs_in_one_pass_are_what_each_is_alone(
             losses[name].append(event.loss)
         if all(len(own) == 10 for own in losses.values()):
             break
-    for name in sizes:  # Adam makes much of what rounding leaves: another order of sums shows later
-        assert losses[name][:3] == pytest.approx(expected[name][:3], abs=1e-6)
-        assert losses[name] == pytest.approx(expected[name], abs=1e-4)
+    for name in sizes:
+        assert losses[name] == pytest.approx(expected[name], abs=1e-5)
 
 
 def test_a_batch_in_parts_takes_the_step_of_the_whole(tmp_path: Path) -> None:
